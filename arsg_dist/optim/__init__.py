@@ -1,0 +1,1 @@
+"""The ARSG method: reference rule, optimizer and schedulers (torch only)."""
