@@ -1,0 +1,317 @@
+"""The ARSG optimizer."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT, _default_to_fused_or_foreach
+
+from arsg_dist.optim.base_iterate import base_iterate_point
+from arsg_dist.optim.foreach import foreach_step
+from arsg_dist.optim.hyper import Hyper, Preconditioner, StepFunction, compute_dtype
+from arsg_dist.optim.lookahead import lookahead_
+from arsg_dist.optim.reference import reference_step
+from arsg_dist.optim.settings import LOOKAHEAD_BETA1_LIMIT, validated
+from arsg_dist.optim.state import TensorLists, local, new_state, real, required, restore_loaded, shield_dtypes
+
+
+class ARSG(Optimizer):
+    r"""Adaptive remote stochastic gradient method (Chen et al., arXiv 1905.01422).
+
+    With the gradient g taken at the parameters x, element by element::
+
+        g ← g + λx        m ← β1·m + (1−β1)·g        v ← β2·v + (1−β2)·g²        v̂ ← max(v̂, v, ε)
+        x ← x − α·((1−μ)·m + μ·g) / √v̂
+
+    The network is trained and evaluated at x: there is no train/eval switch. No bias correction in this mode.
+
+    Args:
+        params: parameters, named parameters, or parameter groups.
+        lr: learning rate α; a float or a 1-element tensor.
+        betas: decay rates (β1, β2) of the first and second moment.
+        eps: ε. For "amsgrad" the floor of v̂, inside the root (1e-8: "fast mode", 1e-3: "fine mode", which
+            generalizes better); for "adam" it is added to the root.
+        weight_decay: λ, coupled (L2) unless `decoupled_weight_decay`.
+        mu: observation factor μ in [0, 1); the observation distance is η = μβ1/(1−β1). A float or a 1-element
+            tensor.
+        preconditioner: "amsgrad" (ARSG: √v̂), "adam" (bias-corrected m and √v + ε) or "none" (RSG: 1).
+        decoupled_weight_decay: x ← x(1 − αλ) instead of g ← g + λx.
+        maximize: ascend instead of descend.
+        foreach: multi-tensor kernels. None: as torch's optimizers choose (yes on CUDA, no on CPU).
+        fused: one pass over memory per step. None: no.
+        capturable: step without synchronising with the device, for CUDA graphs and `torch.compile`.
+        state_dtype: dtype of m, v and v̂: "float32", "bfloat16" (stochastically rounded, computed in float32) or
+            None: float32 for half-precision parameters, else the parameter's dtype. Takes effect where state is
+            created or loaded.
+        lookahead_k: every k steps slow ← slow + a(x − slow), x ← slow. 0: off.
+        lookahead_alpha: a in [0, 1].
+
+    Raises:
+        ValueError: a setting out of range, or contradicting settings.
+        TypeError: a setting of the wrong kind.
+    """
+
+    _at_base_iterate = False
+    _warned_of_lookahead = False
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.999, 0.99),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        mu: float | Tensor = 0.1,
+        preconditioner: Preconditioner = "amsgrad",
+        decoupled_weight_decay: bool = False,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        capturable: bool = False,
+        state_dtype: torch.dtype | str | None = None,
+        lookahead_k: int = 0,
+        lookahead_alpha: float = 0.5,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "mu": mu,
+            "preconditioner": preconditioner,
+            "decoupled_weight_decay": decoupled_weight_decay,
+            "maximize": maximize,
+            "foreach": foreach,
+            "fused": fused,
+            "capturable": capturable,
+            "state_dtype": state_dtype,
+            "lookahead_k": lookahead_k,
+            "lookahead_alpha": lookahead_alpha,
+            # Not a setting: α·η of the last step, for base_iterate(); in the group so that it is saved and loaded.
+            "base_iterate_scale": 0.0,
+        }
+        defaults.update(validated(defaults))
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group; see `torch.optim.Optimizer.add_param_group`.
+
+        Raises:
+            ValueError: a setting out of range, or contradicting settings.
+            TypeError: a setting of the wrong kind.
+        """
+        if isinstance(param_group, dict):
+            param_group.update(validated({**self.defaults, **param_group}))
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        if (
+            group["lookahead_k"] > 0
+            and group["betas"][0] >= LOOKAHEAD_BETA1_LIMIT
+            and not self._warned_of_lookahead
+        ):
+            self._warned_of_lookahead = True
+            warnings.warn(
+                f"lookahead is not recommended with beta1 = {group['betas'][0]} (>= {LOOKAHEAD_BETA1_LIMIT}): the "
+                "momentum built up over many steps is kept while the parameters are pulled back",
+                stacklevel=2,
+            )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.defaults = {**_CLASS_DEFAULTS, **self.defaults}
+        for group in self.param_groups:
+            for name, value in _CLASS_DEFAULTS.items():
+                group.setdefault(name, value)
+            for param in group["params"]:
+                if param in self.state:
+                    restore_loaded(self.state[param], param, group)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state saved by `state_dict`; see `torch.optim.Optimizer.load_state_dict`.
+
+        Unlike torch's own method this keeps the precision of the state: moments get the dtype that the loaded
+        groups' `state_dtype` asks for, whatever the parameter's.
+
+        Raises:
+            RuntimeError: inside `base_iterate`.
+        """
+        self._refuse_at_base_iterate("load_state_dict")
+        handle = self.register_load_state_dict_pre_hook(lambda _, loaded: shield_dtypes(loaded))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Perform one step on every parameter that has a gradient.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+
+        Returns:
+            What the closure returned, or None.
+
+        Raises:
+            RuntimeError: for sparse gradients, inside `base_iterate`, or if a parameter's state does not fit its
+                group's preconditioner.
+        """
+        self._refuse_at_base_iterate("step")
+        self._accelerator_graph_capture_health_check()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            self._step_group(group)
+        return loss
+
+    def _step_group(self, group: dict[str, Any]) -> None:
+        hyper = Hyper.of_group(group)
+        lists_of: dict[tuple[Any, ...], TensorLists] = {}
+        stepped = []
+        for param in group["params"]:
+            if param.grad is None:
+                continue
+            if param.grad.layout != torch.strided:
+                raise RuntimeError(f"ARSG does not support sparse gradients (got layout {param.grad.layout})")
+            state = self.state[param]
+            if len(state) == 0:
+                state.update(new_state(param, group))
+            if isinstance(state.get("step"), int):
+                state["step"] += 1
+            stepped.append((param, state))
+            x, grad = real(local(param)), real(local(param.grad))
+            key = (x.device, x.dtype, grad.dtype, required(state, "exp_avg").dtype)
+            lists_of.setdefault(key, TensorLists()).append(x, grad, state, hyper.preconditioner)
+        if not stepped:
+            return
+        for lists in lists_of.values():
+            if lists.steps and isinstance(lists.steps[0], Tensor):
+                torch._foreach_add_(lists.steps, 1)
+            step_function(group, lists.params)(
+                lists.params,
+                lists.grads,
+                lists.exp_avgs,
+                lists.exp_avg_sqs,
+                lists.max_exp_avg_sqs,
+                lists.steps,
+                hyper=hyper,
+            )
+        if group["lookahead_k"] > 0:
+            for param, state in stepped:
+                lookahead_(
+                    local(param),
+                    local(state["slow_param"]),
+                    state["step"],
+                    group["lookahead_k"],
+                    group["lookahead_alpha"],
+                )
+        _record(group, hyper.lr * hyper.observation_distance)
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Forget the maximum: v̂ ← max(v, ε), for every parameter with state and preconditioner "amsgrad".
+
+        Also rebuilds a `max_exp_avg_sq` that a checkpoint lost.
+        """
+        for group in self.param_groups:
+            if group["preconditioner"] != "amsgrad":
+                continue
+            hyper = Hyper.of_group(group)
+            for param in group["params"]:
+                state = self.state.get(param)
+                if not state:
+                    continue
+                v = required(state, "exp_avg_sq")
+                v_hat = state.setdefault("max_exp_avg_sq", torch.zeros_like(v))
+                floor = hyper.floor(compute_dtype(param.dtype.to_real()))
+                real(local(v_hat)).copy_(real(local(v)).clamp(min=floor))
+
+    @contextmanager
+    def base_iterate(self) -> Iterator[None]:
+        """Move the parameters from the observation point x to the base iterate θ, and back on leaving.
+
+        θ = x + α·η·m/√v̂ with η = μβ1/(1−β1), and with the α, η of the last step (the denominator is the
+        preconditioner's). Leaving, also by an exception, restores x bit by bit; this costs one copy of the
+        parameters. Parameters never stepped stay where they are. An option for evaluation, never required.
+
+        Raises:
+            RuntimeError: nested use, or `step` or `load_state_dict` inside.
+        """
+        self._refuse_at_base_iterate("base_iterate")
+        moved: list[tuple[Tensor, Tensor]] = []
+        self._at_base_iterate = True
+        try:
+            with torch.no_grad():
+                for group in self.param_groups:
+                    for param in group["params"]:
+                        state = self.state.get(param)
+                        if state:
+                            moved.append((param, param.detach().clone()))
+                            real(local(param)).copy_(base_iterate_point(local(param), state, group))
+            yield
+        finally:
+            self._at_base_iterate = False
+            with torch.no_grad():
+                for param, x in moved:
+                    param.copy_(x)
+
+    def _refuse_at_base_iterate(self, what: str) -> None:
+        if self._at_base_iterate:
+            raise RuntimeError(
+                f"{what} inside base_iterate(): the parameters are not at the observation point x"
+            )
+
+
+_CLASS_DEFAULTS = {
+    **{
+        name: parameter.default
+        for name, parameter in inspect.signature(ARSG.__init__).parameters.items()
+        if parameter.default is not inspect.Parameter.empty
+    },
+    "base_iterate_scale": 0.0,
+}
+"""What groups saved before a setting existed are taken to mean."""
+
+
+def step_function(group: dict[str, Any], params: list[Tensor]) -> StepFunction:
+    """The implementation for a group's tensors, chosen as torch's optimizers do.
+
+    `fused` only on request; else `foreach` if asked for, or if neither was set and torch would use it (plain
+    tensors on an accelerator) and no hyper-parameter is a tensor that has to be read on the host.
+    """
+    if group["fused"]:
+        from arsg_dist.optim.fused import fused_step
+
+        return fused_step
+    foreach = group["foreach"]
+    if foreach is None and group["fused"] is None:
+        _, foreach = _default_to_fused_or_foreach(params, differentiable=False, use_fused=False)
+        if not group["capturable"] and any(isinstance(group[name], Tensor) for name in ("lr", "mu")):
+            foreach = False
+    return foreach_step if foreach else reference_step
+
+
+def _record(group: dict[str, Any], base_iterate_scale: float | Tensor) -> None:
+    """Remember α·η of this step; a tensor is kept in place, where a captured graph finds it again."""
+    recorded = group["base_iterate_scale"]
+    if not isinstance(base_iterate_scale, Tensor):
+        group["base_iterate_scale"] = base_iterate_scale
+    elif isinstance(recorded, Tensor):
+        recorded.copy_(base_iterate_scale)
+    else:
+        group["base_iterate_scale"] = base_iterate_scale.clone()

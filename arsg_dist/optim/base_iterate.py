@@ -1,0 +1,45 @@
+"""The base iterate θ behind the remote observation point x, recovered from the optimizer's state."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from arsg_dist.optim.hyper import Hyper, bias_correction, compute_dtype
+from arsg_dist.optim.state import local, real, required
+
+
+def base_iterate_point(x: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+    """θ = x + α·η·m/√v̂ (the denominator of the group's preconditioner), element by element.
+
+    The relation of the paper's two-point form: with constant hyper-parameters and a constant denominator θ is
+    exactly the iterate of that form; otherwise the point the next observation would be extrapolated from.
+
+    Args:
+        x: parameters, or any slice of them; complex ones are taken as real.
+        state: `exp_avg`, `exp_avg_sq`, `max_exp_avg_sq`, `step` as far as the preconditioner needs them, for the
+            same elements as `x`.
+        group: the parameter group; `base_iterate_scale` holds α·η of the last step.
+
+    Returns:
+        θ in a new tensor, in the dtype of the arithmetic (float64 for float64 parameters, else float32), of the
+        shape of `x` (with a last dimension of 2 for complex parameters).
+    """
+    hyper = Hyper.of_group(group)
+    dtype = compute_dtype(x.dtype.to_real())
+    scale = group["base_iterate_scale"]
+
+    def moment(name: str) -> Tensor:
+        return real(local(required(state, name))).to(dtype)
+
+    direction = moment("exp_avg")
+    if hyper.preconditioner == "amsgrad":
+        direction = direction / moment("max_exp_avg_sq").clamp(min=hyper.floor(dtype)).sqrt()
+    elif hyper.preconditioner == "adam":
+        t = required(state, "step")
+        v = moment("exp_avg_sq").clamp(min=torch.finfo(dtype).tiny)
+        denominator = (v / bias_correction(hyper.beta2, t)).sqrt() + hyper.eps
+        direction = direction / bias_correction(hyper.beta1, t) / denominator
+    return real(x).to(dtype) + scale * direction

@@ -1,0 +1,154 @@
+"""Per-parameter state: which tensors there are, their dtypes, and keeping those through save and load."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from arsg_dist.optim.hyper import compute_dtype
+
+MOMENTS: Final[dict[str, tuple[str, ...]]] = {
+    "amsgrad": ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
+    "adam": ("exp_avg", "exp_avg_sq"),
+    "none": ("exp_avg",),
+}
+"""Names of the moments each preconditioner keeps."""
+
+_COMPLEX: Final = {torch.float32: torch.complex64, torch.float64: torch.complex128}
+
+
+def needs_step(group: dict[str, Any]) -> bool:
+    """Whether the group's update depends on the number of steps already taken."""
+    return bool(
+        group["preconditioner"] == "adam"
+        or group["lookahead_k"] > 0
+        or group["state_dtype"] == torch.bfloat16
+    )
+
+
+def new_state(param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
+    """The state of a parameter before its first step, all entries at once.
+
+    Moments are zero, in the layout of the parameter. v̂ starts below its floor ε, which every step applies.
+
+    Returns:
+        `exp_avg`, `exp_avg_sq`, `max_exp_avg_sq` as far as the preconditioner needs them, of the parameter's
+        shape, in `moment_dtype`; `slow_param` (copy of the parameter, in its computing dtype) with lookahead;
+        `step` where `needs_step`: a Python int, or with capturable a 0-dim float32 tensor on the parameter's
+        device.
+    """
+    dtype = moment_dtype(param, group["state_dtype"])
+    state: dict[str, Any] = {
+        name: torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+        for name in MOMENTS[group["preconditioner"]]
+    }
+    if needs_step(group):
+        state["step"] = new_step(0, param, group["capturable"])
+    if group["lookahead_k"] > 0:
+        state["slow_param"] = param.detach().to(moment_dtype(param, None), copy=True)
+    return state
+
+
+def required(state: dict[str, Any], name: str) -> Any:
+    """An entry of a parameter's state.
+
+    Raises:
+        RuntimeError: there is state, but not this entry.
+    """
+    try:
+        return state[name]
+    except KeyError:
+        raise RuntimeError(
+            f"optimizer state has {sorted(state)} but no {name!r}: it was made with other settings (preconditioner, "
+            "lookahead_k or state_dtype changed after the first step), or a checkpoint lost it; restart() rebuilds "
+            "a lost max_exp_avg_sq"
+        ) from None
+
+
+def new_step(count: int, param: Tensor, capturable: bool) -> int | Tensor:
+    """A step count as the group wants it."""
+    return torch.full((), count, dtype=torch.float32, device=param.device) if capturable else count
+
+
+def moment_dtype(param: Tensor, state_dtype: torch.dtype | None) -> torch.dtype:
+    """Dtype of a parameter's moments: `state_dtype`, or the dtype the update computes in.
+
+    Raises:
+        ValueError: for bfloat16 moments of a complex parameter, which have no complex counterpart.
+    """
+    dtype = state_dtype if state_dtype is not None else compute_dtype(param.dtype.to_real())
+    if not param.is_complex():
+        return dtype
+    if dtype not in _COMPLEX:
+        raise ValueError(f"state_dtype={dtype} is not available for complex parameters ({param.dtype})")
+    return _COMPLEX[dtype]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor (DTensor), sharing its memory; other tensors as they are."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def real(tensor: Tensor) -> Tensor:
+    """Complex tensors as real ones with a last dimension of 2, sharing memory; others as they are."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+@dataclass(slots=True)
+class TensorLists:
+    """Parallel lists for one call of a `StepFunction`, which documents them."""
+
+    params: list[Tensor] = field(default_factory=list)
+    grads: list[Tensor] = field(default_factory=list)
+    exp_avgs: list[Tensor] = field(default_factory=list)
+    exp_avg_sqs: list[Tensor] = field(default_factory=list)
+    max_exp_avg_sqs: list[Tensor] = field(default_factory=list)
+    steps: list[Any] = field(default_factory=list)
+
+    def append(self, param: Tensor, grad: Tensor, state: dict[str, Any], preconditioner: str) -> None:
+        """Add one parameter."""
+        self.params.append(param)
+        self.grads.append(grad)
+        for moments, name in zip(
+            (self.exp_avgs, self.exp_avg_sqs, self.max_exp_avg_sqs), MOMENTS[preconditioner], strict=False
+        ):
+            moments.append(real(local(required(state, name))))
+        if "step" in state:
+            self.steps.append(state["step"])
+
+
+class _KeepDtype:
+    """Shields a state tensor from torch's load_state_dict, which casts it to the parameter's dtype."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def shield_dtypes(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A copy of an optimizer's state_dict, tensors shared, that `Optimizer.load_state_dict` will not cast."""
+    shielded = {
+        index: {
+            name: _KeepDtype(value) if isinstance(value, Tensor) else value for name, value in entry.items()
+        }
+        if isinstance(entry, dict)
+        else entry
+        for index, entry in state_dict["state"].items()
+    }
+    return {**state_dict, "state": shielded}
+
+
+def restore_loaded(state: dict[str, Any], param: Tensor, group: dict[str, Any]) -> None:
+    """Bring a parameter's loaded state to the parameter's device and the group's dtypes, in place.
+
+    Precision that the source has is kept: float32 moments of a bfloat16 parameter stay float32.
+    """
+    for name, value in state.items():
+        tensor = value.tensor if isinstance(value, _KeepDtype) else value
+        if name == "step":
+            state[name] = new_step(int(tensor), param, group["capturable"])
+        elif isinstance(tensor, Tensor):
+            dtype = moment_dtype(param, group["state_dtype"] if name in MOMENTS["amsgrad"] else None)
+            state[name] = tensor.to(device=param.device, dtype=dtype)
