@@ -46,9 +46,9 @@ class ARSG(Optimizer):
         foreach: multi-tensor kernels. None: as torch's optimizers choose (yes on CUDA, no on CPU).
         fused: one pass over memory per step. None: no.
         capturable: step without synchronising with the device, for CUDA graphs and `torch.compile`.
-        state_dtype: dtype of m, v and v̂: "float32", "bfloat16" (stochastically rounded, computed in float32) or
-            None: float32 for half-precision parameters, else the parameter's dtype. Takes effect where state is
-            created or loaded.
+        state_dtype: dtype of m, v and v̂: "float32", "bfloat16" (stochastically rounded, computed in float32)
+            or None: float32 for half-precision parameters, else the parameter's dtype. Takes effect where
+            state is created or loaded.
         lookahead_k: every k steps slow ← slow + a(x − slow), x ← slow. 0: off.
         lookahead_alpha: a in [0, 1].
 
@@ -94,7 +94,7 @@ class ARSG(Optimizer):
             "state_dtype": state_dtype,
             "lookahead_k": lookahead_k,
             "lookahead_alpha": lookahead_alpha,
-            # Not a setting: α·η of the last step, for base_iterate(); in the group so that it is saved and loaded.
+            # Not a setting: α·η of the last step, for base_iterate(); here so that it is saved and loaded.
             "base_iterate_scale": 0.0,
         }
         defaults.update(validated(defaults))
@@ -118,8 +118,8 @@ class ARSG(Optimizer):
         ):
             self._warned_of_lookahead = True
             warnings.warn(
-                f"lookahead is not recommended with beta1 = {group['betas'][0]} (>= {LOOKAHEAD_BETA1_LIMIT}): the "
-                "momentum built up over many steps is kept while the parameters are pulled back",
+                f"lookahead is not recommended with beta1 = {group['betas'][0]} (from {LOOKAHEAD_BETA1_LIMIT} "
+                "on): the momentum built up over many steps is kept while the parameters are pulled back",
                 stacklevel=2,
             )
 
@@ -166,8 +166,8 @@ class ARSG(Optimizer):
             What the closure returned, or None.
 
         Raises:
-            RuntimeError: for sparse gradients, inside `base_iterate`, or if a parameter's state does not fit its
-                group's preconditioner.
+            RuntimeError: for sparse gradients, inside `base_iterate`, or if a parameter's state does not fit
+                its group's settings.
         """
         self._refuse_at_base_iterate("step")
         self._accelerator_graph_capture_health_check()

@@ -19,20 +19,21 @@ def base_iterate_point(x: Tensor, state: dict[str, Any], group: dict[str, Any]) 
 
     Args:
         x: parameters, or any slice of them; complex ones are taken as real.
-        state: `exp_avg`, `exp_avg_sq`, `max_exp_avg_sq`, `step` as far as the preconditioner needs them, for the
-            same elements as `x`.
+        state: `exp_avg`, `exp_avg_sq`, `max_exp_avg_sq`, `step` as far as the preconditioner needs them, for
+            the same elements as `x`.
         group: the parameter group; `base_iterate_scale` holds α·η of the last step.
 
     Returns:
-        θ in a new tensor, in the dtype of the arithmetic (float64 for float64 parameters, else float32), of the
-        shape of `x` (with a last dimension of 2 for complex parameters).
+        θ in a new tensor, in the dtype of the arithmetic (float64 for float64 parameters, else float32), of
+        the shape of `x` (with a last dimension of 2 for complex parameters).
     """
     hyper = Hyper.of_group(group)
     dtype = compute_dtype(x.dtype.to_real())
-    scale = group["base_iterate_scale"]
+    scale: float | Tensor = group["base_iterate_scale"]
 
     def moment(name: str) -> Tensor:
-        return real(local(required(state, name))).to(dtype)
+        stored: Tensor = required(state, name)
+        return real(local(stored)).to(dtype)
 
     direction = moment("exp_avg")
     if hyper.preconditioner == "amsgrad":

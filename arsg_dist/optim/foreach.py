@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,11 +12,11 @@ from arsg_dist.optim.rounding import EXP_AVG_SLOT, EXP_AVG_SQ_SLOT, MAX_EXP_AVG_
 
 
 def foreach_step(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    max_exp_avg_sqs: Sequence[Tensor],
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    max_exp_avg_sqs: list[Tensor],
     steps: Steps,
     *,
     hyper: Hyper,
@@ -55,28 +55,28 @@ def foreach_step(
     if hyper.preconditioner == "amsgrad":
         torch._foreach_maximum_(v_hats, vs)
         torch._foreach_maximum_(v_hats, hyper.floor(dtype))
-        _move(xs, _numerators(ms, gs, mu), torch._foreach_sqrt(v_hats), alpha)
+        _move(xs, _numerators(ms, gs, mu), list(torch._foreach_sqrt(v_hats)), alpha)
     elif hyper.preconditioner == "adam":
-        corrections1 = [bias_correction(beta1, t) for t in steps]
-        corrections2 = [bias_correction(beta2, t) for t in steps]
-        denominators = torch._foreach_maximum(vs, torch.finfo(dtype).tiny)
+        corrections1: list[Any] = [bias_correction(beta1, t) for t in steps]
+        corrections2: list[Any] = [bias_correction(beta2, t) for t in steps]
+        denominators = list(torch._foreach_maximum(vs, torch.finfo(dtype).tiny))
         torch._foreach_div_(denominators, corrections2)
         torch._foreach_sqrt_(denominators)
         torch._foreach_add_(denominators, eps)
-        _move(xs, _numerators(torch._foreach_div(ms, corrections1), gs, mu), denominators, alpha)
+        _move(xs, _numerators(list(torch._foreach_div(ms, corrections1)), gs, mu), denominators, alpha)
     else:
         _move(xs, _numerators(ms, gs, mu), None, alpha)
 
     if xs[0] is not params[0]:
-        torch._foreach_copy_(list(params), xs)
+        torch._foreach_copy_(params, xs)
     _store(exp_avgs, ms, steps, EXP_AVG_SLOT)
     _store(exp_avg_sqs, vs, steps, EXP_AVG_SQ_SLOT)
     _store(max_exp_avg_sqs, v_hats, steps, MAX_EXP_AVG_SQ_SLOT)
 
 
-def _numerators(ms: Sequence[Tensor], gs: Sequence[Tensor], mu: float | Tensor) -> Sequence[Tensor]:
+def _numerators(ms: list[Tensor], gs: list[Tensor], mu: float | Tensor) -> list[Tensor]:
     """(1 − μ)m + μg, in new tensors."""
-    numerators = torch._foreach_mul(ms, 1 - mu)
+    numerators = list(torch._foreach_mul(ms, 1 - mu))
     if isinstance(mu, Tensor):
         torch._foreach_add_(numerators, torch._foreach_mul(gs, mu))
     elif mu != 0:
@@ -85,9 +85,9 @@ def _numerators(ms: Sequence[Tensor], gs: Sequence[Tensor], mu: float | Tensor) 
 
 
 def _move(
-    xs: Sequence[Tensor],
-    numerators: Sequence[Tensor],
-    denominators: Sequence[Tensor] | None,
+    xs: list[Tensor],
+    numerators: list[Tensor],
+    denominators: list[Tensor] | None,
     alpha: float | Tensor,
 ) -> None:
     """x ← x − α · numerator / denominator."""
@@ -102,7 +102,7 @@ def _move(
         torch._foreach_add_(xs, numerators, alpha=-alpha)
 
 
-def _converted(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+def _converted(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """The tensors themselves where they have `dtype` already, else converted copies."""
     return [tensor.to(dtype) for tensor in tensors]
 
@@ -112,7 +112,7 @@ def _on_device(value: float | Tensor, like: Tensor) -> float | Tensor:
     return value.to(like.device, non_blocking=True) if isinstance(value, Tensor) else value
 
 
-def _store(targets: Sequence[Tensor], values: Sequence[Tensor], steps: Steps, slot: int) -> None:
+def _store(targets: list[Tensor], values: list[Tensor], steps: Steps, slot: int) -> None:
     """Write moments back where they were converted."""
     for i, (target, value) in enumerate(zip(targets, values, strict=True)):
         if value is not target:

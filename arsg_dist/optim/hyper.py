@@ -20,8 +20,8 @@ Steps = Sequence[int] | Sequence[Tensor]
 class Hyper:
     """Settings of one group for one step; validated by the optimizer, never changed.
 
-    `lr` and `mu` are Python floats unless the group is capturable or the step is being compiled; then each may
-    be a 0-dim floating-point tensor that must not be read on the host. All other numbers are Python floats.
+    `lr` and `mu` are Python floats unless the group is capturable or the step is being compiled; then each
+    may be a 0-dim floating-point tensor that must not be read on the host. All other numbers are floats.
 
     Attributes:
         lr: learning rate α ≥ 0.
@@ -68,8 +68,8 @@ class Hyper:
     def floor(self, dtype: torch.dtype) -> float:
         """Smallest value v̂ may take: ε, but never below the smallest normal number of the computing `dtype`.
 
-        So ε = 0 with a zero gradient, a gradient whose square underflows, and padding reloaded as 0 all divide
-        by something positive.
+        So ε = 0 with a zero gradient, a gradient whose square underflows, and padding reloaded as 0 all
+        divide by something positive.
         """
         return max(self.eps, torch.finfo(dtype).tiny)
 
@@ -88,9 +88,9 @@ class StepFunction(Protocol):
 
     Within one call all tensors are real floating-point, on one device; the parameters share one dtype, the
     gradients share one, and all moments share one. Shapes and strides are arbitrary (scalars and zero-size
-    tensors included); the four or five tensors of one parameter have one shape. Arithmetic is done in
-    `compute_dtype(parameter dtype)`; moments in bfloat16 are stored by `rounding.round_stochastically`, so the
-    result is a function of the arguments alone.
+    tensors included); the tensors of one parameter have one shape. Arithmetic is done in
+    `compute_dtype(parameter dtype)`; moments in bfloat16 are stored by `rounding.round_stochastically`, so
+    the result is a function of the arguments alone.
 
     Args:
         params: x, changed in place.
@@ -105,15 +105,17 @@ class StepFunction(Protocol):
 
     def __call__(
         self,
-        params: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        exp_avgs: Sequence[Tensor],
-        exp_avg_sqs: Sequence[Tensor],
-        max_exp_avg_sqs: Sequence[Tensor],
+        params: list[Tensor],
+        grads: list[Tensor],
+        exp_avgs: list[Tensor],
+        exp_avg_sqs: list[Tensor],
+        max_exp_avg_sqs: list[Tensor],
         steps: Steps,
         *,
         hyper: Hyper,
-    ) -> None: ...
+    ) -> None:
+        """Update the parameters and moments."""
+        ...
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -47,7 +45,8 @@ def arsg_update(
         v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
 
     if hyper.preconditioner == "amsgrad":
-        assert v is not None and v_hat is not None
+        assert v is not None
+        assert v_hat is not None
         torch.maximum(v_hat, v, out=v_hat).clamp_(min=hyper.floor(x.dtype))
         x.sub_(((1 - mu) * m).add_(mu * g).div_(v_hat.sqrt()).mul_(alpha))
     elif hyper.preconditioner == "adam":
@@ -59,11 +58,11 @@ def arsg_update(
 
 
 def reference_step(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    max_exp_avg_sqs: Sequence[Tensor],
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    max_exp_avg_sqs: list[Tensor],
     steps: Steps,
     *,
     hyper: Hyper,

@@ -1,21 +1,21 @@
 """Stochastic rounding of float32 moments to bfloat16, as a pure function of step, element and moment.
 
-bfloat16 keeps 8 significant bits. With β1 = 0.999 a step moves m by about a thousandth of itself, less than half
-the spacing of bfloat16 numbers, so rounding to nearest would leave m where it is for ever (v likewise, with
-β2 = 0.99). Rounding up or down with the right probability keeps the expected value exact.
+bfloat16 keeps 8 significant bits. With β1 = 0.999 a step moves m by about a thousandth of its distance to the
+gradient, often less than half the spacing of bfloat16 numbers, so rounding to nearest leaves m where it is (v
+and v̂ likewise). Rounding up or down with the right probability keeps the expected value exact.
 
 The random bits come from a counter-based integer hash and not from a generator: replicas of a parameter on
-different ranks must make identical updates, a resumed run must repeat itself, and the user's random state must not
-be touched. The hash, in 32-bit unsigned arithmetic that wraps around:
+different ranks must make identical updates, a resumed run must repeat itself, and the user's random state
+must not be touched. The hash, in 32-bit unsigned arithmetic that wraps around:
 
     h = index * 0x9E3779B1 + step * 0x85EBCA77 + slot * 0xC2B2AE3D
     h ^= h >> 16;  h *= 0x7FEB352D;  h ^= h >> 15;  h *= 0x846CA68B;  h ^= h >> 16
     addend = h >> 16                                       (16 random bits)
-    bfloat16 bits = (float32 bits + addend) >> 16          (finite values; inf and NaN are converted as they are)
+    bfloat16 bits = (float32 bits + addend) >> 16          (finite values; inf and NaN are kept)
 
-`index` is the element's position in memory counted from the tensor's first element, Σ index_k · stride_k; for a
-contiguous tensor that is the row-major index, and for any dense layout (channels_last) the position in one linear
-pass over memory. `step` is the update's number t ≥ 1, and `slot` says which moment is stored.
+`index` is the element's position in memory counted from the stored moment's first element, the sum of
+index_k·stride_k: for a contiguous tensor the row-major index, for any dense layout (channels_last) the position
+in one linear pass over memory. `step` is the update's number t ≥ 1; `slot` says which moment is stored.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def round_stochastically(value: Tensor, index: Tensor, step: int | Tensor, slot:
         slot: which moment.
 
     Returns:
-        A bfloat16 tensor of the same shape. A finite value may become infinite only above the largest bfloat16.
+        A bfloat16 tensor of the same shape. Finite values above the largest bfloat16 may become infinite.
     """
     bits = value.view(torch.int32) + random_bits(index, step, slot)
     rounded = (bits & -0x10000).view(torch.float32)
@@ -84,7 +84,7 @@ def random_bits(index: Tensor, step: int | Tensor, slot: int) -> Tensor:
 
 
 def memory_index(tensor: Tensor) -> Tensor:
-    """Position in memory of every element, counted from the first, modulo 2³², as int32 of `tensor`'s shape."""
+    """Position in memory of every element, counted from the first: int32 (modulo 2³²), `tensor`'s shape."""
     if tensor.numel() == 0:
         return torch.empty(tensor.shape, dtype=torch.int32, device=tensor.device)
     extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))

@@ -13,7 +13,7 @@ from arsg_dist.optim.hyper import PRECONDITIONERS
 
 STATE_DTYPES: Final[dict[str, torch.dtype]] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-# A β1 this close to 1 averages over so many steps that lookahead's pull back every few steps mostly cancels it.
+# A β1 this close to 1 averages over so many steps that lookahead's pulling back mostly cancels the momentum.
 LOOKAHEAD_BETA1_LIMIT: Final = 0.99
 
 

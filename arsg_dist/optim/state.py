@@ -62,9 +62,9 @@ def required(state: dict[str, Any], name: str) -> Any:
         return state[name]
     except KeyError:
         raise RuntimeError(
-            f"optimizer state has {sorted(state)} but no {name!r}: it was made with other settings (preconditioner, "
-            "lookahead_k or state_dtype changed after the first step), or a checkpoint lost it; restart() rebuilds "
-            "a lost max_exp_avg_sq"
+            f"optimizer state has {sorted(state)} but no {name!r}: it was made with other settings "
+            "(preconditioner, lookahead_k or state_dtype changed after the first step), or a checkpoint lost "
+            "it; restart() rebuilds a lost max_exp_avg_sq"
         ) from None
 
 
