@@ -6,17 +6,17 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, overload
+from typing import Any, Self, overload
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import Optimizer, ParamsT, _default_to_fused_or_foreach
+from torch.optim.optimizer import Optimizer, ParamsT
 
+from arsg_dist.optim import convert
 from arsg_dist.optim.base_iterate import base_iterate_point
-from arsg_dist.optim.foreach import foreach_step
-from arsg_dist.optim.hyper import Hyper, Preconditioner, StepFunction, compute_dtype
+from arsg_dist.optim.dispatch import step_function
+from arsg_dist.optim.hyper import Hyper, Preconditioner, compute_dtype
 from arsg_dist.optim.lookahead import lookahead_
-from arsg_dist.optim.reference import reference_step
 from arsg_dist.optim.settings import LOOKAHEAD_BETA1_LIMIT, validated
 from arsg_dist.optim.state import TensorLists, local, new_state, real, required, restore_loaded, shield_dtypes
 
@@ -118,8 +118,8 @@ class ARSG(Optimizer):
         ):
             self._warned_of_lookahead = True
             warnings.warn(
-                f"lookahead is not recommended with beta1 = {group['betas'][0]} (from {LOOKAHEAD_BETA1_LIMIT} "
-                "on): the momentum built up over many steps is kept while the parameters are pulled back",
+                f"lookahead is not recommended with beta1 = {group['betas'][0]} >= {LOOKAHEAD_BETA1_LIMIT}: "
+                "the momentum built up over many steps is kept while the parameters are pulled back",
                 stacklevel=2,
             )
 
@@ -222,6 +222,71 @@ class ARSG(Optimizer):
                 )
         _record(group, hyper.lr * hyper.observation_distance)
 
+    @classmethod
+    def from_adam(cls, optimizer: Optimizer, *, keep_state: bool = True, **settings: Any) -> Self:
+        """An ARSG for the parameters, settings and state of torch's Adam, AdamW or NAdam.
+
+        | of Adam | of ARSG |
+        |---|---|
+        | amsgrad=False | preconditioner="adam", same eps: with mu=0 the very same rule |
+        | amsgrad=True | preconditioner="amsgrad", eps squared (a floor inside the root), no correction |
+        | lr, betas, weight_decay (decoupled or not), maximize, capturable, foreach, fused | the same |
+        | NAdam | preconditioner="adam", mu = 1 − β1, its limit for many steps |
+        | not NAdam | mu = 0.1, the default; give mu=0 to go on as before |
+
+        Args:
+            optimizer: the source; it is left as it is.
+            keep_state: copy the moments and step counts, else start afresh. They are transferred
+                bias-corrected where the preconditioner applies no correction; v̂ starts at v where the source
+                keeps no maximum.
+            settings: ARSG's settings that override the mapping in every group, e.g. `mu`, `preconditioner`.
+
+        Raises:
+            TypeError: another kind of optimizer.
+            ValueError: differentiable=True.
+        """
+        nesterov = convert.is_nesterov(optimizer)
+        groups = convert.converted_groups(
+            optimizer, lambda group: convert.adam_group(group, nesterov=nesterov), settings
+        )
+        return cls._converted(optimizer, groups, convert.adam_state if keep_state else None)
+
+    @classmethod
+    def from_qhm(cls, optimizer: Optimizer, *, keep_state: bool = True, **settings: Any) -> Self:
+        """An RSG (preconditioner "none") for the parameters, settings and state of a `qhoptim.pyt.QHM`.
+
+        lr is the same, β1 = momentum, μ = 1 − ν; weight_decay_type "grad" is the coupled, "direct" the
+        decoupled weight decay. It is the same method: the trajectory goes on unchanged.
+
+        Args:
+            optimizer: the source; it is left as it is.
+            keep_state: copy the momentum buffer, else start afresh.
+            settings: ARSG's settings that override the mapping in every group.
+
+        Raises:
+            TypeError: another kind of optimizer.
+            ValueError: ν = 0 (plain SGD), or state kept for another preconditioner.
+        """
+        groups = convert.converted_groups(optimizer, convert.qhm_group, settings)
+        return cls._converted(optimizer, groups, convert.qhm_state if keep_state else None)
+
+    @classmethod
+    def _converted(
+        cls,
+        optimizer: Optimizer,
+        groups: list[dict[str, Any]],
+        convert_state: Callable[..., dict[str, Any]] | None,
+    ) -> Self:
+        converted = cls(groups)
+        if convert_state is not None:
+            for source, group in zip(optimizer.param_groups, converted.param_groups, strict=True):
+                for param in group["params"]:
+                    if optimizer.state.get(param):
+                        state = converted.state[param]
+                        state.update(new_state(param, group))
+                        convert.fill_state(state, convert_state(optimizer.state[param], source, group))
+        return converted
+
     @torch.no_grad()
     def restart(self) -> None:
         """Forget the maximum: v̂ ← max(v, ε), for every parameter with state and preconditioner "amsgrad".
@@ -286,24 +351,6 @@ _CLASS_DEFAULTS = {
     "base_iterate_scale": 0.0,
 }
 """What groups saved before a setting existed are taken to mean."""
-
-
-def step_function(group: dict[str, Any], params: list[Tensor]) -> StepFunction:
-    """The implementation for a group's tensors, chosen as torch's optimizers do.
-
-    `fused` only on request; else `foreach` if asked for, or if neither was set and torch would use it (plain
-    tensors on an accelerator) and no hyper-parameter is a tensor that has to be read on the host.
-    """
-    if group["fused"]:
-        from arsg_dist.optim.fused import fused_step
-
-        return fused_step
-    foreach = group["foreach"]
-    if foreach is None and group["fused"] is None:
-        _, foreach = _default_to_fused_or_foreach(params, differentiable=False, use_fused=False)
-        if not group["capturable"] and any(isinstance(group[name], Tensor) for name in ("lr", "mu")):
-            foreach = False
-    return foreach_step if foreach else reference_step
 
 
 def _record(group: dict[str, Any], base_iterate_scale: float | Tensor) -> None:

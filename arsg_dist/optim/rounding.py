@@ -14,8 +14,8 @@ must not be touched. The hash, in 32-bit unsigned arithmetic that wraps around:
     bfloat16 bits = (float32 bits + addend) >> 16          (finite values; inf and NaN are kept)
 
 `index` is the element's position in memory counted from the stored moment's first element, the sum of
-index_k·stride_k: for a contiguous tensor the row-major index, for any dense layout (channels_last) the position
-in one linear pass over memory. `step` is the update's number t ≥ 1; `slot` says which moment is stored.
+index_k·stride_k: for a contiguous tensor the row-major index, for any dense layout (channels_last) the
+position in one linear pass over memory. `step` is the update's number t ≥ 1, `slot` says which moment it is.
 """
 
 from __future__ import annotations
