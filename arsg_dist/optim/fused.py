@@ -1,0 +1,186 @@
+"""The ARSG update in one pass over memory: a C++ kernel on CPU, compiled multi-tensor code on accelerators.
+
+CPU tensors go to `torch.ops.arsg_dist.step_` (csrc/fused_cpu.cpp), which is built when the package is installed.
+Tensors elsewhere go to `foreach_step` compiled by `torch.compile`, so that there the rule has no second definition.
+Where either is missing the update is made by `foreach_step`, and one warning per process says what to do.
+"""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from arsg_dist.optim.foreach import foreach_step
+from arsg_dist.optim.hyper import PRECONDITIONERS, Hyper, Steps
+from arsg_dist.optim.reference import reference_step
+
+# One entry per combination of settings and tensor shapes: parameter groups, and ZeRO-3's sub-groups.
+_RECOMPILE_LIMIT = 64
+
+_compiling_failed = False
+
+
+def fused_step(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    max_exp_avg_sqs: Sequence[Tensor],
+    steps: Steps,
+    *,
+    hyper: Hyper,
+) -> None:
+    """See `StepFunction` for the arguments and `reference.arsg_update` for the rule.
+
+    On CPU no temporary tensors are made, and the result depends neither on the number of threads nor on the
+    CPU's instruction set. Parameters with gaps or overlaps in memory, or whose gradient or moments are laid out
+    otherwise, are left to the reference implementation. Inside `torch.compile` the multi-tensor definition is
+    traced instead, which the compiler fuses.
+    """
+    if not params:
+        return
+    moments = (exp_avgs, exp_avg_sqs, max_exp_avg_sqs)
+    if torch.compiler.is_compiling():
+        foreach_step(params, grads, *moments, steps, hyper=hyper)
+    elif params[0].is_cpu:
+        _cpu_step(params, grads, *moments, steps, hyper=hyper)
+    else:
+        compiled_step(params, grads, *moments, steps, hyper=hyper)
+
+
+def _cpu_step(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    max_exp_avg_sqs: Sequence[Tensor],
+    steps: Steps,
+    *,
+    hyper: Hyper,
+) -> None:
+    kernel = cpu_kernel()
+    if kernel is None or grads[0].dtype != params[0].dtype:
+        foreach_step(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, hyper=hyper)
+        return
+    needs_steps = hyper.preconditioner == "adam" or exp_avgs[0].dtype == torch.bfloat16
+    lr = float(hyper.lr)
+    left = kernel(
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        max_exp_avg_sqs,
+        [int(step) for step in steps] if needs_steps else [],
+        preconditioner=PRECONDITIONERS.index(hyper.preconditioner),
+        lr=lr,
+        beta1=hyper.beta1,
+        beta2=hyper.beta2,
+        mu=float(hyper.mu),
+        eps=hyper.eps,
+        coupled_decay=0.0 if hyper.decoupled_weight_decay else hyper.weight_decay,
+        decoupled_decay=hyper.weight_decay if hyper.decoupled_weight_decay else 0.0,
+        maximize=hyper.maximize,
+    )
+    if left:
+        lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs)
+        left_lists = [[tensors[i] for i in left] if tensors else [] for tensors in lists]
+        left_steps = cast(Steps, [steps[i] for i in left] if steps else [])
+        reference_step(*left_lists, left_steps, hyper=hyper)
+
+
+@cache
+def cpu_kernel() -> Callable[..., list[int]] | None:
+    """The C++ kernel, or None with a warning (the first time) where the package was installed without it."""
+    try:
+        importlib.import_module("arsg_dist._C")
+        return cast(Callable[..., list[int]], torch.ops.arsg_dist.step_.default)
+    except (ImportError, AttributeError) as error:
+        warnings.warn(
+            f"ARSG(fused=True) runs as foreach=True on CPU, several times slower: the compiled kernel is missing "
+            f"({error}). Reinstall arsg-dist where torch {torch.__version__} and a C++20 compiler (gcc 12 or "
+            "newer is best) are available: pip install --no-build-isolation --force-reinstall --no-deps ...",
+            stacklevel=2,
+        )
+        return None
+
+
+def compiled_step(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    max_exp_avg_sqs: Sequence[Tensor],
+    steps: Steps,
+    *,
+    hyper: Hyper,
+) -> None:
+    """`foreach_step` compiled by `torch.compile`; what `fused_step` does for tensors on accelerators.
+
+    What changes between steps (α, μ, t) is handed over as tensors, so only a change of other settings, of shapes
+    or of dtypes compiles anew. Nothing here synchronises with the device.
+    """
+    global _compiling_failed
+    lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs)
+    if _compiling_failed:
+        foreach_step(*lists, steps, hyper=hyper)
+        return
+    device = params[0].device
+    needs_steps = hyper.preconditioner == "adam" or exp_avgs[0].dtype == torch.bfloat16
+    settings = {name: getattr(hyper, name) for name in hyper.__slots__ if name not in ("lr", "mu")}
+    try:
+        _compiled(
+            *(list(tensors) for tensors in lists),
+            _counters(steps, device) if needs_steps else None,
+            _on_device(hyper.lr, device),
+            _on_device(hyper.mu, device),
+            settings,
+        )
+    except Exception as error:
+        # Compiling comes before any tensor is touched, so the step can still be made another way.
+        _compiling_failed = True
+        warnings.warn(
+            f"ARSG(fused=True) runs as foreach=True on {device.type}, several passes over memory instead of one: "
+            f"torch.compile failed ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}). "
+            "It needs Triton and a C compiler on the compute nodes; set TORCH_LOGS=dynamo for the whole story.",
+            stacklevel=2,
+        )
+        foreach_step(*lists, steps, hyper=hyper)
+
+
+def _update(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    max_exp_avg_sqs: list[Tensor],
+    counters: Tensor | None,
+    lr: Tensor,
+    mu: Tensor,
+    settings: dict[str, Any],
+) -> None:
+    hyper = Hyper(lr=lr, mu=mu, **settings)
+    steps = [] if counters is None else list(counters.unbind())
+    foreach_step(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, hyper=hyper)
+
+
+_compiled = torch.compile(_update, fullgraph=True, dynamic=False, recompile_limit=_RECOMPILE_LIMIT)
+
+
+def _counters(steps: Steps, device: torch.device) -> Tensor:
+    """t of every parameter on the device, in float64: βᵗ needs it, and it holds every count exactly."""
+    if isinstance(steps[0], Tensor):
+        return torch.stack(cast(list[Tensor], list(steps))).double()
+    return torch.tensor(steps, dtype=torch.float64).to(device, non_blocking=True)
+
+
+def _on_device(value: float | Tensor, device: torch.device) -> Tensor:
+    """A 0-dim float64 tensor on the device."""
+    if isinstance(value, Tensor):
+        return value.to(device=device, dtype=torch.float64, non_blocking=True)
+    return torch.full((), value, dtype=torch.float64, device=device)
