@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Adam, NAdam, Optimizer
 
 from arsg_dist.optim.hyper import bias_correction
+from arsg_dist.optim.state import MOMENTS
 
 Settings = dict[str, Any]
 
@@ -49,9 +50,7 @@ def adam_state(state: Settings, source: Settings, target: Settings) -> Settings:
     that a young state does not shrink the next steps.
     """
     step = int(state["step"])
-    moments: Settings = {
-        name: state[name] for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq") if name in state
-    }
+    moments: Settings = {name: state[name] for name in MOMENTS["amsgrad"] if name in state}
     if target["preconditioner"] != "adam" and step > 0:
         beta1, beta2 = (float(beta) for beta in source["betas"])
         corrections = {"exp_avg": bias_correction(beta1, step)}
