@@ -10,7 +10,7 @@ from arsg_dist.optim.group_scheduler import GroupScheduler, torch_optimizer
 
 
 class Beta1Warmup(GroupScheduler):
-    """Raises β1 from `start` to each group's configured value; its horizon 1/(1−β1) grows linearly with the steps.
+    """Raises β1 from `start` to each group's configured value, its horizon 1/(1−β1) growing linearly.
 
     Without bias correction m = 0 takes about 1/(1−β1) steps to fill: 1,000 for β1 = 0.999, in which little
     more than μ·g moves the parameters. With β1 = 0.9 at first it fills in 10 steps, and a horizon that grows

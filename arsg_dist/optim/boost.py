@@ -23,7 +23,7 @@ _BASE_LRS_IN_SCHEDULER = ("base_lrs", "max_lrs")
 
 
 class ObservationBoost(GroupScheduler):
-    """Multiplies μ by `factor` and lr by `theory.boost_ratio` at milestones or when the training loss flattens.
+    """Multiplies μ by `factor` and lr by `theory.boost_ratio`, at milestones or when the loss flattens.
 
     The paper's ARSGB: start with μ = 0.05 (and 1 to 5 times the lr that suits μ = 0.1), boost once. A boost
     sets, in each parameter group and with that group's β1 and μ, ``lr ← lr·τ_cb+(β1, μ·factor)/τ_cb+(β1, μ)``
@@ -56,9 +56,9 @@ class ObservationBoost(GroupScheduler):
         rescale: other schedulers of this optimizer whose base learning rates to scale along; containers
             (`SequentialLR`, `ChainedScheduler`) stand for their members.
         reduce: with `plateau`, a function that sums or averages a float64 CPU tensor [sum of losses, number
-            of losses] over the ranks and returns the result, e.g. ``lambda t: hvd.allreduce(t,
-            name="loss")``. Default: all_reduce on torch.distributed's default group if that is initialised,
-            else no reduction.
+            of losses] over the ranks and returns the result, e.g.
+            ``lambda t: hvd.allreduce(t, name="loss")``. Default: all_reduce on torch.distributed's default
+            group if that is initialised, else no reduction.
 
     Raises:
         ValueError: neither or both of milestones and plateau; a setting that belongs to the other mode; a
@@ -212,8 +212,8 @@ class ObservationBoost(GroupScheduler):
         if any(0.9 < rise < 1.1 for rise in rises):
             self._last_ratios = None  # once
             warnings.warn(
-                "the learning rate rose back to what it was before the observation boost: another scheduler seems "
-                "to compute it from its base value; name that scheduler in ObservationBoost(rescale=[...])",
+                "the learning rate rose back to what it was before the observation boost: another scheduler "
+                "seems to compute it from its base value; name that scheduler in ObservationBoost(rescale=[...])",
                 stacklevel=5,
             )
 

@@ -9,27 +9,26 @@ from torch import Tensor
 
 
 class LossPlateau:
-    """Detects that a smoothed loss has stopped to fall; a pure function of the sequence of losses it is
-    shown.
+    """Detects that a smoothed loss has stopped falling, from nothing but the losses it is shown.
 
     The loss is smoothed by an exponential moving average (bias-corrected, so that the first values count
     fully). An observation is an improvement if the average is below the best so far by more than `threshold`
     relative to it. After more than `patience` observations in a row without one, `observe` says True.
 
     Args:
-        smoothing: weight of the past in the average, in [0, 1); 0 takes each loss as it is. Default 0.9:
-        about ten
-            observations.
+        smoothing: weight of the past in the average, in [0, 1); 0 takes each loss as it is. Default 0.5, meant
+            for one observation an epoch; for one an iteration 0.99 and a patience of some hundreds.
         threshold: smallest relative improvement that counts, in [0, 1). Default 0.01.
         patience: observations without improvement that are tolerated, ≥ 0. Default 2.
-        cooldown: observations after a True that are averaged but not judged, ≥ 0. Default 0.
+        cooldown: observations after a True in which a lack of improvement is not counted, ≥ 0.
+            Default 0.
 
     Raises:
         ValueError: an argument is outside its domain.
     """
 
     def __init__(
-        self, smoothing: float = 0.9, *, threshold: float = 0.01, patience: int = 2, cooldown: int = 0
+        self, smoothing: float = 0.5, *, threshold: float = 0.01, patience: int = 2, cooldown: int = 0
     ) -> None:
         for name, value in (("smoothing", smoothing), ("threshold", threshold)):
             if not 0.0 <= value < 1.0:
