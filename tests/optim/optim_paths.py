@@ -28,8 +28,8 @@ FOREACH_CAPTURABLE = Path("foreach-capturable", {"foreach": True, "capturable": 
 
 def fused_missing() -> str | None:
     """Why the fused path cannot run here, or None."""
-    if importlib.util.find_spec("arsg_dist.optim.fused") is None:
-        return "arsg_dist.optim.fused is not there"
+    if importlib.util.find_spec("arsg_dist._C") is None:
+        return "the compiled kernel arsg_dist._C is not built"
     return None
 
 
