@@ -213,7 +213,7 @@ class ObservationBoost(GroupScheduler):
             self._last_ratios = None  # once
             warnings.warn(
                 "the learning rate rose back to what it was before the observation boost: another scheduler "
-                "seems to compute it from its base value; name that scheduler in ObservationBoost(rescale=[...])",
+                "seems to compute it from its base value; name that one in ObservationBoost(rescale=[...])",
                 stacklevel=5,
             )
 

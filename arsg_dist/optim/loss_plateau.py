@@ -16,8 +16,8 @@ class LossPlateau:
     relative to it. After more than `patience` observations in a row without one, `observe` says True.
 
     Args:
-        smoothing: weight of the past in the average, in [0, 1); 0 takes each loss as it is. Default 0.5, meant
-            for one observation an epoch; for one an iteration 0.99 and a patience of some hundreds.
+        smoothing: weight of the past in the average, in [0, 1); 0 takes each loss as it is. Default 0.5,
+            meant for one observation an epoch; for one an iteration 0.99 and a patience of some hundreds.
         threshold: smallest relative improvement that counts, in [0, 1). Default 0.01.
         patience: observations without improvement that are tolerated, ≥ 0. Default 2.
         cooldown: observations after a True in which a lack of improvement is not counted, ≥ 0.

@@ -36,8 +36,8 @@ def test_the_average_is_bias_corrected() -> None:
 
 def test_smoothing_rides_out_noise() -> None:
     """Catches smoothing that has no effect: noise around a falling mean must not look flat."""
-    noisy = [0.97**i * (1.3 if i % 3 == 0 else 0.85) for i in range(60)]
-    assert first_flat(LossPlateau(0.0, patience=1), noisy) is not None
+    noisy = [0.95**i * (0.7 if i % 4 == 3 else 1.1) for i in range(60)]
+    assert first_flat(LossPlateau(0.0, patience=2), noisy) is not None
     assert first_flat(LossPlateau(0.9, patience=2), noisy) is None
 
 
