@@ -1,0 +1,150 @@
+"""ARSG.from_adam and ARSG.from_qhm."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import qhoptim.pyt
+import torch
+from optim_paths import assert_close, gradients, parameters, run
+
+from arsg_dist import ARSG
+
+SHAPES = [(5,), (2, 3)]
+
+
+def continued(make_source, make_ours, relative: float, steps_before: int = 20) -> None:
+    """Train with the source, convert, and train copies with both: the ways must agree to `relative`."""
+    params = parameters(SHAPES)
+    source = make_source(params)
+    grads = gradients(SHAPES, steps_before + 20)
+    run(source, params, grads[:steps_before])
+    start = [x.detach().clone() for x in params]
+    ours = make_ours(source)
+    run(ours, params, grads[steps_before:])
+    arrived = [x.detach().clone() for x in params]
+    with torch.no_grad():
+        for x, x0 in zip(params, start, strict=True):
+            x.copy_(x0)
+    run(source, params, grads[steps_before:])
+    for x, y, x0 in zip(params, arrived, start, strict=True):
+        assert_close(y - x0, x.detach() - x0, relative)
+
+
+@pytest.mark.parametrize("source", [torch.optim.Adam, torch.optim.AdamW])
+def test_adam_with_mu_zero_goes_on_exactly(source) -> None:
+    """Catches a lost step count, moment, weight decay kind or ε."""
+    continued(
+        lambda params: source(
+            [{"params": params[:1], "lr": 0.1}, {"params": params[1:], "weight_decay": 0.3}], eps=0.1
+        ),
+        lambda adam: ARSG.from_adam(adam, mu=0.0),
+        1e-12,
+    )
+
+
+def test_amsgrad_with_mu_zero_goes_on_nearly() -> None:
+    """Catches moments transferred uncorrected: after 60 steps the way is off by 40 %, corrected by 3 %.
+
+    Not exact: the correction is applied once instead of at every step, and ε is a floor instead of a summand.
+    """
+    continued(
+        lambda params: torch.optim.Adam(params, lr=0.1, amsgrad=True, betas=(0.9, 0.99)),
+        lambda adam: ARSG.from_adam(adam, mu=0.0),
+        0.05,
+        steps_before=60,
+    )
+
+
+def test_nadam_goes_on_once_its_schedule_has_faded() -> None:
+    """Catches μ ≠ 1 − β1: NAdam's limit is Nesterov's point."""
+    continued(
+        lambda params: torch.optim.NAdam(params, lr=0.1, momentum_decay=10.0),
+        ARSG.from_adam,
+        1e-6,
+        steps_before=300,
+    )
+
+
+def test_settings_of_adam_are_mapped() -> None:
+    """Catches a setting dropped on the way."""
+    params = parameters([(2,), (2,)])
+    adam = torch.optim.AdamW(
+        [{"params": [("a", params[0])], "lr": 0.3, "amsgrad": True}, {"params": [("b", params[1])]}],
+        eps=1e-4,
+        betas=(0.8, 0.9),
+        weight_decay=0.2,
+        maximize=True,
+        foreach=True,
+    )
+    torch.optim.lr_scheduler.ConstantLR(adam, factor=0.5)
+    first, second = ARSG.from_adam(adam).param_groups
+    assert (first["preconditioner"], second["preconditioner"]) == ("amsgrad", "adam")
+    assert first["eps"] == pytest.approx(1e-8)
+    assert second["eps"] == 1e-4
+    assert (first["lr"], first["initial_lr"], first["param_names"]) == (0.15, 0.3, ["a"])
+    assert second["betas"] == (0.8, 0.9)
+    assert second["mu"] == 0.1
+    assert second["decoupled_weight_decay"] is second["maximize"] is second["foreach"] is True
+    assert second["weight_decay"] == 0.2
+    overridden = ARSG.from_adam(adam, preconditioner="amsgrad", eps=1e-3, mu=0.2).param_groups[1]
+    assert (overridden["preconditioner"], overridden["eps"], overridden["mu"]) == ("amsgrad", 1e-3, 0.2)
+
+
+@pytest.mark.parametrize("preconditioner", ["amsgrad", "adam", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_state_of_adam_fits_every_preconditioner(preconditioner: str, dtype: torch.dtype) -> None:
+    """Catches missing keys, a wrong dtype, or tensors shared with the source."""
+    params = parameters(SHAPES, dtype=dtype)
+    adam = torch.optim.Adam(params)
+    run(adam, params, gradients(SHAPES, 3, dtype=dtype))
+    before = [adam.state[x]["exp_avg"].clone() for x in params]
+    ours = ARSG.from_adam(adam, preconditioner=preconditioner, lookahead_k=3, betas=(0.9, 0.99))
+    assert all(ours.state[x]["step"] == 3 and type(ours.state[x]["step"]) is int for x in params)
+    assert all(ours.state[x]["exp_avg"].dtype == torch.float32 for x in params)
+    run(ours, params, gradients(SHAPES, 3, dtype=dtype))
+    assert all(torch.equal(adam.state[x]["exp_avg"], m) for x, m in zip(params, before, strict=True))
+
+
+def test_without_keep_state_training_starts_afresh() -> None:
+    """Catches keep_state ignored."""
+    params = parameters(SHAPES)
+    adam = torch.optim.Adam(params)
+    run(adam, params, gradients(SHAPES, 3))
+    assert len(ARSG.from_adam(adam, keep_state=False).state) == 0
+    assert len(ARSG.from_adam(adam).state) == 2
+
+
+def test_other_optimizers_are_refused() -> None:
+    """Catches a mapping guessed from equal names."""
+    params = parameters(SHAPES)
+    with pytest.raises(TypeError, match="SGD"):
+        ARSG.from_adam(torch.optim.SGD(params))
+    with pytest.raises(TypeError, match="QHM"):
+        ARSG.from_qhm(torch.optim.SGD(params))
+    with pytest.raises(ValueError, match="differentiable"):
+        ARSG.from_adam(torch.optim.Adam(params, differentiable=True))
+    with pytest.raises(ValueError, match="SGD"):
+        ARSG.from_qhm(qhoptim.pyt.QHM(params, lr=1.0, momentum=0.9, nu=0.0))
+    qhm = qhoptim.pyt.QHM(params, lr=1.0, momentum=0.9, nu=0.7)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run(qhm, params, gradients(SHAPES, 1))
+    with pytest.raises(ValueError, match="keep_state"):
+        ARSG.from_qhm(qhm, preconditioner="amsgrad")
+    fresh = ARSG.from_qhm(qhm, preconditioner="amsgrad", keep_state=False)
+    assert fresh.param_groups[0]["mu"] == pytest.approx(0.3)
+
+
+@pytest.mark.filterwarnings("ignore:.*overload of add.*is deprecated")
+@pytest.mark.parametrize("weight_decay_type", ["grad", "direct"])
+def test_qhm_goes_on_exactly(weight_decay_type: str) -> None:
+    """Catches ν taken for μ, or a momentum buffer scaled by 1 − β."""
+    continued(
+        lambda params: qhoptim.pyt.QHM(
+            params, lr=0.5, momentum=0.95, nu=0.7, weight_decay=0.1, weight_decay_type=weight_decay_type
+        ),
+        ARSG.from_qhm,
+        1e-12,
+    )
