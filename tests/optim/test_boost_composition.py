@@ -165,6 +165,7 @@ def test_rescale_takes_schedulers_only() -> None:
 def test_jumping_to_a_step_is_refused() -> None:
     """Catches step(epoch), torch's deprecated form: which boosts were made could not be told."""
     boost = ObservationBoost(arsg(), [1])
+    boost.optimizer.step()
     with (
         pytest.warns(UserWarning, match="deprecated"),
         pytest.raises(ValueError, match="cannot jump to step 3"),

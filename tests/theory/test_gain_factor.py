@@ -163,6 +163,16 @@ def test_largest_safe_step_balances_the_eigenvalues_below_the_bound(
     assert matrix.trace().item() == pytest.approx(0.0, abs=1e-9)
 
 
+def test_largest_safe_step_reaches_the_fastest_one_from_nesterovs_point_on() -> None:
+    """Catches the documented order of safe step and τ_cb+ being the other way round."""
+    for beta, mu in COEFFICIENTS:
+        safe, fastest = theory.largest_safe_step(beta, mu, 1.0), theory.optimal_tau(beta, mu)
+        if abs(mu - (1 - beta)) < 1e-12:
+            assert safe == pytest.approx(fastest)
+        else:
+            assert (safe > fastest) is (mu > 1 - beta)
+
+
 def test_observation_distance_of_known_settings() -> None:
     """Catches β and μ exchanged."""
     assert theory.observation_distance(0.999, 0.1) == pytest.approx(99.9)
