@@ -17,9 +17,10 @@ except ImportError:
 else:
 
     class OptionalBuildExtension(BuildExtension):
-        """Builds the CPU kernel, or installs without it: the optimizer then falls back to its foreach path."""
+        """Builds the CPU kernel, or installs without it: the optimizer then takes its foreach path."""
 
         def run(self) -> None:
+            """Build all extensions; an error becomes a warning."""
             try:
                 super().run()
             except Exception as error:
@@ -30,8 +31,8 @@ else:
             CppExtension(
                 "arsg_dist._C",
                 ["arsg_dist/optim/csrc/fused_cpu.cpp"],
-                # No -march (the source is multi-versioned), no contraction (same bits on every CPU). OpenMP's runtime
-                # is not linked: torch has loaded the one that torch.set_num_threads governs.
+                # No -march: the source is multi-versioned. No contraction: same bits on every CPU. OpenMP's
+                # runtime is not linked: torch has loaded the one that torch.set_num_threads governs.
                 extra_compile_args=[
                     "-O3",
                     "-std=c++20",

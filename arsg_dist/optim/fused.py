@@ -1,15 +1,15 @@
-"""The ARSG update in one pass over memory: a C++ kernel on CPU, compiled multi-tensor code on accelerators.
+"""The ARSG update in one pass over memory: a C++ kernel on CPU, compiled multi-tensor code elsewhere.
 
-CPU tensors go to `torch.ops.arsg_dist.step_` (csrc/fused_cpu.cpp), which is built when the package is installed.
-Tensors elsewhere go to `foreach_step` compiled by `torch.compile`, so that there the rule has no second definition.
-Where either is missing the update is made by `foreach_step`, and one warning per process says what to do.
+CPU tensors go to `torch.ops.arsg_dist.step_` (csrc/fused_cpu.cpp), built when the package is installed. Other
+tensors go to `foreach_step` compiled by `torch.compile`, so that the rule has no further definition there.
+Where either is missing `foreach_step` makes the update, and one warning per process says what to do.
 """
 
 from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 from typing import Any, cast
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from arsg_dist.optim.foreach import foreach_step
-from arsg_dist.optim.hyper import PRECONDITIONERS, Hyper, Steps
+from arsg_dist.optim.hyper import PRECONDITIONERS, Hyper, Steps, compute_dtype
 from arsg_dist.optim.reference import reference_step
 
 # One entry per combination of settings and tensor shapes: parameter groups, and ZeRO-3's sub-groups.
@@ -27,11 +27,11 @@ _compiling_failed = False
 
 
 def fused_step(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    max_exp_avg_sqs: Sequence[Tensor],
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    max_exp_avg_sqs: list[Tensor],
     steps: Steps,
     *,
     hyper: Hyper,
@@ -39,27 +39,27 @@ def fused_step(
     """See `StepFunction` for the arguments and `reference.arsg_update` for the rule.
 
     On CPU no temporary tensors are made, and the result depends neither on the number of threads nor on the
-    CPU's instruction set. Parameters with gaps or overlaps in memory, or whose gradient or moments are laid out
-    otherwise, are left to the reference implementation. Inside `torch.compile` the multi-tensor definition is
-    traced instead, which the compiler fuses.
+    CPU's instruction set. Parameters with gaps or overlaps in memory, or whose gradient or moments are laid
+    out otherwise, are left to the reference implementation, and those whose gradient has another dtype to
+    `foreach_step`. Inside `torch.compile` the multi-tensor definition is traced, which the compiler fuses.
     """
     if not params:
         return
-    moments = (exp_avgs, exp_avg_sqs, max_exp_avg_sqs)
+    lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs)
     if torch.compiler.is_compiling():
-        foreach_step(params, grads, *moments, steps, hyper=hyper)
+        foreach_step(*lists, steps, hyper=hyper)
     elif params[0].is_cpu:
-        _cpu_step(params, grads, *moments, steps, hyper=hyper)
+        _cpu_step(*lists, steps, hyper=hyper)
     else:
-        compiled_step(params, grads, *moments, steps, hyper=hyper)
+        compiled_step(*lists, steps, hyper=hyper)
 
 
 def _cpu_step(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    max_exp_avg_sqs: Sequence[Tensor],
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    max_exp_avg_sqs: list[Tensor],
     steps: Steps,
     *,
     hyper: Hyper,
@@ -68,17 +68,15 @@ def _cpu_step(
     if kernel is None or grads[0].dtype != params[0].dtype:
         foreach_step(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, hyper=hyper)
         return
-    needs_steps = hyper.preconditioner == "adam" or exp_avgs[0].dtype == torch.bfloat16
-    lr = float(hyper.lr)
     left = kernel(
         params,
         grads,
         exp_avgs,
         exp_avg_sqs,
         max_exp_avg_sqs,
-        [int(step) for step in steps] if needs_steps else [],
+        [int(step) for step in steps] if _needs_steps(exp_avgs, hyper) else [],
         preconditioner=PRECONDITIONERS.index(hyper.preconditioner),
-        lr=lr,
+        lr=float(hyper.lr),
         beta1=hyper.beta1,
         beta2=hyper.beta2,
         mu=float(hyper.mu),
@@ -88,10 +86,15 @@ def _cpu_step(
         maximize=hyper.maximize,
     )
     if left:
-        lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs)
-        left_lists = [[tensors[i] for i in left] if tensors else [] for tensors in lists]
-        left_steps = cast(Steps, [steps[i] for i in left] if steps else [])
-        reference_step(*left_lists, left_steps, hyper=hyper)
+        reference_step(
+            [params[i] for i in left],
+            [grads[i] for i in left],
+            [exp_avgs[i] for i in left],
+            [exp_avg_sqs[i] for i in left] if exp_avg_sqs else [],
+            [max_exp_avg_sqs[i] for i in left] if max_exp_avg_sqs else [],
+            cast(Steps, [steps[i] for i in left] if steps else []),
+            hyper=hyper,
+        )
 
 
 @cache
@@ -102,52 +105,47 @@ def cpu_kernel() -> Callable[..., list[int]] | None:
         return cast(Callable[..., list[int]], torch.ops.arsg_dist.step_.default)
     except (ImportError, AttributeError) as error:
         warnings.warn(
-            f"ARSG(fused=True) runs as foreach=True on CPU, several times slower: the compiled kernel is missing "
-            f"({error}). Reinstall arsg-dist where torch {torch.__version__} and a C++20 compiler (gcc 12 or "
-            "newer is best) are available: pip install --no-build-isolation --force-reinstall --no-deps ...",
+            f"ARSG(fused=True) runs as foreach=True on CPU, several times slower: no kernel ({error}). "
+            f"Reinstall arsg-dist beside torch {torch.__version__} and a C++20 compiler (gcc 12 or newer) "
+            "with pip install --no-build-isolation --force-reinstall --no-deps",
             stacklevel=2,
         )
         return None
 
 
 def compiled_step(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    max_exp_avg_sqs: Sequence[Tensor],
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    max_exp_avg_sqs: list[Tensor],
     steps: Steps,
     *,
     hyper: Hyper,
 ) -> None:
     """`foreach_step` compiled by `torch.compile`; what `fused_step` does for tensors on accelerators.
 
-    What changes between steps (α, μ, t) is handed over as tensors, so only a change of other settings, of shapes
-    or of dtypes compiles anew. Nothing here synchronises with the device.
+    What changes between steps (α, μ, t) is handed over as tensors, so only a change of other settings, of
+    shapes or of dtypes compiles anew. Nothing here synchronises with the device.
     """
     global _compiling_failed
     lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs)
     if _compiling_failed:
         foreach_step(*lists, steps, hyper=hyper)
         return
-    device = params[0].device
-    needs_steps = hyper.preconditioner == "adam" or exp_avgs[0].dtype == torch.bfloat16
+    device, dtype = params[0].device, compute_dtype(params[0].dtype)
+    counters = _counters(steps, device, dtype) if _needs_steps(exp_avgs, hyper) else None
+    lr, mu = _on_device(hyper.lr, device, dtype), _on_device(hyper.mu, device, dtype)
     settings = {name: getattr(hyper, name) for name in hyper.__slots__ if name not in ("lr", "mu")}
     try:
-        _compiled(
-            *(list(tensors) for tensors in lists),
-            _counters(steps, device) if needs_steps else None,
-            _on_device(hyper.lr, device),
-            _on_device(hyper.mu, device),
-            settings,
-        )
+        _compiled(*lists, counters, lr, mu, settings)
     except Exception as error:
         # Compiling comes before any tensor is touched, so the step can still be made another way.
         _compiling_failed = True
         warnings.warn(
-            f"ARSG(fused=True) runs as foreach=True on {device.type}, several passes over memory instead of one: "
-            f"torch.compile failed ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}). "
-            "It needs Triton and a C compiler on the compute nodes; set TORCH_LOGS=dynamo for the whole story.",
+            f"ARSG(fused=True) runs as foreach=True on {device.type}, in several passes over memory: "
+            f"torch.compile failed ({type(error).__name__}: {str(error).partition(chr(10))[0]}). It needs "
+            "Triton and a C compiler on the compute nodes; TORCH_LOGS=dynamo tells more.",
             stacklevel=2,
         )
         foreach_step(*lists, steps, hyper=hyper)
@@ -169,18 +167,24 @@ def _update(
     foreach_step(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, hyper=hyper)
 
 
-_compiled = torch.compile(_update, fullgraph=True, dynamic=False, recompile_limit=_RECOMPILE_LIMIT)
+_compiled = torch.compile(  # type: ignore[call-overload]  # torch's annotations lack recompile_limit
+    _update, fullgraph=True, dynamic=False, recompile_limit=_RECOMPILE_LIMIT
+)
 
 
-def _counters(steps: Steps, device: torch.device) -> Tensor:
-    """t of every parameter on the device, in float64: βᵗ needs it, and it holds every count exactly."""
+def _needs_steps(exp_avgs: list[Tensor], hyper: Hyper) -> bool:
+    return hyper.preconditioner == "adam" or exp_avgs[0].dtype == torch.bfloat16
+
+
+def _counters(steps: Steps, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """t of every parameter, in one tensor on the device."""
     if isinstance(steps[0], Tensor):
-        return torch.stack(cast(list[Tensor], list(steps))).double()
-    return torch.tensor(steps, dtype=torch.float64).to(device, non_blocking=True)
+        return torch.stack(cast(list[Tensor], steps)).to(dtype)
+    return torch.tensor(steps, dtype=dtype).to(device, non_blocking=True)
 
 
-def _on_device(value: float | Tensor, device: torch.device) -> Tensor:
-    """A 0-dim float64 tensor on the device."""
+def _on_device(value: float | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A 0-dim tensor on the device."""
     if isinstance(value, Tensor):
-        return value.to(device=device, dtype=torch.float64, non_blocking=True)
-    return torch.full((), value, dtype=torch.float64, device=device)
+        return value.to(device=device, dtype=dtype, non_blocking=True)
+    return torch.full((), value, dtype=dtype, device=device)

@@ -66,12 +66,6 @@ struct StorageOf<HalfBits> {
 template <typename T>
 using Storage = typename StorageOf<T>::type;
 
-// condition ? a : b without a branch, which compilers would not always vectorise.
-inline uint32_t select(const bool condition, const uint32_t a, const uint32_t b) {
-  const uint32_t mask = 0u - static_cast<uint32_t>(condition);
-  return (a & mask) | (b & ~mask);
-}
-
 template <typename T, typename A>
 inline A load(const Storage<T> stored) {
   if constexpr (std::is_same_v<T, BFloat16Bits>) {
@@ -89,7 +83,7 @@ inline Storage<T> store(const A value) {
     const float single = static_cast<float>(value);
     const uint32_t bits = std::bit_cast<uint32_t>(single);
     const uint32_t nearest_even = (bits + ((bits >> 16) & 1u) + 0x7FFFu) >> 16;
-    return static_cast<uint16_t>(select(single != single, 0x7FC0u, nearest_even));
+    return static_cast<uint16_t>(single != single ? 0x7FC0u : nearest_even);
   } else if constexpr (std::is_same_v<T, HalfBits>) {
     return c10::detail::fp16_ieee_from_fp32_value(static_cast<float>(value));
   } else {
@@ -98,8 +92,13 @@ inline Storage<T> store(const A value) {
 }
 
 // The hash of rounding.py: 16 random bits from the element's position in memory, the step and the moment's slot.
-inline uint32_t random_bits(const uint32_t index, const uint32_t step, const uint32_t slot) {
-  uint32_t h = index * 0x9E3779B1u + (step * 0x85EBCA77u + slot * 0xC2B2AE3Du);
+// The terms of position and step are multiplied by their factors already (kIndexFactor, kStepFactor).
+constexpr uint32_t kIndexFactor = 0x9E3779B1u;
+constexpr uint32_t kStepFactor = 0x85EBCA77u;
+constexpr uint32_t kSlotFactor = 0xC2B2AE3Du;
+
+inline uint32_t random_bits(const uint32_t index_term, const uint32_t step_term, const uint32_t slot) {
+  uint32_t h = index_term + (step_term + slot * kSlotFactor);
   h ^= h >> 16;
   h *= 0x7FEB352Du;
   h ^= h >> 15;
@@ -110,23 +109,27 @@ inline uint32_t random_bits(const uint32_t index, const uint32_t step, const uin
 
 // Moments in bfloat16 are rounded up or down at random so that small changes survive in the mean.
 template <typename T, uint32_t kSlot, typename A>
-inline Storage<T> store_moment(const A value, const uint32_t index, const uint32_t step) {
+inline Storage<T> store_moment(const A value, const uint32_t index_term, const uint32_t step_term) {
   if constexpr (std::is_same_v<T, BFloat16Bits>) {
     const float single = static_cast<float>(value);
     const uint32_t bits = std::bit_cast<uint32_t>(single);
-    const uint32_t rounded = (bits + random_bits(index, step, kSlot)) >> 16;
-    const bool finite = (bits & 0x7F800000u) != 0x7F800000u;
-    const uint32_t unrounded = select(single != single, 0x7FC0u, bits >> 16);
-    return static_cast<uint16_t>(select(finite, rounded, unrounded));
+    const uint32_t rounded = (bits + random_bits(index_term, step_term, kSlot)) >> 16;
+    return static_cast<uint16_t>(single != single ? 0x7FC0u : rounded);  // infinity has no bits to carry
   } else {
     return static_cast<T>(value);
   }
 }
 
+// The larger of the two; NaN where `value` is NaN. `floor` is not.
+template <typename A>
+inline A at_least(const A floor, const A value) {
+  return floor > value ? floor : value;
+}
+
 // NaN wins, as in torch.maximum.
 template <typename A>
 inline A maximum(const A a, const A b) {
-  const A larger = a > b ? a : b;  // b where either is NaN
+  const A larger = at_least(a, b);
   return a != a ? a : larger;
 }
 
@@ -141,9 +144,9 @@ MULTIVERSION void update(
     const Scalars<A> s,
     const A exp_avg_factor,
     const A bias_correction2,
-    const uint32_t step,
-    uint32_t index) {
-  for (int64_t i = 0; i < numel; ++i, ++index) {
+    const uint32_t step_term,
+    uint32_t index_term) {
+  for (int64_t i = 0; i < numel; ++i, index_term += kIndexFactor) {
     A x = load<P, A>(param[i]);
     A g = s.sign * load<P, A>(grad[i]);
     if constexpr (kCoupledDecay) {
@@ -151,17 +154,17 @@ MULTIVERSION void update(
     }
     x = s.keep * x;
     const A m = s.beta1 * load<S, A>(exp_avg[i]) + s.one_minus_beta1 * g;
-    exp_avg[i] = store_moment<S, 0>(m, index, step);
+    exp_avg[i] = store_moment<S, 0>(m, index_term, step_term);
     A move = exp_avg_factor * m + s.mu * g;
     if constexpr (kMode != kNone) {
       const A v = s.beta2 * load<S, A>(exp_avg_sq[i]) + s.one_minus_beta2 * (g * g);
-      exp_avg_sq[i] = store_moment<S, 1>(v, index, step);
+      exp_avg_sq[i] = store_moment<S, 1>(v, index_term, step_term);
       if constexpr (kMode == kAMSGrad) {
-        const A v_hat = maximum(maximum(load<S, A>(max_exp_avg_sq[i]), v), s.floor);
-        max_exp_avg_sq[i] = store_moment<S, 2>(v_hat, index, step);
+        const A v_hat = at_least(s.floor, maximum(load<S, A>(max_exp_avg_sq[i]), v));
+        max_exp_avg_sq[i] = store_moment<S, 2>(v_hat, index_term, step_term);
         move = move / std::sqrt(v_hat);
       } else {
-        move = move / (std::sqrt(maximum(v, s.floor) / bias_correction2) + s.eps);
+        move = move / (std::sqrt(at_least(s.floor, v) / bias_correction2) + s.eps);
       }
     }
     param[i] = store<P>(x - s.lr * move);
@@ -199,8 +202,8 @@ void update_all(const std::vector<Job>& jobs, const Scalars<A>& s) {
           s,
           static_cast<A>(job.exp_avg_factor),
           static_cast<A>(job.bias_correction2),
-          job.step,
-          static_cast<uint32_t>(from));
+          job.step * kStepFactor,
+          static_cast<uint32_t>(from) * kIndexFactor);
     }
   });
 }
