@@ -1,0 +1,21 @@
+# The two commands of the README. Each sets everything up first; a finished set-up is skipped in a moment.
+SHELL := /bin/bash
+VENV  := $(CURDIR)/.venv
+export PATH := $(VENV)/bin:$(PATH)
+
+.PHONY: train test lint setup clean
+
+train: setup            ## train a ResNet on real images: 2 ranks under deepspeed (ZeRO-1), then under Horovod
+	launch/quickstart.sh
+
+test: setup lint        ## lint, types, import direction and the tests; PYTEST="-m 'not slow'" is the default
+	launch/run_tests.sh $(PYTEST)
+
+lint: setup
+	ruff check . && ruff format --check . && mypy && lint-imports
+
+setup:
+	launch/setup.sh
+
+clean:                  ## removes the environment; runs/ and data/ stay
+	rm -rf .venv build *.egg-info

@@ -1,0 +1,21 @@
+"""ARSG under DeepSpeed's ZeRO.
+
+Importing this package registers the optimizer, so that a DeepSpeed JSON config with
+``"optimizer": {"type": "ARSG", "params": {...}}`` works in any script that has the line
+``import arsg_dist.deepspeed``.
+"""
+
+try:
+    import deepspeed as _deepspeed  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        "arsg_dist.deepspeed needs DeepSpeed: pip install 'arsg-dist[deepspeed]', or run launch/setup.sh in a checkout"
+    ) from error
+
+from arsg_dist.deepspeed.config import resolve_config
+from arsg_dist.deepspeed.engine import DeepSpeedEngine, connect
+from arsg_dist.deepspeed.registration import register
+
+register()
+
+__all__ = ["DeepSpeedEngine", "connect", "register", "resolve_config"]

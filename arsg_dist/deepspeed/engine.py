@@ -1,0 +1,103 @@
+"""DeepSpeed's ZeRO engine behind the common `Engine` interface."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch import nn
+
+from arsg_dist.engine import Communicator, Engine, Ranks, TorchCommunicator
+
+_TAG = "deepspeed"
+_WORLD_SIZE = "world_size"
+
+
+def connect(ranks: Ranks) -> Communicator:
+    """Joins this process to the job under DeepSpeed and returns its communicator.
+
+    Args:
+        ranks: from `discover_ranks`.
+
+    Raises:
+        ValueError: no launcher announced the ranks, or the job came up with another number of ranks.
+    """
+    if ranks.launcher != "deepspeed or torchrun":
+        raise ValueError(
+            "this process was not started by the deepspeed launcher (RANK, WORLD_SIZE, LOCAL_RANK are not set): "
+            "start it with 'deepspeed SCRIPT ...', without GPUs 'deepspeed --num_accelerators 2 SCRIPT ...'"
+        )
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    deepspeed.init_distributed(verbose=False)
+    communicator = TorchCommunicator(_device(ranks))
+    if communicator.world_size != ranks.world_size:
+        raise ValueError(
+            f"the launcher announced {ranks.world_size} ranks but {communicator.world_size} came up"
+        )
+    return communicator
+
+
+def _device(ranks: Ranks) -> torch.device:
+    return torch.device(get_accelerator().device_name(ranks.local_rank))
+
+
+class DeepSpeedEngine(Engine):
+    """A model under DeepSpeed, its optimizer state sharded by the ZeRO stage of the config.
+
+    Args:
+        module: the model; DeepSpeed moves it to this rank's device and casts it as the config says.
+        config: a complete DeepSpeed config with an optimizer section (`resolve_config` makes one).
+        communicator: from `connect`.
+    """
+
+    def __init__(self, module: nn.Module, config: dict[str, Any], communicator: Communicator) -> None:
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        self.engine, *_ = deepspeed.initialize(model=module, model_parameters=parameters, config=config)
+        self.communicator = communicator
+        self.module = self.engine
+        # The ZeRO wrapper is no torch Optimizer, which schedulers insist on; the inner one shares its groups.
+        self.optimizer = self.engine.basic_optimizer
+        self.accumulation_steps = self.engine.gradient_accumulation_steps()
+        self.device = self.engine.device
+        if self.engine.bfloat16_enabled():
+            self.input_dtype = torch.bfloat16
+        elif self.engine.fp16_enabled():
+            self.input_dtype = torch.float16
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Adds the gradient; DeepSpeed divides by the number of micro-batches and averages over the ranks."""
+        self.engine.backward(loss)
+
+    def step(self) -> None:
+        """Ends a micro-batch; DeepSpeed updates the weights after the last one."""
+        self.engine.step()
+
+    def save(self, directory: Path, progress: dict[str, Any]) -> None:
+        """Every rank writes its shard; the directory can be read on the same number of ranks."""
+        client_state = {"progress": progress, _WORLD_SIZE: self.communicator.world_size}
+        self.engine.save_checkpoint(str(directory), tag=_TAG, client_state=client_state, save_latest=False)
+        self.communicator.barrier()
+
+    def load(self, directory: Path) -> dict[str, Any]:
+        """Every rank reads its shard.
+
+        DeepSpeed's files are pickles: load only checkpoints you trust.
+        """
+        shards = list((directory / _TAG).glob("*zero_pp_rank_*_optim_states.pt"))
+        if not (directory / _TAG).is_dir():
+            raise ValueError(
+                f"{directory} was not written by DeepSpeed: resume it with the engine that wrote it"
+            )
+        if shards and len(shards) != self.communicator.world_size:
+            raise ValueError(
+                f"{directory} was written by {len(shards)} ranks and this job has {self.communicator.world_size}: "
+                "resume on the same number of ranks (or convert it with DeepSpeed's universal checkpoint, which "
+                "loses ARSG's running maximum)"
+            )
+        path, client_state = self.engine.load_checkpoint(str(directory), tag=_TAG)
+        if path is None:
+            raise ValueError(f"DeepSpeed could not load {directory / _TAG}")
+        progress: dict[str, Any] = client_state["progress"]
+        return progress

@@ -1,0 +1,21 @@
+"""What a training loop needs from a run of any size: ranks, a communicator, and the `Engine` interface.
+
+`SingleProcessEngine` is the engine without a distribution; `arsg_dist.deepspeed.DeepSpeedEngine` and
+`arsg_dist.horovod.HorovodEngine` implement the same interface on several ranks.
+"""
+
+from arsg_dist.engine.base import Engine
+from arsg_dist.engine.communicator import Communicator, JobError, SingleProcessCommunicator, TorchCommunicator
+from arsg_dist.engine.ranks import Ranks, discover_ranks
+from arsg_dist.engine.single import SingleProcessEngine
+
+__all__ = [
+    "Communicator",
+    "Engine",
+    "JobError",
+    "Ranks",
+    "SingleProcessCommunicator",
+    "SingleProcessEngine",
+    "TorchCommunicator",
+    "discover_ranks",
+]

@@ -1,0 +1,58 @@
+"""The interface between a training loop and whatever distributes it."""
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from arsg_dist.engine.communicator import Communicator
+
+
+class Engine(ABC):
+    """A model, its optimizer and the exchange of gradients, on one rank of a job.
+
+    A training loop is the same on every engine::
+
+        for micro_batch in micro_batches:      # accumulation_steps of them make one update
+            loss = criterion(engine.module(inputs), labels)   # mean over the micro-batch
+            engine.backward(loss)
+            engine.step()                      # changes the weights after the last of them
+
+    After `accumulation_steps` calls the weights have moved along the gradient of the mean loss over all
+    accumulation_steps × world_size micro-batches (of equal size).
+
+    Attributes:
+        communicator: collectives over the ranks of this engine.
+        module: the model to call; its forward pass takes inputs of `input_dtype` on `device`.
+        optimizer: the innermost `torch.optim.Optimizer`, whose `param_groups` hold lr, mu, ... and may be changed.
+        accumulation_steps: micro-batches per update and rank.
+    """
+
+    communicator: Communicator
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    accumulation_steps: int
+    device: torch.device
+    input_dtype: torch.dtype = torch.float32
+
+    @abstractmethod
+    def backward(self, loss: torch.Tensor) -> None:
+        """Adds the gradient of `loss` (a scalar, mean over this rank's micro-batch)."""
+
+    @abstractmethod
+    def step(self) -> None:
+        """Ends a micro-batch; after the last of an update, changes the weights and clears the gradients."""
+
+    @abstractmethod
+    def save(self, directory: Path, progress: dict[str, Any]) -> None:
+        """Writes model, optimizer and `progress` into `directory`, which exists. Every rank must call it."""
+
+    @abstractmethod
+    def load(self, directory: Path) -> dict[str, Any]:
+        """Restores what `save` wrote and returns its `progress`. Every rank must call it.
+
+        Raises:
+            ValueError: the directory was written by another engine or number of ranks than this one can read.
+        """

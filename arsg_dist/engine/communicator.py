@@ -1,0 +1,122 @@
+"""The few collective operations a training loop itself needs, the same on every engine."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+class JobError(RuntimeError):
+    """Something that went wrong on at least one rank and was agreed on by all: raised on every rank alike."""
+
+
+class Communicator(ABC):
+    """Collectives over all ranks of the job. Every rank must make the same calls in the same order."""
+
+    rank: int
+    world_size: int
+
+    @abstractmethod
+    def all_gather_object(self, value: T) -> list[T]:
+        """Returns every rank's `value` (any picklable object), in rank order, on every rank."""
+
+    @abstractmethod
+    def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Returns the sum of `tensor` over the ranks; shape and dtype are kept (float32, float64, int64)."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Ends communication in an orderly way; to be called by every rank, once."""
+
+    def barrier(self) -> None:
+        """Returns when every rank has called it."""
+        self.all_gather_object(None)
+
+    def from_rank_0(self, value: T) -> T:
+        """Returns rank 0's `value` on every rank."""
+        return self.all_gather_object(value if self.rank == 0 else None)[0]  # type: ignore[return-value]
+
+    @contextmanager
+    def fail_together(self, *kinds: type[Exception]) -> Iterator[None]:
+        """Runs a block on every rank and, if it failed on any, raises `JobError` on all.
+
+        The alternative, one rank raising while the others wait for it in a collective, is a hang.
+
+        Args:
+            kinds: exceptions that mean bad input, default ValueError, TypeError, OSError and ImportError.
+
+        Raises:
+            JobError: on every rank, with each distinct message and the ranks that had it.
+        """
+        message = None
+        kinds = kinds or (ValueError, TypeError, OSError, ImportError)
+        try:
+            yield
+        except kinds as error:
+            message = str(error) or repr(error)
+        ranks_of: dict[str, list[int]] = {}
+        for rank, text in enumerate(self.all_gather_object(message)):
+            if text is not None:
+                ranks_of.setdefault(text, []).append(rank)
+        if ranks_of:
+            raise JobError(
+                "\n".join(
+                    text
+                    if len(ranks) == self.world_size
+                    else f"{text} (on rank {', '.join(map(str, ranks))})"
+                    for text, ranks in ranks_of.items()
+                )
+            )
+
+
+class SingleProcessCommunicator(Communicator):
+    """The communicator of a job with one rank."""
+
+    rank = 0
+    world_size = 1
+
+    def all_gather_object(self, value: T) -> list[T]:
+        """Returns `[value]`."""
+        return [value]
+
+    def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Returns `tensor`."""
+        return tensor
+
+    def close(self) -> None:
+        """Does nothing."""
+
+
+class TorchCommunicator(Communicator):
+    """Collectives over torch.distributed's default process group, which must be initialised.
+
+    Args:
+        device: where tensors must be for the group's backend (CPU for gloo, this rank's GPU for NCCL).
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.rank = dist.get_rank()
+        self.world_size = dist.get_world_size()
+        self._device = device
+
+    def all_gather_object(self, value: T) -> list[T]:
+        """Returns every rank's `value`."""
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Returns the sum over the ranks, on the device `tensor` was on."""
+        total = tensor.detach().to(self._device, copy=True)
+        dist.all_reduce(total)
+        return total.to(tensor.device)
+
+    def close(self) -> None:
+        """Destroys the process group: gloo prints warnings and may hang when a process just ends."""
+        self.barrier()
+        dist.destroy_process_group()

@@ -1,0 +1,83 @@
+"""The engine of a job with one rank, and of replicated ranks whose optimizer exchanges the gradients itself."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from arsg_dist.engine.base import Engine
+from arsg_dist.engine.communicator import Communicator, SingleProcessCommunicator
+
+_FILE = "replicated.pt"
+
+
+class SingleProcessEngine(Engine):
+    """Plain PyTorch training with gradient accumulation.
+
+    Args:
+        module: the model, on the device to train on.
+        optimizer: over the model's parameters.
+        accumulation_steps: micro-batches per update.
+        clip_grad_norm: the gradient is scaled down to this norm if it is larger; 0 for never.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        accumulation_steps: int = 1,
+        clip_grad_norm: float = 0.0,
+    ) -> None:
+        self.communicator: Communicator = SingleProcessCommunicator()
+        self.module = module
+        self.optimizer = optimizer
+        self.accumulation_steps = accumulation_steps
+        self.device = next(module.parameters()).device
+        self._clip_grad_norm = clip_grad_norm
+        self._micro_batches = 0
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Adds the gradient of `loss` divided by the number of micro-batches."""
+        (loss / self.accumulation_steps).backward()  # type: ignore[no-untyped-call]
+
+    def step(self) -> None:
+        """Counts a micro-batch; updates the weights after the last of an update."""
+        self._micro_batches += 1
+        if self._micro_batches % self.accumulation_steps == 0:
+            self._update()
+            self.optimizer.zero_grad()
+
+    def _update(self) -> None:
+        self._clip()
+        self.optimizer.step()
+
+    def _clip(self) -> None:
+        if self._clip_grad_norm:
+            torch.nn.utils.clip_grad_norm_(self.module.parameters(), self._clip_grad_norm)
+
+    def save(self, directory: Path, progress: dict[str, Any]) -> None:
+        """Rank 0 writes one file: every rank holds the same state."""
+        if self.communicator.rank == 0:
+            state = {
+                "model": self.module.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "progress": progress,
+            }
+            torch.save(state, directory / _FILE)
+        self.communicator.barrier()
+
+    def load(self, directory: Path) -> dict[str, Any]:
+        """Every rank reads the one file, without executing anything in it; works on any number of ranks."""
+        path = directory / _FILE
+        if not path.is_file():
+            raise ValueError(
+                f"{directory} holds no {_FILE}: it was not written by the single-process or Horovod engine; "
+                "resume it with the engine that wrote it"
+            )
+        state = torch.load(path, map_location=self.device, weights_only=True)
+        self.module.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        progress: dict[str, Any] = state["progress"]
+        return progress

@@ -1,0 +1,49 @@
+"""Horovod's replicated data parallelism behind the common `Engine` interface."""
+
+import horovod.torch as hvd
+import torch
+from torch import nn
+
+from arsg_dist.engine import Communicator, SingleProcessEngine
+
+
+class HorovodEngine(SingleProcessEngine):
+    """Every rank holds model and optimizer; Horovod averages the gradients while they are computed.
+
+    Args:
+        module: the model, on this rank's device; rank 0's weights are broadcast.
+        optimizer: over the model's parameters, not yet stepped.
+        communicator: from `connect`.
+        accumulation_steps: micro-batches per update and rank.
+        clip_grad_norm: the averaged gradient is scaled down to this norm if it is larger; 0 for never.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        communicator: Communicator,
+        *,
+        accumulation_steps: int = 1,
+        clip_grad_norm: float = 0.0,
+    ) -> None:
+        hvd.broadcast_parameters(module.state_dict(), root_rank=0)
+        distributed = hvd.DistributedOptimizer(
+            optimizer,
+            named_parameters=module.named_parameters(),
+            backward_passes_per_step=accumulation_steps,
+            op=hvd.Average,
+        )
+        super().__init__(
+            module, distributed, accumulation_steps=accumulation_steps, clip_grad_norm=clip_grad_norm
+        )
+        self.communicator = communicator
+
+    def _update(self) -> None:
+        if not self._clip_grad_norm:
+            self.optimizer.step()
+            return
+        self.optimizer.synchronize()  # type: ignore[attr-defined]  # clip the average, not this rank's part of it
+        self._clip()
+        with self.optimizer.skip_synchronize():  # type: ignore[attr-defined]
+            self.optimizer.step()

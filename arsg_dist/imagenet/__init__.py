@@ -1,0 +1,1 @@
+"""Image classification on ImageFolder trees (ImageNet and smaller): the application on top of the engines."""

@@ -1,0 +1,113 @@
+"""What a run writes: its resolved config, JSON lines, TensorBoard events, a learning-curve picture, checkpoints."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+CONFIG = "config.yaml"
+METRICS = "metrics.jsonl"
+CURVE = "learning_curve.png"
+
+
+def check_output(directory: Path, *, resume: bool) -> None:
+    """Refuses to mix runs.
+
+    Raises:
+        ValueError: a new run into a directory that holds something, or a resume where there is no run.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"output {directory} is not a directory")
+    holds = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else []
+    if resume and CONFIG not in holds:
+        raise ValueError(
+            f"--resume: output directory {directory} holds no run; leave --resume out to start one"
+        )
+    if not resume and CONFIG in holds:
+        raise ValueError(
+            f"output directory {directory} already holds a run; continue it with --resume, or choose another --output"
+        )
+    if not resume and holds:
+        raise ValueError(
+            f"output directory {directory} is not empty (it has {holds[0]}); choose another --output"
+        )
+
+
+class RunLog:
+    """Writes a run's records; used on rank 0 only.
+
+    Args:
+        directory: of the run; created if missing.
+        config: resolved settings, written as YAML on a new run.
+        resumed_updates: None for a new run, else the updates made so far: later records of the interrupted run are
+            dropped, since they will be made again.
+    """
+
+    def __init__(self, directory: Path, config: dict[str, Any], *, resumed_updates: int | None) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        directory.mkdir(parents=True, exist_ok=True)
+        self._directory = directory
+        self._metrics = directory / METRICS
+        purge_step = None
+        if resumed_updates is None:
+            (directory / CONFIG).write_text(yaml.safe_dump(config, sort_keys=False))
+        else:
+            kept = [record for record in read_metrics(directory) if record["update"] <= resumed_updates]
+            self._metrics.write_text("".join(json.dumps(record) + "\n" for record in kept))
+            purge_step = resumed_updates + 1
+        self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=purge_step)
+
+    def write(self, kind: str, update: int, values: dict[str, float]) -> None:
+        """Adds a record.
+
+        Args:
+            kind: "train" (a few updates) or "epoch" (with the validation).
+            update: weight updates made so far.
+            values: what was measured.
+        """
+        with self._metrics.open("a") as file:
+            file.write(json.dumps({"kind": kind, "update": update, **values}) + "\n")
+        for name, value in values.items():
+            self._board.add_scalar(f"{kind}/{name}", value, update)
+
+    def close(self) -> Path:
+        """Draws the learning curve and closes the files; returns the picture's path."""
+        self._board.close()
+        return draw_learning_curve(self._directory)
+
+
+def read_metrics(directory: Path) -> list[dict[str, Any]]:
+    """The records of a run; a last line cut off by a crash is left out."""
+    path = directory / METRICS
+    records = []
+    for line in path.read_text().splitlines() if path.is_file() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def draw_learning_curve(directory: Path) -> Path:
+    """Draws loss and accuracy over the epochs of a run into `directory` and returns the picture's path."""
+    from matplotlib.figure import Figure  # no pyplot: nothing global, no display needed
+
+    epochs = [record for record in read_metrics(directory) if record["kind"] == "epoch"]
+    x = [record["epoch"] for record in epochs]
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    loss_axes, accuracy_axes = figure.subplots(1, 2)
+    for key, label in (("train_loss", "training"), ("val_loss", "validation")):
+        loss_axes.plot(x, [record[key] for record in epochs], marker="o", markersize=3, label=label)
+    for key, label in (("val_top1", "top-1"), ("val_top5", "top-5")):
+        accuracy_axes.plot(x, [100 * record[key] for record in epochs], marker="o", markersize=3, label=label)
+    loss_axes.set(xlabel="epoch", ylabel="cross-entropy", yscale="log")
+    accuracy_axes.set(xlabel="epoch", ylabel="validation accuracy, %")
+    for axes in (loss_axes, accuracy_axes):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.suptitle(directory.name)
+    path = directory / CURVE
+    figure.savefig(path, dpi=130)
+    return path

