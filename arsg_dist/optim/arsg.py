@@ -303,7 +303,7 @@ class ARSG(Optimizer):
                     continue
                 v = required(state, "exp_avg_sq")
                 v_hat = state.setdefault("max_exp_avg_sq", torch.zeros_like(v))
-                floor = hyper.floor(compute_dtype(param.dtype.to_real()))
+                floor = hyper.floor(compute_dtype(param.dtype))
                 real(local(v_hat)).copy_(real(local(v)).clamp(min=floor))
 
     @contextmanager

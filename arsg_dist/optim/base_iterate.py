@@ -28,7 +28,7 @@ def base_iterate_point(x: Tensor, state: dict[str, Any], group: dict[str, Any]) 
         the shape of `x` (with a last dimension of 2 for complex parameters).
     """
     hyper = Hyper.of_group(group)
-    dtype = compute_dtype(x.dtype.to_real())
+    dtype = compute_dtype(x.dtype)
     scale: float | Tensor = group["base_iterate_scale"]
 
     def moment(name: str) -> Tensor:

@@ -119,8 +119,8 @@ class StepFunction(Protocol):
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Dtype of the arithmetic for a real parameter `dtype`: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+    """Real dtype of the arithmetic for a parameter's `dtype`: float64 for float64 and complex128, else float32."""
+    return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
 
 
 @overload

@@ -48,7 +48,8 @@ def new_state(param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
     if needs_step(group):
         state["step"] = new_step(0, param, group["capturable"])
     if group["lookahead_k"] > 0:
-        state["slow_param"] = param.detach().to(moment_dtype(param, None), copy=True)
+        slow_param = torch.empty_like(param, dtype=moment_dtype(param, None), requires_grad=False)
+        state["slow_param"] = slow_param.copy_(param.detach())
     return state
 
 
@@ -79,7 +80,7 @@ def moment_dtype(param: Tensor, state_dtype: torch.dtype | None) -> torch.dtype:
     Raises:
         ValueError: for bfloat16 moments of a complex parameter, which have no complex counterpart.
     """
-    dtype = state_dtype if state_dtype is not None else compute_dtype(param.dtype.to_real())
+    dtype = state_dtype if state_dtype is not None else compute_dtype(param.dtype)
     if not param.is_complex():
         return dtype
     if dtype not in _COMPLEX:

@@ -1,4 +1,4 @@
-"""Properties that hold for any tensors: every path makes the reference's update, in all shapes and layouts."""
+"""Properties that hold for any tensors: every path makes the reference's update, whatever the tensors."""
 
 from __future__ import annotations
 
@@ -116,8 +116,8 @@ def test_every_path_makes_the_references_update(path: Path, specs, hyper) -> Non
 def test_bfloat16_state_of_every_path_is_the_references(path: Path, shape, layout, mode, capturable) -> None:
     """Catches random bits that depend on the path: replicas may use different ones.
 
-    Equal but for elements whose float32 value differs in the last bits between paths, which may then be rounded
-    to the other neighbour.
+    Equal but for elements whose float32 value differs in the last bits between paths, which may then be
+    rounded to the other neighbour.
     """
     states = []
     for choice in ({"foreach": False}, {**path.settings, "capturable": capturable}):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
 from optim_paths import PATHS, Path, assert_close, run
@@ -9,6 +11,7 @@ from optim_paths import PATHS, Path, assert_close, run
 from arsg_dist import ARSG
 from arsg_dist.optim import rounding
 from arsg_dist.optim.rounding import memory_index, random_bits, round_stochastically
+from arsg_dist.optim.state import MOMENTS
 
 MASK = 0xFFFFFFFF
 
@@ -103,24 +106,27 @@ def test_replicas_agree_bit_by_bit_and_user_random_state_is_untouched(path: Path
     assert torch.equal(*results)
 
 
-def moments_relative_to_float32(steps: int = 1500, **settings) -> dict[str, float]:
-    """m, v, v̂ and the way of x after training with bfloat16 state, as parts of those with float32 state.
-
-    256 elements with noisy gradients around ½, after 200 steps around 1; means over the elements.
-    """
+def trained_means(**settings) -> dict[str, float]:
+    """m, v, v̂ and x after 1500 steps, as means over 256 elements; gradients around ½, later around 1."""
     generator = torch.Generator().manual_seed(0)
-    x, y = (torch.nn.Parameter(torch.zeros(256)) for _ in range(2))
-    low = ARSG([x], betas=(0.999, 0.999), state_dtype="bfloat16", **settings)
-    exact = ARSG([y], betas=(0.999, 0.999), foreach=False)
-    for t in range(steps):
+    x = torch.nn.Parameter(torch.zeros(256))
+    optimizer = ARSG([x], betas=(0.999, 0.999), **settings)
+    for t in range(1500):
         grad = (0.5 if t < 200 else 1.0) * (1 + 0.1 * torch.randn(256, generator=generator))
-        run(low, [x], [[grad]])
-        run(exact, [y], [[grad]])
-    ratios = {
-        name: (low.state[x][name].double().mean() / exact.state[y][name].double().mean()).item()
-        for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-    }
-    return {**ratios, "x": (x.detach().double().mean() / y.detach().double().mean()).item()}
+        run(optimizer, [x], [[grad]])
+    results = {**optimizer.state[x], "x": x.detach()}
+    return {name: results[name].double().mean().item() for name in (*MOMENTS["amsgrad"], "x")}
+
+
+@cache
+def float32_means() -> dict[str, float]:
+    return trained_means(foreach=False)
+
+
+def moments_relative_to_float32(**settings) -> dict[str, float]:
+    """`trained_means` with bfloat16 state as parts of those with float32 state."""
+    low = trained_means(state_dtype="bfloat16", **settings)
+    return {name: low[name] / exact for name, exact in float32_means().items()}
 
 
 def test_rounding_to_nearest_stalls_the_moments(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,10 +19,10 @@ def flat(tensors) -> torch.Tensor:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("path", ALL_PATHS)
 def test_stepping_sub_group_by_sub_group_equals_one_step(path: Path, mode: str, lookahead_k: int) -> None:
-    """Catches counters on groups or on the optimizer (over-counted), cached lists, and `params[0]` of empty groups.
+    """Catches counters on groups or optimizer (over-counted), cached lists, and `params[0]` of empty groups.
 
-    As ZeRO does: flat tensors replace the parameters after construction, and step() is called once per sub-group
-    with only that sub-group's flat tensor in its group and all other groups empty.
+    As ZeRO does: flat tensors replace the parameters after construction, and step() is called once per
+    sub-group with only that sub-group's flat tensor in its group and all other groups empty.
     """
     settings = {
         "preconditioner": mode,
@@ -54,7 +54,7 @@ def test_stepping_sub_group_by_sub_group_equals_one_step(path: Path, mode: str, 
 
 @pytest.mark.parametrize("path", ALL_PATHS)
 def test_state_is_made_at_once_and_kept_in_place(path: Path) -> None:
-    """Catches state rebound by a step or made later than on the first: swapped-out and mapped copies go stale."""
+    """Catches state rebound by a step or made after the first one: swapped-out and mapped copies go stale."""
     for mode in MODES:
         x = parameters([(6,)])[0]
         settings = {"preconditioner": mode, "lookahead_k": 2, "betas": (0.9, 0.9), "state_dtype": "bfloat16"}
@@ -102,7 +102,7 @@ def test_step_count_is_per_parameter(path: Path) -> None:
 
 
 def test_a_wrapper_that_subclasses_dynamically_keeps_everything() -> None:
-    """Catches behaviour tied to the exact class or to __init__'s arguments: Horovod rebuilds from groups alone."""
+    """Catches behaviour tied to the exact class or to __init__'s arguments: Horovod rebuilds from groups."""
 
     class Wrapper(torch.optim.Optimizer):
         def __init__(self, params):
