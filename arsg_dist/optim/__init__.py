@@ -1,5 +1,7 @@
 """The ARSG method: reference rule, optimizer and schedulers (torch only)."""
 
 from arsg_dist.optim.arsg import ARSG
+from arsg_dist.optim.beta1_warmup import Beta1Warmup
+from arsg_dist.optim.boost import ObservationBoost
 
-__all__ = ["ARSG"]
+__all__ = ["ARSG", "Beta1Warmup", "ObservationBoost"]
