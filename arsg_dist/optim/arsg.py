@@ -18,7 +18,16 @@ from arsg_dist.optim.dispatch import step_function
 from arsg_dist.optim.hyper import Hyper, Preconditioner, compute_dtype
 from arsg_dist.optim.lookahead import lookahead_
 from arsg_dist.optim.settings import LOOKAHEAD_BETA1_LIMIT, validated
-from arsg_dist.optim.state import TensorLists, local, new_state, real, required, restore_loaded, shield_dtypes
+from arsg_dist.optim.state import (
+    TensorLists,
+    count_step,
+    local,
+    new_state,
+    real,
+    required,
+    restore_loaded,
+    shield_dtypes,
+)
 
 
 class ARSG(Optimizer):
@@ -191,8 +200,8 @@ class ARSG(Optimizer):
             state = self.state[param]
             if len(state) == 0:
                 state.update(new_state(param, group))
-            if isinstance(state.get("step"), int):
-                state["step"] += 1
+            if "step" in state:
+                count_step(state, param, group["capturable"])
             stepped.append((param, state))
             x, grad = real(local(param)), real(local(param.grad))
             key = (x.device, x.dtype, grad.dtype, required(state, "exp_avg").dtype)

@@ -18,7 +18,7 @@ LOOKAHEAD_BETA1_LIMIT: Final = 0.99
 
 
 def validated(group: Mapping[str, Any]) -> dict[str, Any]:
-    """The group's settings in canonical types: floats, a tuple of betas, a torch dtype.
+    """The group's settings in canonical types: floats, a tuple of betas, the name of a dtype.
 
     Args:
         group: a parameter group with every setting present; other keys are ignored.
@@ -60,7 +60,7 @@ def validated(group: Mapping[str, Any]) -> dict[str, Any]:
         "mu": _number_or_tensor(group, "mu", below=1.0),
         "decoupled_weight_decay": _flag(group, "decoupled_weight_decay"),
         "maximize": _flag(group, "maximize"),
-        "state_dtype": _state_dtype(group["state_dtype"]),
+        "state_dtype": state_dtype_name(group["state_dtype"]),
         "lookahead_alpha": _number("lookahead_alpha", group["lookahead_alpha"], at_most=1.0),
     }
 
@@ -100,10 +100,15 @@ def _flag(group: Mapping[str, Any], name: str, *, optional: bool = False) -> boo
     raise TypeError(f"{name} must be True or False{' or None' if optional else ''}, got {value!r}")
 
 
-def _state_dtype(value: Any) -> torch.dtype | None:
+def state_dtype_name(value: str | torch.dtype | None) -> str | None:
+    """The canonical form of a `state_dtype`: a name, since not every checkpoint format stores a torch.dtype.
+
+    Raises:
+        ValueError: not one of `STATE_DTYPES`.
+    """
     name = str(value).removeprefix("torch.")
     if value is None:
         return None
     if name not in STATE_DTYPES:
         raise ValueError(f"Invalid state_dtype: {value!r}, must be None or one of {tuple(STATE_DTYPES)}")
-    return STATE_DTYPES[name]
+    return name

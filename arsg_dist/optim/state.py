@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from arsg_dist.optim.hyper import compute_dtype
+from arsg_dist.optim.settings import STATE_DTYPES
 
 MOMENTS: Final[dict[str, tuple[str, ...]]] = {
     "amsgrad": ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
@@ -23,9 +24,7 @@ _COMPLEX: Final = {torch.float32: torch.complex64, torch.float64: torch.complex1
 def needs_step(group: dict[str, Any]) -> bool:
     """Whether the group's update depends on the number of steps already taken."""
     return bool(
-        group["preconditioner"] == "adam"
-        or group["lookahead_k"] > 0
-        or group["state_dtype"] == torch.bfloat16
+        group["preconditioner"] == "adam" or group["lookahead_k"] > 0 or group["state_dtype"] == "bfloat16"
     )
 
 
@@ -74,17 +73,29 @@ def new_step(count: int, param: Tensor, capturable: bool) -> int | Tensor:
     return torch.full((), count, dtype=torch.float32, device=param.device) if capturable else count
 
 
-def moment_dtype(param: Tensor, state_dtype: torch.dtype | None) -> torch.dtype:
+def count_step(state: dict[str, Any], param: Tensor, capturable: bool) -> None:
+    """Add one to an int count; bring a count of the wrong kind (loaded by an engine, settings changed) in order.
+
+    Tensor counts are left to the caller, who adds to all of them at once.
+    """
+    step = state["step"]
+    if not isinstance(step, Tensor if capturable else int):
+        state["step"] = step = new_step(int(step), param, capturable)
+    if not capturable:
+        state["step"] = step + 1
+
+
+def moment_dtype(param: Tensor, state_dtype: str | None) -> torch.dtype:
     """Dtype of a parameter's moments: `state_dtype`, or the dtype the update computes in.
 
     Raises:
         ValueError: for bfloat16 moments of a complex parameter, which have no complex counterpart.
     """
-    dtype = state_dtype if state_dtype is not None else compute_dtype(param.dtype)
+    dtype = STATE_DTYPES[state_dtype] if state_dtype is not None else compute_dtype(param.dtype)
     if not param.is_complex():
         return dtype
     if dtype not in _COMPLEX:
-        raise ValueError(f"state_dtype={dtype} is not available for complex parameters ({param.dtype})")
+        raise ValueError(f"state_dtype={state_dtype} is not available for complex parameters ({param.dtype})")
     return _COMPLEX[dtype]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import warnings
 
 import pytest
@@ -65,9 +66,11 @@ def test_settings_from_json_are_accepted() -> None:
     params = parameters(ONE, dtype=torch.float32)
     optimizer = ARSG(params, lr=1, betas=[0.9, 0], state_dtype="bfloat16", weight_decay=0, mu=0)
     group = optimizer.param_groups[0]
-    assert (group["lr"], group["betas"], group["state_dtype"]) == (1.0, (0.9, 0.0), torch.bfloat16)
+    assert (group["lr"], group["betas"], group["state_dtype"]) == (1.0, (0.9, 0.0), "bfloat16")
+    assert json.loads(json.dumps(group["state_dtype"])) == "bfloat16", "checkpoints refuse a torch.dtype"
     run(optimizer, params, gradients(ONE, 2, dtype=torch.float32))
     assert optimizer.state[params[0]]["exp_avg"].dtype == torch.bfloat16
+    assert ARSG(parameters(ONE), state_dtype=torch.bfloat16).param_groups[0]["state_dtype"] == "bfloat16"
 
 
 def test_signature_follows_torch_adam() -> None:

@@ -101,6 +101,22 @@ def test_step_count_is_per_parameter(path: Path) -> None:
     assert torch.equal(params[1], alone[0])
 
 
+@pytest.mark.parametrize("foreign", [torch.tensor, float, int])
+@pytest.mark.parametrize("path", ALL_PATHS)
+def test_a_step_count_restored_in_another_form_counts_on(path: Path, foreign) -> None:
+    """Catches a count that stands still or mixes kinds: engines restore it as they like."""
+    params, others = parameters(SHAPES), parameters(SHAPES)
+    grads = gradients(SHAPES, 5)
+    optimizer = ARSG(params, preconditioner="adam", **path.settings)
+    straight = ARSG(others, preconditioner="adam", **path.settings)
+    run(optimizer, params, grads[:3])
+    optimizer.state[params[1]]["step"] = foreign(3)
+    run(optimizer, params, grads[3:])
+    run(straight, others, grads)
+    assert [int(optimizer.state[x]["step"]) for x in params] == [5, 5, 5]
+    assert all(torch.equal(x, y) for x, y in zip(params, others, strict=True))
+
+
 def test_a_wrapper_that_subclasses_dynamically_keeps_everything() -> None:
     """Catches behaviour tied to the exact class or to __init__'s arguments: Horovod rebuilds from groups."""
 
