@@ -81,9 +81,6 @@ class Beta1Warmup(GroupScheduler):
         if self.last_epoch <= self.warmup_steps:  # afterwards β1 is the user's again
             self._set_beta1()
 
-    def _begin(self) -> None:
-        self._set_beta1()
-
     def _set_beta1(self) -> None:
         for group, target in zip(self.optimizer.param_groups, self._targets, strict=False):
             group["betas"] = (self.beta1_at(self.last_epoch, target), *group["betas"][1:])

@@ -35,7 +35,7 @@ class GroupScheduler(LRScheduler):
 
     def _begin(self) -> None:
         """Start at step 0, when `SequentialLR` hands over to this scheduler."""
-        raise NotImplementedError
+        self._advance()
 
     def get_lr(self) -> list[float | Tensor]:
         """Return the groups' current learning rates (copies, if they are tensors)."""

@@ -44,7 +44,7 @@ def test_milestones_double_mu_and_scale_lr_by_the_exact_ratio() -> None:
     once, twice = 0.1 * RATIO, 0.1 * RATIO * theory.boost_ratio(0.999, 0.1, 0.2)
     assert seen == [(0.1, 0.05)] * 2 + [(once, 0.1)] * 3 + [(twice, 0.2)] * 2
     assert boost.boosts == 2
-    assert boost.get_last_lr() == boost.get_lr() == [twice]
+    assert boost.get_last_lr() == boost.get_lr() == boost.base_lrs == [twice]
 
 
 def test_each_group_has_its_own_ratio() -> None:
@@ -217,6 +217,22 @@ def test_reduce_may_sum_or_average() -> None:
         assert plateau.average == 1.5
 
 
+def test_ranks_stop_communicating_after_the_last_boost() -> None:
+    """Catches a reduction on every step for the rest of the run."""
+    reductions: list[Tensor] = []
+
+    def reduce(totals: Tensor) -> Tensor:
+        reductions.append(totals)
+        return totals
+
+    optimizer = arsg()
+    boost = ObservationBoost(optimizer, plateau=LossPlateau(0.0, patience=0), reduce=reduce)
+    for _ in range(5):
+        advance(optimizer, boost, 1.0)
+    assert boost.boosts == 1
+    assert len(reductions) == 2
+
+
 def test_state_is_plain_enough_for_safe_loading() -> None:
     """Catches optimizers, closures or objects in the state, which torch.load(weights_only=True) refuses."""
     for arguments in ({"milestones": [1]}, {"plateau": LossPlateau()}):
@@ -263,3 +279,4 @@ def test_plateau_resume_is_exact(stop: int, optimizer_first: bool) -> None:
     for index in (0, 1) if optimizer_first else (1, 0):
         resumed[index].load_state_dict(states[index])
     assert seen + go(*resumed, losses[stop:]) == uninterrupted
+    assert resumed[1].base_lrs == [uninterrupted[-1][0]]

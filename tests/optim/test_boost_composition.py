@@ -105,6 +105,20 @@ def test_after_a_warm_up_in_sequence() -> None:
     assert optimizer.param_groups[0]["mu"] == 0.1
 
 
+def test_losses_from_before_its_turn_in_a_sequence_do_not_count() -> None:
+    """Catches the warm-up's high losses in the first observation, which would put the plateau off."""
+    optimizer = arsg()
+    plateau = LossPlateau()
+    boost = ObservationBoost(optimizer, plateau=plateau)
+    warmup = torch_schedulers.ConstantLR(optimizer, 0.5, 100)
+    sequence = SequentialLR(optimizer, [warmup, boost], [2])
+    for loss in (9.0, 8.0, 1.0):
+        optimizer.step()
+        boost.record(loss)
+        sequence.step()
+    assert plateau.average == 1.0
+
+
 def test_before_a_decay_in_sequence() -> None:
     """Catches the next scheduler of a sequence starting from the base lr of before the boost."""
     optimizer = arsg()
@@ -149,7 +163,7 @@ def test_beside_reduce_on_plateau() -> None:
 def test_an_undone_boost_is_reported_once(boost_first: bool) -> None:
     """Catches silence where μ is doubled but lr is back at its old value: the run may diverge."""
     optimizer = arsg()
-    other = torch_schedulers.LambdaLR(optimizer, lambda t: 0.99**t)
+    other = torch_schedulers.LambdaLR(optimizer, lambda t: RATIO if t % 2 else 1.0)
     boost = ObservationBoost(optimizer, [BOOST_AT])
     with pytest.warns(UserWarning, match=r"ObservationBoost\(rescale=\[\.\.\.\]\)") as caught:
         history(optimizer, *((boost, other) if boost_first else (other, boost)))
