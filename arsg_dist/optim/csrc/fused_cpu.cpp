@@ -1,8 +1,9 @@
-// One pass over memory per ARSG step on CPU: reads x, g, m, v, v̂ and writes x, m, v, v̂ (36 bytes per float32 element).
+// One pass over memory per ARSG step on CPU: reads x, g, m, v, v̂ and writes x, m, v, v̂, 36 bytes per float32 element.
 //
-// The rule is arsg_dist/optim/reference.py's and the stochastic rounding arsg_dist/optim/rounding.py's. Every operation is an IEEE add, multiply, divide,
-// square root or comparison, compiled without contraction into fused multiply-adds: the result does not depend on the
-// instruction set, the number of threads, or how a tensor is cut into pieces.
+// The rule is arsg_dist/optim/reference.py's, the stochastic rounding arsg_dist/optim/rounding.py's. Every operation is
+// an IEEE add, multiply, divide, square root or comparison, and the compiler is told not to contract them into fused
+// multiply-adds: the result depends neither on the instruction set, nor on the number of threads, nor on how a tensor
+// is cut into pieces. The loop in `update` must stay free of branches: it is left to the compiler to vectorise.
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
