@@ -22,6 +22,7 @@ from arsg_dist.optim.state import (
     TensorLists,
     count_step,
     local,
+    needs_step,
     new_state,
     real,
     required,
@@ -200,11 +201,12 @@ class ARSG(Optimizer):
             state = self.state[param]
             if len(state) == 0:
                 state.update(new_state(param, group))
-            if "step" in state:
-                count_step(state, param, group["capturable"])
             stepped.append((param, state))
+            counted = "step" in state or needs_step(group)
+            if counted:
+                count_step(state, param, group["capturable"])
             x, grad = real(local(param)), real(local(param.grad))
-            key = (x.device, x.dtype, grad.dtype, required(state, "exp_avg").dtype)
+            key = (x.device, x.dtype, grad.dtype, required(state, "exp_avg").dtype, counted)
             lists_of.setdefault(key, TensorLists()).append(x, grad, state, hyper.preconditioner)
         if not stepped:
             return

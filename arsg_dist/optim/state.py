@@ -78,7 +78,7 @@ def count_step(state: dict[str, Any], param: Tensor, capturable: bool) -> None:
 
     Tensor counts are left to the caller, who adds to all of them at once.
     """
-    step = state["step"]
+    step = required(state, "step")
     if not isinstance(step, Tensor if capturable else int):
         state["step"] = step = new_step(int(step), param, capturable)
     if not capturable:
@@ -157,10 +157,16 @@ def restore_loaded(state: dict[str, Any], param: Tensor, group: dict[str, Any]) 
 
     Precision that the source has is kept: float32 moments of a bfloat16 parameter stay float32.
     """
+    dtypes: dict[str, torch.dtype] = dict.fromkeys(
+        MOMENTS["amsgrad"], moment_dtype(param, group["state_dtype"])
+    )
+    dtypes["slow_param"] = moment_dtype(param, None)
     for name, value in state.items():
-        tensor = value.tensor if isinstance(value, _KeepDtype) else value
+        loaded = value.tensor if isinstance(value, _KeepDtype) else value
         if name == "step":
-            state[name] = new_step(int(tensor), param, group["capturable"])
-        elif isinstance(tensor, Tensor):
-            dtype = moment_dtype(param, group["state_dtype"] if name in MOMENTS["amsgrad"] else None)
-            state[name] = tensor.to(device=param.device, dtype=dtype)
+            state[name] = new_step(int(loaded), param, group["capturable"])
+        elif isinstance(loaded, Tensor):
+            state[name] = loaded.to(device=param.device, dtype=dtypes.get(name, loaded.dtype))
+    if group["state_dtype"] == "bfloat16" and group["preconditioner"] != "adam" and "exp_avg" in state:
+        # Moments saved in float32 without a count: stochastic rounding may count from any number.
+        state.setdefault("step", new_step(0, param, group["capturable"]))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from optim_paths import FAST_PATHS, Path, gradients, parameters, run
+from optim_paths import FAST_PATHS, PATHS, Path, gradients, parameters, run
 
 from arsg_dist import ARSG
 
@@ -147,13 +147,14 @@ def test_an_update_is_element_by_element(path: Path, cut: int, mode: str) -> Non
     )
 
 
-@pytest.mark.parametrize("path", FAST_PATHS)
-def test_gradients_are_left_alone(path: Path) -> None:
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("path", PATHS)
+def test_gradients_are_left_alone(path: Path, maximize: bool) -> None:
     """Catches weight decay or the sign of maximize written into the gradient: users log and accumulate it."""
     for mode in ("amsgrad", "adam", "none"):
         params = parameters([(6,), (2, 2)])
         grads = gradients([(6,), (2, 2)], 1)[0]
         for param, grad in zip(params, grads, strict=True):
             param.grad = grad.clone()
-        ARSG(params, weight_decay=0.1, maximize=True, preconditioner=mode, **path.settings).step()
+        ARSG(params, weight_decay=0.1, maximize=maximize, preconditioner=mode, **path.settings).step()
         assert all(torch.equal(p.grad, grad) for p, grad in zip(params, grads, strict=True))

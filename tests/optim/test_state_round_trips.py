@@ -185,6 +185,35 @@ def test_loading_converts_to_the_saved_state_dtype() -> None:
     run(resumed, copies, gradients(SHAPES, 1, dtype=torch.float32))
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_state_dtype_may_change_at_a_reload(mode: str) -> None:
+    """Catches bfloat16 moments without a step count: their random bits would be the same at every step."""
+    optimizer, params = trained(preconditioner=mode)
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["param_groups"][0]["state_dtype"] = "bfloat16"
+    resumed, resumed_params = loaded(saved, params)
+    run(resumed, resumed_params, gradients(SHAPES, 3, dtype=torch.float32))
+    state = resumed.state[resumed_params[0]]
+    assert state["exp_avg"].dtype == torch.bfloat16
+    assert state["step"] == (8 if mode == "adam" else 3)
+
+
+def test_state_dtype_changed_between_steps_is_refused_not_ignored() -> None:
+    """Catches a setting that silently does nothing."""
+    optimizer, params = trained()
+    optimizer.param_groups[0]["state_dtype"] = "bfloat16"
+    with pytest.raises(RuntimeError, match="state_dtype"):
+        run(optimizer, params, gradients(SHAPES, 1, dtype=torch.float32))
+
+
+def test_foreign_state_survives_loading() -> None:
+    """Catches entries that others keep in the state cast to the dtype of the moments."""
+    optimizer, params = trained()
+    optimizer.state[params[0]]["mask"] = torch.tensor([True, False])
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert optimizer.state[params[0]]["mask"].dtype == torch.bool
+
+
 def test_state_holds_nothing_that_is_not_needed() -> None:
     """Catches a step tensor per parameter where none is needed: launched, saved and sharded for nothing."""
     for settings, names in [
