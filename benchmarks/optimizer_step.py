@@ -1,0 +1,342 @@
+"""Time of one optimizer step against its peers and against the memory bandwidth, measured in the same run.
+
+Every peer steps the same parameters and gradients. The peers take turns within each round and the order rotates, so
+that a load on the machine meets all of them; ratios are medians over rounds of ratios within a round. Example:
+
+    python benchmarks/optimizer_step.py --threads 2
+    python benchmarks/optimizer_step.py --device cuda
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import platform
+import shlex
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+from arsg_dist import ARSG
+from arsg_dist.optim import fused
+
+Params = list[torch.nn.Parameter]
+BASELINE = "torch Adam(amsgrad) fused"
+COPY = "copy (limit)"
+SCALE = "scale in place (limit)"
+
+
+def resnet50() -> list[tuple[int, ...]]:
+    """Shapes of ResNet-50's 161 parameters."""
+    shapes: list[tuple[int, ...]] = [(64, 3, 7, 7), (64,), (64,)]
+    channels = 64
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for block in range(blocks):
+            out = 4 * width
+            for shape in ((width, channels, 1, 1), (width, width, 3, 3), (out, width, 1, 1)):
+                shapes += [shape, (shape[0],), (shape[0],)]
+            if block == 0:
+                shapes += [(out, channels, 1, 1), (out,), (out,)]
+            channels = out
+    shapes += [(1000, channels), (1000,)]
+    assert len(shapes) == 161
+    assert numel(shapes) == 25_557_032
+    return shapes
+
+
+def gpt2() -> list[tuple[int, ...]]:
+    """Shapes of GPT-2 small's 148 parameters (the output layer is the embedding)."""
+    d = 768
+    norm: list[tuple[int, ...]] = [(d,), (d,)]
+    layer = [*norm, (d, 3 * d), (3 * d,), (d, d), (d,), *norm, (d, 4 * d), (4 * d,), (4 * d, d), (d,)]
+    shapes = [(50257, d), (1024, d), *(12 * layer), *norm]
+    assert len(shapes) == 148
+    assert numel(shapes) == 124_439_808
+    return shapes
+
+
+def numel(shapes: list[tuple[int, ...]]) -> int:
+    """Number of elements."""
+    return sum(torch.Size(shape).numel() for shape in shapes)
+
+
+WORKLOADS: dict[str, Callable[[], list[tuple[int, ...]]]] = {
+    "resnet50": resnet50,
+    "resnet50-flat": lambda: [(numel(resnet50()),)],
+    "gpt2": gpt2,
+}
+TITLES = {
+    "resnet50": "ResNet-50, 161 tensors, 25.6 M parameters",
+    "resnet50-flat": "ResNet-50 as one flat tensor, 25.6 M parameters",
+    "gpt2": "GPT-2 small, 148 tensors, 124.4 M parameters",
+}
+
+
+@dataclass
+class Peer:
+    """What is timed; `bytes_per_element` is the least a step can move: each tensor read and written once."""
+
+    name: str
+    bytes_per_element: int
+    make: Callable[[Params], torch.optim.Optimizer]
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    optional: bool = False
+
+
+@dataclass
+class Running:
+    """A peer set up on a workload, with its measurements."""
+
+    name: str
+    bytes_per_step: int
+    step: Callable[[], object]
+    optimizer: torch.optim.Optimizer | None = None
+    first_ms: float = 0.0
+    ms: list[float] = field(default_factory=list)
+
+
+class CompiledARSG(ARSG):
+    """ARSG whose CPU tensors take the code meant for accelerators."""
+
+    def step(self, closure=None):  # type: ignore[no-untyped-def, override]
+        """One step through `compiled_step`."""
+        with mock.patch.object(fused, "_cpu_step", fused.compiled_step):
+            return super().step(closure)
+
+
+def deepspeed_cpu_adam(params: Params) -> torch.optim.Optimizer:
+    """DeepSpeed's Adam for offloaded state (compiles its kernel on first use)."""
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    return DeepSpeedCPUAdam(params, lr=1e-6, fp32_optimizer_states=True)
+
+
+def qhadam(params: Params) -> torch.optim.Optimizer:
+    """The closest relative of ARSG's Adam mode."""
+    from pytorch_optimizer import QHAdam
+
+    return QHAdam(params, lr=1e-6)
+
+
+PEERS = [
+    Peer("torch Adam(amsgrad) loop", 36, lambda p: torch.optim.Adam(p, 1e-6, amsgrad=True, foreach=False)),
+    Peer("torch Adam(amsgrad) foreach", 36, lambda p: torch.optim.Adam(p, 1e-6, amsgrad=True, foreach=True)),
+    Peer(BASELINE, 36, lambda p: torch.optim.Adam(p, 1e-6, amsgrad=True, fused=True)),
+    Peer("torch AdamW fused", 28, lambda p: torch.optim.AdamW(p, 1e-6, fused=True)),
+    Peer("torch SGD(momentum) fused", 20, lambda p: torch.optim.SGD(p, 1e-6, momentum=0.9, fused=True)),
+    Peer("DeepSpeed CPUAdam", 28, deepspeed_cpu_adam, devices=("cpu",)),
+    Peer("pytorch_optimizer QHAdam", 28, qhadam),
+    Peer("ARSG reference", 36, lambda p: ARSG(p, 1e-6, foreach=False)),
+    Peer("ARSG foreach", 36, lambda p: ARSG(p, 1e-6, foreach=True)),
+    Peer("ARSG fused", 36, lambda p: ARSG(p, 1e-6, fused=True)),
+    Peer("ARSG fused, bf16 state", 24, lambda p: ARSG(p, 1e-6, fused=True, state_dtype="bfloat16")),
+    Peer("ARSG torch.compile", 36, lambda p: CompiledARSG(p, 1e-6, fused=True), ("cpu",), optional=True),
+]
+
+
+def timed(step: Callable[[], object], device: str) -> float:
+    """Milliseconds of one call, all device work included."""
+    if device == "cuda":
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()
+        start.record()
+        step()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end)
+    begin = time.perf_counter()
+    step()
+    return 1e3 * (time.perf_counter() - begin)
+
+
+def set_up(shapes: list[tuple[int, ...]], arguments: argparse.Namespace) -> tuple[list[Running], list[str]]:
+    """All peers on one workload, warmed up, and why others are missing."""
+    params = [torch.nn.Parameter(torch.randn(shape, device=arguments.device)) for shape in shapes]
+    for param in params:
+        param.grad = torch.randn_like(param)
+    size = numel(shapes)
+    source, target = torch.randn(size, device=arguments.device), torch.empty(size, device=arguments.device)
+    running = [
+        Running(COPY, 8 * size, lambda: target.copy_(source)),
+        Running(SCALE, 8 * size, lambda: source.mul_(1.0)),
+    ]
+    skipped = []
+    for peer in PEERS:
+        if arguments.device not in peer.devices or (peer.optional and not arguments.compiled):
+            continue
+        if arguments.only and not any(word in peer.name for word in [*arguments.only, BASELINE]):
+            continue
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", UserWarning)  # a fall-back must not pass for the real thing
+                optimizer = peer.make(params)
+                first_ms = timed(optimizer.step, arguments.device)
+        except Exception as error:
+            skipped.append(f"{peer.name}: {type(error).__name__}: {str(error).partition(chr(10))[0][:200]}")
+            continue
+        running.append(Running(peer.name, peer.bytes_per_element * size, optimizer.step, optimizer, first_ms))
+    for one in running:
+        timed(one.step, arguments.device)
+    return running, skipped
+
+
+def measure(running: list[Running], arguments: argparse.Namespace) -> None:
+    """Fill in the times, peers taking turns."""
+    for turn in range(arguments.rounds):
+        for i in range(len(running)):
+            one = running[(i + turn) % len(running)]
+            one.ms.append(timed(one.step, arguments.device))
+
+
+def ratio(ours: list[float], theirs: list[float]) -> float:
+    """Median over rounds."""
+    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+
+
+def table(running: list[Running]) -> list[str]:
+    """Rows of Markdown."""
+    by_name = {one.name: one for one in running}
+    copy, scale = by_name[COPY], by_name[SCALE]
+    lines = [
+        "| optimizer | median ms | min ms | × torch fused AMSGrad | bytes/parameter | GB/s (min ms) "
+        "| % of copy | % of scale in place | first step s |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    size = copy.bytes_per_step // 8
+    for one in running:
+        versus = f"{ratio(one.ms, by_name[BASELINE].ms):.2f}" if BASELINE in by_name else ""
+        percent = [
+            f"{100 * ratio(limit.ms, one.ms) * one.bytes_per_step / limit.bytes_per_step:.0f}"
+            for limit in (copy, scale)
+        ]
+        lines.append(
+            f"| {one.name} | {statistics.median(one.ms):.2f} | {min(one.ms):.2f} | {versus} "
+            f"| {one.bytes_per_step // size} | {one.bytes_per_step / min(one.ms) / 1e6:.1f} "
+            f"| {percent[0]} | {percent[1]} | {one.first_ms / 1e3:.2f} |"
+        )
+    return lines
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Size of all state tensors."""
+    return sum(
+        value.numel() * value.element_size()
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor)
+    )
+
+
+def extra_bytes(step: Callable[[], object], device: str) -> int | None:
+    """Peak memory during a step beyond what is held before it; None where the system does not tell."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak of the resident set
+        before = _resident("VmRSS")
+        step()
+        return max(0, _resident("VmHWM") - before)
+    except OSError:
+        return None
+
+
+def _resident(entry: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(entry))
+
+
+def memory_table(running: list[Running], size: int, device: str) -> list[str]:
+    """State and temporary memory, measured on the flat tensor, where temporaries cannot hide in free lists."""
+    lines = ["| optimizer | state bytes/parameter | temporary bytes/parameter in a step |", "|---|---|---|"]
+    for one in running:
+        if one.optimizer is not None:
+            extra = extra_bytes(one.step, device)
+            shown = "not measured" if extra is None else f"{extra / size:.2f}"
+            lines.append(f"| {one.name} | {state_bytes(one.optimizer) / size:.1f} | {shown} |")
+    return lines
+
+
+def device_name(device: str) -> str:
+    """For the report's head."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    try:
+        info = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line.split(":")[1].strip() for line in info if line.startswith("model name"))
+    except (OSError, StopIteration):
+        model = platform.processor()
+    return f"{model}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def parsed(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--threads", type=int, help="torch's threads on CPU (default: torch's own choice)")
+    parser.add_argument("--rounds", type=int, default=15, help="measurements of every peer (default: 15)")
+    parser.add_argument("--workloads", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
+    parser.add_argument("--only", nargs="+", help="only peers whose name contains one of these words")
+    parser.add_argument("--compiled", action="store_true", help="also torch.compile on CPU (slow to compile)")
+    parser.add_argument("--output", type=Path, help="Markdown file (default: benchmarks/results/...)")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure and write the report."""
+    arguments = parsed(argv)
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("--device cuda: torch sees no CUDA device")
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    threads = torch.get_num_threads()
+    load_before = os.getloadavg()[0]
+    report: list[str] = []
+    for name in arguments.workloads:
+        shapes = WORKLOADS[name]()
+        running, skipped = set_up(shapes, arguments)
+        measure(running, arguments)
+        section = [f"## {TITLES[name]}", "", *table(running), ""]
+        section += [f"Skipped: {line}\n" for line in skipped]
+        if name == "resnet50-flat":
+            section += ["### Memory", "", *memory_table(running, numel(shapes), arguments.device), ""]
+        print("\n".join(section), flush=True)
+        report += section
+        del running
+        gc.collect()
+    command = shlex.join(
+        ["python", "benchmarks/optimizer_step.py", *(sys.argv[1:] if argv is None else argv)]
+    )
+    head = [
+        f"# Optimizer step on {arguments.device}",
+        "",
+        f"- device: {device_name(arguments.device)}",
+        f"- torch {torch.__version__}, Python {platform.python_version()}, {threads} CPU thread(s)",
+        f"- {arguments.rounds} rounds; ratios and percentages are medians over rounds",
+        f"- load average {load_before:.1f} before, {os.getloadavg()[0]:.1f} after (own threads included)",
+        f"- command: `{command}`",
+        "",
+    ]
+    default = Path(__file__).parent / "results" / f"optimizer_step_{arguments.device}_{threads}threads.md"
+    output = arguments.output or default
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text("\n".join([*head, *report]))
+    print(f"written to {output}")
+
+
+if __name__ == "__main__":
+    main()
