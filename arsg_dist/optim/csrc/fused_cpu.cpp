@@ -266,11 +266,6 @@ void check_tensor(const at::Tensor& t, const at::Tensor& param, const c10::Scala
       t.sizes(), " on ", t.device());
 }
 
-// Whether element i of t lies where element i of the (dense) parameter lies, counted from the first element.
-bool same_layout(const at::Tensor& t, const at::Tensor& param) {
-  return t.strides() == param.strides() && !t.is_neg();
-}
-
 // The arguments are those of `StepFunction` and `Hyper` in hyper.py; weight_decay is split into its two kinds.
 // Returns the indices of the parameters left as they are because they have gaps or overlaps in memory, or because
 // their gradient or a moment is laid out otherwise: those are the caller's.
@@ -315,7 +310,7 @@ std::vector<int64_t> step_(
     bool direct = p.is_non_overlapping_and_dense();
     const auto data_of = [&](const at::Tensor& t, const c10::ScalarType dtype) {
       check_tensor(t, p, dtype);
-      direct = direct && same_layout(t, p);
+      direct = direct && t.strides() == p.strides();
       return t.data_ptr();
     };
     const int64_t step = has_steps ? steps[k] : 0;
