@@ -20,7 +20,7 @@ cpu $(grep -m1 '^flags' /proc/cpuinfo | sha256sum)
 $(sha256sum < "${BASH_SOURCE[0]}")"
 key=$(printf '%s' "$built_against" | sha256sum | cut -c1-16)
 
-work=$(mktemp -d); trap 'rm -rf "$work"' EXIT
+work=$(mktemp -d); trap 'wait; rm -rf "$work"' EXIT
 
 # cached NAME BUILD_FUNCTION: BUILD_FUNCTION leaves one wheel in $work/NAME; its output goes to a log shown on failure.
 cached() {
@@ -65,5 +65,6 @@ build_deepspeed() {
         python -m pip wheel --no-build-isolation --no-deps --no-binary deepspeed --wheel-dir "$1" "deepspeed==$deepspeed"
 }
 
-cached horovod build_horovod
-cached deepspeed build_deepspeed
+cached horovod build_horovod & horovod_build=$!   # side by side: DeepSpeed compiles on one core
+cached deepspeed build_deepspeed & deepspeed_build=$!
+wait "$horovod_build" && wait "$deepspeed_build"

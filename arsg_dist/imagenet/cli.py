@@ -59,7 +59,7 @@ def _connected(arguments: list[str], engine: Any, ranks: Ranks, communicator: Co
     try:
         with communicator.fail_together(ValueError, argparse.ArgumentError):
             parser = _parser()
-            options = parser.instantiate_classes(parser.parse_args(arguments))
+            options = parser.instantiate(parser.parse_args(arguments))
             config = TrainConfig(**{name: options[name] for name in TrainConfig.__dataclass_fields__})
         started = communicator.from_rank_0(time.strftime("%Y%m%d-%H%M%S"))
         output = Path(options.output or f"runs/{config.model}-{engine}-{started}")

@@ -1,0 +1,143 @@
+"""Bad input gives one clear message on rank 0 and an exit code, without a hang, a traceback or a written file."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from arsg_dist.imagenet.cli import train_command
+from tests.imagenet.test_training import ENGINES, SCRIPT, epochs_of, start
+from tests.support.launchers import launch
+
+
+def corrupt(tree: Path) -> Path:
+    path = sorted((tree / "train" / "3").iterdir())[4]
+    path.write_bytes(path.read_bytes()[:150])
+    return path
+
+
+CASES: dict[str, tuple[list[str], str]] = {
+    "missing data": (
+        ["--data.root", "/does/not/exist"],
+        "data directory /does/not/exist/train does not exist",
+    ),
+    "missing split": (["--data.val_split", "test"], "has train, val"),
+    "batch does not divide": (["--batch_size", "10", "--accumulation_steps", "4"], "use 8 or 12"),
+    "batch larger than data": (["--batch_size", "120"], "larger than the training split of 60 images"),
+    "unknown optimizer key": (
+        ["--optimizer.params", "{lr: 0.1, momentum: 0.9}"],
+        "ARSG has no parameter momentum",
+    ),
+    "mu out of range": (["--optimizer.params", "{mu: 1.0}"], "mu"),
+    "unknown optimizer": (["--optimizer.type", "Shampoo2"], "'Shampoo2' is not known"),
+    "unknown key": (["--learning_rate", "0.1"], "learning_rate"),
+    "unknown model": (["--model", "resnet19"], "model 'resnet19' is not known"),
+    "wrong type": (["--epochs", "many"], "epochs"),
+    "nonsense value": (["--epochs", "0"], "epochs must be at least 1, not 0"),
+    "late milestone": (
+        ["--schedule.name", "step", "--schedule.milestones", "[9]"],
+        "must lie before the end",
+    ),
+    "nothing to resume": (["--resume"], "holds no run"),
+    "unknown engine": (["--engine", "megatron"], "megatron is not known"),
+    "deepspeed without config": (["--engine", "deepspeed"], "needs --deepspeed_config"),
+    "deepspeed without launcher": (["--deepspeed_config", "configs/deepspeed/zero1.json"], "not started by"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input_alone(
+    case: str, recipe: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches input that is ignored, or answered by a traceback."""
+    arguments, message = CASES[case]
+    assert train_command([*recipe, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_directory_with_another_run_is_left_alone(
+    recipe: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a second run written over the first, or into a directory that is not a run's."""
+    assert train_command([*recipe, "--epochs", "1"]) == 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    assert train_command([*recipe, "--epochs", "1"]) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.tex").touch()
+    assert train_command([*recipe, "--output", str(other)]) == 2
+    assert "thesis.tex" in capsys.readouterr().err
+
+
+def test_corrupt_images_are_left_out_and_counted_when_asked(
+    recipe: list[str], small_tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches skipped images that go unmentioned, or still count in the accuracy."""
+    broken = corrupt(small_tree)
+    (small_tree / "val" / "0" / "extra.jpg").write_bytes(b"no image")
+    assert train_command([*recipe, "--data.on_bad_image", "skip"]) == 0
+    output = capsys.readouterr().out
+    assert str(broken) in output
+    assert "extra.jpg" in output
+    assert "left out 4 images" in output  # two files, two epochs
+    assert all(record["val_images"] == 21 for record in epochs_of(tmp_path / "run"))
+
+
+def bad_tree(recipe: list[str], tree: Path) -> tuple[list[str], str]:
+    return recipe, f"cannot decode image {corrupt(tree)}"
+
+
+def missing_data(recipe: list[str], tree: Path) -> tuple[list[str], str]:
+    return [
+        *recipe,
+        "--data.root",
+        str(tree / "gone"),
+    ], f"data directory {tree / 'gone' / 'train'} does not exist"
+
+
+def uneven_batch(recipe: list[str], tree: Path) -> tuple[list[str], str]:
+    return [*recipe, "--batch_size", "13"], "batch_size=13 does not divide into 2 ranks"
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("fault", [bad_tree, missing_data, uneven_batch])
+def test_bad_input_on_two_ranks(
+    engine: str,
+    fault: Callable[[list[str], Path], tuple[list[str], str]],
+    recipe: list[str],
+    small_tree: Path,
+    tmp_path: Path,
+) -> None:
+    """Catches the hang of one rank waiting for another that stopped, and messages lost or repeated by ranks."""
+    arguments, message = fault(recipe, small_tree)
+    job = start(engine, *arguments)
+    assert job.code != 0
+    assert job.output.count(f"error: {message}") == 1, job.output[-5000:]
+    assert "Traceback" not in job.output
+    assert not list(tmp_path.glob("run/checkpoints/step-*"))
+
+
+@pytest.mark.ranks
+def test_ranks_without_an_engine_are_refused(recipe: list[str]) -> None:
+    """Catches a job that silently comes up as two jobs of one rank."""
+    job = launch("mpirun", 2, SCRIPT, *recipe)
+    assert job.code != 0
+    assert "started 2 ranks but no engine was chosen" in job.output
+
+
+@pytest.mark.ranks
+def test_contradicting_deepspeed_config_is_refused(recipe: list[str], tmp_path: Path) -> None:
+    """Catches a learning rate in the JSON that the recipe silently overrules, or the other way round."""
+    path = tmp_path / "ds.json"
+    path.write_text(
+        '{"optimizer": {"type": "ARSG", "params": {"lr": 0.5}}, "zero_optimization": {"stage": 1}}'
+    )
+    job = launch("deepspeed", 2, SCRIPT, "--deepspeed_config", path, *recipe)
+    assert job.code != 0
+    assert "optimizer.params.lr = 0.5 but this run uses 0.01" in job.output

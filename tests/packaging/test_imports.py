@@ -1,0 +1,37 @@
+import subprocess
+import sys
+
+import pytest
+
+from tests.support.launchers import REPOSITORY
+
+
+def python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_importing_the_package_imports_no_engine() -> None:
+    """Catches an import of DeepSpeed or Horovod that makes the optimizer unusable without them."""
+    result = python(
+        "import sys, arsg_dist; "
+        "print(sorted({name.partition('.')[0] for name in sys.modules} & "
+        "{'deepspeed', 'horovod', 'mpi4py', 'torchvision', 'jsonargparse', 'matplotlib'}))"
+    )
+    assert result.stdout.strip() == "[]", result.stderr
+
+
+@pytest.mark.parametrize(
+    ("package", "dependency", "extra"),
+    [
+        ("arsg_dist.deepspeed", "deepspeed", "arsg-dist[deepspeed]"),
+        ("arsg_dist.horovod", "horovod.torch", "arsg-dist[horovod]"),
+        ("arsg_dist.imagenet.data", "torchvision", "arsg-dist[imagenet]"),
+    ],
+)
+def test_a_missing_dependency_names_the_extra(package: str, dependency: str, extra: str) -> None:
+    """Catches a bare ModuleNotFoundError that does not say what to install."""
+    result = python(f"import sys; sys.modules[{dependency!r}] = None; import {package}")
+    assert result.returncode != 0
+    assert extra in result.stderr.splitlines()[-1]

@@ -1,0 +1,181 @@
+"""What cannot be installed is said in one line, before anything is made."""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.support.launchers import REPOSITORY
+
+TOOLS = (
+    "bash",
+    "cat",
+    "cut",
+    "sha256sum",
+    "dirname",
+    "head",
+    "awk",
+    "df",
+    "mkdir",
+    "grep",
+    "rm",
+    "flock",
+    "mktemp",
+)
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> tuple[Path, Path]:
+    """A checkout without .venv, and a bin directory that is the whole PATH."""
+    checkout, binaries = tmp_path / "checkout", tmp_path / "bin"
+    shutil.copytree(REPOSITORY / "launch", checkout / "launch")
+    for name in ("constraints.txt", "pyproject.toml", "setup.py"):
+        shutil.copy(REPOSITORY / name, checkout)
+    binaries.mkdir()
+    for tool in [*TOOLS, "make", "g++"]:
+        found = shutil.which(tool)
+        assert found, f"this test needs {tool}"
+        (binaries / tool).symlink_to(found)
+    script(binaries / "python3.11", 'case "$1" in -V) echo Python 3.11.7;; esac')
+    return checkout, binaries
+
+
+def script(path: Path, body: str) -> None:
+    path.unlink(missing_ok=True)
+    path.write_text(f"#!/bin/bash\n{body}\n")
+    path.chmod(0o755)
+
+
+def set_up(machine: tuple[Path, Path], **variables: str) -> subprocess.CompletedProcess[str]:
+    checkout, binaries = machine
+    environment = {"PATH": str(binaries), "HOME": str(checkout.parent / "home")} | variables
+    return subprocess.run(
+        ["/bin/bash", "launch/setup.sh"],
+        cwd=checkout,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def no_compiler(binaries: Path) -> None:
+    (binaries / "g++").unlink()
+
+
+def old_compiler(binaries: Path) -> None:
+    script(binaries / "g++", 'case "$1" in -dumpversion) echo 7;; *) exit 1;; esac')
+
+
+def no_make(binaries: Path) -> None:
+    (binaries / "make").unlink()
+
+
+def wrong_python(binaries: Path) -> None:
+    script(binaries / "python3.11", 'case "$1" in -V) echo Python 3.9.2;; *) exit 1;; esac')
+
+
+def no_python(binaries: Path) -> None:
+    (binaries / "python3.11").unlink()
+
+
+def no_venv_module(binaries: Path) -> None:
+    script(
+        binaries / "python3.11",
+        'case "$1" in -V) echo Python 3.11.7;; *) case "$2" in *ensurepip*) exit 1;; esac;; esac',
+    )
+
+
+def no_headers(binaries: Path) -> None:
+    script(
+        binaries / "python3.11",
+        'case "$1" in -V) echo Python 3.11.7;; *) case "$2" in *Python.h*) exit 1;; esac;; esac',
+    )
+
+
+def full_disk(binaries: Path) -> None:
+    script(binaries / "df", "echo Filesystem; echo /dev/disk 100 90 2048 90% /mnt/full")
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (no_compiler, "g++ is missing"),
+        (old_compiler, "cannot compile C++20"),
+        (no_make, "make is missing"),
+        (wrong_python, "is 3.9.2; the pinned versions are for Python 3.11"),
+        (no_python, "no python3 found"),
+        (no_venv_module, "has no venv module"),
+        (no_headers, "Python.h is missing"),
+        (full_disk, "/mnt/full has 2 MiB free and the set-up needs 5 GiB"),
+    ],
+)
+def test_what_is_missing_is_said_in_one_line(
+    machine: tuple[Path, Path], fault: Callable[[Path], None], message: str
+) -> None:
+    """Catches a set-up that breaks off half done, minutes later, in a compiler's output."""
+    fault(machine[1])
+    result = set_up(machine)
+    assert result.returncode == 1
+    assert message in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+    assert not (machine[0] / ".venv").exists()
+
+
+def test_unknown_gpu_setting_is_refused(machine: tuple[Path, Path]) -> None:
+    """Catches ARSG_GPU=rocm silently building for the CPU."""
+    result = set_up(machine, ARSG_GPU="rocm")
+    assert "ARSG_GPU=rocm is not known" in result.stderr
+
+
+def test_a_finished_set_up_does_nothing(machine: tuple[Path, Path]) -> None:
+    """Catches a second run that installs again: a fake finished state must be recognised, a changed one not."""
+    checkout, binaries = machine
+    recorder = checkout.parent / "calls"
+    script(
+        binaries / "python3.11",
+        f'case "$1" in -V) echo Python 3.11.7;; *) echo "$@" >> {recorder}; exit 1;; esac',
+    )
+    set_up(machine)
+    assert recorder.exists(), "the set-up was not attempted at all"
+    text = (checkout / "launch/setup.sh").read_text()
+    # The script itself says what state it compares with: let it print that instead of going on.
+    probe = text.replace(
+        "stamp=.venv/.setup-complete\n",
+        'stamp=.venv/.setup-complete\n[ -n "${PRINT:-}" ] && { echo "$state"; exit; }\n',
+    )
+    assert probe != text
+    (checkout / "launch/setup.sh").write_text(probe)
+    state = set_up(machine, PRINT="1").stdout
+    (checkout / ".venv").mkdir()
+    (checkout / ".venv/.setup-complete").write_text(state)
+    recorder.unlink()
+    assert set_up(machine).returncode == 0
+    assert not recorder.exists()
+    with (checkout / "constraints.txt").open("a") as file:
+        file.write("# another pin\n")
+    assert set_up(machine).returncode != 0
+    assert recorder.exists()
+
+
+def test_every_requirement_is_pinned() -> None:
+    """Catches a dependency left out of constraints.txt: a new release of it could break a fresh set-up."""
+    import tomllib
+
+    from packaging.requirements import Requirement
+
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    wanted = project["dependencies"] + [
+        r for extra in project["optional-dependencies"].values() for r in extra
+    ]
+    pinned = {
+        line.partition("==")[0].lower().replace("_", "-")
+        for line in (REPOSITORY / "constraints.txt").read_text().splitlines()
+        if "==" in line and not line.startswith("#")
+    }
+    assert {Requirement(text).name.lower().replace("_", "-") for text in wanted} <= pinned
+    assert "torch==2.13.0" in (REPOSITORY / "constraints.txt").read_text().splitlines()
+    assert os.access(REPOSITORY / ".ci/run", os.X_OK)

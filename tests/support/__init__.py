@@ -1,0 +1,1 @@
+"""What several tests share: comparing weights and starting real ranks."""

@@ -1,0 +1,84 @@
+"""Starts real ranks through the real launchers."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A job that ended by itself.
+
+    Attributes:
+        code: exit code of the launcher.
+        output: stdout and stderr of all ranks, together.
+    """
+
+    code: int
+    output: str
+
+
+def launch(
+    launcher: str, ranks: int, script: str | Path, *arguments: object, timeout: float = 240
+) -> Finished:
+    """Runs a script on several ranks of this machine and waits for the end.
+
+    Args:
+        launcher: "deepspeed", "mpirun", "horovodrun" (over Gloo) or "alone" (one process, no launcher).
+        ranks: how many.
+        script: relative to the repository, or absolute.
+        arguments: of the script.
+        timeout: seconds; a job that takes longer is killed and the test fails, since that is a hang.
+    """
+    run = [*_command(launcher, ranks), str(REPOSITORY / script), *map(str, arguments)]
+    environment = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    }
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(REPOSITORY)}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    process = subprocess.Popen(
+        run,
+        cwd=REPOSITORY,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        raise AssertionError(
+            f"{' '.join(run)} was still running after {timeout} s:\n{output[-5000:]}"
+        ) from None
+    return Finished(process.returncode, output)
+
+
+def _command(launcher: str, ranks: int) -> list[str]:
+    if launcher == "alone":
+        assert ranks == 1
+        return [sys.executable]
+    if launcher == "deepspeed":
+        return ["deepspeed", "--num_accelerators", str(ranks), "--master_port", str(_free_port())]
+    if launcher == "horovodrun":
+        return ["horovodrun", "-np", str(ranks), "-H", f"localhost:{ranks}", "--gloo", sys.executable]
+    assert launcher == "mpirun", launcher
+    as_root = ["--allow-run-as-root"] if os.geteuid() == 0 else []
+    return ["mpirun", *as_root, "--oversubscribe", "--bind-to", "none", "-np", str(ranks), sys.executable]
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
