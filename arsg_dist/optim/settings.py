@@ -87,7 +87,7 @@ def _number_or_tensor(group: Mapping[str, Any], name: str, *, below: float = flo
 
 
 def _check_range(name: str, number: float, below: float, at_most: float) -> None:
-    if not (0.0 <= number < below and number <= at_most and number != float("inf")):
+    if not (0.0 <= number < below and number <= at_most):
         upper = f" and < {below}" if below != float("inf") else ""
         upper += f" and <= {at_most}" if at_most != float("inf") else ""
         raise ValueError(f"Invalid {name}: {number}, must be finite, >= 0{upper}")

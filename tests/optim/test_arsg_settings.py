@@ -20,6 +20,7 @@ ONE = [(3,)]
     [
         ({"lr": -1.0}, ValueError),
         ({"lr": float("nan")}, ValueError),
+        ({"lr": float("inf")}, ValueError),
         ({"lr": torch.tensor([1.0, 2.0])}, ValueError),
         ({"lr": torch.tensor(1)}, TypeError),
         ({"lr": "fast"}, TypeError),
@@ -238,6 +239,22 @@ def test_default_path_is_chosen_as_torch_does() -> None:
     assert chosen(foreach=True) is foreach_step
     assert chosen(fused=True) is fused_step
     assert chosen(fused=False) is chosen(foreach=False) is reference_step
+
+
+def test_default_path_on_accelerators_is_foreach_unless_a_tensor_must_be_read(monkeypatch) -> None:
+    """Catches the slow path as the default where launches cost, and a tensor lr that foreach cannot take."""
+    from arsg_dist.optim import dispatch
+
+    monkeypatch.setattr(dispatch, "_default_to_fused_or_foreach", lambda *_, **__: (False, True))
+
+    def chosen(**settings):
+        params = parameters(ONE)
+        return dispatch.step_function(ARSG(params, **settings).param_groups[0], params)
+
+    assert chosen() is dispatch.foreach_step
+    assert chosen(lr=torch.tensor(0.1)) is chosen(mu=torch.tensor(0.1)) is dispatch.reference_step
+    assert chosen(lr=torch.tensor(0.1), capturable=True) is dispatch.foreach_step
+    assert chosen(foreach=False) is chosen(fused=False) is dispatch.reference_step
 
 
 @pytest.mark.gpu

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from optim_paths import FOREACH_CAPTURABLE, MODES, Path, assert_close, gradients, parameters, run
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from arsg_dist import ARSG
 
@@ -61,6 +62,29 @@ def test_a_traced_step_equals_the_eager_one_and_is_not_retraced(mode: str, forea
             assert_close(x.detach(), y.detach(), 1e-6)
     assert graphs
     assert after[2] == after[-1], f"graphs after each step: {after}"
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_capturable_step_never_reads_a_value(mode: str, foreach: bool) -> None:
+    """Catches `.item()` and branches on tensors: fake tensors have no values to synchronise for."""
+
+    def step(capturable: bool) -> None:
+        with FakeTensorMode():
+            params = [torch.nn.Parameter(torch.empty(shape)) for shape in SHAPES]
+            settings = {"lookahead_k": 2, "betas": (0.9, 0.9), "state_dtype": "bfloat16"}
+            optimizer = ARSG(params, preconditioner=mode, foreach=foreach, capturable=capturable, **settings)
+            # After construction, which validates them by their values.
+            optimizer.param_groups[0].update(lr=torch.empty(()), mu=torch.empty(()))
+            for x in params:
+                x.grad = torch.empty_like(x)
+            optimizer.step()
+            with optimizer.base_iterate():
+                pass
+
+    step(capturable=True)
+    with pytest.raises(DataDependentOutputException):
+        step(capturable=False)  # the test notices a read
 
 
 @pytest.mark.slow
