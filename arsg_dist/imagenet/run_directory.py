@@ -39,9 +39,12 @@ class RunLog:
 
     Args:
         directory: of the run; created if missing.
-        config: resolved settings, written as YAML on a new run.
+        config: resolved settings, written as YAML.
         resumed_updates: None for a new run, else the updates made so far: later records of the interrupted run are
             dropped, since they will be made again.
+
+    Attributes:
+        changed: settings that differ from those the resumed run had so far, as "key: old → new".
     """
 
     def __init__(self, directory: Path, config: dict[str, Any], *, resumed_updates: int | None) -> None:
@@ -51,12 +54,19 @@ class RunLog:
         self._directory = directory
         self._metrics = directory / METRICS
         purge_step = None
-        if resumed_updates is None:
-            (directory / CONFIG).write_text(yaml.safe_dump(config, sort_keys=False))
-        else:
+        self.changed: list[str] = []
+        if resumed_updates is not None:
+            before = _flat(yaml.safe_load((directory / CONFIG).read_text()))
+            now = _flat(config)
+            self.changed = [
+                f"{key}: {before.get(key)} → {now.get(key)}"
+                for key in [*now, *(before.keys() - now.keys())]
+                if before.get(key) != now.get(key)
+            ]
             kept = [record for record in read_metrics(directory) if record["update"] <= resumed_updates]
             self._metrics.write_text("".join(json.dumps(record) + "\n" for record in kept))
             purge_step = resumed_updates + 1
+        (directory / CONFIG).write_text(yaml.safe_dump(config, sort_keys=False))
         self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=purge_step)
 
     def write(self, kind: str, update: int, values: dict[str, float]) -> None:
@@ -76,6 +86,13 @@ class RunLog:
         """Draws the learning curve and closes the files; returns the picture's path."""
         self._board.close()
         return draw_learning_curve(self._directory)
+
+
+def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in config.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:

@@ -169,6 +169,8 @@ class _Run:
             f"{self.communicator.world_size} ranks × {self.config.accumulation_steps} × {self.micro_batch_size} "
             f"images, epochs {first_epoch + 1} to {self.config.epochs}"
         )
+        if log and log.changed:
+            self._say("settings changed since the run was started: " + "; ".join(log.changed))
         evaluation: Evaluation | None = None
         for epoch in range(first_epoch, self.config.epochs):
             train_loss, images_per_second = self._train_epoch(epoch, log)

@@ -56,6 +56,16 @@ def test_a_run_leaves_what_it_promises_and_resumes_exactly(recipe: list[str], tm
     assert epochs_of(run)[0]["val_images"] == 21
 
 
+def test_settings_changed_at_a_resume_are_said(
+    recipe: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a run whose config.yaml no longer says how it was trained."""
+    assert train_command([*recipe, "--epochs", "1", "--schedule.warmup_epochs", "0"]) == 0
+    assert train_command([*recipe, "--epochs", "2", "--schedule.warmup_epochs", "0", "--resume"]) == 0
+    assert "settings changed since the run was started: epochs: 1 → 2\n" in capsys.readouterr().out
+    assert "epochs: 2\n" in (tmp_path / "run" / "config.yaml").read_text()
+
+
 @pytest.mark.ranks
 @pytest.mark.parametrize("engine", ENGINES)
 def test_two_ranks_validate_everything_and_resume_exactly(
