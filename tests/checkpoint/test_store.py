@@ -15,13 +15,14 @@ def write(text: str):  # type: ignore[no-untyped-def]
 
 
 def test_the_newest_complete_one_is_found_by_number(tmp_path: Path) -> None:
-    """Catches an order by name, in which step 10**9 comes before 2."""
-    for step in (2, 30, 10**9, 10**9 + 5):
+    """Catches an order by name, in which step 10**10 comes before 2 * 10**9."""
+    for step in (2, 30, 2 * 10**9, 10**10):
         store(tmp_path).save(step, write(str(step)))
-    assert [path.name for path in store(tmp_path).complete()] == ["step-1000000000", "step-1000000005"]
+    assert [path.name for path in store(tmp_path).complete()] == ["step-2000000000", "step-10000000000"]
     latest = store(tmp_path).latest()
     assert latest
-    assert (latest / "state").read_text() == "1000000005"
+    assert (latest / "state").read_text() == "10000000000"
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 2, "old or partial ones were left behind"
 
 
 def test_a_failed_write_leaves_the_old_ones_and_is_not_seen(tmp_path: Path) -> None:
