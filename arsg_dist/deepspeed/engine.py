@@ -77,8 +77,13 @@ class DeepSpeedEngine(Engine):
     def save(self, directory: Path, progress: dict[str, Any]) -> None:
         """Every rank writes its shard; the directory can be read on the same number of ranks."""
         client_state = {"progress": progress, _WORLD_SIZE: self.communicator.world_size}
-        self.engine.save_checkpoint(str(directory), tag=_TAG, client_state=client_state, save_latest=False)
-        self.communicator.barrier()
+        try:
+            self.engine.save_checkpoint(
+                str(directory), tag=_TAG, client_state=client_state, save_latest=False
+            )
+        except OSError as error:
+            # The other ranks wait inside DeepSpeed: this cannot be agreed on, only end the job.
+            raise RuntimeError(f"DeepSpeed could not write to {directory}: {error}") from error
 
     def load(self, directory: Path) -> dict[str, Any]:
         """Every rank reads its shard.

@@ -47,7 +47,13 @@ class Engine(ABC):
 
     @abstractmethod
     def save(self, directory: Path, progress: dict[str, Any]) -> None:
-        """Writes model, optimizer and `progress` into `directory`, which exists. Every rank must call it."""
+        """Writes model, optimizer and `progress` into `directory`, which exists. Every rank must call it.
+
+        It need not wait for the other ranks.
+
+        Raises:
+            OSError: this rank could not write, and is not expected in a collective by the others.
+        """
 
     @abstractmethod
     def load(self, directory: Path) -> dict[str, Any]:

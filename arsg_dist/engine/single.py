@@ -65,8 +65,10 @@ class SingleProcessEngine(Engine):
                 "optimizer": self.optimizer.state_dict(),
                 "progress": progress,
             }
-            torch.save(state, directory / _FILE)
-        self.communicator.barrier()
+            try:
+                torch.save(state, directory / _FILE)
+            except RuntimeError as error:  # how torch's writer says that the disk is full
+                raise OSError(f"cannot write {directory / _FILE}: {str(error).splitlines()[0]}") from error
 
     def load(self, directory: Path) -> dict[str, Any]:
         """Every rank reads the one file, without executing anything in it; works on any number of ranks."""

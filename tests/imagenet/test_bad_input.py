@@ -124,6 +124,19 @@ def test_bad_input_on_two_ranks(
 
 
 @pytest.mark.ranks
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_full_disk_ends_the_job_and_leaves_no_half_checkpoint(
+    engine: str, recipe: list[str], tmp_path: Path
+) -> None:
+    """Catches ranks that wait for one that failed to write, and a resume from half a checkpoint."""
+    launcher, options = ENGINES[engine]
+    job = launch(launcher, 2, SCRIPT, *options, *recipe, timeout=90, largest_file=500_000)
+    assert job.code != 0
+    assert "write" in job.output
+    assert not list(tmp_path.glob("run/checkpoints/step-*"))
+
+
+@pytest.mark.ranks
 def test_ranks_without_an_engine_are_refused(recipe: list[str]) -> None:
     """Catches a job that silently comes up as two jobs of one rank."""
     job = launch("mpirun", 2, SCRIPT, *recipe)

@@ -1,6 +1,7 @@
 """Starts real ranks through the real launchers."""
 
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -25,7 +26,12 @@ class Finished:
 
 
 def launch(
-    launcher: str, ranks: int, script: str | Path, *arguments: object, timeout: float = 240
+    launcher: str,
+    ranks: int,
+    script: str | Path,
+    *arguments: object,
+    timeout: float = 240,
+    largest_file: int | None = None,
 ) -> Finished:
     """Runs a script on several ranks of this machine and waits for the end.
 
@@ -35,6 +41,7 @@ def launch(
         script: relative to the repository, or absolute.
         arguments: of the script.
         timeout: seconds; a job that takes longer is killed and the test fails, since that is a hang.
+        largest_file: bytes; writing more to a file fails, as on a full disk.
     """
     run = [*_command(launcher, ranks), str(REPOSITORY / script), *map(str, arguments)]
     environment = {
@@ -53,6 +60,9 @@ def launch(
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        preexec_fn=lambda: (
+            resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file)) if largest_file else None
+        ),
     )
     try:
         output, _ = process.communicate(timeout=timeout)
