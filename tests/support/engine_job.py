@@ -12,6 +12,8 @@ from arsg_dist import ARSG
 from arsg_dist.engine import Engine, discover_ranks
 from tests.support import toy
 
+HYPERPARAMETERS = toy.HYPERPARAMETERS | {"fused": True}  # plain_deepspeed_job.py has the default path
+
 
 def main() -> None:
     engine_name, output, accumulation, clip = (a for a in sys.argv[1:] if not a.startswith("--"))
@@ -29,7 +31,7 @@ def main() -> None:
             batch_size=toy.BATCH,
             accumulation_steps=accumulation_steps,
             clip_grad_norm=clip_grad_norm,
-            optimizer={"type": "ARSG", "params": toy.HYPERPARAMETERS},
+            optimizer={"type": "ARSG", "params": HYPERPARAMETERS},
         )
         engine = deepspeed.DeepSpeedEngine(model, config, communicator)
     else:
@@ -38,7 +40,7 @@ def main() -> None:
         communicator = horovod.connect(ranks)
         engine = horovod.HorovodEngine(
             model,
-            ARSG(model.parameters(), **toy.HYPERPARAMETERS),
+            ARSG(model.parameters(), **HYPERPARAMETERS),
             communicator,
             accumulation_steps=accumulation_steps,
             clip_grad_norm=clip_grad_norm,
