@@ -11,7 +11,15 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 die() { echo "setup: $*" >&2; exit 1; }
 
 # ---- Is it done already? --------------------------------------------------------------------------
-PYTHON=${PYTHON:-$(command -v python3.11 || command -v python3 || true)}
+is_311() { "$1" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null; }
+find_python() {  # a name on PATH proves nothing: version managers leave shims that fail
+    local name path
+    for name in python3.11 python3 python; do
+        path=$(command -v "$name") && is_311 "$path" && echo "$path" && return
+    done
+    command -v python3.11 || command -v python3 || true
+}
+PYTHON=${PYTHON:-$(find_python)}
 [ -n "$PYTHON" ] || die "no python3 found; install Python 3.11 with its venv module and headers, or set PYTHON=/path/to/python3.11"
 inputs=(constraints.txt pyproject.toml setup.py launch/setup.sh launch/build_engines.sh)
 [ -d arsg_dist/optim/csrc ] && inputs+=(arsg_dist/optim/csrc/*)
@@ -20,7 +28,7 @@ stamp=.venv/.setup-complete
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$state" ]; then exit 0; fi
 
 # ---- Everything that can be missing is said here, before anything is created ----------------------
-"$PYTHON" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' ||
+is_311 "$PYTHON" ||
     die "$PYTHON is $("$PYTHON" -V 2>&1 | cut -d' ' -f2); the pinned versions are for Python 3.11: install it or set PYTHON=/path/to/python3.11"
 "$PYTHON" -c 'import ensurepip, venv' 2>/dev/null ||
     die "$PYTHON has no venv module; install it (Debian, Ubuntu: python3.11-venv)"
@@ -51,7 +59,7 @@ flock -n 9 || { echo "setup: another set-up is running in this checkout, waiting
 
 echo "setup: environment in $PWD/.venv (the first time takes about ten minutes: Horovod and DeepSpeed are compiled)"
 rm -f "$stamp"
-if ! .venv/bin/python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null; then
+if ! is_311 .venv/bin/python; then
     rm -rf .venv
     "$PYTHON" -m venv .venv
 fi

@@ -125,6 +125,16 @@ def test_what_is_missing_is_said_in_one_line(
     assert not (machine[0] / ".venv").exists()
 
 
+def test_a_shim_that_fails_is_passed_over(machine: tuple[Path, Path]) -> None:
+    """Catches a version manager's python3.11 that only says which versions are installed."""
+    script(machine[1] / "python3.11", "exit 127")
+    script(
+        machine[1] / "python3",
+        'case "$1" in -V) echo Python 3.11.7;; *) case "$2" in *ensurepip*) exit 1;; esac;; esac',
+    )
+    assert f"{machine[1]}/python3 has no venv module" in set_up(machine).stderr
+
+
 def test_unknown_gpu_setting_is_refused(machine: tuple[Path, Path]) -> None:
     """Catches ARSG_GPU=rocm silently building for the CPU."""
     result = set_up(machine, ARSG_GPU="rocm")
