@@ -147,7 +147,7 @@ def test_a_finished_set_up_does_nothing(machine: tuple[Path, Path]) -> None:
     recorder = checkout.parent / "calls"
     script(
         binaries / "python3.11",
-        f'case "$1" in -V) echo Python 3.11.7;; *) echo "$@" >> {recorder}; exit 1;; esac',
+        f'case "$1" in -V) echo Python 3.11.7;; -m) echo "$@" >> {recorder}; exit 1;; esac',
     )
     set_up(machine)
     assert recorder.exists(), "the set-up was not attempted at all"
