@@ -12,10 +12,10 @@ except ImportError as error:
         "arsg_dist.deepspeed needs DeepSpeed: pip install 'arsg-dist[deepspeed]', or run launch/setup.sh in a checkout"
     ) from error
 
-from arsg_dist.deepspeed.config import resolve_config
+from arsg_dist.deepspeed.config import check_config, resolve_config
 from arsg_dist.deepspeed.engine import DeepSpeedEngine, connect
 from arsg_dist.deepspeed.registration import register
 
 register()
 
-__all__ = ["DeepSpeedEngine", "connect", "register", "resolve_config"]
+__all__ = ["DeepSpeedEngine", "check_config", "connect", "register", "resolve_config"]

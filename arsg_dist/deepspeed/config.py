@@ -1,10 +1,97 @@
 """Joins a DeepSpeed JSON config with what the training program decides, without either overruling the other."""
 
+import inspect
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
+
+from arsg_dist.optim import ARSG
 
 AUTO = "auto"
+
+_ADAM_ONLY: Final = {
+    "max_grad_norm": "DeepSpeed refuses it for every optimizer: set 'gradient_clipping' at the top of the config",
+    "adam_w_mode": "choose with decoupled_weight_decay",
+    "torch_adam": "ARSG has one implementation per path: choose with foreach and fused",
+    "amsgrad": "choose with preconditioner",
+    "bias_correction": "only preconditioner 'adam' corrects the bias, always",
+    "fp32_optimizer_states": "choose with state_dtype",
+}
+"""Settings of DeepSpeed's Adam that a config changed from Adam to ARSG may still have."""
+
+
+def check_config(config: dict[str, Any], source: str = "the DeepSpeed config") -> None:
+    """Refuses what DeepSpeed 0.19.8 cannot do with ARSG, or would silently leave out.
+
+    Args:
+        config: content of a DeepSpeed config, complete or not.
+        source: what messages call it.
+
+    Raises:
+        ValueError: with the setting and the reason.
+    """
+    section = config.get("optimizer") or {}
+    name = section.get("type")
+    if isinstance(name, str) and name.lower() == "arsg":
+        _check_optimizer(section, source)
+    zero = config.get("zero_optimization")
+    zero = zero if isinstance(zero, dict) else {}
+    offload = zero.get("offload_optimizer") or {}
+    offloaded = offload.get("device", "none") != "none"
+    fp16 = config.get("fp16") or {}
+    bf16 = config.get("bf16") or config.get("bfloat16") or {}
+    refused = {
+        "zero_optimization.zenflow": (
+            zero.get("zenflow") is not None,
+            "ZenFlow updates the selected part of the weights with its own AdamW, not with ARSG",
+        ),
+        "zero_optimization.offload_optimizer.ratio": (
+            offloaded and offload.get("ratio", 1.0) != 1.0,
+            "Twin-Flow updates the part that stays on the GPU with torch's AdamW, and accepts DeepSpeedCPUAdam only "
+            "for the rest: remove it, or set it to 1.0",
+        ),
+        "zero_optimization.offload_optimizer.super_offload": (
+            bool(offload.get("super_offload", False)),
+            "SuperOffload's update on the CPU is Adam, not ARSG",
+        ),
+        "fp16.fp16_master_weights_and_grads": (
+            bool(fp16.get("fp16_master_weights_and_grads", False)),
+            "DeepSpeed accepts it with DeepSpeedCPUAdam only",
+        ),
+        "bf16.bf16_master_weights_and_grads": (
+            bool(bf16.get("bf16_master_weights_and_grads", False))
+            and (offloaded or not bf16.get("bf16_optimizer_states", False)),
+            "DeepSpeed accepts it with DeepSpeedCPUAdam only, unless bf16_optimizer_states is set and nothing is "
+            "offloaded",
+        ),
+    }
+    for key, (present, reason) in refused.items():
+        if present:
+            raise ValueError(f"{source} sets {key}, which does not work with ARSG: {reason}")
+
+
+def _check_optimizer(section: dict[str, Any], source: str) -> None:
+    if section["type"] != "ARSG":
+        raise ValueError(
+            f"{source} has optimizer.type = {section['type']!r}: write 'ARSG' (DeepSpeed minds the case)"
+        )
+    if section.get("legacy_fusion"):
+        raise ValueError(
+            f"{source} sets optimizer.legacy_fusion, which does not work with ARSG: DeepSpeed has it for FusedAdam only"
+        )
+    params = section.get("params") or {}
+    for key in params if isinstance(params, dict) else ():
+        if key in _ADAM_ONLY:
+            raise ValueError(
+                f"{source} sets optimizer.params.{key}, which ARSG does not have: {_ADAM_ONLY[key]}"
+            )
+        if key not in _SETTINGS:
+            raise ValueError(
+                f"{source} sets optimizer.params.{key}, which ARSG does not have; it has {sorted(_SETTINGS)}"
+            )
+
+
+_SETTINGS: Final = frozenset(inspect.signature(ARSG).parameters) - {"params"}
 
 
 def resolve_config(
@@ -48,6 +135,7 @@ def resolve_config(
         if not isinstance(config, dict):
             raise ValueError(f"DeepSpeed config {path} must hold a JSON object")
     resolved = dict(config)
+    check_config(resolved, source)
     if "scheduler" in resolved:
         raise ValueError(
             f"{source} has a 'scheduler'; the learning rate follows the recipe's 'schedule': remove one"

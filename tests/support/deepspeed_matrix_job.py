@@ -1,0 +1,102 @@
+"""Job for one rank: trains every configuration of the matrix under DeepSpeed and writes what rank 0 ends with.
+
+usage: deepspeed_matrix_job.py OUTPUT [--local_rank=N]
+"""
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor
+
+import arsg_dist.deepspeed  # noqa: F401  (makes "type": "ARSG" known)
+from tests.support import deepspeed_matrix as matrix
+from tests.support import toy
+
+
+def main() -> None:
+    output = Path(next(a for a in sys.argv[1:] if not a.startswith("--")))
+    torch.set_num_threads(1)
+    deepspeed.init_distributed(verbose=False)
+    # DeepSpeed asks oneDNN, which has fp16 on some CPUs only; torch itself computes in fp16 on every CPU.
+    type(get_accelerator()).is_fp16_supported = lambda _: True
+    results = {}
+    for case in matrix.cases():
+        start = time.monotonic()
+        results[str(case)] = train(case)
+        if deepspeed.comm.get_rank() == 0:
+            print(f"{case}: {time.monotonic() - start:.2f} s", flush=True)
+    if deepspeed.comm.get_rank() == 0:
+        torch.save(results, output)
+    deepspeed.comm.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def train(case: matrix.Case) -> dict[str, Any]:
+    """Trains, checks that all ranks agree, and returns fp32 weights and each rank's optimizer state."""
+    rank, world_size = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
+    model = matrix.build_model(case)
+    parameters = matrix.grouped(case, dict(model.named_parameters()))
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=parameters, config=case.config())
+    before = masters(engine, case)
+    state_before = state_of(engine)
+    for update in range(toy.UPDATES):
+        for step in range(case.accumulation):
+            part = matrix.micro_batch(case, world_size, rank, step)
+            engine.backward(matrix.loss_of(engine, case, update, part))
+            engine.step()
+    after = masters(engine, case)
+    with deepspeed.zero.GatheredParameters(list(model.parameters()), enabled=case.stage == 3):
+        for name, parameter in model.named_parameters():
+            assert torch.equal(parameter, after[name].to(case.dtype)), (
+                f"{case}: {name} is not its master, rounded"
+            )
+    state = state_of(engine)
+    engine.destroy()
+    gathered: list[Any] = [None] * world_size
+    torch.distributed.all_gather_object(gathered, {"after": after, "state": state})
+    for other in gathered:
+        assert all(torch.equal(after[name], other["after"][name]) for name in after), f"{case}: ranks differ"
+    return {
+        "before": before,
+        "after": after,
+        "state_before": state_before,
+        "states": [other["state"] for other in gathered],
+    }
+
+
+def state_of(engine: Any) -> dict[str, Any]:
+    """Bytes of the state tensors that this rank holds, and the step counts it has."""
+    states = engine.basic_optimizer.state.values()
+    tensors = [value for state in states for value in state.values() if isinstance(value, Tensor)]
+    return {
+        "bytes": sum(tensor.nbytes for tensor in tensors),
+        "steps": sorted({state["step"] for state in states if "step" in state}),
+    }
+
+
+def masters(engine: Any, case: matrix.Case) -> dict[str, Tensor]:
+    """The whole fp32 weights by name; a collective call."""
+    named = dict(engine.module.named_parameters())
+    full: dict[str, Tensor] = {}
+    if case.stage == 0 and case.dtype != torch.float32:
+        wrapper = engine.optimizer
+        for copies, group in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True):
+            for copy, master in zip(copies, group, strict=True):
+                full |= {name: master for name, parameter in named.items() if parameter is copy}
+    elif case.stage:
+        full = {
+            name: deepspeed.utils.safe_get_full_fp32_param(parameter)
+            for name, parameter in named.items()
+            if parameter.requires_grad
+        }
+    with deepspeed.zero.GatheredParameters(list(named.values()), enabled=case.stage == 3):
+        return {name: full.get(name, parameter).detach().float().clone() for name, parameter in named.items()}
+
+
+if __name__ == "__main__":
+    main()
