@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from arsg_dist.deepspeed import resolve_config
+from arsg_dist.deepspeed import check_config, resolve_config
 from tests.support.launchers import REPOSITORY
 
 PROGRAM: dict[str, Any] = {
@@ -63,3 +63,66 @@ def test_files_that_are_no_json_object_are_refused(text: str, tmp_path: Path) ->
     (tmp_path / "ds.json").write_text(text)
     with pytest.raises(ValueError, match=r"ds\.json"):
         resolve_config(tmp_path / "ds.json", **PROGRAM)
+
+
+def _offload(**settings: Any) -> dict[str, Any]:
+    return {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", **settings}}}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (_offload(ratio=0.5), "ratio.*Twin-Flow"),
+        (_offload(super_offload=True), "super_offload.*SuperOffload"),
+        ({"zero_optimization": {"stage": 2, "zenflow": {}}}, "zenflow.*ZenFlow"),
+        ({"fp16": {"enabled": True, "fp16_master_weights_and_grads": True}}, "DeepSpeedCPUAdam only"),
+        ({"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}, "DeepSpeedCPUAdam only"),
+        ({"optimizer": {"type": "Arsg"}}, "'Arsg': write 'ARSG'"),
+        ({"optimizer": {"type": "ARSG", "legacy_fusion": True}}, "legacy_fusion"),
+        ({"optimizer": {"type": "ARSG", "params": {"max_grad_norm": 1.0}}}, "'gradient_clipping'"),
+        (
+            {"optimizer": {"type": "ARSG", "params": {"torch_adam": True}}},
+            "torch_adam, which ARSG does not have",
+        ),
+        (
+            {"optimizer": {"type": "ARSG", "params": {"nu": 0.1}}},
+            "nu, which ARSG does not have; it has .*'mu'",
+        ),
+    ],
+)
+def test_what_cannot_work_with_arsg_is_refused_with_the_reason(config: dict[str, Any], message: str) -> None:
+    """Catches settings under which DeepSpeed would update with another optimizer, or stop with a puzzle."""
+    with pytest.raises(ValueError, match=message):
+        check_config(config)
+    if "optimizer" not in config:
+        with pytest.raises(ValueError, match=message):
+            resolve_config(config, **PROGRAM)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        _offload(),
+        _offload(ratio=1.0, super_offload=False),
+        {
+            "zero_optimization": {
+                "stage": 3,
+                "offload_optimizer": {"device": "none", "ratio": 0.5},
+                "zenflow": None,
+            }
+        },
+        {
+            "optimizer": {
+                "type": "ARSG",
+                "params": {"lr": 0.1, "preconditioner": "adam"},
+                "legacy_fusion": False,
+            }
+        },
+        {"optimizer": {"type": "AdamW", "params": {"torch_adam": True}}},
+        {"optimizer": {"type": "auto", "params": "auto"}, "bf16": {"enabled": True}},
+    ],
+)
+def test_what_works_is_not_refused(config: dict[str, Any]) -> None:
+    """Catches a check that minds more than it should."""
+    check_config(config)
