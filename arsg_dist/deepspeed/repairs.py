@@ -73,9 +73,13 @@ def _with_loss_scaled(method: Method) -> Method:
 
     def backward(engine: Any, loss: Any, *args: Any, **kwargs: Any) -> Any:
         wrapper = engine.optimizer
-        if not (isinstance(wrapper, FP16_UnfusedOptimizer) and isinstance(wrapper.optimizer, ARSG)):
+        if not (
+            isinstance(wrapper, FP16_UnfusedOptimizer)
+            and isinstance(wrapper.optimizer, ARSG)
+            and wrapper.loss_scale_config.use_grad_scaling
+        ):
             return method(engine, loss, *args, **kwargs)
-        scale = wrapper.loss_scale_config.cur_scale  # 1 in bf16
+        scale = wrapper.loss_scale_config.cur_scale
         # In fp32, for a scaled fp16 loss overflows where its gradient need not.
         return method(engine, loss.float() * scale, *args, **kwargs) / scale
 
