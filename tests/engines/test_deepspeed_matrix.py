@@ -126,6 +126,7 @@ def test_configs_are_checked_on_every_rank_and_rank_0_warns_of_clipping() -> Non
         ("max_grad_norm", "gradient_clipping"),
         ("zenflow", "ZenFlow"),
     ]:
+        assert errors[name].startswith("ValueError: the DeepSpeed config ")
         assert message in errors[name]
     said = [
         [
