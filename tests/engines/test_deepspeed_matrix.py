@@ -18,11 +18,11 @@ from tests.support.launchers import Finished, launch
 
 pytestmark = pytest.mark.ranks
 
-# Half-precision ranks round the sum of their gradients, and the sum over micro-batches; the oracle adds up in fp32.
-# That is a few roundings of each gradient. They reach the weights within the same few units, as the preconditioner
-# hardly amplifies them here (eps): measured at most TO_BE_MEASURED. The rounding unit being 8 times as large in bf16
-# as in fp16, and so the difference, shows that nothing else is in it.
-HALF_PRECISION_ROUNDINGS = 4
+# Half-precision ranks round the gradient of a micro-batch and each sum of gradients; the oracle adds up in fp32. A few
+# roundings of a gradient become a few of its update, since the preconditioner hardly amplifies them with this eps.
+# Measured: at most 2.4 units of the half precision in bf16, 3.7 in fp16, on 3 ranks; that the difference goes with the
+# unit shows that there is nothing else in it.
+HALF_PRECISION_ROUNDINGS = 8
 
 LAUNCHES = [(2, "core"), (1, "all"), (2, "rest"), (3, "all")]
 ALL = [

@@ -35,7 +35,7 @@ class Case:
         clip: largest norm of the gradient, 0 for none.
         groups: "one" group of all parameters; "several" groups of different settings, one of them empty, of a model
             with frozen parameters, parameters without gradient and parameters with a gradient in some updates only.
-        overflow: the gradient of one update is infinite: it has to be skipped.
+        overflow: the gradient of one update is infinite: it has to be skipped. The loss scale is dynamic then.
     """
 
     stage: int
@@ -80,7 +80,9 @@ class Case:
         if self.precision == "bf16-fp32grads":
             config["data_types"] = {"grad_accum_dtype": "fp32"}
         if self.precision == "fp16":
-            config["fp16"] = {"enabled": True, "loss_scale": FP16_LOSS_SCALE}
+            # Dynamic where something overflows. The scale stays a power of 2, and so does not change the result.
+            scale = {"initial_scale_power": 6} if self.overflow else {"loss_scale": FP16_LOSS_SCALE}
+            config["fp16"] = {"enabled": True, **scale}
         return config
 
 
