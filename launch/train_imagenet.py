@@ -9,7 +9,8 @@ python launch/train_imagenet.py --config configs/digits.yaml
 
 import sys
 
+from arsg_dist.engine import end_process
 from arsg_dist.imagenet.cli import train_command
 
 if __name__ == "__main__":
-    sys.exit(train_command(sys.argv[1:]))
+    end_process(train_command(sys.argv[1:]))

@@ -5,7 +5,13 @@
 """
 
 from arsg_dist.engine.base import Engine
-from arsg_dist.engine.communicator import Communicator, JobError, SingleProcessCommunicator, TorchCommunicator
+from arsg_dist.engine.communicator import (
+    Communicator,
+    JobError,
+    SingleProcessCommunicator,
+    TorchCommunicator,
+    end_process,
+)
 from arsg_dist.engine.ranks import Ranks, discover_ranks
 from arsg_dist.engine.single import SingleProcessEngine
 
@@ -18,4 +24,5 @@ __all__ = [
     "SingleProcessEngine",
     "TorchCommunicator",
     "discover_ranks",
+    "end_process",
 ]

@@ -1,7 +1,6 @@
 """The command line: `arsg-imagenet train`, which is also launch/train_imagenet.py."""
 
 import argparse
-import os
 import sys
 import time
 import traceback
@@ -10,7 +9,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from arsg_dist.engine import Communicator, JobError, Ranks, discover_ranks
+from arsg_dist.engine import Communicator, JobError, Ranks, discover_ranks, end_process
 from arsg_dist.imagenet.config import TrainConfig
 from arsg_dist.imagenet.engines import choose_engine, connect
 from arsg_dist.imagenet.train import Job, train
@@ -24,7 +23,7 @@ def main() -> None:
     if len(sys.argv) < 2 or sys.argv[1] != "train":
         print("usage: arsg-imagenet train [--help] ...", file=sys.stderr)  # noqa: T201
         sys.exit(BAD_INPUT)
-    sys.exit(train_command(sys.argv[2:]))
+    end_process(train_command(sys.argv[2:]))
 
 
 def train_command(arguments: list[str]) -> int:
@@ -51,7 +50,7 @@ def train_command(arguments: list[str]) -> int:
     except Exception:
         # Not agreed on: the other ranks may be waiting in a collective. End at once, so that the launcher ends them.
         print(f"rank {rank} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)  # noqa: T201
-        os._exit(FAILED)
+        end_process(FAILED)
 
 
 def _connected(arguments: list[str], engine: Any, ranks: Ranks, communicator: Communicator) -> int:

@@ -17,6 +17,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 import arsg_dist.deepspeed  # noqa: F401  (makes "type": "ARSG" known)
+from arsg_dist.engine import end_process
 from tests.support import deepspeed_matrix as matrix
 from tests.support import toy
 
@@ -132,3 +133,4 @@ def masters(engine: Any, case: matrix.Case) -> dict[str, Tensor]:
 
 if __name__ == "__main__":
     main()
+    end_process(0)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from arsg_dist import ARSG
-from arsg_dist.engine import Engine, discover_ranks
+from arsg_dist.engine import Engine, discover_ranks, end_process
 from tests.support import toy
 
 HYPERPARAMETERS = toy.HYPERPARAMETERS | {"fused": True}  # plain_deepspeed_job.py has the default path
@@ -61,6 +61,7 @@ def main() -> None:
     if communicator.rank == 0:
         torch.save(weights, Path(output))
     communicator.close()
+    end_process(0)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import deepspeed
 import torch
 
 import arsg_dist.deepspeed  # noqa: F401  (makes "type": "ARSG" known)
+from arsg_dist.engine import end_process
 from tests.support import toy
 
 
@@ -41,6 +42,7 @@ def main() -> None:
         engine.destroy()
     deepspeed.comm.barrier()
     torch.distributed.destroy_process_group()
+    end_process(0)
 
 
 if __name__ == "__main__":
