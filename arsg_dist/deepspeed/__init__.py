@@ -13,9 +13,16 @@ except ImportError as error:
     ) from error
 
 from arsg_dist.deepspeed.config import check_config, resolve_config
-from arsg_dist.deepspeed.engine import DeepSpeedEngine, connect
+from arsg_dist.deepspeed.engine import DeepSpeedEngine, connect, release_shared_memory
 from arsg_dist.deepspeed.registration import register
 
 register()
 
-__all__ = ["DeepSpeedEngine", "check_config", "connect", "register", "resolve_config"]
+__all__ = [
+    "DeepSpeedEngine",
+    "check_config",
+    "connect",
+    "register",
+    "release_shared_memory",
+    "resolve_config",
+]

@@ -16,7 +16,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
-import arsg_dist.deepspeed  # noqa: F401  (makes "type": "ARSG" known)
+import arsg_dist.deepspeed  # makes "type": "ARSG" known
 from arsg_dist.engine import end_process
 from tests.support import deepspeed_matrix as matrix
 from tests.support import toy
@@ -26,6 +26,7 @@ def main() -> None:
     output, selection = (a for a in sys.argv[1:] if not a.startswith("--"))
     torch.set_num_threads(1)
     deepspeed.init_distributed(verbose=False)
+    arsg_dist.deepspeed.release_shared_memory()
     # DeepSpeed asks oneDNN, which has fp16 on some CPUs only; torch itself computes in fp16 on every CPU.
     type(get_accelerator()).is_fp16_supported = lambda _: True
     results: dict[str, Any] = {"configurations": try_configurations()}

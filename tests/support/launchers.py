@@ -43,7 +43,8 @@ def launch(
         timeout: seconds; a job that takes longer is killed and the test fails, since that is a hang.
         largest_file: bytes; writing more to a file fails, as on a full disk.
     """
-    run = [*_command(launcher, ranks), str(REPOSITORY / script), *map(str, arguments)]
+    port = _free_port()
+    run = [*_command(launcher, ranks, port), str(REPOSITORY / script), *map(str, arguments)]
     environment = {
         key: value
         for key, value in os.environ.items()
@@ -72,15 +73,20 @@ def launch(
         raise AssertionError(
             f"{' '.join(run)} was still running after {timeout} s:\n{output[-5000:]}"
         ) from None
+    finally:
+        left = list(Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"))
+        for path in left:
+            path.unlink()
+    assert not left or process.returncode, f"the job left shared memory behind: {left}"
     return Finished(process.returncode, output)
 
 
-def _command(launcher: str, ranks: int) -> list[str]:
+def _command(launcher: str, ranks: int, port: int) -> list[str]:
     if launcher == "alone":
         assert ranks == 1
         return [sys.executable]
     if launcher == "deepspeed":
-        return ["deepspeed", "--num_accelerators", str(ranks), "--master_port", str(_free_port())]
+        return ["deepspeed", "--num_accelerators", str(ranks), "--master_port", str(port)]
     if launcher == "horovodrun":
         return ["horovodrun", "-np", str(ranks), "-H", f"localhost:{ranks}", "--gloo", sys.executable]
     assert launcher == "mpirun", launcher

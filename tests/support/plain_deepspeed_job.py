@@ -9,7 +9,7 @@ from pathlib import Path
 import deepspeed
 import torch
 
-import arsg_dist.deepspeed  # noqa: F401  (makes "type": "ARSG" known)
+import arsg_dist.deepspeed  # makes "type": "ARSG" known
 from arsg_dist.engine import end_process
 from tests.support import toy
 
@@ -17,6 +17,7 @@ from tests.support import toy
 def main() -> None:
     output = Path(next(a for a in sys.argv[1:] if not a.startswith("--")))
     deepspeed.init_distributed(verbose=False)
+    arsg_dist.deepspeed.release_shared_memory()
     rank, world_size = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
     micro_batch = toy.BATCH // world_size
     part = slice(rank * micro_batch, (rank + 1) * micro_batch)
