@@ -8,7 +8,7 @@ export PATH := $(VENV)/bin:$(PATH)
 train: setup            ## train a ResNet on real images: 2 ranks under deepspeed (ZeRO-1), then under Horovod
 	launch/quickstart.sh
 
-test: setup lint        ## lint, types, import direction and the tests; PYTEST="-m 'not slow'" is the default
+test: setup lint        ## lint, types, import direction and the tests; PYTEST=--everything adds the slow ones
 	launch/run_tests.sh $(PYTEST)
 
 lint: setup
