@@ -13,7 +13,6 @@ from torch import nn
 from arsg_dist.engine import Communicator, Engine, Ranks, TorchCommunicator
 
 _TAG = "deepspeed"
-_WORLD_SIZE = "world_size"
 
 
 def connect(ranks: Ranks) -> Communicator:
@@ -91,10 +90,9 @@ class DeepSpeedEngine(Engine):
 
     def save(self, directory: Path, progress: dict[str, Any]) -> None:
         """Every rank writes its shard; the directory can be read on the same number of ranks."""
-        client_state = {"progress": progress, _WORLD_SIZE: self.communicator.world_size}
         try:
             self.engine.save_checkpoint(
-                str(directory), tag=_TAG, client_state=client_state, save_latest=False
+                str(directory), tag=_TAG, client_state={"progress": progress}, save_latest=False
             )
         except OSError as error:
             # The other ranks wait inside DeepSpeed: this cannot be agreed on, only end the job.

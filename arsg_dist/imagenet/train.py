@@ -126,7 +126,6 @@ class _Run:
         self.leader = self.communicator.rank == 0
         self.train_order = train_order
         self.micro_batch_size = micro_batch_size
-        self.images_val = len(val_split)
         data, cuda = config.data, engine.device.type == "cuda"
         train_size = data.crop_size if data.augmentation == "crop" else data.image_size
         val_order = ValidationOrder(

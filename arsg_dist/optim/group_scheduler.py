@@ -1,5 +1,4 @@
-"""What the schedulers of this package share: changing a parameter group's settings beside torch's
-schedulers."""
+"""What the schedulers of this package share: changing a group's settings beside torch's schedulers."""
 
 from __future__ import annotations
 
@@ -11,16 +10,14 @@ from torch.optim.lr_scheduler import LRScheduler
 
 
 class GroupScheduler(LRScheduler):
-    """A scheduler in torch's chainable form that touches a group's values only where it has something to
-    change.
+    """A scheduler in torch's chainable form that touches a group's values only where it changes something.
 
     Torch's base class assigns every group's lr on every step. Here `_advance` decides what changes, so any
     other scheduler may run beside it, in any order, also inside `SequentialLR` and `ChainedScheduler`.
 
     Args:
-        optimizer: a `torch.optim.Optimizer`, or a wrapper that has one as its attribute `optimizer` (as
-        DeepSpeed's
-            ZeRO optimizers do).
+        optimizer: a `torch.optim.Optimizer`, or a wrapper that has one as its attribute `optimizer`, as
+            DeepSpeed's ZeRO optimizers do.
 
     Raises:
         TypeError: neither of the two.
