@@ -11,6 +11,7 @@ import sys
 import torch
 import torch.distributed as dist
 from arsg_dist import ARSG
+from arsg_dist.engine import end_process
 from arsg_dist.optim.boost import ObservationBoost
 from arsg_dist.optim.loss_plateau import LossPlateau
 
@@ -34,6 +35,7 @@ for step in range(8):
     mus.append(optimizer.param_groups[0]["mu"])
 print(mus)
 dist.destroy_process_group()
+end_process(0)
 """
 
 

@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from arsg_dist import ARSG
+from arsg_dist.engine import end_process
 
 WORLD = 2
 SETTINGS = [
@@ -72,7 +73,9 @@ def check_on_rank(rank: int, rendezvous: str) -> None:
         train(sharded, optimizer, batches[5:])
         train(resumed, successor, batches[5:])
         torch.testing.assert_close(full(resumed), full(sharded), rtol=0, atol=0)
+    dist.barrier()
     dist.destroy_process_group()
+    end_process(0)
 
 
 @pytest.mark.ranks
