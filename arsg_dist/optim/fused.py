@@ -105,7 +105,7 @@ def cpu_kernel() -> Callable[..., list[int]] | None:
         return cast(Callable[..., list[int]], torch.ops.arsg_dist.step_.default)
     except (ImportError, AttributeError) as error:
         warnings.warn(
-            f"ARSG(fused=True) runs as foreach=True on CPU, several times slower: no kernel ({error}). "
+            f"ARSG runs without its CPU kernel, several times slower ({error}). "
             f"Reinstall arsg-dist beside torch {torch.__version__} and a C++20 compiler (gcc 12 or newer) "
             "with pip install --no-build-isolation --force-reinstall --no-deps",
             stacklevel=2,

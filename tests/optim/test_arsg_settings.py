@@ -224,8 +224,16 @@ def test_state_of_another_preconditioner_is_refused_clearly() -> None:
     optimizer.step()
 
 
-def test_default_path_is_chosen_as_torch_does() -> None:
-    """Catches foreach by default on CPU, where it only costs memory, and fused without request."""
+class OtherTensor(torch.Tensor):
+    """A kind of tensor the kernel knows nothing of."""
+
+
+def test_default_path_on_cpu_is_the_fused_kernel(monkeypatch) -> None:
+    """Catches the slow loop by default, under ZeRO for one: there a user rarely sets a path.
+
+    Also catches the kernel for what it was not asked for, or for tensors of another kind.
+    """
+    from arsg_dist.optim import dispatch
     from arsg_dist.optim.dispatch import step_function
     from arsg_dist.optim.foreach import foreach_step
     from arsg_dist.optim.fused import fused_step
@@ -235,10 +243,14 @@ def test_default_path_is_chosen_as_torch_does() -> None:
         params = params or parameters(ONE)
         return step_function(ARSG(params, **settings).param_groups[0], params)
 
-    assert chosen() is reference_step
+    assert chosen() is fused_step
     assert chosen(foreach=True) is foreach_step
     assert chosen(fused=True) is fused_step
     assert chosen(fused=False) is chosen(foreach=False) is reference_step
+    group = ARSG(parameters(ONE)).param_groups[0]
+    assert step_function(group, [torch.empty(0).as_subclass(OtherTensor)]) is reference_step
+    monkeypatch.setattr(dispatch, "cpu_kernel", lambda: None)
+    assert chosen() is reference_step
 
 
 def test_default_path_on_accelerators_is_foreach_unless_a_tensor_must_be_read(monkeypatch) -> None:
@@ -248,7 +260,7 @@ def test_default_path_on_accelerators_is_foreach_unless_a_tensor_must_be_read(mo
     monkeypatch.setattr(dispatch, "_default_to_fused_or_foreach", lambda *_, **__: (False, True))
 
     def chosen(**settings):
-        params = parameters(ONE)
+        params = [torch.nn.Parameter(torch.ones(2, device="meta"))]
         return dispatch.step_function(ARSG(params, **settings).param_groups[0], params)
 
     assert chosen() is dispatch.foreach_step
