@@ -26,6 +26,8 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from machine import PeakMemory, device_name
+from workloads import WORKLOADS
 
 from arsg_dist import ARSG
 from arsg_dist.optim import fused
@@ -36,33 +38,10 @@ COPY = "copy (limit)"
 SCALE = "scale in place (limit)"
 
 
-def resnet50() -> list[tuple[int, ...]]:
-    """Shapes of ResNet-50's 161 parameters."""
-    shapes: list[tuple[int, ...]] = [(64, 3, 7, 7), (64,), (64,)]
-    channels = 64
-    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
-        for block in range(blocks):
-            out = 4 * width
-            for shape in ((width, channels, 1, 1), (width, width, 3, 3), (out, width, 1, 1)):
-                shapes += [shape, (shape[0],), (shape[0],)]
-            if block == 0:
-                shapes += [(out, channels, 1, 1), (out,), (out,)]
-            channels = out
-    shapes += [(1000, channels), (1000,)]
-    assert len(shapes) == 161
-    assert numel(shapes) == 25_557_032
-    return shapes
-
-
-def gpt2() -> list[tuple[int, ...]]:
-    """Shapes of GPT-2 small's 148 parameters (the output layer is the embedding)."""
-    d = 768
-    norm: list[tuple[int, ...]] = [(d,), (d,)]
-    layer = [*norm, (d, 3 * d), (3 * d,), (d, d), (d,), *norm, (d, 4 * d), (4 * d,), (4 * d, d), (d,)]
-    shapes = [(50257, d), (1024, d), *(12 * layer), *norm]
-    assert len(shapes) == 148
-    assert numel(shapes) == 124_439_808
-    return shapes
+def shapes_of(workload: str) -> list[tuple[int, ...]]:
+    """Shapes of a model's parameters."""
+    with torch.device("meta"):
+        return [tuple(p.shape) for p in WORKLOADS[workload].model().parameters()]
 
 
 def numel(shapes: list[tuple[int, ...]]) -> int:
@@ -70,15 +49,16 @@ def numel(shapes: list[tuple[int, ...]]) -> int:
     return sum(torch.Size(shape).numel() for shape in shapes)
 
 
-WORKLOADS: dict[str, Callable[[], list[tuple[int, ...]]]] = {
-    "resnet50": resnet50,
-    "resnet50-flat": lambda: [(numel(resnet50()),)],
-    "gpt2": gpt2,
-}
-TITLES = {
-    "resnet50": "ResNet-50, 161 tensors, 25.6 M parameters",
-    "resnet50-flat": "ResNet-50 as one flat tensor, 25.6 M parameters",
-    "gpt2": "GPT-2 small, 148 tensors, 124.4 M parameters",
+CASES: dict[str, tuple[str, Callable[[], list[tuple[int, ...]]]]] = {
+    "resnet50": ("161 tensors of ResNet-50, 25.6 M parameters", lambda: shapes_of("resnet50")),
+    "resnet50-flat": (
+        "ResNet-50 as one flat tensor, 25.6 M parameters",
+        lambda: [(numel(shapes_of("resnet50")),)],
+    ),
+    "transformer": (
+        "148 tensors of a transformer (GPT-2 small), 124.4 M parameters",
+        lambda: shapes_of("transformer"),
+    ),
 }
 
 
@@ -240,25 +220,13 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 def extra_bytes(step: Callable[[], object], device: str) -> int | None:
     """Peak memory during a step beyond what is held before it; None where the system does not tell."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+    memory = PeakMemory(device)
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak of the resident set
-        before = _resident("VmRSS")
+        before = memory.start()
         step()
-        return max(0, _resident("VmHWM") - before)
+        return max(0, memory.peak() - before)
     except OSError:
         return None
-
-
-def _resident(entry: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(entry))
 
 
 def memory_table(running: list[Running], size: int, device: str) -> list[str]:
@@ -272,18 +240,6 @@ def memory_table(running: list[Running], size: int, device: str) -> list[str]:
     return lines
 
 
-def device_name(device: str) -> str:
-    """For the report's head."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    try:
-        info = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(line.split(":")[1].strip() for line in info if line.startswith("model name"))
-    except (OSError, StopIteration):
-        model = platform.processor()
-    return f"{model}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
-
-
 def parsed(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
@@ -292,7 +248,7 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, help="torch's threads on CPU (default: torch's own choice)")
     parser.add_argument("--rounds", type=int, default=15, help="measurements of every peer (default: 15)")
-    parser.add_argument("--workloads", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
+    parser.add_argument("--workloads", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--only", nargs="+", help="only peers whose name contains one of these words")
     parser.add_argument("--compiled", action="store_true", help="also torch.compile on CPU (slow to compile)")
     parser.add_argument("--output", type=Path, help="Markdown file (default: benchmarks/results/...)")
@@ -310,10 +266,11 @@ def main(argv: list[str] | None = None) -> None:
     load_before = os.getloadavg()[0]
     report: list[str] = []
     for name in arguments.workloads:
-        shapes = WORKLOADS[name]()
+        title, make_shapes = CASES[name]
+        shapes = make_shapes()
         running, skipped = set_up(shapes, arguments)
         measure(running, arguments)
-        section = [f"## {TITLES[name]}", "", *table(running), ""]
+        section = [f"## {title}", "", *table(running), ""]
         section += [f"Skipped: {line}\n" for line in skipped]
         if name == "resnet50-flat":
             section += ["### Memory", "", *memory_table(running, numel(shapes), arguments.device), ""]
