@@ -11,6 +11,38 @@ def _require(condition: bool, message: str) -> None:
 
 
 @dataclass(kw_only=True)
+class ProgressiveConfig:
+    """Training on small images first: the size grows linearly over the epochs (validation keeps its own size).
+
+    Attributes:
+        start_size: height and width of the first epochs' training images, pixels; 0 for no progressive resizing.
+        start_epoch: epochs done at `start_size` before the size begins to grow.
+        end_epoch: epochs done when the full training size is reached.
+        multiple: sizes in between are rounded to a multiple of this, pixels.
+    """
+
+    start_size: int = 0
+    start_epoch: int = 0
+    end_epoch: int = 0
+    multiple: int = 32
+
+    def __post_init__(self) -> None:
+        _require(
+            self.start_size >= 0, f"data.progressive.start_size must be at least 0, not {self.start_size}"
+        )
+        _require(self.multiple >= 1, f"data.progressive.multiple must be at least 1, not {self.multiple}")
+        _require(
+            not self.start_size or 0 <= self.start_epoch < self.end_epoch,
+            "data.progressive needs 0 <= start_epoch < end_epoch, "
+            f"not {self.start_epoch} and {self.end_epoch}",
+        )
+        _require(
+            bool(self.start_size) or not self.end_epoch,
+            "data.progressive.end_epoch has no meaning without start_size",
+        )
+
+
+@dataclass(kw_only=True)
 class DataConfig:
     """Where the images are and how they become tensors.
 
@@ -23,7 +55,13 @@ class DataConfig:
             centre-cropped; "crop": random crop of `crop_size` and flip, validation on the whole image (the paper's
             CIFAR-10 protocol); "none": resized only.
         image_size: height and width of the images the network is validated on, pixels.
+        train_image_size: height and width of the images it is trained on, pixels; 0: `image_size`. Not for "crop".
         crop_size: height and width of the training crop with augmentation "crop", pixels.
+        progressive: smaller training images in the first epochs.
+        rand_augment: magnitude of RandAugment (two operations per training image), 1 to 30; 0 for none.
+        random_erasing: probability that a rectangle of a training image is erased.
+        mixup: α of mixup on training batches, 0 for none; with cutmix each update draws one of the two.
+        cutmix: α of cutmix on training batches, 0 for none.
         workers: loader processes per rank; 0 loads in the training process.
         on_bad_image: what a file that cannot be decoded does: "error" ends the run and names it, "skip" leaves it
             out and counts it.
@@ -34,7 +72,13 @@ class DataConfig:
     val_split: str = "val"
     augmentation: Literal["imagenet", "crop", "none"] = "imagenet"
     image_size: int = 224
+    train_image_size: int = 0
     crop_size: int = 28
+    progressive: ProgressiveConfig = field(default_factory=ProgressiveConfig)
+    rand_augment: int = 0
+    random_erasing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
     workers: int = 4
     on_bad_image: Literal["error", "skip"] = "error"
 
@@ -45,6 +89,28 @@ class DataConfig:
             f"data.crop_size must be between 1 and image_size={self.image_size}, not {self.crop_size}",
         )
         _require(self.workers >= 0, f"data.workers must be at least 0, not {self.workers}")
+        _require(
+            self.train_image_size >= 0 and (not self.train_image_size or self.augmentation != "crop"),
+            "data.train_image_size must be at least 0, and 0 with augmentation 'crop', whose crop_size it is; "
+            f"not {self.train_image_size}",
+        )
+        _require(0 <= self.rand_augment <= 30, f"data.rand_augment must be 0 to 30, not {self.rand_augment}")
+        _require(
+            0 <= self.random_erasing <= 1, f"data.random_erasing must be in [0, 1], not {self.random_erasing}"
+        )
+        for name in ("mixup", "cutmix"):
+            alpha = getattr(self, name)
+            _require(math.isfinite(alpha) and alpha >= 0, f"data.{name} must be at least 0, not {alpha}")
+        _require(
+            self.progressive.start_size <= self.full_train_size,
+            f"data.progressive.start_size={self.progressive.start_size} is larger than the training size "
+            f"{self.full_train_size}",
+        )
+
+    @property
+    def full_train_size(self) -> int:
+        """Height and width of training images once progressive resizing is over, pixels."""
+        return self.crop_size if self.augmentation == "crop" else self.train_image_size or self.image_size
 
 
 @dataclass(kw_only=True)
@@ -54,10 +120,13 @@ class OptimizerConfig:
     Attributes:
         type: "ARSG", or a class of `torch.optim` ("SGD", "Adam", ...) for baselines.
         params: keyword arguments of that class; a key it does not have is an error.
+        decay_norm_and_bias: whether weight decay also acts on parameters with one dimension (batch norm and biases),
+            as in the paper; if not, they are a parameter group of their own.
     """
 
     type: str = "ARSG"
     params: dict[str, Any] = field(default_factory=dict)
+    decay_norm_and_bias: bool = True
 
 
 @dataclass(kw_only=True)
@@ -68,15 +137,23 @@ class ScheduleConfig:
         name: "constant"; "step": times `gamma` at the start of each milestone; "cosine": to 0 at the end.
         milestones: for "step": number of epochs after which the factor applies, ascending.
         gamma: for "step".
-        warmup_epochs: the factor first rises linearly from 0 to 1; may be fractional.
+        warmup_epochs: the factor first rises linearly from 0 (with linear scaling: from the unscaled learning rate)
+            to 1; may be fractional.
+        linear_scaling_from: batch size that the optimizer's lr is meant for: it is multiplied by
+            batch_size / linear_scaling_from (Goyal et al. 2017); 0 for no scaling.
     """
 
     name: Literal["constant", "step", "cosine"] = "constant"
     milestones: list[int] = field(default_factory=list)
     gamma: float = 0.1
     warmup_epochs: float = 0.0
+    linear_scaling_from: int = 0
 
     def __post_init__(self) -> None:
+        _require(
+            self.linear_scaling_from >= 0,
+            f"schedule.linear_scaling_from must be at least 0, not {self.linear_scaling_from}",
+        )
         _require(
             self.name == "step" or not self.milestones,
             f"schedule.milestones are for the schedule 'step', not {self.name!r}",
@@ -92,12 +169,56 @@ class ScheduleConfig:
 
 
 @dataclass(kw_only=True)
+class BoostConfig:
+    """ARSG's observation boost (the paper's ARSGB): μ is multiplied, and the learning rate scaled to match.
+
+    Attributes:
+        milestones: numbers of epochs after which to boost, ascending; empty for none.
+        plateau: boost when the training loss of the epochs flattens, instead of at milestones.
+        factor: multiplier of μ, more than 1.
+        max_boosts: with `plateau`, how often at most.
+        patience: with `plateau`, epochs without improvement that are tolerated.
+        threshold: with `plateau`, smallest relative improvement that counts.
+    """
+
+    milestones: list[int] = field(default_factory=list)
+    plateau: bool = False
+    factor: float = 2.0
+    max_boosts: int = 1
+    patience: int = 2
+    threshold: float = 0.01
+
+    def __post_init__(self) -> None:
+        _require(not (self.milestones and self.plateau), "boost takes milestones or plateau, not both")
+        _require(
+            self.milestones == sorted(set(self.milestones)) and all(m > 0 for m in self.milestones),
+            f"boost.milestones must be positive and ascending, not {self.milestones}",
+        )
+        _require(self.factor > 1, f"boost.factor must be more than 1, not {self.factor}")
+        _require(self.max_boosts >= 1, f"boost.max_boosts must be at least 1, not {self.max_boosts}")
+        _require(self.patience >= 0, f"boost.patience must be at least 0, not {self.patience}")
+        _require(0 <= self.threshold < 1, f"boost.threshold must be in [0, 1), not {self.threshold}")
+
+    @property
+    def wanted(self) -> bool:
+        """Whether there is any boost."""
+        return self.plateau or bool(self.milestones)
+
+
+@dataclass(kw_only=True)
 class TrainConfig:
     """One training run.
 
     Attributes:
         model: "resnet20" (the paper's CIFAR-10 network) or a classification model of torchvision ("resnet18",
-            "resnet50", ...), untrained.
+            "resnet50", ...), or with "timm:" in front one of timm ("timm:resnet50d"); untrained.
+        zero_init_gamma: the scale of the last batch norm in each residual branch starts at 0 (ResNets).
+        precision: of forward and backward passes: "fp32"; "bf16" or "fp16": autocast, fp16 with dynamic loss scaling
+            (under DeepSpeed its bf16 or fp16 section); "auto": fp32, under DeepSpeed what its config says.
+        channels_last: images (and weights, on a single process) in memory as NHWC, which GPUs with tensor cores prefer.
+        compile: torch.compile the network.
+        ema_decay: decay per update of a moving average of the weights, validated and exported besides; 0 for none.
+        evaluate_at: "x": validate the weights as they are, at ARSG's observation point; "theta": at its base iterate.
         epochs: passes over the training split.
         batch_size: images per weight update over all ranks.
         accumulation_steps: micro-batches per update and rank; batch_size / (ranks × accumulation_steps) images each.
@@ -106,11 +227,18 @@ class TrainConfig:
         label_smoothing: of the training loss.
         seed: of initial weights, order of images and augmentation.
         log_every: updates between two records of training loss and learning rate.
+        wandb_project: also log to this project of Weights & Biases (needs the package wandb).
         keep_checkpoints: how many to keep; one is written after every epoch.
     """
 
     data: DataConfig = field(default_factory=DataConfig)
     model: str = "resnet50"
+    zero_init_gamma: bool = False
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    channels_last: bool = False
+    compile: bool = False
+    ema_decay: float = 0.0
+    evaluate_at: Literal["x", "theta"] = "x"
     epochs: int = 90
     batch_size: int = 256
     accumulation_steps: int = 1
@@ -119,8 +247,10 @@ class TrainConfig:
     label_smoothing: float = 0.0
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    boost: BoostConfig = field(default_factory=BoostConfig)
     seed: int = 0
     log_every: int = 20
+    wandb_project: str | None = None
     keep_checkpoints: int = 2
 
     def __post_init__(self) -> None:
@@ -149,6 +279,24 @@ class TrainConfig:
             math.isfinite(self.schedule.warmup_epochs) and self.schedule.warmup_epochs < self.epochs,
             f"schedule.warmup_epochs={self.schedule.warmup_epochs} must be less than epochs={self.epochs}",
         )
+
+        _require(0 <= self.ema_decay < 1, f"ema_decay must be in [0, 1), not {self.ema_decay}")
+        _require(
+            not self.boost.milestones or self.boost.milestones[-1] < self.epochs,
+            f"boost.milestones {self.boost.milestones} must lie before the end, epochs={self.epochs}",
+        )
+        _require(
+            self.data.progressive.end_epoch < self.epochs,
+            f"data.progressive.end_epoch={self.data.progressive.end_epoch} must be less than epochs={self.epochs}",
+        )
+        for wanted, name in (
+            (self.boost.wanted, "boost"),
+            (self.evaluate_at == "theta", "evaluate_at: theta"),
+        ):
+            _require(
+                not wanted or self.optimizer.type == "ARSG",
+                f"{name} is for the optimizer ARSG, not {self.optimizer.type}",
+            )
 
     def micro_batch_size(self, world_size: int) -> int:
         """Images per rank and micro-batch.

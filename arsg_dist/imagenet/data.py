@@ -6,12 +6,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from arsg_dist.imagenet.augmentation import TrainTransform, ValTransform
 from arsg_dist.imagenet.config import DataConfig
+from arsg_dist.imagenet.seeding import seed_of
 from arsg_dist.imagenet.torchvision_compat import torchvision
 
 IGNORED = -1
@@ -44,7 +45,7 @@ class ImageTree(Dataset[Any]):
 
     Args:
         directory: with one subdirectory per class.
-        transform: from a PIL image to a float tensor of a fixed shape.
+        transform: from a PIL image and the epoch to a float tensor; within an epoch of one shape.
         seed: of the random parts of `transform`.
 
     Raises:
@@ -96,8 +97,8 @@ class ImageTree(Dataset[Any]):
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             return f"cannot decode image {path}: {error}"
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(_seed_of(self._seed, epoch, index))
-            return self._transform(image), label
+            torch.manual_seed(seed_of(self._seed, epoch, index))
+            return self._transform(image, epoch), label
 
 
 class TrainingOrder(Sampler[list[SampleKey]]):
@@ -142,7 +143,7 @@ class TrainingOrder(Sampler[list[SampleKey]]):
         return self.updates_per_epoch * self._accumulation_steps
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
-        generator = torch.Generator().manual_seed(_seed_of(self._seed, self.epoch))
+        generator = torch.Generator().manual_seed(seed_of(self._seed, self.epoch))
         order = torch.randperm(self._num_images, generator=generator)
         used = order[: self.updates_per_epoch * self._batch_size]
         mine = used.view(self.updates_per_epoch * self._accumulation_steps, self._world_size, -1)[
@@ -174,10 +175,6 @@ class ValidationOrder(Sampler[list[SampleKey]]):
             yield [(0, index) for index in self._indices[start : start + self._batch_size]]
 
 
-def _seed_of(*parts: int) -> int:
-    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
-
-
 def collate(samples: list[tuple[torch.Tensor, int] | str | None], *, image_size: int) -> Batch:
     """A batch of fixed size; places without a good image get a copy of a good one (batch norm sees it) and IGNORED.
 
@@ -192,37 +189,14 @@ def collate(samples: list[tuple[torch.Tensor, int] | str | None], *, image_size:
     return Batch(torch.stack([image for image, _ in pairs]), torch.tensor([label for _, label in pairs]), bad)
 
 
-def transforms(config: DataConfig) -> tuple[Any, Any]:
-    """The transforms of training and validation, from a PIL image to a normalised float32 tensor (3, H, W)."""
-    from torchvision.transforms import v2
-
-    size = config.image_size
-    to_tensor = [
-        v2.PILToTensor(),
-        v2.ToDtype(torch.float32, scale=True),
-        v2.Normalize(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225]),
-    ]
-    resize = v2.Resize((size, size))
-    if config.augmentation == "imagenet":
-        train = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()]
-        val = [v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size)]
-    elif config.augmentation == "crop":
-        train = [resize, v2.RandomCrop(config.crop_size), v2.RandomHorizontalFlip()]
-        val = [resize]
-    else:
-        train = val = [resize]
-    return v2.Compose([*train, *to_tensor]), v2.Compose([*val, *to_tensor])
-
-
 def open_splits(root: Path, config: DataConfig, *, seed: int) -> tuple[ImageTree, ImageTree]:
     """The training and validation splits.
 
     Raises:
         ValueError: a split is missing or empty, or their classes differ.
     """
-    train_transform, val_transform = transforms(config)
-    train = ImageTree(root / config.train_split, train_transform, seed=seed)
-    val = ImageTree(root / config.val_split, val_transform, seed=seed)
+    train = ImageTree(root / config.train_split, TrainTransform(config), seed=seed)
+    val = ImageTree(root / config.val_split, ValTransform(config), seed=seed)
     if train.classes != val.classes:
         only_train = sorted(set(train.classes) - set(val.classes))
         only_val = sorted(set(val.classes) - set(train.classes))

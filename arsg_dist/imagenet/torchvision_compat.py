@@ -1,4 +1,4 @@
-"""Import torchvision from here: `from arsg_dist.imagenet.torchvision_compat import torchvision`.
+"""Import torchvision from here: `from arsg_dist.imagenet.torchvision_compat import torchvision, v2`.
 
 The registry's torchvision wheel is a CUDA build. Beside a CPU-only torch its C++ library cannot be loaded, and
 `import torchvision` then fails with "operator torchvision::nms does not exist", because it attaches Python code to
@@ -38,3 +38,4 @@ def _import_torchvision() -> Any:
 
 
 torchvision = _import_torchvision()
+v2: Any = importlib.import_module("torchvision.transforms.v2")

@@ -1,0 +1,136 @@
+"""From decoded images to network inputs: transforms of single images, and mixing of whole training batches."""
+
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional
+
+from arsg_dist.imagenet.config import DataConfig
+from arsg_dist.imagenet.seeding import seed_of
+from arsg_dist.imagenet.torchvision_compat import v2
+
+_MIXING = 1  # keeps these random numbers apart from those of the images
+_MEAN, _STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+
+
+def train_size(config: DataConfig, epoch: int) -> int:
+    """Height and width of the training images of an epoch (counted from 0), pixels."""
+    full, ramp = config.full_train_size, config.progressive
+    if not ramp.start_size or epoch >= ramp.end_epoch:
+        return full
+    done = max(0, epoch - ramp.start_epoch) / (ramp.end_epoch - ramp.start_epoch)
+    size = ramp.start_size + done * (full - ramp.start_size)
+    return max(ramp.start_size, min(full, round(size / ramp.multiple) * ramp.multiple))
+
+
+class TrainTransform:
+    """Decode-to-tensor for training; what is random uses torch's global generator, which the caller seeds.
+
+    Args:
+        config: which augmentation, which sizes.
+    """
+
+    def __init__(self, config: DataConfig) -> None:
+        self._config = config
+        self._made: dict[int, Any] = {}
+
+    def __call__(self, image: Image.Image, epoch: int) -> Tensor:
+        """A normalised float32 tensor of shape (3, size, size), with the epoch's size."""
+        size = train_size(self._config, epoch)
+        if size not in self._made:
+            self._made[size] = self._make(size)
+        tensor: Tensor = self._made[size](image)
+        return tensor
+
+    def _make(self, size: int) -> Any:
+        config = self._config
+        steps: list[Any]
+        if config.augmentation == "imagenet":
+            steps = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()]
+        elif config.augmentation == "crop":
+            scale = round(config.image_size * size / config.crop_size)
+            steps = [v2.Resize((scale, scale)), v2.RandomCrop(size), v2.RandomHorizontalFlip()]
+        else:
+            steps = [v2.Resize((size, size))]
+        if config.rand_augment:
+            steps.append(v2.RandAugment(magnitude=config.rand_augment))
+        steps += _to_tensor()
+        if config.random_erasing:
+            steps.append(v2.RandomErasing(p=config.random_erasing))
+        return v2.Compose(steps)
+
+
+class ValTransform:
+    """Decode-to-tensor for validation; nothing in it is random."""
+
+    def __init__(self, config: DataConfig) -> None:
+        size = config.image_size
+        steps: list[Any] = [v2.Resize((size, size))]
+        if config.augmentation == "imagenet":
+            steps = [v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size)]
+        self._transform = v2.Compose([*steps, *_to_tensor()])
+
+    def __call__(self, image: Image.Image, epoch: int) -> Tensor:
+        """A normalised float32 tensor of shape (3, image_size, image_size), the same in every epoch."""
+        tensor: Tensor = self._transform(image)
+        return tensor
+
+
+def _to_tensor() -> list[Any]:
+    return [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean=_MEAN, std=_STD)]
+
+
+class BatchMixing:
+    """Mixup and cutmix on one rank's training batches, and labels as the loss takes them.
+
+    Which of the two, the share λ and the rectangle are functions of (seed, update): the same on every rank and in every
+    micro-batch of the update, and after a resume. Each image is mixed with its neighbour in the rank's micro-batch, so
+    which images meet depends on the number of ranks.
+
+    Args:
+        config: the two α.
+        num_classes: of the labels.
+        label_smoothing: share of a label that is spread evenly over the classes.
+        seed: of the run.
+    """
+
+    def __init__(self, config: DataConfig, *, num_classes: int, label_smoothing: float, seed: int) -> None:
+        kinds = {"mixup": v2.MixUp, "cutmix": v2.CutMix}
+        self._choices = [
+            kind(alpha=getattr(config, name)) for name, kind in kinds.items() if getattr(config, name)
+        ]
+        self._num_classes = num_classes
+        self._label_smoothing = label_smoothing
+        self._seed = seed
+
+    def __call__(self, images: Tensor, labels: Tensor, update: int) -> tuple[Tensor, Tensor]:
+        """Mixed images, and for each the probabilities its prediction is compared with.
+
+        Args:
+            images: floating point, shape (batch, 3, height, width).
+            labels: int64, shape (batch,); negative for images that must not count.
+            update: weight updates made so far.
+
+        Returns:
+            Images of the same shape, and float32 targets of shape (batch, classes). A row of targets sums to the share
+            of its image that counts.
+        """
+        counts = labels >= 0
+        targets = functional.one_hot(labels.clamp(min=0), self._num_classes).float() * counts[:, None]
+        if self._choices:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed_of(self._seed, update, 0, _MIXING))
+                chosen = self._choices[int(torch.randint(len(self._choices), ()))]
+                images, targets = chosen(images, targets)
+        smoothing = self._label_smoothing
+        if smoothing:
+            share = targets.sum(dim=1, keepdim=True)
+            targets = targets * (1 - smoothing) + share * (smoothing / self._num_classes)
+        return images, targets
+
+
+def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
+    """Sum over the batch of the cross-entropy of `targets` (as `BatchMixing` returns them) and `logits`, in float32."""
+    return functional.cross_entropy(logits.float(), targets, reduction="sum")
