@@ -12,6 +12,7 @@ except ImportError as error:
         "arsg_dist.deepspeed needs DeepSpeed: pip install 'arsg-dist[deepspeed]', or run launch/setup.sh in a checkout"
     ) from error
 
+from arsg_dist.deepspeed.base_iterate import base_iterate
 from arsg_dist.deepspeed.config import check_config, resolve_config
 from arsg_dist.deepspeed.engine import DeepSpeedEngine, connect, release_shared_memory
 from arsg_dist.deepspeed.registration import register
@@ -20,6 +21,7 @@ register()
 
 __all__ = [
     "DeepSpeedEngine",
+    "base_iterate",
     "check_config",
     "connect",
     "register",

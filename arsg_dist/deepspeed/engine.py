@@ -2,6 +2,7 @@
 
 import logging
 import os
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import nn
 
+from arsg_dist.deepspeed.base_iterate import base_iterate
 from arsg_dist.engine import Communicator, Engine, Ranks, TorchCommunicator
 
 _TAG = "deepspeed"
@@ -119,3 +121,7 @@ class DeepSpeedEngine(Engine):
             raise ValueError(f"DeepSpeed could not load {directory / _TAG}")
         progress: dict[str, Any] = client_state["progress"]
         return progress
+
+    def base_iterate(self) -> AbstractContextManager[None]:
+        """Moves the parameters to θ and back; see `arsg_dist.deepspeed.base_iterate`."""
+        return base_iterate(self.engine)

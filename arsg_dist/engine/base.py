@@ -1,6 +1,7 @@
 """The interface between a training loop and whatever distributes it."""
 
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -62,3 +63,15 @@ class Engine(ABC):
         Raises:
             ValueError: the directory was written by another engine or number of ranks than this one can read.
         """
+
+    def base_iterate(self) -> AbstractContextManager[None]:
+        """Evaluation at the base iterate θ: inside the context the model's parameters are θ, afterwards x again.
+
+        Every rank must enter and leave it. x returns bit by bit; `backward`, `step`, `save` and `load` raise
+        RuntimeError inside, and so does nested use. See `arsg_dist.ARSG.base_iterate`.
+
+        Raises:
+            TypeError: the optimizer is not ARSG.
+            NotImplementedError: an engine that cannot do it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} cannot evaluate at the base iterate")

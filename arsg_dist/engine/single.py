@@ -1,5 +1,7 @@
 """The engine of a job with one rank, and of replicated ranks whose optimizer exchanges the gradients itself."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ from torch import nn
 
 from arsg_dist.engine.base import Engine
 from arsg_dist.engine.communicator import Communicator, SingleProcessCommunicator
+from arsg_dist.optim import ARSG
 
 _FILE = "replicated.pt"
 
@@ -37,13 +40,16 @@ class SingleProcessEngine(Engine):
         self.device = next(module.parameters()).device
         self._clip_grad_norm = clip_grad_norm
         self._micro_batches = 0
+        self._at_base_iterate = False
 
     def backward(self, loss: torch.Tensor) -> None:
         """Adds the gradient of `loss` divided by the number of micro-batches."""
+        self._refuse_at_base_iterate("backward")
         (loss / self.accumulation_steps).backward()  # type: ignore[no-untyped-call]
 
     def step(self) -> None:
         """Counts a micro-batch; updates the weights after the last of an update."""
+        self._refuse_at_base_iterate("step")
         self._micro_batches += 1
         if self._micro_batches % self.accumulation_steps == 0:
             self._update()
@@ -59,6 +65,7 @@ class SingleProcessEngine(Engine):
 
     def save(self, directory: Path, progress: dict[str, Any]) -> None:
         """Rank 0 writes one file: every rank holds the same state."""
+        self._refuse_at_base_iterate("save")
         if self.communicator.rank == 0:
             state = {
                 "model": self.module.state_dict(),
@@ -72,6 +79,7 @@ class SingleProcessEngine(Engine):
 
     def load(self, directory: Path) -> dict[str, Any]:
         """Every rank reads the one file, without executing anything in it; works on any number of ranks."""
+        self._refuse_at_base_iterate("load")
         path = directory / _FILE
         if not path.is_file():
             raise ValueError(
@@ -83,3 +91,22 @@ class SingleProcessEngine(Engine):
         self.optimizer.load_state_dict(state["optimizer"])
         progress: dict[str, Any] = state["progress"]
         return progress
+
+    @contextmanager
+    def base_iterate(self) -> Iterator[None]:
+        """Moves the parameters to θ and back; every rank moves its own."""
+        if not isinstance(self.optimizer, ARSG):
+            raise TypeError(f"the base iterate is ARSG's; this optimizer is {type(self.optimizer).__name__}")
+        self._refuse_at_base_iterate("base_iterate")
+        with self.optimizer.base_iterate():
+            self._at_base_iterate = True
+            try:
+                yield
+            finally:
+                self._at_base_iterate = False
+
+    def _refuse_at_base_iterate(self, what: str) -> None:
+        if self._at_base_iterate:
+            raise RuntimeError(
+                f"{what} inside base_iterate(): the parameters are not at the observation point x"
+            )

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -172,8 +173,10 @@ def micro_batch(case: Case, world_size: int, rank: int, step: int) -> slice:
     return slice(start, start + size)
 
 
-def single_process_weights(case: Case, world_size: int) -> dict[str, Tensor]:
+def single_process_weights(case: Case, world_size: int, at: str = "x") -> dict[str, Tensor]:
     """The oracle: one process, fp32 weights, plain torch and the reference path of the optimizer.
+
+    The weights are those at the observation point "x", or the base iterate "theta".
 
     In fp32 it takes the gradient of the whole batch at once. With a half-precision model it keeps fp32 masters, and
     takes the gradients of the same micro-batches as the ranks, for the roundings inside a backward pass depend on them;
@@ -213,7 +216,8 @@ def single_process_weights(case: Case, world_size: int) -> dict[str, Tensor]:
         with torch.no_grad():
             for name in trained:
                 copies[name].copy_(masters[name])
-    return {name: master.detach().clone() for name, master in masters.items()}
+    with optimizer.base_iterate() if at == "theta" else nullcontext():
+        return {name: master.detach().clone() for name, master in masters.items()}
 
 
 def state_bytes_per_rank(case: Case, world_size: int) -> int:

@@ -1,0 +1,175 @@
+"""What a running DeepSpeed engine holds on this rank, the same way for every ZeRO stage and precision."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.utils import all_gather_dp_groups
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch import Tensor
+
+from arsg_dist.deepspeed.layout import Piece, pieces_of_each, pieces_of_range
+from arsg_dist.optim import ARSG
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A tensor that this rank updates.
+
+    Attributes:
+        master: in fp32, the optimizer's parameter; any shape under stage 0, else flat, with padding.
+        copy: what the model computes with, the same elements in the model's dtype; may be `master` itself.
+        group: settings of the optimizer's parameter group.
+        pieces: which parameters' elements are in it.
+        state: the optimizer's state for it; empty before the first step.
+        process_group: the ranks that together hold the whole parameters.
+    """
+
+    master: Tensor
+    copy: Tensor
+    group: dict[str, Any]
+    pieces: list[Piece]
+    state: dict[str, Any]
+    process_group: Any
+
+
+def optimizer_of(engine: Any) -> ARSG:
+    """The ARSG inside a DeepSpeed engine.
+
+    Raises:
+        TypeError: not a DeepSpeed engine, or one with another optimizer.
+    """
+    if not isinstance(engine, deepspeed.DeepSpeedEngine):
+        raise TypeError(f"expected the engine that deepspeed.initialize returns, got {type(engine).__name__}")
+    optimizer = getattr(engine, "basic_optimizer", None)
+    if not isinstance(optimizer, ARSG):
+        raise TypeError(f"the engine's optimizer is {type(optimizer).__name__}, not ARSG")
+    return optimizer
+
+
+def swaps_to_nvme(engine: Any) -> bool:
+    """Whether parameters or optimizer state live on NVMe, out of reach between steps."""
+    wrapper = engine.optimizer
+    return bool(
+        getattr(wrapper, "swap_optimizer", False) or getattr(wrapper, "params_in_nvme_and_cpu", False)
+    )
+
+
+def shards_of(engine: Any) -> Iterator[Shard]:
+    """This rank's shards, in the order of DeepSpeed's groups and sub-groups.
+
+    Raises:
+        TypeError: not an engine with ARSG.
+        ValueError: experts, or NVMe.
+    """
+    optimizer = optimizer_of(engine)
+    if engine.has_moe_layers:
+        raise ValueError("mixtures of experts are not supported here: their groups are cut up differently")
+    if swaps_to_nvme(engine):
+        raise ValueError(
+            "parameters or optimizer state are offloaded to NVMe, where they cannot be read between steps: "
+            "offload to the CPU instead"
+        )
+    wrapper, names = engine.optimizer, engine.param_names
+
+    def shard(
+        master: Tensor, copy: Tensor, group: dict[str, Any], pieces: list[Piece], process_group: Any
+    ) -> Shard:
+        return Shard(master, copy, group, pieces, optimizer.state.get(master, {}), process_group)
+
+    if isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3):
+        for index, parameters in enumerate(wrapper.fp16_groups):
+            pieces = pieces_of_each(
+                ((names[p], p.ds_numel) for p in parameters),
+                wrapper._get_sub_group_partition_rank(index),
+                wrapper._get_sub_group_partition_count(index),
+            )
+            yield shard(
+                wrapper.fp32_partitioned_groups_flat[index],
+                wrapper.fp16_partitioned_groups_flat[index],
+                optimizer.param_groups[wrapper.sub_group_to_group_id[index]],
+                pieces,
+                wrapper._get_sub_group_process_group(index),
+            )
+    elif isinstance(wrapper, DeepSpeedZeroOptimizer | BF16_Optimizer):
+        for index, group in enumerate(optimizer.param_groups):
+            process_group = wrapper.real_dp_process_group[index]
+            rank = deepspeed.comm.get_rank(group=process_group)
+            if isinstance(wrapper, BF16_Optimizer):
+                parameters = wrapper.bf16_groups[index]
+                numels = [p.numel() for p in parameters]
+                offsets = [sum(numels[:i]) for i in range(len(numels))]
+                master = wrapper.fp32_groups_flat_partition[index]
+                copy = wrapper.bf16_partitioned_groups[index][rank]
+            else:
+                parameters = wrapper.round_robin_bit16_groups[index]
+                offsets = wrapper.round_robin_bit16_offsets[index]
+                master = wrapper.single_partition_of_fp32_groups[index]
+                copy = wrapper.parallel_partitioned_bit16_groups[index][rank]
+            listed = ((names[p], p.numel(), o) for p, o in zip(parameters, offsets, strict=True))
+            yield shard(master, copy, group, pieces_of_range(listed, rank, master.numel()), process_group)
+    else:
+        copies = wrapper.fp16_groups if isinstance(wrapper, FP16_UnfusedOptimizer) else None
+        for index, group in enumerate(optimizer.param_groups):
+            for position, master in enumerate(group["params"]):
+                copy = master if copies is None else copies[index][position]
+                if copy.requires_grad and copy.numel():
+                    yield shard(master, copy, group, [Piece(names[copy], 0, 0, copy.numel())], None)
+
+
+def release_whole_parameters(engine: Any) -> None:
+    """Before shards' `copy` is written: stage 3 may hold some parameters whole, from the old copies."""
+    if isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3):
+        engine.optimizer.checkpoint_event_prologue()
+
+
+@torch.no_grad()
+def publish_copies(engine: Any) -> None:
+    """Lets every rank see what the ranks wrote into their shards' `copy`; a collective call."""
+    wrapper = engine.optimizer
+    if isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3):
+        for index in range(len(wrapper.fp16_groups)):
+            wrapper._unflatten_partitioned_parameters(index)
+        wrapper.checkpoint_event_epilogue()
+    elif isinstance(wrapper, DeepSpeedZeroOptimizer | BF16_Optimizer):
+        bf16 = isinstance(wrapper, BF16_Optimizer)
+        all_gather_dp_groups(
+            groups_flat=wrapper.bf16_groups_flat if bf16 else wrapper.bit16_groups_flat,
+            partitioned_param_groups=wrapper.bf16_partitioned_groups
+            if bf16
+            else wrapper.parallel_partitioned_bit16_groups,
+            dp_process_group=wrapper.real_dp_process_group,
+            start_alignment_factor=wrapper.nccl_start_alignment_factor,
+            allgather_bucket_size=wrapper.allgather_bucket_size,
+        )
+
+
+def group_names(engine: Any) -> list[list[str]]:
+    """Names of the parameters in each of the optimizer's groups, the same on every rank."""
+    optimizer, wrapper, names = optimizer_of(engine), engine.optimizer, engine.param_names
+    if isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3):
+        grouped: list[list[Any]] = [[] for _ in optimizer.param_groups]
+        for index, parameters in enumerate(wrapper.fp16_groups):
+            grouped[wrapper.sub_group_to_group_id[index]] += parameters
+    elif isinstance(wrapper, BF16_Optimizer):
+        grouped = wrapper.bf16_groups
+    elif isinstance(wrapper, DeepSpeedZeroOptimizer):
+        grouped = wrapper.bit16_groups
+    elif isinstance(wrapper, FP16_UnfusedOptimizer):
+        grouped = wrapper.fp16_groups
+    else:
+        grouped = [group["params"] for group in optimizer.param_groups]
+    return [[names[p] for p in group] for group in grouped]
+
+
+def shapes_of(engine: Any) -> dict[str, torch.Size]:
+    """Name → shape of every parameter of the model, also of those that stage 3 cut up."""
+    return {
+        name: torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+        for parameter, name in engine.param_names.items()
+    }
