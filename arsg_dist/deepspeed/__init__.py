@@ -2,7 +2,7 @@
 
 Importing this package registers the optimizer, so that a DeepSpeed JSON config with
 ``"optimizer": {"type": "ARSG", "params": {...}}`` works in any script that has the line
-``import arsg_dist.deepspeed``.
+``import arsg_dist.deepspeed``. Only DeepSpeed learns of it; torch stays as it is.
 """
 
 try:
@@ -14,8 +14,10 @@ except ImportError as error:
 
 from arsg_dist.deepspeed.base_iterate import base_iterate
 from arsg_dist.deepspeed.config import check_config, resolve_config
-from arsg_dist.deepspeed.engine import DeepSpeedEngine, connect, release_shared_memory
+from arsg_dist.deepspeed.engine import DeepSpeedEngine, connect
+from arsg_dist.deepspeed.initialization import initialize
 from arsg_dist.deepspeed.registration import register
+from arsg_dist.deepspeed.shared_memory import release_shared_memory
 
 register()
 
@@ -24,6 +26,7 @@ __all__ = [
     "base_iterate",
     "check_config",
     "connect",
+    "initialize",
     "register",
     "release_shared_memory",
     "resolve_config",

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any, Final
 
+from arsg_dist.deepspeed.schedules import check_scheduler
 from arsg_dist.optim import ARSG
 
 AUTO = "auto"
@@ -34,6 +35,7 @@ def check_config(config: dict[str, Any], source: str = "the DeepSpeed config") -
     name = section.get("type")
     if isinstance(name, str) and name.lower() == "arsg":
         _check_optimizer(section, source)
+        check_scheduler(config.get("scheduler"), source)
     zero = config.get("zero_optimization")
     zero = zero if isinstance(zero, dict) else {}
     offload = zero.get("offload_optimizer") or {}

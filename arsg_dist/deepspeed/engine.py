@@ -1,7 +1,6 @@
 """DeepSpeed's ZeRO engine behind the common `Engine` interface."""
 
 import logging
-import os
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 from arsg_dist.deepspeed.base_iterate import base_iterate
+from arsg_dist.deepspeed.shared_memory import release_shared_memory
 from arsg_dist.engine import Communicator, Engine, Ranks, TorchCommunicator
 
 _TAG = "deepspeed"
@@ -40,19 +40,6 @@ def connect(ranks: Ranks) -> Communicator:
         )
     release_shared_memory()
     return communicator
-
-
-def release_shared_memory() -> None:
-    """Lets the memory that DeepSpeed's CPU operator shares between ranks go with the job.
-
-    DeepSpeed 0.19.8 leaves 66 MiB of memory per rank in /dev/shm for ever, under a name with the job's master port.
-    Every rank has to call this, after `deepspeed.init_distributed` (`connect` does): the ranks have mapped each other's
-    memory by then and need its name no more. Elsewhere than on CPU ranks of one host there is nothing to release.
-    """
-    deepspeed.comm.barrier()
-    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
-    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{deepspeed.comm.get_rank()}"
-    (Path("/dev/shm") / name).unlink(missing_ok=True)
 
 
 def _device(ranks: Ranks) -> torch.device:

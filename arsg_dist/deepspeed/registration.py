@@ -1,6 +1,8 @@
 """Makes DeepSpeed know the optimizer type "ARSG", and treat it right."""
 
+import functools
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import deepspeed
@@ -8,8 +10,10 @@ import torch
 from deepspeed.runtime.engine import DeepSpeedEngine as _Engine
 from deepspeed.runtime.zero import utils as zero_utils
 
-from arsg_dist.deepspeed.config import check_config
+from arsg_dist.deepspeed.config import AUTO, check_config
 from arsg_dist.deepspeed.repairs import Method, apply_repairs, wrap_once
+from arsg_dist.deepspeed.schedules import check_scheduler, with_schedules_for_arsg
+from arsg_dist.deepspeed.state_access import repair_state_access
 from arsg_dist.optim import ARSG
 
 
@@ -17,39 +21,102 @@ def register() -> None:
     """Lets `"type": "ARSG"` in a DeepSpeed JSON config mean `arsg_dist.ARSG`, under every ZeRO stage.
 
     DeepSpeed 0.19 has no registry: it looks a type it does not know itself up in `torch.optim`, and ZeRO accepts an
-    optimizer by its exact class. Some methods of DeepSpeed are wrapped, and do what they did for other optimizers: its
-    check of a config also calls `check_config`, and warns where DeepSpeed will clip the gradient unasked; and the
-    `repairs`. Calling this again changes nothing.
+    optimizer by its exact class. Here DeepSpeed's look-up is wrapped, so that torch stays as it is. More of its methods
+    are wrapped, and do what they did for other optimizers: its check of a config also calls `check_config`, and warns
+    where DeepSpeed will clip the gradient unasked; schedules of the config; and the `repairs`. Calling this again
+    changes nothing.
 
     Raises:
-        RuntimeError: `torch.optim.ARSG` exists and is something else, or this DeepSpeed is built differently.
+        RuntimeError: this DeepSpeed is built differently.
     """
-    present = getattr(torch.optim, "ARSG", None)
-    if present is not None and present is not ARSG:
-        raise RuntimeError(
-            f"torch.optim.ARSG is already {present!r}; arsg_dist cannot register its own ARSG there"
-        )
-    torch.optim.ARSG = ARSG  # type: ignore[attr-defined]
     if ARSG not in zero_utils.ZERO_SUPPORTED_OPTIMIZERS:
         zero_utils.ZERO_SUPPORTED_OPTIMIZERS.append(ARSG)
+    wrap_once(_Engine, "_is_supported_optimizer", _with_arsg_known)
+    wrap_once(_Engine, "_configure_basic_optimizer", _with_arsg_built)
     wrap_once(_Engine, "_do_sanity_check", _with_arsg_check)
+    wrap_once(_Engine, "_do_optimizer_sanity_check", _with_built_arsg_check)
+    wrap_once(_Engine, "_scheduler_from_config", with_schedules_for_arsg)
+    repair_state_access()
     apply_repairs()
+
+
+def arsg_factory(params: Any, source: str) -> "functools.partial[ARSG]":
+    """What makes an ARSG from parameters or groups of them, with the settings of a config.
+
+    Args:
+        params: `optimizer.params` of a DeepSpeed config; None for ARSG's defaults.
+        source: what messages call the config.
+
+    Raises:
+        ValueError: a value is still "auto".
+    """
+    params = params or {}
+    left = ["optimizer.params"] if params == AUTO else [key for key in params if params[key] == AUTO]
+    if left:
+        raise ValueError(
+            f'{source} has "auto" for {", ".join(left)}, which nothing has filled in (Hugging Face fills lr, betas, '
+            "eps and weight_decay, arsg-imagenet all of them): write a value, or leave it out for ARSG's default"
+        )
+    return functools.partial(ARSG, **params)
+
+
+def _with_arsg_known(method: Method) -> Method:
+    def _is_supported_optimizer(engine: Any, name: str) -> Any:
+        return name == "ARSG" or method(engine, name)
+
+    return _is_supported_optimizer
+
+
+def _with_arsg_built(method: Method) -> Method:
+    def _configure_basic_optimizer(engine: Any, model_parameters: Iterable[Any]) -> Any:
+        if engine.optimizer_name() != "ARSG":
+            return method(engine, model_parameters)
+        return arsg_factory(engine.optimizer_params(), "the DeepSpeed config")(model_parameters)
+
+    return _configure_basic_optimizer
 
 
 def _with_arsg_check(method: Method) -> Method:
     def check(engine: Any) -> None:
-        config: dict[str, Any] = engine._config._param_dict
-        if isinstance(engine.client_optimizer, ARSG):
-            # DeepSpeed takes no notice of the optimizer section then.
-            _check({key: value for key, value in config.items() if key != "optimizer"})
-        elif not engine.client_optimizer and str(engine.optimizer_name()).lower() == "arsg":
-            _check(config)
+        client = engine.client_optimizer
+        if isinstance(client, ARSG) or _makes_arsg(client):
+            _check(engine, from_config=False)
+        elif not client and str(engine.optimizer_name()).lower() == "arsg":
+            _check(engine, from_config=True)
         method(engine)
 
     return check
 
 
-def _check(config: dict[str, Any]) -> None:
+def _with_built_arsg_check(method: Method) -> Method:
+    """For callables of which only the result tells that they make an ARSG."""
+
+    def check(engine: Any, basic_optimizer: Any) -> Any:
+        client = engine.client_optimizer
+        known = client is None or isinstance(client, ARSG) or _makes_arsg(client)
+        if isinstance(basic_optimizer, ARSG) and not known:
+            _check(engine, from_config=False)
+        return method(engine, basic_optimizer)
+
+    return check
+
+
+def _makes_arsg(client: Any) -> bool:
+    return client is ARSG or (isinstance(client, functools.partial) and client.func is ARSG)
+
+
+def _check(engine: Any, *, from_config: bool) -> None:
+    config: dict[str, Any] = dict(engine._config._param_dict)
+    if from_config and getattr(torch.optim, "ARSG", ARSG) is not ARSG:
+        raise ValueError(
+            f'torch.optim.ARSG is {torch.optim.ARSG!r}: "type": "ARSG" could mean that one or arsg_dist\'s; '  # type: ignore[attr-defined]
+            "remove it, or pass optimizer=... to deepspeed.initialize"
+        )
+    if not from_config:
+        config.pop("optimizer", None)  # DeepSpeed takes no notice of it then
+    if engine.client_lr_scheduler:
+        config.pop("scheduler", None)
+    check_scheduler(config.get("scheduler"), "the DeepSpeed config")
     check_config(config)
     if "gradient_clipping" not in config and deepspeed.comm.get_rank() == 0:
         warnings.warn(

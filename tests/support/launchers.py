@@ -36,7 +36,8 @@ def launch(
     """Runs a script on several ranks of this machine and waits for the end.
 
     Args:
-        launcher: "deepspeed", "mpirun", "horovodrun" (over Gloo) or "alone" (one process, no launcher).
+        launcher: "deepspeed", "deepspeed --module" (`script` is a module then), "mpirun", "horovodrun" (over Gloo) or
+            "alone" (one process, no launcher).
         ranks: how many.
         script: relative to the repository, or absolute.
         arguments: of the script.
@@ -44,7 +45,8 @@ def launch(
         largest_file: bytes; writing more to a file fails, as on a full disk.
     """
     port = _free_port()
-    run = [*_command(launcher, ranks, port), str(REPOSITORY / script), *map(str, arguments)]
+    target = str(script) if launcher.endswith("--module") else str(REPOSITORY / script)
+    run = [*_command(launcher, ranks, port), target, *map(str, arguments)]
     environment = {
         key: value
         for key, value in os.environ.items()
@@ -85,8 +87,9 @@ def _command(launcher: str, ranks: int, port: int) -> list[str]:
     if launcher == "alone":
         assert ranks == 1
         return [sys.executable]
-    if launcher == "deepspeed":
-        return ["deepspeed", "--num_accelerators", str(ranks), "--master_port", str(port)]
+    if launcher.startswith("deepspeed"):
+        options = ["--num_accelerators", str(ranks), "--master_port", str(port)]
+        return ["deepspeed", *options, *launcher.split()[1:]]
     if launcher == "horovodrun":
         return ["horovodrun", "-np", str(ranks), "-H", f"localhost:{ranks}", "--gloo", sys.executable]
     assert launcher == "mpirun", launcher

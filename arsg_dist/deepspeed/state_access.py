@@ -1,0 +1,99 @@
+"""DeepSpeed's safe_get_full_* and safe_set_full_* functions, put right for engines whose optimizer is an ARSG.
+
+With DeepSpeed 0.19.8 they reach the optimizer state of the first parameter group only, lose it after a checkpoint is
+loaded, and where they fail they do so on some ranks, while the others wait for ever.
+"""
+
+import functools
+from typing import Any
+
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch import Tensor
+
+from arsg_dist.deepspeed.repairs import Method, wrap_once
+from arsg_dist.optim import ARSG
+
+
+def repair_state_access() -> None:
+    """Applies the repairs; calling this again changes nothing.
+
+    Raises:
+        RuntimeError: this DeepSpeed is built differently.
+    """
+    wrap_once(DeepSpeedZeroOptimizer, "_link_all_hp_params", _with_links_renewed)
+    wrap_once(DeepSpeedZeroOptimizer, "_lazy_init_hp_params_optimizer_state", _with_every_group_linked)
+    wrap_once(DeepSpeedZeroOptimizer_Stage3, "set_full_hp_param", _with_padding_left_alone)
+
+
+def _with_links_renewed(method: Method) -> Method:
+    """Stages 1 and 2: new links from parameters to masters get their links to optimizer state, and checks."""
+
+    def _link_all_hp_params(zero: Any) -> None:
+        method(zero)
+        if not isinstance(zero.optimizer, ARSG):
+            return
+        zero._hp_optimizer_states_linked = False
+        zero._lazy_init_hp_params_optimizer_state()
+        for parameters, master in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
+            for parameter in parameters:
+                for name in ("get_full_hp_param", "set_full_hp_param"):
+                    unchecked = getattr(parameter, name)
+                    setattr(parameter, name, functools.partial(_checked, unchecked, zero.optimizer, master))
+
+    return _link_all_hp_params
+
+
+def _checked(unchecked: Method, optimizer: ARSG, master: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Refuses state that does not exist on every rank alike: each has a part of the group, if not of the parameter."""
+    key = kwargs.get("optim_state_key")
+    for argument in args:
+        key = argument if isinstance(argument, str) else key
+    state = optimizer.state.get(master, {})
+    if key is not None and not isinstance(state.get(key), Tensor):
+        has = [name for name, value in state.items() if isinstance(value, Tensor)]
+        raise ValueError(
+            f"there is no optimizer state {key!r} of this parameter: "
+            + (f"there is {has}" if has else "state appears with the first update")
+        )
+    return unchecked(*args, **kwargs)
+
+
+def _with_every_group_linked(method: Method) -> Method:
+    """Stages 1 and 2: state is linked when all groups have it.
+
+    DeepSpeed links the state of all groups after the step of the first, when the others have none yet, and never again.
+    """
+
+    def _lazy_init_hp_params_optimizer_state(zero: Any) -> None:
+        masters = zero.single_partition_of_fp32_groups
+        if not isinstance(zero.optimizer, ARSG) or all(zero.optimizer.state.get(m) for m in masters):
+            method(zero)
+
+    return _lazy_init_hp_params_optimizer_state
+
+
+def _with_padding_left_alone(method: Method) -> Method:
+    """Stage 3: a parameter whose elements do not divide by the number of ranks can be set.
+
+    DeepSpeed cuts a padded part for the last rank out of the value, which has no padding, and raises there.
+    """
+
+    def set_full_hp_param(
+        zero: Any, value: Tensor, parameter: Any, optim_state_key: str | None = None
+    ) -> None:
+        if not isinstance(zero.optimizer, ARSG) or not parameter.requires_grad:
+            method(zero, value, parameter, optim_state_key)
+            return
+        if value.numel() != parameter.ds_numel:
+            raise ValueError(f"a value of {value.numel()} elements for a parameter of {parameter.ds_numel}")
+        part, group = zero._get_fp32_opt_state_partition(
+            parameter, release_swap_buffers=False, optim_state_key=optim_state_key
+        )
+        start = part.numel() * zero._get_param_partition_rank(parameter)
+        mine = value.detach().flatten()[start : start + part.numel()]
+        part.data[: mine.numel()].copy_(mine)
+        if zero._swappable_optimizer_subgroup(group):
+            zero._optimizer_states_and_gradient_swap_out(group)
+
+    return set_full_hp_param

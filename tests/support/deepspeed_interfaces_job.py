@@ -1,0 +1,239 @@
+"""Job for one rank: reaches ARSG in every way DeepSpeed offers, and its state through DeepSpeed's own functions.
+
+usage: deepspeed_interfaces_job.py OUTPUT_DIRECTORY [--local_rank=N]
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_grad,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+)
+from torch import Tensor, nn
+
+import arsg_dist.deepspeed
+from arsg_dist import ARSG
+from arsg_dist.engine import end_process
+from tests.support import toy
+
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+SET_AFTER = 3  # updates, after which the weights and moments are doubled
+
+
+def groups_of(named: dict[str, Any]) -> list[dict[str, Any]]:
+    """Two groups with settings of their own."""
+    return [
+        {"params": [value for name, value in named.items() if name.endswith("weight")], "mu": 0.2},
+        {"params": [value for name, value in named.items() if name.endswith("bias")], "lr": 0.01},
+    ]
+
+
+def config(stage: int, **optimizer: Any) -> dict[str, Any]:
+    zero: dict[str, Any] = {"stage": stage}
+    if stage == 3:
+        zero |= {"sub_group_size": 1500, "stage3_param_persistence_threshold": 200}
+    return {
+        "train_batch_size": toy.BATCH,
+        "gradient_clipping": 0.0,
+        "zero_optimization": zero,
+        "steps_per_print": 10**6,
+        **optimizer,
+    }
+
+
+SECTION = {"optimizer": {"type": "ARSG", "params": toy.HYPERPARAMETERS}}
+
+
+def main() -> None:
+    output = Path(next(a for a in sys.argv[1:] if not a.startswith("--")))
+    torch.set_num_threads(1)
+    deepspeed.init_distributed(verbose=False)
+    arsg_dist.deepspeed.release_shared_memory()
+    results: dict[str, Any] = {"torch has ARSG": hasattr(torch.optim, "ARSG")}
+    for stage in range(4):
+        for way in ("json", "initialize", "initialize from args", "initialize with a callable", "callable"):
+            results[f"{way}, zero{stage}"] = trained(way, stage, output)
+        results[f"state, zero{stage}"] = state_access(stage, output)
+    results["refusals"] = refusals()
+    if deepspeed.comm.get_rank() == 0:
+        torch.save(results, output / "results.pt")
+    deepspeed.comm.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def begun(way: str, stage: int, output: Path) -> tuple[Any, nn.Module]:
+    model = toy.build_model()
+    groups = groups_of(dict(model.named_parameters()))
+
+    def build(parameters: Any) -> ARSG:
+        return ARSG(parameters, **toy.HYPERPARAMETERS)
+
+    if way == "json":
+        result = deepspeed.initialize(model=model, model_parameters=groups, config=config(stage, **SECTION))
+    elif way == "initialize":
+        given = config(stage, **SECTION)
+        result = arsg_dist.deepspeed.initialize(model=model, model_parameters=groups, config=given)
+        assert given == config(stage, **SECTION), "the caller's config was changed"
+    elif way == "initialize from args":
+        path = output / f"zero{stage}.json"
+        path.write_text(json.dumps(config(stage, **SECTION)))
+        deepspeed.comm.barrier()
+        args = argparse.Namespace(deepspeed_config=str(path), local_rank=-1)
+        result = arsg_dist.deepspeed.initialize(args, model, model_parameters=groups)
+        assert args.deepspeed_config == str(path)
+        assert args.local_rank >= 0
+    elif way == "initialize with a callable":
+        result = arsg_dist.deepspeed.initialize(
+            model=model, optimizer=build, model_parameters=groups, config=config(stage)
+        )
+    else:
+        result = deepspeed.initialize(
+            model=model, optimizer=build, model_parameters=groups, config=config(stage)
+        )
+    engine, optimizer, loader, scheduler = result
+    assert optimizer is engine.optimizer
+    assert loader is scheduler is None
+    assert type(engine.basic_optimizer) is ARSG
+    return engine, model
+
+
+def backward(engine: Any, update: int) -> None:
+    rank, world_size = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
+    size = toy.BATCH // world_size
+    part = slice(rank * size, (rank + 1) * size)
+    inputs, targets = toy.batch(update)
+    engine.backward(toy.loss_of(engine(inputs[part]), targets[part]))
+
+
+def weights_of(model: nn.Module, stage: int) -> dict[str, Tensor]:
+    with deepspeed.zero.GatheredParameters(list(model.parameters()), enabled=stage == 3):
+        return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def trained(way: str, stage: int, output: Path) -> dict[str, Tensor]:
+    engine, model = begun(way, stage, output)
+    for update in range(toy.UPDATES):
+        backward(engine, update)
+        engine.step()
+    weights = weights_of(model, stage)
+    engine.destroy()
+    return weights
+
+
+def state_access(stage: int, output: Path) -> dict[str, Any]:
+    """What safe_get_full_* return at several times, with what safe_set_full_* changed in between."""
+    engine, model = begun("json", stage, output)
+    named = dict(model.named_parameters())
+    early = refusal(lambda: safe_get_full_optimizer_state(named["2.bias"], "exp_avg"))
+    seen: dict[str, Any] = {"before the first update": agreed(early)}
+    for update in range(toy.UPDATES):
+        backward(engine, update)
+        if update == SET_AFTER:
+            seen["gradients"] = {name: safe_get_full_grad(p).clone() for name, p in named.items()}
+        engine.step()
+        if update == SET_AFTER:
+            seen["state"] = read(named)
+            if stage:
+                double(named)
+                seen["state, doubled"] = read(named)
+    seen["state at the end"] = read(named)
+    seen["unknown"] = agreed(refusal(lambda: safe_get_full_optimizer_state(named["2.bias"], "momentum")))
+    seen["unknown, set"] = agreed(
+        refusal(lambda: safe_set_full_optimizer_state(named["2.bias"], named["2.bias"], "momentum"))
+    )
+    engine.save_checkpoint(str(output / f"checkpoint{stage}"), tag="saved")
+    engine.load_checkpoint(str(output / f"checkpoint{stage}"), tag="saved")
+    seen["state, reloaded"] = read(named)
+    engine.destroy()
+    return seen
+
+
+def read(named: dict[str, Any]) -> dict[str, dict[str, Tensor | None]]:
+    """Weights in fp32 and moments, by name of the parameter; collective calls."""
+    return {
+        "weights": {name: cloned(safe_get_full_fp32_param(p)) for name, p in named.items()},
+        **{
+            key: {name: cloned(safe_get_full_optimizer_state(p, key)) for name, p in named.items()}
+            for key in MOMENTS
+        },
+    }
+
+
+def cloned(value: Tensor | None) -> Tensor | None:
+    return None if value is None else value.detach().clone()
+
+
+def double(named: dict[str, Any]) -> None:
+    for parameter in named.values():
+        safe_set_full_fp32_param(parameter, 2 * safe_get_full_fp32_param(parameter))
+        for key in MOMENTS:
+            safe_set_full_optimizer_state(parameter, 2 * safe_get_full_optimizer_state(parameter, key), key)
+
+
+def refusals() -> dict[str, Any]:
+    """How bad input ends, the same on every rank."""
+    arsg = {"type": "ARSG", "params": {"lr": 0.1}}
+
+    def attempt(**arguments: Any) -> str | None:
+        model = toy.build_model()
+        return refusal(lambda: arsg_dist.deepspeed.initialize(model=model, **arguments))
+
+    def plain(**section: Any) -> str | None:
+        model = toy.build_model()
+        return refusal(
+            lambda: deepspeed.initialize(
+                model=model, model_parameters=model.parameters(), config=config(1, **section)
+            )
+        )
+
+    zenflow = config(2)
+    zenflow["zero_optimization"]["zenflow"] = {"topk_ratio": 0.1}
+    model = toy.build_model()
+    found = {
+        "no config": attempt(),
+        "two configs": attempt(config=config(1), config_params=config(1)),
+        "no optimizer": attempt(config=config(1)),
+        "another optimizer": attempt(config=config(1, optimizer={"type": "AdamW"})),
+        "two optimizers": attempt(config=config(1, optimizer=arsg), optimizer=ARSG),
+        "auto": attempt(config=config(1, optimizer={"type": "ARSG", "params": {"lr": "auto", "mu": 0.1}})),
+        "auto, plain": plain(optimizer={"type": "ARSG", "params": {"eps": "auto"}}),
+        "zenflow, by a callable": refusal(
+            lambda: deepspeed.initialize(
+                model=model,
+                optimizer=lambda parameters: ARSG(parameters),
+                model_parameters=list(model.parameters()),
+                config=zenflow,
+            )
+        ),
+    }
+    return {name: agreed(text) for name, text in found.items()}
+
+
+def refusal(call: Any) -> str | None:
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def agreed(text: str | None) -> str | None:
+    """The text, if all ranks have the same."""
+    texts: list[Any] = [None] * deepspeed.comm.get_world_size()
+    torch.distributed.all_gather_object(texts, text)
+    assert len(set(texts)) == 1, f"ranks end differently: {texts}"
+    return text
+
+
+if __name__ == "__main__":
+    main()
+    end_process(0)

@@ -1,0 +1,127 @@
+"""Job for one rank: trains under every schedule and ZeRO stage, and once more from a checkpoint in the middle.
+
+usage: deepspeed_schedules_job.py OUTPUT_DIRECTORY [--local_rank=N]
+"""
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+
+import arsg_dist.deepspeed
+from arsg_dist.engine import end_process
+from tests.support import deepspeed_schedules as schedules
+from tests.support import toy
+from tests.support.deepspeed_interfaces_job import agreed, refusal
+
+
+def main() -> None:
+    output = Path(next(a for a in sys.argv[1:] if not a.startswith("--")))
+    torch.set_num_threads(1)
+    deepspeed.init_distributed(verbose=False)
+    arsg_dist.deepspeed.release_shared_memory()
+    type(get_accelerator()).is_fp16_supported = lambda _: True
+    results: dict[str, Any] = {}
+    for name, case in schedules.CASES.items():
+        for stage in case.stages:
+            results[f"{name}, zero{stage}"] = train(case, stage, output / f"{name}-{stage}")
+    results["refusals"] = refusals()
+    if deepspeed.comm.get_rank() == 0:
+        torch.save(results, output / "results.pt")
+    deepspeed.comm.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def begin(
+    stage: int, section: dict[str, Any] | None, client: Any = None, fp16: bool = False, **optimizer: Any
+) -> tuple[Any, Any]:
+    config: dict[str, Any] = {
+        "train_batch_size": toy.BATCH,
+        "gradient_clipping": 0.0,
+        "optimizer": {"type": "ARSG", "params": schedules.SETTINGS, **optimizer},
+        "zero_optimization": {"stage": stage},
+        "steps_per_print": 10**6,
+    }
+    if section is not None:
+        config["scheduler"] = section
+    if fp16:
+        config["fp16"] = {"enabled": True, "initial_scale_power": 6}
+    model = toy.build_model()
+    groups = schedules.groups_of(dict(model.named_parameters()))
+    engine, *_ = deepspeed.initialize(
+        model=model, model_parameters=groups, config=config, lr_scheduler=client
+    )
+    return engine, model
+
+
+def train(case: schedules.Case, stage: int, checkpoint: Path) -> dict[str, Any]:
+    """The whole training, and its second half after a checkpoint was loaded into a new engine."""
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        engine, model = begin(stage, case.section, case.client, case.fp16)
+        used = updates(engine, case, 0, schedules.SAVE_AT)
+        engine.save_checkpoint(str(checkpoint), tag="saved")
+        used += updates(engine, case, schedules.SAVE_AT, schedules.UPDATES)
+        result = {"used": used, "after": schedules.settings_of(engine.basic_optimizer)}
+        result["weights"] = weights_of(model, stage)
+        engine.destroy()
+        engine, model = begin(stage, case.section, case.client, case.fp16)
+        engine.load_checkpoint(str(checkpoint), tag="saved")
+        result["used, resumed"] = updates(engine, case, schedules.SAVE_AT, schedules.UPDATES)
+        result["weights, resumed"] = weights_of(model, stage)
+        engine.destroy()
+    result["warnings"] = [
+        str(w.message) for w in warned if "arsg_dist" in w.filename or "lr_sched" in w.filename
+    ]
+    return result
+
+
+def updates(engine: Any, case: schedules.Case, first: int, last: int) -> list[Any]:
+    """Trains, and returns the settings every update used."""
+    rank, size = deepspeed.comm.get_rank(), toy.BATCH // deepspeed.comm.get_world_size()
+    part = slice(rank * size, (rank + 1) * size)
+    dtype = torch.float16 if case.fp16 else torch.float32
+    used = []
+    for update in range(first, last):
+        used.append(schedules.settings_of(engine.basic_optimizer))
+        engine.backward(schedules.loss_of(engine, update, part, dtype, case.fp16))
+        engine.step()
+    return used
+
+
+def weights_of(model: Any, stage: int) -> dict[str, Any]:
+    with deepspeed.zero.GatheredParameters(list(model.parameters()), enabled=stage == 3):
+        return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def refusals() -> dict[str, Any]:
+    """How schedules that cannot work end, the same on every rank."""
+
+    def initialize(kind: str, **params: Any) -> str | None:
+        return agreed(refusal(lambda: begin(1, {"type": kind, "params": params})))
+
+    def metric() -> None:
+        engine, _ = begin(1, {"type": "ReduceLROnPlateau", "params": {"patience": 0}})
+        part = slice(None)
+        for given in ({"metrics": 1.0}, {"metrics": 1.0}, None):
+            engine.backward(schedules.loss_of(engine, 0, part, torch.float32, False))
+            engine.step(lr_kwargs=given)
+
+    return {
+        "one lr for two": initialize("WarmupLR", warmup_max_lr=0.02),
+        "default lr": initialize("WarmupDecayLR", total_num_steps=10),
+        "momentum": initialize("OneCycle", cycle_min_lr=0.1, cycle_max_lr=[0.2, 0.1]),
+        "misspelt": initialize("StepLR", stepsize=3),
+        "missing": initialize("StepLR"),
+        "unfilled": initialize("WarmupLR", warmup_num_steps="auto"),
+        "metric": agreed(refusal(metric)),
+    }
+
+
+if __name__ == "__main__":
+    main()
+    end_process(0)
