@@ -12,7 +12,7 @@ from torch import nn
 
 from arsg_dist.deepspeed.base_iterate import base_iterate
 from arsg_dist.deepspeed.shared_memory import release_shared_memory
-from arsg_dist.engine import Communicator, Engine, Ranks, TorchCommunicator
+from arsg_dist.engine import Communicator, Engine, Ranks, TorchCommunicator, announce_to_torch
 
 _TAG = "deepspeed"
 
@@ -26,11 +26,12 @@ def connect(ranks: Ranks) -> Communicator:
     Raises:
         ValueError: no launcher announced the ranks, or the job came up with another number of ranks.
     """
-    if ranks.launcher != "deepspeed or torchrun":
+    if ranks.launcher in ("none", "horovodrun"):
         raise ValueError(
-            "this process was not started by the deepspeed launcher (RANK, WORLD_SIZE, LOCAL_RANK are not set): "
+            "this process was not started by the deepspeed launcher, torchrun, srun or mpirun: "
             "start it with 'deepspeed SCRIPT ...', without GPUs 'deepspeed --num_accelerators 2 SCRIPT ...'"
         )
+    announce_to_torch(ranks)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     deepspeed.init_distributed(verbose=False)
     communicator = TorchCommunicator(_device(ranks))

@@ -4,6 +4,7 @@
 `arsg_dist.horovod.HorovodEngine` implement the same interface on several ranks.
 """
 
+from arsg_dist.engine.agreement import check_agreement, package_versions
 from arsg_dist.engine.base import Engine
 from arsg_dist.engine.communicator import (
     Communicator,
@@ -13,6 +14,7 @@ from arsg_dist.engine.communicator import (
     end_process,
 )
 from arsg_dist.engine.ranks import Ranks, discover_ranks
+from arsg_dist.engine.rendezvous import announce_to_torch
 from arsg_dist.engine.single import SingleProcessEngine
 
 __all__ = [
@@ -23,6 +25,9 @@ __all__ = [
     "SingleProcessCommunicator",
     "SingleProcessEngine",
     "TorchCommunicator",
+    "announce_to_torch",
+    "check_agreement",
     "discover_ranks",
     "end_process",
+    "package_versions",
 ]

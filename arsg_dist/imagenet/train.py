@@ -1,15 +1,12 @@
 """The training loop, the same on every engine."""
 
 import dataclasses
-import hashlib
-import json
 import os
 import socket
 import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.nn import functional
@@ -17,7 +14,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from arsg_dist.checkpoint import CheckpointStore
-from arsg_dist.engine import Communicator, Engine, JobError, Ranks
+from arsg_dist.engine import Communicator, Engine, JobError, Ranks, check_agreement
 from arsg_dist.imagenet.config import TrainConfig
 from arsg_dist.imagenet.data import (
     IGNORED,
@@ -82,22 +79,14 @@ def train(config: TrainConfig, job: Job, ranks: Ranks, communicator: Communicato
         )
         torch.manual_seed(config.seed)
         model = build_model(config.model, len(train_split.classes))
-    _check_agreement(communicator, config=dataclasses.asdict(config), data=train_split.fingerprint())
+    check_agreement(
+        communicator, config=dataclasses.asdict(config), data=train_split.fingerprint(), seed=config.seed
+    )
     _share_cores(communicator)
 
     engine = build_engine(job.engine, model, config, communicator, ranks, engine_config)
     run = _Run(config, job, engine, train_split, val_split, train_order, micro_batch_size)
     run.train()
-
-
-def _check_agreement(communicator: Communicator, **values: Any) -> None:
-    """Stops every rank if one has another value, instead of training something nobody asked for."""
-    for name, value in values.items():
-        digest = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-        digests = communicator.all_gather_object(digest)
-        differing = [rank for rank, other in enumerate(digests) if other != digests[0]]
-        if differing:
-            raise JobError(f"the {name} of rank {', '.join(map(str, differing))} differs from rank 0's")
 
 
 def _share_cores(communicator: Communicator) -> None:

@@ -1,6 +1,7 @@
 import pytest
 
-from arsg_dist.engine import Ranks, discover_ranks
+from arsg_dist.engine import Ranks, announce_to_torch, discover_ranks
+from arsg_dist.engine.rendezvous import first_host
 
 TORCH = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}
 OPEN_MPI = {
@@ -19,7 +20,12 @@ SRUN = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1"}
         (OPEN_MPI, Ranks(2, 6, 0, "mpirun (Open MPI)")),
         (SRUN, Ranks(5, 8, 1, "srun")),
         ({"HOROVOD_RANK": "1", "HOROVOD_SIZE": "2", "HOROVOD_LOCAL_RANK": "1"}, Ranks(1, 2, 1, "horovodrun")),
-        ({"PMI_RANK": "1", "PMI_SIZE": "2"}, Ranks(1, 2, 0, "mpiexec (MPICH, Intel MPI)")),
+        ({"PMI_RANK": "1", "PMI_SIZE": "2"}, Ranks(1, 2, 0, "mpiexec (MPICH, Intel MPI, PALS)")),
+        (
+            {"PMI_RANK": "5", "PMI_SIZE": "8", "PMI_LOCAL_RANK": "1"},
+            Ranks(5, 8, 1, "mpiexec (MPICH, Intel MPI, PALS)"),
+        ),
+        (SRUN | {"PMIX_RANK": "5"}, Ranks(5, 8, 1, "srun")),
     ],
 )
 def test_each_launchers_variables_are_understood(environ: dict[str, str], expected: Ranks) -> None:
@@ -32,6 +38,12 @@ def test_mpirun_in_a_slurm_allocation_uses_mpiruns_ranks() -> None:
     assert discover_ranks(SRUN | OPEN_MPI).rank == 2
 
 
+def test_the_deepspeed_launcher_inside_an_allocation_uses_its_own_ranks() -> None:
+    """Catches the refusal of one launcher per node, each with several ranks, started by srun."""
+    step = {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "0"}
+    assert discover_ranks(step | TORCH) == Ranks(3, 4, 1, "deepspeed or torchrun")
+
+
 def test_a_batch_script_is_not_a_task() -> None:
     """Catches SLURM_PROCID of a batch script read as one rank of several."""
     assert discover_ranks({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}) == Ranks(0, 1, 0, "none")
@@ -41,6 +53,9 @@ def test_a_batch_script_is_not_a_task() -> None:
     ("environ", "message"),
     [
         ({"RANK": "0"}, "WORLD_SIZE is not"),
+        ({"PMIX_RANK": "1"}, "nothing says of how many"),
+        (SRUN | {"RANK": "0", "WORLD_SIZE": "1"}, "8 jobs of one rank"),
+        (OPEN_MPI | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, "6 jobs of one rank"),
         (TORCH | {"RANK": "4"}, "RANK=4 does not fit WORLD_SIZE=4"),
         (TORCH | {"WORLD_SIZE": "four"}, "must be integers"),
     ],
@@ -49,3 +64,47 @@ def test_inconsistent_variables_are_refused(environ: dict[str, str], message: st
     """Catches a half-set environment that would start a wrong job."""
     with pytest.raises(ValueError, match=message):
         discover_ranks(environ)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("node1", "node1"),
+        ("node[1-4]", "node1"),
+        ("node[08-11,20],login1", "node08"),
+        ("login1,node[1-2]", "login1"),
+        ("rack[2-3]n[1,4]", "rack2n1"),
+        ("a-b.example.org,c", "a-b.example.org"),
+    ],
+)
+def test_the_first_host_of_a_slurm_list_is_found(nodes: str, first: str) -> None:
+    """Catches ranks that wait for each other at different hosts."""
+    assert first_host(nodes) == first
+
+
+def test_srun_without_mpi_gets_a_meeting_point() -> None:
+    """Catches DeepSpeed asking an MPI that knows of one rank only: N jobs of one rank."""
+    step = SRUN | {"SLURM_JOB_ID": "4242", "SLURM_STEP_ID": "1", "SLURM_STEP_NODELIST": "node[3-4]"}
+    announce_to_torch(discover_ranks(step), step)
+    assert (step["RANK"], step["WORLD_SIZE"], step["LOCAL_RANK"]) == ("5", "8", "1")
+    assert step["MASTER_ADDR"] == "node3"
+    assert 20000 <= int(step["MASTER_PORT"]) < 40000
+    chosen = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
+    step = SRUN | chosen
+    announce_to_torch(discover_ranks(step), step)
+    assert step.items() >= chosen.items()
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        (SRUN, "SLURM_STEP_NODELIST or SLURM_JOB_ID is missing"),
+        (SRUN | {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "a;b"}, "no list of Slurm nodes"),
+        (TORCH, "do not say where they meet"),
+    ],
+)
+def test_without_a_meeting_point_nothing_starts(environ: dict[str, str], message: str) -> None:
+    """Catches ranks that each wait alone."""
+    environ = dict(environ)
+    with pytest.raises(ValueError, match=message):
+        announce_to_torch(discover_ranks(environ), environ)

@@ -1,0 +1,27 @@
+"""`arsg-dist SUBCOMMAND ...`. Every subcommand is a module here with SUMMARY, add_arguments() and run()."""
+
+import argparse
+import sys
+
+from arsg_dist.launch import launch
+
+_SUBCOMMANDS = {"launch": launch}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Entry point of `arsg-dist`."""
+    parser = argparse.ArgumentParser(
+        prog="arsg-dist", description=__doc__.splitlines()[0], allow_abbrev=False
+    )
+    subparsers = parser.add_subparsers(dest="subcommand", metavar="SUBCOMMAND", required=True)
+    for name, module in _SUBCOMMANDS.items():
+        subparser = subparsers.add_parser(
+            name, help=module.SUMMARY, description=module.SUMMARY, allow_abbrev=False
+        )
+        module.add_arguments(subparser)
+    options = parser.parse_args(arguments)
+    sys.exit(_SUBCOMMANDS[options.subcommand].run(options))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""Settings under which every stack notices the silent loss of a host in a given time.
+
+Without them: torch's gloo group waits 15 minutes, Open MPI's daemons were not seen to notice in two, pdsh never does.
+The values were measured on rehearsal hosts whose network was cut (docs/clusters.md).
+"""
+
+import math
+
+
+def torch_collectives(seconds: int) -> dict[str, str]:
+    """For ranks under DeepSpeed, on gloo and NCCL alike: the longest a collective may take.
+
+    DeepSpeed reads whole minutes (deepspeed/constants.py), so 60 s is the least.
+    """
+    return {"DEEPSPEED_TIMEOUT": str(max(1, math.ceil(seconds / 60)))}
+
+
+def horovod_ranks(seconds: int) -> dict[str, str]:
+    """For ranks under Horovod: Gloo's own timeout, and the stall check for a rank that is alive but behind."""
+    return {
+        "HOROVOD_GLOO_TIMEOUT_SECONDS": str(min(30, seconds)),
+        "HOROVOD_STALL_CHECK_TIME_SECONDS": str(max(1, seconds // 2)),
+        "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": str(seconds),
+    }
+
+
+def open_mpi_daemons(seconds: int) -> dict[str, str]:
+    """For mpirun: TCP keep-alive between its daemons, and ssh's. Both names: Open MPI 4 reads OMPI_, 5 PRTE_."""
+    probes = 3
+    interval = max(1, min(2, seconds // (2 * probes)))
+    keep_alive = {
+        "oob_tcp_keepalive_time": str(max(1, min(5, seconds - probes * interval))),
+        "oob_tcp_keepalive_intvl": str(interval),
+        "oob_tcp_keepalive_probes": str(probes),
+    }
+    return {
+        f"{prefix}_MCA_{name}": value for prefix in ("OMPI", "PRTE") for name, value in keep_alive.items()
+    } | {
+        "OMPI_MCA_plm_rsh_args": ssh_options(seconds),
+        "PRTE_MCA_plm_ssh_args": ssh_options(seconds),
+    }
+
+
+def ssh_options(seconds: int) -> str:
+    """Options of ssh that end a connection whose other side is silent."""
+    count = 2
+    return f"-o ServerAliveInterval={max(1, min(5, seconds // (count + 1)))} -o ServerAliveCountMax={count}"

@@ -1,0 +1,171 @@
+"""Kubernetes: manifests for Kubeflow's operators. Not applied to a cluster yet."""
+
+import argparse
+import json
+import re
+from typing import Any, ClassVar
+
+from arsg_dist.launch import detection
+from arsg_dist.launch.job import Job, Plan
+from arsg_dist.launch.profiles import Profile
+from arsg_dist.launch.targets.base import Target, rank_environment
+from arsg_dist.launch.targets.mpirun import mpirun_options
+
+_NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
+_NOT_RUN = "checked for its structure only; not applied to a cluster yet"
+
+
+class _Manifest(Target):
+    places: ClassVar = "nodes"
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """What a pod needs."""
+        parser.add_argument("--job-name", default="arsg", help="(default: %(default)s)")
+        parser.add_argument("--namespace", default="default", help="(default: %(default)s)")
+        parser.add_argument(
+            "--image", required=True, help="container image with this package (see containers/)"
+        )
+        parser.add_argument("--shared-memory", default="8Gi", help="size of /dev/shm (default: %(default)s)")
+
+    def plan(self, job: Job, profile: Profile, options: argparse.Namespace) -> Plan:
+        """Plans `kubectl apply` of a manifest. JSON is YAML, and needs no quoting rules of its own."""
+        for option, value in (("--job-name", options.job_name), ("--namespace", options.namespace)):
+            if not _NAME.fullmatch(value):
+                raise ValueError(f"{option} {value!r} must be lower-case letters, digits and '-', at most 63")
+        path = job.directory / f"arsg_{self.name}.json"
+        manifest = self.manifest(job, options)
+        manifest["metadata"] = {"name": options.job_name, "namespace": options.namespace}
+        return Plan(
+            command=("kubectl", "apply", "-f", str(path)),
+            files={path: json.dumps(manifest, indent=2) + "\n"},
+            notes=(_NOT_RUN,),
+        )
+
+    def manifest(self, job: Job, options: argparse.Namespace) -> dict[str, Any]:
+        """The object to create, without its metadata."""
+        raise NotImplementedError
+
+
+def _pod(job: Job, options: argparse.Namespace, container: dict[str, Any], *, gpus: int) -> dict[str, Any]:
+    limits = {"resources": {"limits": {"nvidia.com/gpu": gpus}}} if gpus else {}
+    mount = {"volumeMounts": [{"name": "shm", "mountPath": "/dev/shm"}]}
+    return {
+        "spec": {
+            "containers": [
+                {"image": options.image, "workingDir": str(job.directory), **container, **limits, **mount}
+            ],
+            "volumes": [
+                {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": options.shared_memory}}
+            ],
+        }
+    }
+
+
+def _variables(environment: dict[str, str]) -> list[dict[str, str]]:
+    return [{"name": name, "value": value} for name, value in sorted(environment.items())]
+
+
+class MpiJob(_Manifest):
+    """MPIJob v2beta1: workers run sshd, a launcher pod runs mpirun with the hostfile the operator writes."""
+
+    name = "mpijob"
+    summary = "Kubernetes, Kubeflow's MPIJob v2beta1 (not applied to a cluster yet)"
+    engines = ("deepspeed", "horovod")
+
+    def manifest(self, job: Job, options: argparse.Namespace) -> dict[str, Any]:
+        """The MPIJob."""
+        variables = rank_environment(job)
+        command = ["mpirun", *mpirun_options(as_root=True), "-np", str(job.ranks)]
+        command += [argument for name in ("PATH", *sorted(variables)) for argument in ("-x", name)]
+        daemons = {
+            # The operator's own ssh options (no host keys) must stay.
+            name: f"-o ConnectionAttempts=10 {value}" if name.endswith("_args") else value
+            for name, value in detection.open_mpi_daemons(job.detect_seconds).items()
+        }
+        launcher = {
+            "name": "launcher",
+            "command": [*command, *job.rank_command],
+            "env": _variables(daemons | variables),
+        }
+        worker = {"name": "worker", "command": ["/usr/sbin/sshd", "-De"]}
+        return {
+            "apiVersion": "kubeflow.org/v2beta1",
+            "kind": "MPIJob",
+            "spec": {
+                "slotsPerWorker": job.ranks_per_node,
+                "runPolicy": {"cleanPodPolicy": "Running", "backoffLimit": 3},
+                "mpiReplicaSpecs": {
+                    "Launcher": {
+                        "replicas": 1,
+                        "restartPolicy": "OnFailure",
+                        "template": _pod(job, options, launcher, gpus=0),
+                    },
+                    "Worker": {
+                        "replicas": job.nodes,
+                        "template": _pod(job, options, worker, gpus=job.ranks_per_node * job.gpus_per_rank),
+                    },
+                },
+            },
+        }
+
+
+def _torchrun(job: Job) -> list[str]:
+    return [
+        job.python,
+        "-m",
+        "torch.distributed.run",
+        f"--nnodes={job.nodes}",
+        f"--nproc-per-node={job.ranks_per_node}",
+    ]
+
+
+class PyTorchJob(_Manifest):
+    """PyTorchJob v1 (Kubeflow's training operator): torchrun in every pod; the operator sets the rendezvous."""
+
+    name = "pytorchjob"
+    summary = "Kubernetes, Kubeflow's PyTorchJob v1 (not applied to a cluster yet)"
+    engines = ("deepspeed",)
+
+    def manifest(self, job: Job, options: argparse.Namespace) -> dict[str, Any]:
+        """The PyTorchJob: one master, the other nodes workers, a torchrun in each."""
+        command = [
+            *_torchrun(job),
+            "--node-rank=$(PET_NODE_RANK)",
+            "--master-addr=$(PET_MASTER_ADDR)",
+            "--master-port=$(PET_MASTER_PORT)",
+            *job.program,
+        ]
+        container = {"name": "pytorch", "command": command, "env": _variables(rank_environment(job))}
+        pod = _pod(job, options, container, gpus=job.ranks_per_node * job.gpus_per_rank)
+        replicas = {"Master": {"replicas": 1, "restartPolicy": "OnFailure", "template": pod}}
+        if job.nodes > 1:
+            replicas["Worker"] = {"replicas": job.nodes - 1, "restartPolicy": "OnFailure", "template": pod}
+        return {
+            "apiVersion": "kubeflow.org/v1",
+            "kind": "PyTorchJob",
+            "spec": {"nprocPerNode": str(job.ranks_per_node), "pytorchReplicaSpecs": replicas},
+        }
+
+
+class TrainJob(_Manifest):
+    """TrainJob (Kubeflow Trainer 2): the cluster's runtime `torch-distributed` starts torchrun's environment."""
+
+    name = "trainjob"
+    summary = "Kubernetes, Kubeflow Trainer's TrainJob v1alpha1 (not applied to a cluster yet)"
+    engines = ("deepspeed",)
+
+    def manifest(self, job: Job, options: argparse.Namespace) -> dict[str, Any]:
+        """The TrainJob; the runtime's pod template holds volumes, so /dev/shm is set up there."""
+        trainer: dict[str, Any] = {
+            "image": options.image,
+            "command": [job.python, "-m", "torch.distributed.run", *job.program],
+            "numNodes": job.nodes,
+            "env": _variables(rank_environment(job)),
+        }
+        if job.gpus_per_rank:
+            trainer["resourcesPerNode"] = {"limits": {"nvidia.com/gpu": job.ranks_per_node}}
+        return {
+            "apiVersion": "trainer.kubeflow.org/v1alpha1",
+            "kind": "TrainJob",
+            "spec": {"runtimeRef": {"name": "torch-distributed"}, "trainer": trainer},
+        }

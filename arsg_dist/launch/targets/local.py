@@ -1,0 +1,29 @@
+"""This machine."""
+
+import argparse
+import os
+from typing import ClassVar
+
+from arsg_dist.launch.job import Job, Plan
+from arsg_dist.launch.profiles import Profile
+from arsg_dist.launch.targets.base import Target, rank_environment
+from arsg_dist.launch.targets.mpirun import mpirun_options
+
+
+class Local(Target):
+    """All ranks on this machine: the deepspeed launcher, or mpirun for Horovod."""
+
+    name = "local"
+    summary = "this machine"
+    engines = ("deepspeed", "horovod")
+    places: ClassVar = "here"
+
+    def plan(self, job: Job, profile: Profile, options: argparse.Namespace) -> Plan:
+        """Plans `deepspeed --num_accelerators N` or `mpirun -np N`."""
+        environment = rank_environment(job)
+        if job.engine == "deepspeed":
+            command = [*job.deepspeed_command, "--num_accelerators", str(job.ranks_per_node), *job.program]
+        else:
+            command = ["mpirun", *mpirun_options(os.geteuid() == 0), "--oversubscribe"]
+            command += ["-np", str(job.ranks_per_node), *job.rank_command]
+        return Plan(command=tuple(command), environment=environment)

@@ -1,0 +1,40 @@
+"""Open MPI's mpirun over ssh, for either engine."""
+
+import argparse
+import os
+from typing import ClassVar
+
+from arsg_dist.launch import detection
+from arsg_dist.launch.job import Job, Plan
+from arsg_dist.launch.profiles import Profile
+from arsg_dist.launch.targets.base import Target, rank_environment
+
+# What ranks on other hosts need of the launcher's own environment, if it is set.
+INHERITED = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH")
+
+
+def mpirun_options(as_root: bool) -> list[str]:
+    """Options every start with mpirun needs: unbound, each rank would be pinned to one core with Horovod's thread."""
+    return [*(["--allow-run-as-root"] if as_root else []), "--bind-to", "none", "--map-by", "slot"]
+
+
+class Mpirun(Target):
+    """Open MPI 4 or 5 over ssh. Ranks come from MPI; Horovod runs over MPI, DeepSpeed over gloo or NCCL."""
+
+    name = "mpirun"
+    summary = "hosts over ssh, by Open MPI's mpirun"
+    engines = ("deepspeed", "horovod")
+    places: ClassVar = "hosts"
+
+    def plan(self, job: Job, profile: Profile, options: argparse.Namespace) -> Plan:
+        """Plans `mpirun -H node1:4,node2:4 -x NAME ... python SCRIPT`."""
+        variables = rank_environment(job)
+        exported = [name for name in INHERITED if name in os.environ and name not in variables]
+        command = ["mpirun", *mpirun_options(os.geteuid() == 0), "-np", str(job.ranks)]
+        command += ["-H", ",".join(f"{host.name}:{host.slots}" for host in job.hosts)]
+        command += ["--wdir", str(job.directory)]
+        # mpirun's own settings (OMPI_MCA_, PRTE_MCA_) travel by themselves.
+        for name in [*exported, *sorted(variables)]:
+            command += ["-x", name] if not name.startswith(("OMPI_MCA_", "PRTE_MCA_")) else []
+        environment = detection.open_mpi_daemons(job.detect_seconds) | variables
+        return Plan(command=(*command, *job.rank_command), environment=environment)

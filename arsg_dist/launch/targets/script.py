@@ -1,0 +1,68 @@
+"""What the batch scripts of all schedulers share."""
+
+import argparse
+import re
+import shlex
+
+from arsg_dist.launch.job import Job
+
+PREEMPTED = 75
+"""Exit code of a training that was told to stop, saved a checkpoint and can be resumed (EX_TEMPFAIL)."""
+
+_WORD = re.compile(r"[A-Za-z0-9_@%+=:,./\[\]*-]+")
+
+
+def add_batch_arguments(parser: argparse.ArgumentParser, time: str) -> None:
+    """Options every scheduler has."""
+    parser.add_argument("--job-name", default="arsg", help="name in the queue (default: %(default)s)")
+    parser.add_argument(
+        "--time", default=time, help="wall-clock limit, as the scheduler takes it (default: %(default)s)"
+    )
+    parser.add_argument("--account", help="what the time is charged to")
+    parser.add_argument("--queue", help="queue or partition")
+    parser.add_argument(
+        "--setup",
+        action="append",
+        default=[],
+        metavar="LINE",
+        help="shell line to run first, for example 'module load nccl'; repeatable",
+    )
+
+
+def word(value: str, option: str) -> str:
+    """A value for a directive line (#SBATCH ...), where no shell quotes.
+
+    Raises:
+        ValueError: it has a space or another character that would end the value.
+    """
+    if not _WORD.fullmatch(value):
+        raise ValueError(f"{option} {value!r} must be one word of letters, digits and _@%+=:,./[]*-")
+    return value
+
+
+def exports(environment: dict[str, str]) -> list[str]:
+    """`export` lines."""
+    return [f"export {name}={shlex.quote(value)}" for name, value in sorted(environment.items())]
+
+
+def program_lines(job: Job) -> list[str]:
+    """Sets the array `program`, with --resume if a run is there to be resumed.
+
+    Only a program that has an --output is known to have --resume (arsg-imagenet has both).
+    """
+    lines = [f"program=({shlex.join(job.rank_command)})"]
+    output = job.argument("--output")
+    if output is not None and "--resume" not in job.program:
+        lines += [
+            "# A requeued or resubmitted job goes on where the last complete checkpoint is.",
+            f'if [ -n "$(ls -A {shlex.quote(output)}/checkpoints 2>/dev/null)" ]; then program+=(--resume); fi',
+        ]
+    return lines
+
+
+def first_host(command: str, job_number: str) -> list[str]:
+    """Sets MASTER_ADDR and MASTER_PORT; without them each DeepSpeed rank may take itself for a job of one."""
+    return [
+        f"export MASTER_ADDR=$({command})",
+        f"export MASTER_PORT=$((20000 + {job_number} % 10000))",
+    ]
