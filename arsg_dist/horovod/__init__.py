@@ -1,4 +1,4 @@
-"""ARSG under Horovod: the replicated form, `hvd.DistributedOptimizer` over `ARSG`."""
+"""ARSG under Horovod: `DistributedOptimizer`, the replicated form, behind the `Engine` interface too."""
 
 try:
     import horovod.torch as _horovod  # noqa: F401
@@ -8,7 +8,24 @@ except ImportError as error:
         "(extra: 'arsg-dist[horovod]'; Horovod's own release does not compile against this torch)"
     ) from error
 
+from arsg_dist.horovod.broadcast import broadcast_optimizer_state, broadcast_parameters, register
 from arsg_dist.horovod.communicator import HorovodCommunicator, connect
+from arsg_dist.horovod.distributed import DistributedOptimizer, ReplicatedOptimizer
 from arsg_dist.horovod.engine import HorovodEngine
+from arsg_dist.horovod.guards import check_environment, check_world_size, set_stall_defaults
 
-__all__ = ["HorovodCommunicator", "HorovodEngine", "connect"]
+register()
+
+__all__ = [
+    "DistributedOptimizer",
+    "HorovodCommunicator",
+    "HorovodEngine",
+    "ReplicatedOptimizer",
+    "broadcast_optimizer_state",
+    "broadcast_parameters",
+    "check_environment",
+    "check_world_size",
+    "connect",
+    "register",
+    "set_stall_defaults",
+]

@@ -6,6 +6,7 @@ import horovod.torch as hvd
 import torch
 
 from arsg_dist.engine import Communicator, Ranks
+from arsg_dist.horovod.guards import check_environment, check_world_size, set_stall_defaults
 
 T = TypeVar("T")
 
@@ -13,20 +14,19 @@ T = TypeVar("T")
 def connect(ranks: Ranks) -> "HorovodCommunicator":
     """Initialises Horovod and returns its communicator.
 
+    A rank that does not come to a collective ends the job after 600 s (`guards.set_stall_defaults`).
+
     Args:
         ranks: from `discover_ranks`.
 
     Raises:
-        ValueError: Horovod came up with another number of ranks than the launcher announced (it does so silently,
-            as N jobs of one rank, when its controller does not fit the launcher).
+        ValueError: the environment mixes MPI and Gloo, or Horovod came up with another number of ranks than the
+            launcher announced (it does so silently, as N jobs of one rank, when its controller does not fit).
     """
+    check_environment()
+    set_stall_defaults()
     hvd.init()
-    if hvd.size() != ranks.world_size:
-        raise ValueError(
-            f"{ranks.launcher} announced {ranks.world_size} ranks but Horovod came up with {hvd.size()}: "
-            "use horovodrun, or mpirun with HOROVOD_CONTROLLER and HOROVOD_CPU_OPERATIONS unset; "
-            "'horovodrun --check-build' shows what Horovod was built with"
-        )
+    check_world_size()
     return HorovodCommunicator()
 
 

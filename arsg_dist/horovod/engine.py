@@ -1,10 +1,11 @@
 """Horovod's replicated data parallelism behind the common `Engine` interface."""
 
-import horovod.torch as hvd
 import torch
 from torch import nn
 
 from arsg_dist.engine import Communicator, SingleProcessEngine
+from arsg_dist.horovod.broadcast import broadcast_parameters
+from arsg_dist.horovod.distributed import DistributedOptimizer
 
 
 class HorovodEngine(SingleProcessEngine):
@@ -12,7 +13,7 @@ class HorovodEngine(SingleProcessEngine):
 
     Args:
         module: the model, on this rank's device; rank 0's weights are broadcast.
-        optimizer: over the model's parameters, not yet stepped.
+        optimizer: over the model's parameters.
         communicator: from `connect`.
         accumulation_steps: micro-batches per update and rank.
         clip_grad_norm: the averaged gradient is scaled down to this norm if it is larger; 0 for never.
@@ -27,12 +28,11 @@ class HorovodEngine(SingleProcessEngine):
         accumulation_steps: int = 1,
         clip_grad_norm: float = 0.0,
     ) -> None:
-        hvd.broadcast_parameters(module.state_dict(), root_rank=0)
-        distributed = hvd.DistributedOptimizer(
+        broadcast_parameters(module.state_dict())
+        distributed = DistributedOptimizer(
             optimizer,
             named_parameters=module.named_parameters(),
             backward_passes_per_step=accumulation_steps,
-            op=hvd.Average,
         )
         super().__init__(
             module, distributed, accumulation_steps=accumulation_steps, clip_grad_norm=clip_grad_norm

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +33,7 @@ def launch(
     *arguments: object,
     timeout: float = 240,
     largest_file: int | None = None,
+    variables: Mapping[str, str] | None = None,
 ) -> Finished:
     """Runs a script on several ranks of this machine and waits for the end.
 
@@ -43,6 +45,7 @@ def launch(
         arguments: of the script.
         timeout: seconds; a job that takes longer is killed and the test fails, since that is a hang.
         largest_file: bytes; writing more to a file fails, as on a full disk.
+        variables: more environment variables.
     """
     port = _free_port()
     target = str(script) if launcher.endswith("--module") else str(REPOSITORY / script)
@@ -54,6 +57,7 @@ def launch(
     }
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(REPOSITORY)}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    environment |= variables or {}
     process = subprocess.Popen(
         run,
         cwd=REPOSITORY,

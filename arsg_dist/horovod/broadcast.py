@@ -1,0 +1,176 @@
+"""Rank 0's parameters and optimizer state on every rank, for every dtype, without a step."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import horovod.torch as hvd
+import horovod.torch.elastic.state as elastic_state
+import horovod.torch.functions as functions
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from arsg_dist.horovod.distributed import ReplicatedOptimizer
+from arsg_dist.optim import ARSG
+
+_horovod_parameters: Callable[..., None] = functions.broadcast_parameters
+_horovod_state: Callable[..., None] = functions.broadcast_optimizer_state
+
+# Types that every backend of Horovod copies, NCCL too; the bits do not matter to a copy.
+_CARRIERS = {1: torch.uint8, 2: torch.float16, 4: torch.int32, 8: torch.int64}
+
+
+def register() -> None:
+    """Puts `broadcast_parameters` and `broadcast_optimizer_state` of this module in the place of Horovod's.
+
+    Horovod's (0.28.1) refuse bfloat16 and tensors that are not contiguous, and make a real step where an optimizer
+    has no state yet. Names imported from Horovod before (`from horovod.torch import broadcast_optimizer_state`) stay
+    Horovod's. Calling this again changes nothing.
+    """
+    for module in (hvd, functions, elastic_state):
+        module.broadcast_parameters = broadcast_parameters
+        module.broadcast_optimizer_state = broadcast_optimizer_state
+
+
+def broadcast_parameters(params: Any, root_rank: int = 0) -> None:
+    """Overwrites every rank's tensors with those of one rank, in place, bit by bit.
+
+    Args:
+        params: `model.state_dict()`, or a list of tensors or (name, tensor).
+        root_rank: the rank they come from.
+
+    Raises:
+        ValueError: `params` is something else.
+    """
+    if isinstance(params, dict):
+        pairs = sorted(params.items())
+    elif isinstance(params, list):
+        pairs = [pair if isinstance(pair, tuple) else (None, pair) for pair in params]
+    else:
+        raise ValueError(
+            f"params must be a state_dict or a list of (named) tensors, got {type(params).__name__}"
+        )
+    for name, tensor in pairs:
+        if not isinstance(tensor, Tensor):
+            raise ValueError(
+                f"{name} is no tensor but a {type(tensor).__name__}: leave it out and use hvd.broadcast_object"
+            )
+    carried = [(name, _carrier(tensor)) for name, tensor in pairs]
+    _horovod_parameters(carried, root_rank)
+    with torch.no_grad():
+        for (_, tensor), (_, bits) in zip(pairs, carried, strict=True):
+            _unload(bits, tensor)
+
+
+def broadcast_optimizer_state(optimizer: Optimizer, root_rank: int = 0, model: Any = None) -> None:
+    """Gives every rank one rank's settings and state: learning rates, moments, maxima, step counts.
+
+    For `ARSG` and for optimizers wrapped by `arsg_dist.horovod.DistributedOptimizer`; others go Horovod's way.
+    Nothing is stepped: state that `root_rank` does not have is dropped elsewhere, state that others lack is created.
+
+    Args:
+        optimizer: with the same parameters on every rank.
+        root_rank: the rank the state comes from.
+        model: passed on to Horovod for other optimizers.
+
+    Raises:
+        ValueError: the ranks' optimizers have other groups or numbers of parameters (on every rank alike).
+    """
+    if not isinstance(optimizer, (ARSG, ReplicatedOptimizer)) or isinstance(optimizer, torch.optim.LBFGS):
+        _horovod_state(optimizer, root_rank, model)
+        return
+    shapes = [[tuple(p.shape) for p in group["params"]] for group in optimizer.param_groups]
+    shapes_of = hvd.allgather_object(shapes, name="arsg_dist.optimizer_shapes")
+    if any(other != shapes_of[root_rank] for other in shapes_of):
+        raise ValueError(
+            "the optimizers of the ranks have different parameter groups or parameters: build them alike on every rank"
+        )
+    groups, described = hvd.broadcast_object(
+        (
+            [_portable(group) for group in optimizer.param_groups],
+            [_described(optimizer.state.get(p, {})) for p in _parameters(optimizer)],
+        ),
+        root_rank,
+        name="arsg_dist.optimizer_state",
+    )
+    for group, options in zip(optimizer.param_groups, groups, strict=True):
+        _assign_options(group, options)
+    tensors = []
+    for index, (parameter, entry) in enumerate(zip(_parameters(optimizer), described, strict=True)):
+        if not entry:
+            optimizer.state.pop(parameter, None)
+            continue
+        state = optimizer.state[parameter]
+        for name in set(state) - set(entry):
+            del state[name]
+        for name, value in entry.items():
+            if isinstance(value, _Described):
+                state[name] = value.tensor_like(state.get(name), parameter)
+                tensors.append((f"{index}.{name}", state[name]))
+            else:
+                state[name] = value
+    broadcast_parameters(tensors, root_rank)
+
+
+class _Described:
+    """A tensor of the state without its elements."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.shape, self.dtype = tuple(tensor.shape), tensor.dtype
+        self.on_cpu = tensor.device.type == "cpu"
+
+    def tensor_like(self, present: Any, parameter: Tensor) -> Tensor:
+        """The present tensor if it fits, else a new one in the parameter's layout."""
+        device = torch.device("cpu") if self.on_cpu else parameter.device
+        if isinstance(present, Tensor) and (tuple(present.shape), present.dtype, present.device) == (
+            self.shape,
+            self.dtype,
+            device,
+        ):
+            return present
+        if self.shape == tuple(parameter.shape):
+            return torch.empty_like(parameter, dtype=self.dtype, device=device, requires_grad=False)
+        return torch.empty(self.shape, dtype=self.dtype, device=device)
+
+
+def _described(state: dict[str, Any]) -> dict[str, Any]:
+    return {name: _Described(value) if isinstance(value, Tensor) else value for name, value in state.items()}
+
+
+def _parameters(optimizer: Optimizer) -> Iterator[Tensor]:
+    return (parameter for group in optimizer.param_groups for parameter in group["params"])
+
+
+def _portable(group: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: value.detach().cpu() if isinstance(value, Tensor) else value
+        for name, value in group.items()
+        if name != "params"
+    }
+
+
+def _assign_options(group: dict[str, Any], options: dict[str, Any]) -> None:
+    """Keeps the identity of tensor options: schedulers and captured graphs hold on to them."""
+    for name, value in options.items():
+        present = group.get(name)
+        if isinstance(value, Tensor) and isinstance(present, Tensor):
+            present.copy_(value)
+        else:
+            group[name] = value
+
+
+def _carrier(tensor: Tensor) -> Tensor:
+    """The tensor's bits, flat, contiguous, of a type that Horovod copies; shares memory if that is possible."""
+    flat = tensor.detach()
+    if flat.is_complex():
+        flat = torch.view_as_real(flat)
+    return flat.contiguous().reshape(-1).view(_CARRIERS[flat.element_size()])
+
+
+def _unload(bits: Tensor, tensor: Tensor) -> None:
+    """Writes a carrier's bits back where it does not share the tensor's memory."""
+    target = tensor.detach()
+    if target.is_complex():
+        target = torch.view_as_real(target)
+    if bits.numel() and bits.data_ptr() != target.data_ptr():
+        target.copy_(bits.view(target.dtype).reshape(target.shape))

@@ -1,0 +1,283 @@
+"""What replicated ranks exchange: gradients before the update, or (Adasum) the updates themselves."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import horovod.torch as hvd
+import torch
+from horovod.torch.compression import Compression
+from torch import Tensor
+
+from arsg_dist.horovod.wire import WireFormat
+
+Named = Sequence[tuple[str, Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExchangeSettings:
+    """The arguments of Horovod's `DistributedOptimizer` beside optimizer and names.
+
+    Raises:
+        ValueError: a value out of range, or settings that contradict each other.
+        TypeError: a value of the wrong kind.
+    """
+
+    compression: Any = Compression.none
+    backward_passes_per_step: int = 1
+    op: Any = hvd.Average
+    gradient_predivide_factor: float = 1.0
+    groups: int | list[list[Tensor]] | None = None
+    sparse_as_dense: bool = False
+    process_set: Any = hvd.global_process_set
+
+    def __post_init__(self) -> None:
+        check_passes(self.backward_passes_per_step)
+        if self.op not in (hvd.Average, hvd.Sum, hvd.Adasum):
+            raise ValueError(f"op must be hvd.Average, hvd.Sum or hvd.Adasum, got {self.op!r}")
+        if not (hasattr(self.compression, "compress") and hasattr(self.compression, "decompress")):
+            raise TypeError(f"compression must be one of hvd.Compression, got {self.compression!r}")
+        if not self.gradient_predivide_factor > 0:
+            raise ValueError(
+                f"gradient_predivide_factor must be positive, got {self.gradient_predivide_factor}"
+            )
+        if self.gradient_predivide_factor != 1.0 and self.op != hvd.Average:
+            raise ValueError("gradient_predivide_factor has a meaning with op=hvd.Average only")
+        self._check_groups()
+        if self.op == hvd.Adasum:
+            self._check_adasum()
+
+    def _check_groups(self) -> None:
+        if isinstance(self.groups, list):
+            members = [member for group in self.groups for member in group]
+            if not all(isinstance(member, Tensor) for member in members):
+                raise TypeError("groups must be a number or a list of lists of parameters")
+            if len({id(member) for member in members}) != len(members):
+                raise ValueError("a parameter can only appear once in groups")
+        elif self.groups is not None and (
+            isinstance(self.groups, bool) or not isinstance(self.groups, int) or self.groups < 0
+        ):
+            raise ValueError(
+                f"groups must be a non-negative integer or a list of lists of parameters, got {self.groups!r}"
+            )
+
+    def _check_adasum(self) -> None:
+        if self.groups or self.sparse_as_dense or self.process_set != hvd.global_process_set:
+            raise ValueError("op=hvd.Adasum does not take groups, sparse_as_dense or a process_set")
+        size = hvd.size()
+        if size > 1 and not hvd.mpi_enabled():
+            raise ValueError("op=hvd.Adasum needs Horovod's MPI controller: start the ranks with mpirun")
+        if size & (size - 1):
+            raise ValueError(f"op=hvd.Adasum needs a power of two of ranks, got {size}")
+
+
+def check_passes(passes: int) -> None:
+    """Refuses a number of backward passes that is not a positive integer.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if isinstance(passes, bool) or not isinstance(passes, int) or passes < 1:
+        raise ValueError(f"backward_passes_per_step must be a positive integer, got {passes!r}")
+
+
+class Exchange(ABC):
+    """What a replicated optimizer exchanges with the other ranks, and when."""
+
+    @property
+    @abstractmethod
+    def in_flight(self) -> bool:
+        """Whether something was sent that has not been waited for."""
+
+    @abstractmethod
+    def connect(self, parameters: Named) -> None:
+        """Takes part for further parameters; every rank must do it for the same ones."""
+
+    @abstractmethod
+    def synchronize(self) -> None:
+        """Finishes the exchange of gradients; afterwards `grad` is the same on every rank."""
+
+    @abstractmethod
+    def set_backward_passes_per_step(self, passes: int) -> None:
+        """Changes after how many backward passes gradients are sent."""
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Forgets what is in flight."""
+
+    @abstractmethod
+    def before_update(self) -> None:
+        """To be called before every update."""
+
+    @abstractmethod
+    def after_update(self) -> None:
+        """To be called after every update."""
+
+
+class GradientExchange(Exchange):
+    """Gradients are reduced while `backward()` computes them, by Horovod's own optimizer wrapper.
+
+    Horovod's `DistributedOptimizer` sits on a stand-in that is never stepped and lends its hooks and its
+    `synchronize()`. Parameters connected later get a stand-in of their own.
+
+    Args:
+        settings: of the exchange.
+        dense_only: the optimizer takes dense gradients only; with `sparse_as_dense` it gets them.
+    """
+
+    def __init__(self, settings: ExchangeSettings, *, dense_only: bool) -> None:
+        self._settings = settings
+        self._passes = settings.backward_passes_per_step
+        self._dense_only = dense_only
+        self._parts: list[Any] = []
+        self._exchanged: list[frozenset[Tensor]] = []  # of each part, with frozen ones
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether a backward pass sent, or held back, gradients that no `synchronize()` has waited for."""
+        return any(part._handles for part in self._parts)
+
+    def connect(self, parameters: Named) -> None:
+        """Registers the hooks that send gradients. With `groups` the first call is a collective."""
+        parameters = list(parameters)
+        settings = self._settings
+        part = hvd.DistributedOptimizer(
+            torch.optim.SGD([parameter for _, parameter in parameters]),
+            named_parameters=parameters,
+            compression=WireFormat(settings.compression),
+            backward_passes_per_step=self._passes,
+            op=settings.op,
+            gradient_predivide_factor=settings.gradient_predivide_factor,
+            groups=(settings.groups or None) if not self._parts else None,
+            sparse_as_dense=settings.sparse_as_dense,
+            process_set=settings.process_set,
+        )
+        if self._dense_only and not settings.sparse_as_dense:
+            part._sparse_allreduce_grad_async = _refuse_sparse
+        self._parts.append(part)
+        self._exchanged.append(frozenset(part._requires_update))
+
+    def synchronize(self) -> None:
+        """Waits until every gradient is reduced; parameters without one take part with zeros.
+
+        Raises:
+            RuntimeError: a gradient was removed or changed after `backward()`.
+        """
+        for part, exchanged in zip(self._parts, self._exchanged, strict=True):
+            part._requires_update = {p for p in exchanged if p.requires_grad}
+            _launch_incomplete_groups(part)
+            for key in part._handles:
+                if any(p.grad is None for p in (key if isinstance(key, tuple) else (key,))):
+                    raise RuntimeError(
+                        "a gradient was set to None between backward() and step(): clear gradients after step() only"
+                    )
+        for part in self._parts:
+            reduced = [p for key in part._handles for p in (key if isinstance(key, tuple) else (key,))]
+            part.synchronize()
+            for p in reduced:
+                if self._dense_only and p.grad.is_sparse:
+                    p.grad = p.grad.to_dense()
+                if not p.requires_grad:
+                    p.grad = None
+
+    def set_backward_passes_per_step(self, passes: int) -> None:
+        """Changes after how many backward passes gradients are sent."""
+        self._passes = passes
+        for part in self._parts:
+            part.set_backward_passes_per_step(passes)
+
+    def reset(self) -> None:
+        """Forgets what is in flight, as after a failure or a loaded checkpoint."""
+        for part in self._parts:
+            part._group_counts = dict.fromkeys(part._group_counts, 0)
+            part.load_state_dict(part.state_dict())
+
+    def before_update(self) -> None:
+        """Does nothing."""
+
+    def after_update(self) -> None:
+        """Does nothing."""
+
+
+class AdasumExchange(Exchange):
+    """Each rank updates with its own gradient and state; the updates are then combined by Adasum (arXiv 2006.02924).
+
+    Optimizer states differ between the ranks by design. Nothing overlaps with the backward pass.
+    """
+
+    def __init__(self, settings: ExchangeSettings) -> None:
+        self._wire = WireFormat(settings.compression)
+        self._parameters: list[tuple[str, Tensor]] = []
+        self._starts: list[Tensor] = []
+
+    @property
+    def in_flight(self) -> bool:
+        """Never: everything happens within a step."""
+        return False
+
+    def connect(self, parameters: Named) -> None:
+        """Includes further parameters."""
+        self._parameters.extend(parameters)
+
+    def synchronize(self) -> None:
+        """Does nothing: gradients stay each rank's own."""
+
+    def set_backward_passes_per_step(self, passes: int) -> None:
+        """Does nothing: a step takes the gradients as they are."""
+
+    def reset(self) -> None:
+        """Forgets the starting point of an update."""
+        self._starts = []
+
+    @torch.no_grad()
+    def before_update(self) -> None:
+        """Remembers where the update starts."""
+        self._starts = [parameter.detach().clone() for _, parameter in self._parameters]
+
+    @torch.no_grad()
+    def after_update(self) -> None:
+        """Replaces this rank's update by the combined one."""
+        sent = []
+        for (name, parameter), start in zip(self._parameters, self._starts, strict=True):
+            update, context = self._wire.compress(parameter - start)
+            sent.append((hvd.allreduce_async(update, name=f"adasum.{name}", op=hvd.Adasum), context))
+        for (_, parameter), start, (handle, context) in zip(
+            self._parameters, self._starts, sent, strict=True
+        ):
+            parameter.copy_(start + self._wire.decompress(hvd.synchronize(handle), context))
+        self._starts = []
+
+
+def build_exchange(settings: ExchangeSettings, *, dense_only: bool) -> Exchange:
+    """The exchange that the settings ask for; Adasum among one rank is none."""
+    if settings.op == hvd.Adasum and hvd.size() > 1:
+        return AdasumExchange(settings)
+    return GradientExchange(settings, dense_only=dense_only)
+
+
+def _refuse_sparse(parameter: Tensor, name: str) -> Any:
+    raise RuntimeError(
+        f"{name} has a sparse gradient, and ARSG needs dense ones: pass sparse_as_dense=True, or build the "
+        "embedding without sparse=True"
+    )
+
+
+def _launch_incomplete_groups(part: Any) -> None:
+    """Sends groups of which this rank used only some parameters, or none, with zeros for the others.
+
+    Horovod sends what such a group has one by one, and waits for ever for ranks that used the whole group.
+    """
+    for group in part._group_counts:
+        if group in part._handles or not _any_requires_grad(group):
+            continue
+        for parameter in group:
+            part._handles.pop(parameter, None)
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        part._handles[group] = part._grouped_allreduce_grad_async(group)
+        part._group_counts[group] = 0
+
+
+def _any_requires_grad(group: Iterable[Tensor]) -> bool:
+    return any(parameter.requires_grad for parameter in group)

@@ -1,0 +1,300 @@
+"""Job for one rank: properties of the wrapped optimizer that are no training; rank 0 saves what failed.
+
+usage: horovod_checks_job.py OUTPUT
+"""
+
+import re
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import horovod.torch as hvd
+import pytest
+import torch
+from torch import nn
+
+from arsg_dist import ARSG
+from arsg_dist.engine import discover_ranks, end_process
+from arsg_dist.horovod import DistributedOptimizer, broadcast, connect
+from tests.support import toy
+
+CHECKS: dict[str, Callable[[], None]] = {}
+
+
+def check(function: Callable[[], None]) -> Callable[[], None]:
+    CHECKS[function.__name__] = function
+    return function
+
+
+def raises(kind: Any, text: str, action: Callable[[], Any]) -> None:
+    with pytest.raises(kind, match=re.escape(text)):
+        action()
+
+
+def small(**settings: Any) -> tuple[nn.Module, Any]:
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    return model, wrapped(ARSG(model.parameters(), lr=0.1, eps=1e-3, **settings), model)
+
+
+def wrapped(optimizer: Any, model: nn.Module, **settings: Any) -> Any:
+    return DistributedOptimizer(optimizer, named_parameters=model.named_parameters(), **settings)
+
+
+def backward(model: nn.Module) -> None:
+    model(torch.full((1, 3), 1.0 + hvd.rank()).to(next(model.parameters()).dtype)).sum().backward()
+
+
+@check
+def step_hooks_fire_once_and_see_the_average() -> None:
+    def fired(wrap: Callable[..., Any]) -> tuple[int, int, float]:
+        model = nn.Linear(3, 2)
+        optimizer = wrap(ARSG(model.parameters()), named_parameters=model.named_parameters())
+        calls = []
+        optimizer.register_step_pre_hook(lambda *_: calls.append(model.weight.grad[0, 0].item()))
+        optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+        backward(model)
+        optimizer.step()
+        return calls.count("after"), len(calls), calls[-2] if len(calls) == 2 else 0.0
+
+    assert fired(DistributedOptimizer) == (1, 2, (1 + hvd.size()) / 2)
+    assert fired(hvd.DistributedOptimizer)[0] == 2, (
+        "plain Horovod calls hooks once: this repair has no purpose"
+    )
+
+
+@check
+def bf16_gradients_are_averaged_in_fp32() -> None:
+    model = nn.Linear(1, 1, bias=False).bfloat16()
+    optimizer = wrapped(ARSG(model.parameters()), model)
+    # 1 + 2^-8 is no bfloat16; the mean of 1 and 1 + 2^-7 summed in bfloat16 would be lost in 2 + 2^-7.
+    values = [1.0, 1 + 2**-7, 1 + 2**-6]
+    model(torch.tensor([[values[hvd.rank()]]]).bfloat16()).sum().backward()
+    optimizer.synchronize()
+    mean = torch.tensor(values[: hvd.size()]).mean().bfloat16()
+    assert model.weight.grad.dtype == torch.bfloat16
+    assert model.weight.grad.item() == mean.item(), (model.weight.grad.item(), mean.item())
+
+
+@check
+def changing_gradients_in_flight_is_refused() -> None:
+    for change in (
+        lambda model: torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1),
+        lambda model: model.zero_grad(set_to_none=False),
+        lambda model: model.zero_grad(set_to_none=True),
+    ):
+        model, optimizer = small()
+        backward(model)
+        change(model)
+        raises(RuntimeError, "between backward() and", optimizer.step)
+        for handle, _ in (h for part in optimizer._exchange._parts for h in part._handles.values()):
+            hvd.synchronize(handle)
+
+
+@check
+def unscaling_gradients_in_flight_is_refused() -> None:
+    model, optimizer = small()
+    scaler = torch.amp.GradScaler("cpu")
+    loss = model(torch.ones(1, 3)).sum()
+    scaler.scale(loss).backward()
+    raises(RuntimeError, "synchronize() before", lambda: scaler.step(optimizer))
+    optimizer.synchronize()
+    scaler.step(optimizer)
+
+
+@check
+def out_of_order_calls_are_refused() -> None:
+    model, optimizer = small()
+    backward(model)
+    raises(RuntimeError, "in flight", optimizer.zero_grad)
+    with optimizer.skip_synchronize():
+        raises(RuntimeError, "call synchronize() before", optimizer.step)
+    optimizer.step()
+    optimizer.zero_grad()
+    with optimizer.base_iterate():
+        raises(RuntimeError, "base_iterate", optimizer.step)
+
+
+@check
+def bad_arguments_are_refused() -> None:
+    model, optimizer = small()
+    fresh = ARSG(model.parameters())
+    raises(TypeError, "wrapped for Horovod already", lambda: DistributedOptimizer(optimizer))
+    plain = hvd.DistributedOptimizer(ARSG(model.parameters()))
+    raises(TypeError, "wrapped for Horovod already", lambda: DistributedOptimizer(plain))
+    raises(TypeError, "must be a torch.optim.Optimizer", lambda: DistributedOptimizer(model))
+    raises(TypeError, "(name, parameter)", lambda: DistributedOptimizer(fresh, model.parameters()))
+    twice = [("a", model.weight), ("a", model.bias)]
+    raises(ValueError, "must be unique", lambda: DistributedOptimizer(fresh, twice))
+    raises(ValueError, "is not in named_parameters", lambda: DistributedOptimizer(fresh, twice[:1]))
+    for settings, text in (
+        ({"op": 17}, "op must be"),
+        ({"backward_passes_per_step": 0}, "positive integer"),
+        ({"compression": "fp16"}, "hvd.Compression"),
+        ({"gradient_predivide_factor": 0.0}, "must be positive"),
+        ({"gradient_predivide_factor": 2.0, "op": hvd.Sum}, "op=hvd.Average only"),
+        ({"groups": -1}, "non-negative"),
+        ({"groups": [[model.weight], [model.weight]]}, "only appear once"),
+        ({"op": hvd.Adasum, "groups": 2}, "does not take groups"),
+    ):
+        raises(
+            (ValueError, TypeError),
+            text,
+            lambda settings=settings: DistributedOptimizer(fresh, model.named_parameters(), **settings),
+        )
+
+
+@check
+def sparse_gradients_are_refused_where_they_arise() -> None:
+    table = nn.Embedding(5, 2, sparse=True)
+    wrapped(ARSG(table.parameters()), table)
+    raises(RuntimeError, "sparse_as_dense=True", table(torch.tensor([1])).sum().backward)
+
+
+@check
+def the_wrapped_optimizer_shares_groups_and_state() -> None:
+    model, _ = small()
+    optimizer = ARSG(model.parameters())
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    distributed = wrapped(optimizer, model)
+    assert isinstance(distributed, ARSG)
+    assert repr(distributed) == repr(optimizer)
+    optimizer.param_groups[0]["lr"] = 0.5
+    assert distributed.param_groups[0]["lr"] == 0.5
+    assert distributed.state[model.weight]["max_exp_avg_sq"].any()
+
+
+@check
+def rank_0_state_reaches_every_rank() -> None:
+    """Rank 0 is trained, with a bf16 state; the others are fresh, or have been trained otherwise."""
+    for wrap in (lambda optimizer, model: optimizer, wrapped):
+        torch.manual_seed(0)
+        model = nn.Linear(3, 2)
+        optimizer = ARSG(model.parameters(), lr=0.1, state_dtype="bfloat16", weight_decay=0.1)
+        for _ in range(3 if hvd.rank() == 0 else hvd.rank() - 1):
+            model(torch.full((1, 3), 1.0 + hvd.rank())).sum().backward()
+            optimizer.step()
+        optimizer.param_groups[0]["lr"] = 0.1 / (1 + hvd.rank())
+        optimizer = wrap(optimizer, model)
+        hvd.broadcast_parameters(model.state_dict(), root_rank=0)
+        hvd.broadcast_optimizer_state(optimizer, root_rank=0)
+        states = hvd.allgather_object((model.state_dict(), optimizer.state_dict()))
+        assert states[0][1]["state"][0]["step"] == 3
+        assert states[0][1]["state"][0]["max_exp_avg_sq"].dtype == torch.bfloat16
+        assert states[0][1]["state"][0]["max_exp_avg_sq"].any()
+        for weights, state in states[1:]:
+            assert torch.equal(weights["weight"], states[0][0]["weight"])
+            assert state["param_groups"] == states[0][1]["param_groups"]
+            for index in (0, 1):
+                for name, value in states[0][1]["state"][index].items():
+                    assert torch.equal(
+                        torch.as_tensor(state["state"][index][name]), torch.as_tensor(value)
+                    ), name
+
+
+@check
+def broadcasting_no_state_makes_no_step() -> None:
+    def moved(broadcast_state: Callable[..., None], wrap: Callable[..., Any]) -> float:
+        torch.manual_seed(0)
+        model = nn.Linear(3, 2)
+        optimizer = ARSG(model.parameters(), lr=0.1, weight_decay=0.1)
+        if wrap is wrapped and hvd.rank():
+            model(torch.ones(1, 3)).sum().backward()
+            optimizer.step()  # state that rank 0 does not have
+        before = model.weight.detach().clone()
+        optimizer = wrap(optimizer, model)
+        broadcast_state(optimizer, root_rank=0)
+        assert broadcast_state is broadcast._horovod_state or not optimizer.state
+        return (model.weight - before).abs().max().item()
+
+    assert moved(hvd.broadcast_optimizer_state, wrapped) == 0
+    assert moved(hvd.broadcast_optimizer_state, lambda optimizer, _: optimizer) == 0
+    plain = moved(broadcast._horovod_state, lambda optimizer, _: optimizer)
+    assert plain > 0, "plain Horovod makes no step: this repair has no purpose"
+
+
+@check
+def broadcasts_copy_every_dtype_and_layout() -> None:
+    for dtype in (torch.bfloat16, torch.float16, torch.float64, torch.complex64, torch.bool, torch.int64):
+        tensors = {
+            "flat": torch.arange(7).to(dtype) if hvd.rank() == 0 else torch.zeros(7, dtype=dtype),
+            "scalar": torch.tensor(3 - 3 * bool(hvd.rank())).to(dtype),
+            "empty": torch.zeros(0, dtype=dtype),
+            "strided": torch.full((4, 5), 1 - bool(hvd.rank())).to(dtype).t(),
+        }
+        hvd.broadcast_parameters(tensors, root_rank=0)
+        assert torch.equal(tensors["flat"], torch.arange(7).to(dtype)), dtype
+        assert torch.equal(tensors["scalar"], torch.tensor(3).to(dtype)), dtype
+        assert torch.equal(tensors["strided"], torch.ones(5, 4).to(dtype)), dtype
+    raises(ValueError, "hvd.broadcast_object", lambda: hvd.broadcast_parameters({"extra": 3}))
+
+
+@check
+def different_optimizers_are_refused_on_every_rank() -> None:
+    model = nn.Linear(3, 2 + hvd.rank())
+    raises(
+        ValueError,
+        "different parameter groups",
+        lambda: hvd.broadcast_optimizer_state(ARSG(model.parameters())),
+    )
+
+
+@check
+def adasum_combines_the_updates() -> None:
+    """Two ranks: a + b with each scaled by 1 − a·b/(2|·|²); needs MPI and a power of two of ranks."""
+    model = toy.build_model()
+    fresh = ARSG(model.parameters(), **toy.HYPERPARAMETERS)
+    if hvd.gloo_enabled():
+        raises(ValueError, "mpirun", lambda: wrapped(fresh, model, op=hvd.Adasum))
+        return
+    if hvd.size() == 3:
+        raises(ValueError, "power of two", lambda: wrapped(fresh, model, op=hvd.Adasum))
+        return
+    local = toy.build_model()
+    before = [p.detach().clone() for p in model.parameters()]
+    updates = []
+    for network, optimizer in ((model, wrapped(fresh, model, op=hvd.Adasum)), (local, None)):
+        optimizer = optimizer or ARSG(network.parameters(), **toy.HYPERPARAMETERS)
+        inputs, targets = (t[hvd.rank() :: hvd.size()] for t in toy.batch(0))
+        fired: list[int] = []
+        optimizer.register_step_post_hook(lambda *_, fired=fired: fired.append(1))
+        toy.loss_of(network(inputs), targets).backward()
+        optimizer.step()
+        assert fired == [1]
+        updates.append([p.detach() - b for p, b in zip(network.parameters(), before, strict=True)])
+    combined, own = updates
+    of_ranks = hvd.allgather_object(own, name="own_updates")
+    for index, update in enumerate(combined):
+        a = of_ranks[0][index]
+        expected = a
+        if hvd.size() == 2:
+            b = of_ranks[1][index]
+            dot = (a * b).sum()
+            expected = a * (1 - dot / (2 * a.pow(2).sum())) + b * (1 - dot / (2 * b.pow(2).sum()))
+        torch.testing.assert_close(update, expected, rtol=1e-4, atol=1e-6)
+
+
+def main() -> None:
+    communicator = connect(discover_ranks())
+    warnings.simplefilter("ignore")
+    failed: dict[str, str] = {}
+    for name, function in CHECKS.items():
+        error = None
+        try:
+            function()
+        except (Exception, pytest.fail.Exception):
+            error = traceback.format_exc()
+        errors = communicator.all_gather_object(error)
+        failed[name] = "\n".join(e for e in errors if e)
+    if communicator.rank == 0:
+        torch.save(failed, Path(sys.argv[1]))
+    communicator.close()
+    end_process(0)
+
+
+if __name__ == "__main__":
+    main()
