@@ -67,15 +67,15 @@ class SingleProcessEngine(Engine):
         """Rank 0 writes one file: every rank holds the same state."""
         self._refuse_at_base_iterate("save")
         if self.communicator.rank == 0:
-            state = {
-                "model": self.module.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "progress": progress,
-            }
-            try:
-                torch.save(state, directory / _FILE)
-            except RuntimeError as error:  # how torch's writer says that the disk is full
-                raise OSError(f"cannot write {directory / _FILE}: {str(error).splitlines()[0]}") from error
+            self._write(directory, self.module.state_dict(), self.optimizer.state_dict(), progress)
+
+    def _write(
+        self, directory: Path, model: dict[str, Any], optimizer: dict[str, Any], progress: dict[str, Any]
+    ) -> None:
+        try:
+            torch.save({"model": model, "optimizer": optimizer, "progress": progress}, directory / _FILE)
+        except RuntimeError as error:  # how torch's writer says that the disk is full
+            raise OSError(f"cannot write {directory / _FILE}: {str(error).splitlines()[0]}") from error
 
     def load(self, directory: Path) -> dict[str, Any]:
         """Every rank reads the one file, without executing anything in it; works on any number of ranks."""

@@ -13,6 +13,8 @@ from arsg_dist.horovod.communicator import HorovodCommunicator, connect
 from arsg_dist.horovod.distributed import DistributedOptimizer, ReplicatedOptimizer
 from arsg_dist.horovod.engine import HorovodEngine
 from arsg_dist.horovod.guards import check_environment, check_world_size, set_stall_defaults
+from arsg_dist.horovod.sharded import ShardedOptimizer
+from arsg_dist.horovod.sharded_engine import HorovodShardedEngine
 
 register()
 
@@ -20,7 +22,9 @@ __all__ = [
     "DistributedOptimizer",
     "HorovodCommunicator",
     "HorovodEngine",
+    "HorovodShardedEngine",
     "ReplicatedOptimizer",
+    "ShardedOptimizer",
     "broadcast_optimizer_state",
     "broadcast_parameters",
     "check_environment",

@@ -1,0 +1,248 @@
+"""Gradients on their way from a backward pass to the rank that owns them."""
+
+import functools
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import horovod.torch as hvd
+import torch
+from torch import Tensor
+
+from arsg_dist.horovod.buckets import Layout
+from arsg_dist.horovod.exchange import Group, ReduceScatter, Started, sum_dtype
+
+
+class ReleasedGradient(Tensor):
+    """Stands in a parameter's `.grad` once the gradient is on its way to its owner: no memory, and no values.
+
+    Whatever computes with it raises, where zeros or None would silently do nothing (torch's `clip_grad_norm_`) or be
+    logged as a gradient of zero. The one operation it knows is what `torch.amp.GradScaler` does with gradients: that
+    unscales the shards.
+    """
+
+    _unscale: Callable[[Tensor, Tensor], None]
+
+    @staticmethod
+    def __new__(cls, parameter: Tensor, unscale: Callable[[Tensor, Tensor], None]) -> "ReleasedGradient":
+        """A placeholder of a parameter's shape; `unscale(found_inf, inv_scale)` serves GradScaler."""
+        placeholder: ReleasedGradient = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls,
+            parameter.shape,
+            strides=parameter.stride(),
+            dtype=parameter.dtype,
+            device=parameter.device,
+        )
+        placeholder._unscale = unscale
+        return placeholder
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"ReleasedGradient(shape={tuple(self.shape)})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Refuses everything but GradScaler's operation."""
+        if func is torch.ops.aten._amp_foreach_non_finite_check_and_unscale_.default:
+            gradients, found_inf, inv_scale = args
+            gradients[0]._unscale(found_inf, inv_scale)
+            return None
+        raise RuntimeError(
+            f"{func} on a gradient that a ShardedOptimizer has already handed to its owner. To clip use "
+            "optimizer.clip_grad_norm_(max_norm) in place of torch's clip_grad_norm_; before the next backward pass "
+            "call optimizer.zero_grad()"
+        )
+
+
+class GradientBuckets:
+    """Collects gradients in flat buckets, exchanges each as soon as it is full, keeps this rank's shard of the sum.
+
+    A bucket is exchanged once per update: when the last of its parameters has seen `passes` backward passes, or in
+    `synchronize`, where parameters that saw none contribute zeros. Horovod carries an operation out when every rank
+    has asked for it by name, so ranks that use different parameters, or finish them in another order, do not block
+    each other.
+
+    Args:
+        layout: of the parameters.
+        parameters: as in the layout.
+        group: the ranks that share the shards.
+        replicas: the ranks that own the same shards in other groups, if there are any.
+        reduce_scatter: the exchange.
+        compression: Horovod's compressor.
+        passes: backward passes per update.
+        prescale: factor before the sum over the ranks.
+        postscale: factor after it.
+        sparse_as_dense: accept sparse gradients and make them dense.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        parameters: Sequence[Tensor],
+        group: Group,
+        replicas: Group | None,
+        reduce_scatter: ReduceScatter,
+        *,
+        compression: Any,
+        passes: int,
+        prescale: float,
+        postscale: float,
+        sparse_as_dense: bool,
+    ) -> None:
+        self.layout, self.parameters, self.group, self.replicas = layout, parameters, group, replicas
+        self.reduce_scatter, self.compression, self.passes = reduce_scatter, compression, passes
+        self.prescale, self.postscale, self.sparse_as_dense = prescale, postscale, sparse_as_dense
+        self.shards: list[Tensor | None] = [None] * len(layout.buckets)
+        """Once `synchronized`: this rank's part of every bucket's gradient, in fp32 (fp64 for fp64)."""
+        self.synchronized = False
+        self._segments = [layout.segments_of_parameter(index) for index in range(len(parameters))]
+        self._started: dict[int, Started] = {}
+        self._found_inf: Tensor | None = None
+        self._reset_counts()
+        me = weakref.ref(self)
+        self._hooks = [
+            parameter.register_post_accumulate_grad_hook(functools.partial(_gradient_is_ready, me, index))
+            for index, parameter in enumerate(parameters)
+        ]
+
+    def _reset_counts(self) -> None:
+        self._flat: dict[int, Tensor] = {}
+        self._seen = [0] * len(self.parameters)
+        self._missing = [0] * len(self.layout.buckets)
+        for segment in self.layout.segments:
+            self._missing[segment.bucket] += 1
+
+    @property
+    def under_way(self) -> bool:
+        """Whether some gradient of an update has been counted that is not yet finished."""
+        return any(self._seen) or bool(self._started) or self.synchronized
+
+    def reset(self) -> None:
+        """Forgets the gradients of this update; waits for exchanges under way, since the other ranks take part."""
+        for started in self._started.values():
+            started.finish()
+        self._started = {}
+        self.shards = [None] * len(self.layout.buckets)
+        self.synchronized = False
+        self._found_inf = None
+        self._reset_counts()
+
+    def remove(self) -> None:
+        """Takes the hooks off the parameters."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def gradient_is_ready(self, index: int) -> None:
+        """Counts a backward pass of a parameter and takes over its gradient after the last."""
+        if self.synchronized or self._seen[index] >= self.passes:
+            raise RuntimeError(
+                f"{self.layout.parameters[index].name}: gradients were computed more than backward_passes_per_step = "
+                f"{self.passes} times before step(); set backward_passes_per_step to the number of backward passes, "
+                "or, if a step was skipped, call zero_grad() first"
+            )
+        self._seen[index] += 1
+        if self._seen[index] == self.passes:
+            self._take(index)
+            for bucket in {segment.bucket for segment in self._segments[index]}:
+                if self._missing[bucket] == 0:
+                    self._start(bucket)
+            for bucket in [number for number, started in self._started.items() if started.done()]:
+                self._finish(bucket)
+
+    def _take(self, index: int) -> None:
+        parameter, spec = self.parameters[index], self.layout.parameters[index]
+        gradient = parameter.grad
+        if isinstance(gradient, ReleasedGradient):
+            gradient = None  # left over from an update in which it was used
+        if gradient is not None:
+            if gradient.is_sparse and self.sparse_as_dense:
+                gradient = gradient.to_dense()
+            if gradient.layout != torch.strided:
+                raise RuntimeError(
+                    f"{spec.name} has a sparse gradient, which cannot be sharded: make its layer dense "
+                    "(nn.Embedding(sparse=False)), or give sparse_as_dense=True"
+                )
+            gradient = spec.flat(gradient.detach())
+        for segment in self._segments[index]:
+            if segment.bucket not in self._flat:
+                bucket = self.layout.buckets[segment.bucket]
+                self._flat[segment.bucket] = torch.zeros(
+                    bucket.numel, dtype=parameter.dtype, device=parameter.device
+                )
+            if gradient is not None:
+                part = gradient.narrow(0, segment.parameter_start, segment.numel)
+                self._flat[segment.bucket].narrow(0, segment.start, segment.numel).copy_(part)
+            self._missing[segment.bucket] -= 1
+        parameter.grad = ReleasedGradient(parameter, self._unscale)
+
+    def _start(self, bucket: int) -> None:
+        flat = self._flat.pop(bucket)
+        if self.prescale != 1.0:
+            flat.mul_(self.prescale)
+        wire, context = self.compression.compress(flat)
+        decode = functools.partial(self.compression.decompress, ctx=context)
+        self._started[bucket] = self.reduce_scatter.start(wire, decode, f"gradient{bucket}")
+
+    def _finish(self, bucket: int) -> None:
+        self.shards[bucket] = self._started.pop(bucket).finish()
+
+    def synchronize(self) -> None:
+        """Exchanges what is left and waits until this rank has its shard of every bucket."""
+        if self.synchronized:
+            return
+        for index, seen in enumerate(self._seen):
+            if seen < self.passes:
+                self._seen[index] = self.passes
+                self._take(index)
+        for bucket in list(self._flat):
+            self._start(bucket)
+        for bucket in range(len(self.layout.buckets)):
+            if bucket in self._started:
+                self._finish(bucket)
+        if self.replicas is not None:
+            self._add_replicas(self.replicas)
+        for shard in self.shards:
+            assert shard is not None
+            if self.postscale != 1.0:
+                shard.mul_(self.postscale)
+        self.synchronized = True
+
+    def _add_replicas(self, replicas: Group) -> None:
+        handles = [
+            hvd.allreduce_async_(
+                shard,
+                op=hvd.Sum,
+                name=f"{replicas.name}.gradient{bucket}",
+                process_set=replicas.process_set,
+            )
+            for bucket, shard in enumerate(self.shards)
+        ]
+        for handle in handles:
+            hvd.synchronize(handle)
+
+    def shard(self, bucket: int) -> Tensor:
+        """This rank's part of a bucket's gradient; after `synchronize`."""
+        shard = self.shards[bucket]
+        assert shard is not None
+        return shard
+
+    def _unscale(self, found_inf: Tensor, inv_scale: Tensor) -> None:
+        # GradScaler asks once per dtype of gradient, and looks at this rank's answer only.
+        if self._found_inf is None:
+            self.synchronize()
+            mine = torch.zeros_like(found_inf)
+            torch._amp_foreach_non_finite_check_and_unscale_(
+                [shard for shard in self.shards if shard is not None], mine, inv_scale.to(mine.device)
+            )
+            self._found_inf = self.group.max(mine, "found_inf")
+        found_inf.copy_(torch.maximum(found_inf, self._found_inf))
+
+
+def accumulated_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of a shard's gradient and master weights."""
+    return sum_dtype(dtype)
+
+
+def _gradient_is_ready(owner: "weakref.ref[GradientBuckets]", index: int, parameter: Tensor) -> None:
+    buckets = owner()
+    if buckets is not None:
+        buckets.gradient_is_ready(index)

@@ -1,0 +1,153 @@
+"""What `ShardedOptimizer` accepts."""
+
+import weakref
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import horovod.torch as hvd
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from arsg_dist.optim import ARSG
+
+# Every element of the update depends on that element's parameter, gradient and state, and on numbers, only.
+_ELEMENT_WISE = (
+    ARSG,
+    torch.optim.ASGD,
+    torch.optim.Adadelta,
+    torch.optim.Adagrad,
+    torch.optim.Adam,
+    torch.optim.AdamW,
+    torch.optim.Adamax,
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.RMSprop,
+    torch.optim.Rprop,
+    torch.optim.SGD,
+)
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+sharded_by: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""Parameter → weak reference to the ShardedOptimizer it belongs to."""
+
+
+def check_optimizer(optimizer: Any, element_wise: bool) -> None:
+    """Refuses what cannot be sharded.
+
+    Raises:
+        TypeError: not a torch optimizer, or not known to update each element by itself.
+        ValueError: a setting that looks across elements or needs gradients of the update.
+    """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    if hasattr(optimizer, "_handles") or hasattr(optimizer, "_allreduce_delay"):
+        raise TypeError("optimizer is already distributed: give the one inside hvd.DistributedOptimizer")
+    if type(optimizer) not in _ELEMENT_WISE and not element_wise:
+        raise TypeError(
+            f"{type(optimizer).__name__} is not known to update every element of a parameter by itself, as a shard "
+            "must be (LBFGS, Adafactor, LAMB, Muon look at whole parameters); if it does, give element_wise=True. "
+            f"Known are {', '.join(kind.__name__ for kind in _ELEMENT_WISE)}"
+        )
+    for group in optimizer.param_groups:
+        if group.get("differentiable"):
+            raise ValueError("differentiable=True cannot be sharded")
+
+
+def check_arguments(
+    compression: Any,
+    backward_passes_per_step: Any,
+    op: Any,
+    gradient_predivide_factor: float,
+    groups: Any,
+    bucket_mb: float,
+    gather: str,
+) -> None:
+    """Refuses what cannot be served.
+
+    Raises:
+        ValueError: and says which argument.
+    """
+    check_passes(backward_passes_per_step)
+    if op not in (hvd.Average, hvd.Sum):
+        raise ValueError("op must be hvd.Average or hvd.Sum; Adasum looks at whole gradients")
+    if not gradient_predivide_factor > 0:
+        raise ValueError(f"gradient_predivide_factor must be > 0, got {gradient_predivide_factor}")
+    if gradient_predivide_factor != 1.0 and op != hvd.Average:
+        raise ValueError("gradient_predivide_factor needs op=hvd.Average")
+    if groups:
+        raise ValueError("groups and num_groups have no meaning here: gradients travel in buckets (bucket_mb)")
+    if not 0 < bucket_mb < 2048:
+        raise ValueError(f"bucket_mb must be > 0 and < 2048, got {bucket_mb}")
+    if gather not in ("lazy", "eager"):
+        raise ValueError(f"gather must be 'lazy' or 'eager', got {gather!r}")
+    probe = torch.arange(8.0)
+    compressed, context = compression.compress(probe)
+    if compressed.shape != probe.shape or compression.decompress(compressed, context).shape != probe.shape:
+        raise ValueError(f"compression {compression} changes the shape of a tensor, so it cannot be sharded")
+
+
+def check_passes(passes: Any) -> None:
+    """Refuses what is no number of backward passes.
+
+    Raises:
+        ValueError: not an integer ≥ 1.
+    """
+    if isinstance(passes, bool) or not isinstance(passes, int) or passes < 1:
+        raise ValueError(f"backward_passes_per_step must be an integer > 0, got {passes!r}")
+
+
+def names_of(
+    param_groups: list[dict[str, Any]], named_parameters: Iterable[tuple[str, Tensor]] | None
+) -> list[tuple[str, Tensor]]:
+    """The optimizer's parameters with their names, in the order they were named in.
+
+    Raises:
+        ValueError: a name is missing or used twice, or something is not a pair.
+    """
+    if named_parameters is None:
+        return [
+            (f"group{index}.{number}", parameter)
+            for index, group in enumerate(param_groups)
+            for number, parameter in enumerate(group["params"])
+        ]
+    pairs = list(named_parameters)
+    if not all(isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs):
+        raise ValueError("named_parameters must be (name, parameter) pairs, as of model.named_parameters()")
+    twice = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
+    if twice:
+        raise ValueError(f"names in named_parameters must be unique, found twice: {', '.join(twice)}")
+    wanted = {id(parameter) for group in param_groups for parameter in group["params"]}
+    missing = wanted - {id(parameter) for _, parameter in pairs}
+    if missing:
+        raise ValueError(f"named_parameters has no name for {len(missing)} of the optimizer's parameters")
+    seen: set[int] = set()
+    named = []
+    for name, parameter in pairs:
+        if id(parameter) in wanted and id(parameter) not in seen:
+            seen.add(id(parameter))
+            named.append((name, parameter))
+    return named
+
+
+def check_parameters(named: Iterable[tuple[str, Tensor]]) -> None:
+    """Refuses parameters that cannot lie in flat memory.
+
+    Raises:
+        ValueError: and says which parameter and why.
+    """
+    for name, parameter in named:
+        if not parameter.requires_grad:
+            continue
+        if type(parameter) not in (torch.Tensor, torch.nn.Parameter) or parameter.layout != torch.strided:
+            raise ValueError(f"{name} is a {type(parameter).__name__} ({parameter.layout}), not a dense tensor")
+        if parameter.dtype not in _DTYPES:
+            raise ValueError(f"{name} is {parameter.dtype}; only {', '.join(map(str, _DTYPES))} can be sharded")
+        if isinstance(parameter.grad, Tensor) and parameter.grad.layout != torch.strided:
+            raise ValueError(f"{name} has a sparse gradient, which cannot be sharded")
+        owner: weakref.ref[Any] | None = sharded_by.get(parameter)
+        if owner is not None and owner() is not None:
+            raise ValueError(f"{name} already belongs to a ShardedOptimizer: call its close() first")
+    if not any(parameter.requires_grad for _, parameter in named):
+        raise ValueError("no parameter of the optimizer requires a gradient")
