@@ -132,7 +132,11 @@ class Layout:
                 if first < last:
                     found.append(
                         Segment(
-                            index, first - self.offsets[index], bucket.index, first - bucket.start, last - first
+                            index,
+                            first - self.offsets[index],
+                            bucket.index,
+                            first - bucket.start,
+                            last - first,
                         )
                     )
         return tuple(found)

@@ -36,11 +36,13 @@ class ReleasedGradient(Tensor):
         placeholder._unscale = unscale
         return placeholder
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"ReleasedGradient(shape={tuple(self.shape)})"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         """Refuses everything but GradScaler's operation."""
         if func is torch.ops.aten._amp_foreach_non_finite_check_and_unscale_.default:
             gradients, found_inf, inv_scale = args
@@ -100,7 +102,9 @@ class GradientBuckets:
         self._reset_counts()
         me = weakref.ref(self)
         self._hooks = [
-            parameter.register_post_accumulate_grad_hook(functools.partial(_gradient_is_ready, me, index))
+            parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                functools.partial(_gradient_is_ready, me, index)
+            )
             for index, parameter in enumerate(parameters)
         ]
 

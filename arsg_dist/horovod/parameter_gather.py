@@ -69,7 +69,9 @@ class ParameterGather:
     def start(self, shards: Sequence[Tensor]) -> None:
         """Begins the exchange of every bucket; `shards` (one per bucket) must not be changed until its end."""
         assert not self.started
-        for bucket in reversed(range(len(shards))):  # the first layers' parameters, needed first, are in the last
+        for bucket in reversed(
+            range(len(shards))
+        ):  # the first layers' parameters, needed first, are in the last
             self.started[bucket] = start_all_gather(
                 self.group, shards[bucket], self._targets[bucket], f"parameters{bucket}"
             )
@@ -165,14 +167,16 @@ class _WatchedParameters(dict[str, Any]):
 
     def get(self, name: str, default: Any = None) -> Any:
         """As of dict."""
-        return self[name] if name in self else default
+        parameter = super().get(name, default)
+        self._wait((parameter,))
+        return parameter
 
-    def values(self) -> ValuesView[Any]:
+    def values(self) -> ValuesView[Any]:  # type: ignore[override]
         """As of dict."""
         self._wait(super().values())
         return super().values()
 
-    def items(self) -> ItemsView[str, Any]:
+    def items(self) -> ItemsView[str, Any]:  # type: ignore[override]
         """As of dict."""
         self._wait(super().values())
         return super().items()

@@ -98,8 +98,10 @@ class Partition:
             postscale=exchange.postscale,
             sparse_as_dense=exchange.sparse_as_dense,
         )
-        self.masters = [self._owned(bucket).to(sum_dtype(self._owned(bucket).dtype), copy=True)
-                        for bucket in range(len(layout.buckets))]
+        self.masters = [
+            self._owned(bucket).to(sum_dtype(self._owned(bucket).dtype), copy=True)
+            for bucket in range(len(layout.buckets))
+        ]
         """This rank's part of every bucket, in fp32 (fp64 for fp64): what the optimizer updates."""
         self.pieces: list[tuple[Segment, Tensor]] = [
             (segment, self.masters[segment.bucket].narrow(0, segment.start, segment.numel))
@@ -173,7 +175,7 @@ class Partition:
 def _checksum(arena: Tensor) -> Tensor:
     words = arena.view(torch.int16)
     total = torch.zeros((), dtype=torch.int64, device=arena.device)
-    for part in words.split(1 << 22):  # as int64 a piece at a time
+    for part in torch.split(words, 1 << 22):  # as int64 a piece at a time
         weights = torch.arange(1, part.numel() + 1, device=arena.device)
         total = total * 31 + (part.to(torch.int64) * weights).sum()
     return total

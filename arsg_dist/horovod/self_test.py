@@ -63,9 +63,7 @@ def _all_gather_errors(group: Group, buckets: Sequence[Tensor], turn: int) -> in
     return wrong
 
 
-def _numbers(
-    numel: int, dtype: torch.dtype, device: torch.device, rank: int, size: int, turn: int
-) -> Tensor:
+def _numbers(numel: int, dtype: torch.dtype, device: torch.device, rank: int, size: int, turn: int) -> Tensor:
     """Whole numbers that are exact in every dtype, as is their sum over the ranks in fp16."""
     index = torch.arange(numel, device=device)
     return ((index + index // 31 + 7 * rank + turn) % _modulus(size)).to(dtype)

@@ -149,7 +149,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
             for parameter in group["params"]
         }
         indices = [group_of[id(parameter)] for _, parameter in trained]
-        described = (layout.fingerprint(), indices, self.backward_passes_per_step, str(self._exchange.postscale))
+        described = (
+            layout.fingerprint(),
+            indices,
+            self.backward_passes_per_step,
+            str(self._exchange.postscale),
+        )
         with self._fail_together():
             others = self._groups.world.all_gather_object(described, "layout")
             differing = [rank for rank, other in enumerate(others) if other != others[0]]
@@ -193,6 +198,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if any(errors):
             raise JobError("\n".join(f"rank {rank}: {text}" for rank, text in enumerate(errors) if text))
 
+    @property
+    def shard_world_size(self) -> int:
+        """Among how many ranks the state is divided."""
+        return self._groups.shard.size
+
     # Gradients
 
     def set_backward_passes_per_step(self, passes: int) -> None:
@@ -204,7 +214,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """
         sharded_arguments.check_passes(passes)
         if any(partition.gradients.under_way for partition in self._partitions):
-            raise RuntimeError("set_backward_passes_per_step() is for between updates: after step(), before backward()")
+            raise RuntimeError(
+                "set_backward_passes_per_step() is for between updates: after step(), before backward()"
+            )
         self.backward_passes_per_step = passes
         for partition in self._partitions:
             partition.gradients.passes = passes
@@ -319,7 +331,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
             partition.hand_out_gradients()
         with self._on_pieces():
             step = type(self._inner).step
-            getattr(step, "__wrapped__", step)(self._inner)  # without the hooks around it: they are called for this one
+            getattr(step, "__wrapped__", step)(
+                self._inner
+            )  # without the hooks around it: they are called for this one
         for partition in self._partitions:
             partition.take_gradients_back()
             partition.start_gather()
@@ -351,7 +365,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
         for partition in self._partitions:
             partition.adopt_parameters()
         if not self._started_equal:
-            sums = self._groups.world.all_gather_object([p.checksums() for p in self._partitions], "parameters")
+            sums = self._groups.world.all_gather_object(
+                [p.checksums() for p in self._partitions], "parameters"
+            )
             if any(other != sums[0] for other in sums):
                 raise RuntimeError(
                     "the ranks start with different parameters: call "
@@ -410,7 +426,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def _refuse_at_base_iterate(self, what: str) -> None:
         if self._at_base_iterate:
-            raise RuntimeError(f"{what} inside base_iterate(): the parameters are not at the observation point x")
+            raise RuntimeError(
+                f"{what} inside base_iterate(): the parameters are not at the observation point x"
+            )
 
     # Groups and state
 
@@ -492,7 +510,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if any(p.gradients.under_way and not p.gradients.synchronized for p in self._partitions):
             raise RuntimeError("load_state_dict() after backward() and before step()")
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
-            state_dict = hook(self, state_dict) or state_dict
+            state_dict = hook(self, state_dict) or state_dict  # type: ignore[arg-type]
         self._groups.world.meet("load_state_dict()")
         self.synchronize_parameters()
         sharded_state.load_state(self, state_dict)
@@ -504,7 +522,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         for partition in self._partitions:
             partition.remove()
             for parameter in partition.parameters:
-                sharded_arguments.sharded_by.pop(parameter, None)
+                sharded_arguments.sharded_by.pop(parameter, None)  # type: ignore[no-untyped-call]
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise TypeError("a ShardedOptimizer cannot be copied or pickled; save its state_dict()")
@@ -518,5 +536,3 @@ class _ShardedAway(defaultdict[Any, Any]):
 
     def __missing__(self, parameter: Any) -> NoReturn:
         raise KeyError("the state of this optimizer is sharded; ShardedOptimizer.state_dict() gathers it")
-
-

@@ -77,7 +77,9 @@ def check_arguments(
     if gradient_predivide_factor != 1.0 and op != hvd.Average:
         raise ValueError("gradient_predivide_factor needs op=hvd.Average")
     if groups:
-        raise ValueError("groups and num_groups have no meaning here: gradients travel in buckets (bucket_mb)")
+        raise ValueError(
+            "groups and num_groups have no meaning here: gradients travel in buckets (bucket_mb)"
+        )
     if not 0 < bucket_mb < 2048:
         raise ValueError(f"bucket_mb must be > 0 and < 2048, got {bucket_mb}")
     if gather not in ("lazy", "eager"):
@@ -141,12 +143,16 @@ def check_parameters(named: Iterable[tuple[str, Tensor]]) -> None:
         if not parameter.requires_grad:
             continue
         if type(parameter) not in (torch.Tensor, torch.nn.Parameter) or parameter.layout != torch.strided:
-            raise ValueError(f"{name} is a {type(parameter).__name__} ({parameter.layout}), not a dense tensor")
+            raise ValueError(
+                f"{name} is a {type(parameter).__name__} ({parameter.layout}), not a dense tensor"
+            )
         if parameter.dtype not in _DTYPES:
-            raise ValueError(f"{name} is {parameter.dtype}; only {', '.join(map(str, _DTYPES))} can be sharded")
+            raise ValueError(
+                f"{name} is {parameter.dtype}; only {', '.join(map(str, _DTYPES))} can be sharded"
+            )
         if isinstance(parameter.grad, Tensor) and parameter.grad.layout != torch.strided:
             raise ValueError(f"{name} has a sparse gradient, which cannot be sharded")
-        owner: weakref.ref[Any] | None = sharded_by.get(parameter)
+        owner: weakref.ref[Any] | None = sharded_by.get(parameter)  # type: ignore[no-untyped-call]
         if owner is not None and owner() is not None:
             raise ValueError(f"{name} already belongs to a ShardedOptimizer: call its close() first")
     if not any(parameter.requires_grad for _, parameter in named):

@@ -46,7 +46,9 @@ class HorovodShardedEngine(SingleProcessEngine):
             op=hvd.Average,
             **sharding,
         )
-        super().__init__(module, sharded, accumulation_steps=accumulation_steps, clip_grad_norm=clip_grad_norm)
+        super().__init__(
+            module, sharded, accumulation_steps=accumulation_steps, clip_grad_norm=clip_grad_norm
+        )
         self.communicator = communicator
 
     def _clip(self) -> None:

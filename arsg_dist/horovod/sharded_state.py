@@ -89,8 +89,8 @@ def gather_state(optimizer: "ShardedOptimizer") -> dict[str, Any]:
             }
         for name, parameters, dtype in _tensor_entries(partition, entries):
             whole = _gather_entry(optimizer, partition, f"state{number}.{name}", name, parameters, dtype)
-            for parameter, tensor in whole.items():
-                place = index[id(partition.parameters[parameter])]
+            for number_in_partition, tensor in whole.items():
+                place = index[id(partition.parameters[number_in_partition])]
                 if name == _MASTER:
                     masters[place] = tensor
                 else:
@@ -98,8 +98,8 @@ def gather_state(optimizer: "ShardedOptimizer") -> dict[str, Any]:
     packed = copy.deepcopy(_packed_groups(optimizer))
     if groups.world.rank != 0:
         return {"state": {}, "param_groups": packed, _HELD: True}
-    for parameter, entry in optimizer._whole_state.items():
-        state[index[id(parameter)]] = copy.deepcopy(entry)
+    for untrained, entry in optimizer._whole_state.items():
+        state[index[id(untrained)]] = copy.deepcopy(entry)
     result: dict[str, Any] = {
         "state": {place: state[place] for place in sorted(state)},
         "param_groups": packed,
@@ -131,7 +131,9 @@ def _entries(optimizer: "ShardedOptimizer", partition: Partition) -> Entries:
             if kind == "number" and isinstance(value, Tensor) and value.numel() != 1
         ]
         if unknown:
-            raise RuntimeError(f"state {unknown} is neither per element nor one number: it cannot be gathered")
+            raise RuntimeError(
+                f"state {unknown} is neither per element nor one number: it cannot be gathered"
+            )
     merged: Entries = {}
     for rank_entries in optimizer._groups.shard.all_gather_object(mine, "state.entries"):
         for parameter, named in rank_entries.items():
@@ -139,9 +141,7 @@ def _entries(optimizer: "ShardedOptimizer", partition: Partition) -> Entries:
     return {parameter: merged[parameter] for parameter in sorted(merged) if merged[parameter]}
 
 
-def _tensor_entries(
-    partition: Partition, entries: Entries
-) -> Iterator[tuple[str, list[int], torch.dtype]]:
+def _tensor_entries(partition: Partition, entries: Entries) -> Iterator[tuple[str, list[int], torch.dtype]]:
     """(name, parameters that have it, dtype) of all state tensors, and of masters that a parameter does not hold."""
     found: dict[tuple[str, torch.dtype], list[int]] = {}
     for parameter, named in entries.items():
@@ -219,16 +219,27 @@ def load_state(optimizer: "ShardedOptimizer", state_dict: dict[str, Any] | None)
     index = _indices(optimizer)
     loaded: dict[Tensor, dict[str, Any]] = {}
     for number, partition in enumerate(optimizer._partitions):
-        _load_partition(optimizer, partition, number, index, entries, state_dict if holds else None,
-                        all(everywhere), loaded)
+        _load_partition(
+            optimizer,
+            partition,
+            number,
+            index,
+            entries,
+            state_dict if holds else None,
+            all(everywhere),
+            loaded,
+        )
     sharded = {index[id(p)] for partition in optimizer._partitions for p in partition.parameters}
     kept = world.all_gather_object(
         {place: entry for place, entry in (state_dict or {}).get("state", {}).items() if place not in sharded}
-        if world.rank == 0 else None,
+        if world.rank == 0
+        else None,
         "load.frozen",
     )[0]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    optimizer._whole_state = {parameters[place]: copy.deepcopy(entry) for place, entry in (kept or {}).items()}
+    optimizer._whole_state = {
+        parameters[place]: copy.deepcopy(entry) for place, entry in (kept or {}).items()
+    }
     _load_inner(optimizer, groups, loaded)
     for partition in optimizer._partitions:
         partition.take_gradients_back()
@@ -249,7 +260,9 @@ def _check_fit(optimizer: "ShardedOptimizer", state_dict: dict[str, Any]) -> Non
             _is_per_element(f"parameter {place}", name, value, parameters[place])
     for place, master in state_dict.get(_MASTER, {}).items():
         if master.shape != parameters[place].shape:
-            raise ValueError(f"{_MASTER} {place} has shape {tuple(master.shape)}, not {tuple(parameters[place].shape)}")
+            raise ValueError(
+                f"{_MASTER} {place} has shape {tuple(master.shape)}, not {tuple(parameters[place].shape)}"
+            )
 
 
 def _outline(
@@ -320,7 +333,11 @@ def _load_partition(
         if local:
             for segment, piece in partition.pieces:
                 if segment.parameter in wanted:
-                    put(piece, name, whole(segment.parameter, name).narrow(0, segment.parameter_start, segment.numel))
+                    put(
+                        piece,
+                        name,
+                        whole(segment.parameter, name).narrow(0, segment.parameter_start, segment.numel),
+                    )
             continue
         for bucket in layout.buckets:
             segments = [s for s in layout.segments if s.bucket == bucket.index and s.parameter in wanted]

@@ -1,0 +1,35 @@
+"""A sharded optimizer on real ranks against one process."""
+
+import pytest
+
+from tests.support.horovod_sharded import CASES
+from tests.support.launchers import launch
+
+pytestmark = pytest.mark.ranks
+
+JOB = "tests/support/horovod_sharded_job.py"
+CORE = ("groups", "adamw", "sgd with momentum", "bf16 in groups", "grad scaler and clipping", "clipping")
+
+
+def check(launcher: str, ranks: int, *names: str) -> None:
+    job = launch(launcher, ranks, JOB, *names, timeout=500)
+    assert job.code == 0, job.output[-8000:]
+    for name in names or [case.name for case in CASES]:
+        assert f"done: {name}\n" in job.output
+
+
+@pytest.mark.parametrize(("launcher", "ranks"), [("mpirun", 2), ("horovodrun", 3)])
+def test_sharded_training_equals_one_process(launcher: str, ranks: int) -> None:
+    """Catches gradients lost, counted twice or of the wrong rank; shards updated with another's state or settings;
+    masters rounded; state that is not divided; gathered state under the wrong parameter."""
+    check(launcher, ranks, *CORE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "ranks"),
+    [("alone", 1), ("mpirun", 2), ("mpirun", 3), ("mpirun", 4), ("horovodrun", 2), ("horovodrun", 4)],
+)
+def test_every_configuration_equals_one_process(launcher: str, ranks: int) -> None:
+    """As above, for every method, precision, way of accumulating and clipping, scheduler and argument."""
+    check(launcher, ranks)
