@@ -1,5 +1,7 @@
 """Horovod with sharded optimizer state behind the common `Engine` interface."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +53,24 @@ class HorovodShardedEngine(SingleProcessEngine):
         )
         self.communicator = communicator
 
+    @contextmanager
+    def base_iterate(self) -> Iterator[None]:
+        """Moves the parameters to θ and back on all ranks."""
+        self._refuse_at_base_iterate("base_iterate")
+        with self.optimizer.base_iterate():
+            self._at_base_iterate = True
+            try:
+                yield
+            finally:
+                self._at_base_iterate = False
+
     def _clip(self) -> None:
         if self._clip_grad_norm:
             self.optimizer.clip_grad_norm_(self._clip_grad_norm)
 
     def save(self, directory: Path, progress: dict[str, Any]) -> None:
         """Gathers the state on rank 0, which writes one file."""
+        self._refuse_at_base_iterate("save")
         self.optimizer.synchronize_parameters()
         optimizer = self.optimizer.state_dict()
         # Parameters lie in the memory of whole buckets, all of which a file of them would otherwise hold.
