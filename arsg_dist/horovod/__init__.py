@@ -1,4 +1,4 @@
-"""ARSG under Horovod: `DistributedOptimizer`, the replicated form, behind the `Engine` interface too."""
+"""ARSG under Horovod: `DistributedOptimizer` (replicated) and `ShardedOptimizer`, behind the `Engine` interface too."""
 
 try:
     import horovod.torch as _horovod  # noqa: F401
