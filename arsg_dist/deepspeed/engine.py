@@ -54,11 +54,19 @@ class DeepSpeedEngine(Engine):
         module: the model; DeepSpeed moves it to this rank's device and casts it as the config says.
         config: a complete DeepSpeed config with an optimizer section (`resolve_config` makes one).
         communicator: from `connect`.
+        parameter_groups: as torch optimizers take them; default one group of all trainable parameters.
     """
 
-    def __init__(self, module: nn.Module, config: dict[str, Any], communicator: Communicator) -> None:
-        parameters = [p for p in module.parameters() if p.requires_grad]
-        self.engine, *_ = deepspeed.initialize(model=module, model_parameters=parameters, config=config)
+    def __init__(
+        self,
+        module: nn.Module,
+        config: dict[str, Any],
+        communicator: Communicator,
+        *,
+        parameter_groups: list[dict[str, Any]] | None = None,
+    ) -> None:
+        groups = parameter_groups or [{"params": [p for p in module.parameters() if p.requires_grad]}]
+        self.engine, *_ = deepspeed.initialize(model=module, model_parameters=groups, config=config)
         self.communicator = communicator
         self.module = self.engine
         # The ZeRO wrapper is no torch Optimizer, which schedulers insist on; the inner one shares its groups.

@@ -23,6 +23,7 @@ class SingleProcessEngine(Engine):
         optimizer: over the model's parameters.
         accumulation_steps: micro-batches per update.
         clip_grad_norm: the gradient is scaled down to this norm if it is larger; 0 for never.
+        loss_scaling: scale the loss dynamically, as fp16 autocast needs; updates whose gradients overflow are skipped.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class SingleProcessEngine(Engine):
         *,
         accumulation_steps: int = 1,
         clip_grad_norm: float = 0.0,
+        loss_scaling: bool = False,
     ) -> None:
         self.communicator: Communicator = SingleProcessCommunicator()
         self.module = module
@@ -39,13 +41,15 @@ class SingleProcessEngine(Engine):
         self.accumulation_steps = accumulation_steps
         self.device = next(module.parameters()).device
         self._clip_grad_norm = clip_grad_norm
+        self._grad_scaler = torch.amp.GradScaler(self.device.type, enabled=loss_scaling)
         self._micro_batches = 0
         self._at_base_iterate = False
 
     def backward(self, loss: torch.Tensor) -> None:
         """Adds the gradient of `loss` divided by the number of micro-batches."""
         self._refuse_at_base_iterate("backward")
-        (loss / self.accumulation_steps).backward()  # type: ignore[no-untyped-call]
+        scaled = self._grad_scaler.scale(loss / self.accumulation_steps)
+        scaled.backward()  # type: ignore[no-untyped-call]
 
     def step(self) -> None:
         """Counts a micro-batch; updates the weights after the last of an update."""
@@ -57,11 +61,16 @@ class SingleProcessEngine(Engine):
 
     def _update(self) -> None:
         self._clip()
-        self.optimizer.step()
+        self._step()
 
     def _clip(self) -> None:
         if self._clip_grad_norm:
+            self._grad_scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(self.module.parameters(), self._clip_grad_norm)
+
+    def _step(self) -> None:
+        self._grad_scaler.step(self.optimizer)
+        self._grad_scaler.update()
 
     def save(self, directory: Path, progress: dict[str, Any]) -> None:
         """Rank 0 writes one file: every rank holds the same state."""
@@ -73,7 +82,15 @@ class SingleProcessEngine(Engine):
         self, directory: Path, model: dict[str, Any], optimizer: dict[str, Any], progress: dict[str, Any]
     ) -> None:
         try:
-            torch.save({"model": model, "optimizer": optimizer, "progress": progress}, directory / _FILE)
+            torch.save(
+                {
+                    "model": model,
+                    "optimizer": optimizer,
+                    "grad_scaler": self._grad_scaler.state_dict(),
+                    "progress": progress,
+                },
+                directory / _FILE,
+            )
         except RuntimeError as error:  # how torch's writer says that the disk is full
             raise OSError(f"cannot write {directory / _FILE}: {str(error).splitlines()[0]}") from error
 
@@ -89,6 +106,8 @@ class SingleProcessEngine(Engine):
         state = torch.load(path, map_location=self.device, weights_only=True)
         self.module.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if self._grad_scaler.is_enabled() and state.get("grad_scaler"):
+            self._grad_scaler.load_state_dict(state["grad_scaler"])
         progress: dict[str, Any] = state["progress"]
         return progress
 

@@ -17,6 +17,7 @@ class HorovodEngine(SingleProcessEngine):
         communicator: from `connect`.
         accumulation_steps: micro-batches per update and rank.
         clip_grad_norm: the averaged gradient is scaled down to this norm if it is larger; 0 for never.
+        loss_scaling: scale the loss dynamically, as fp16 autocast needs; updates whose gradients overflow are skipped.
     """
 
     def __init__(
@@ -27,6 +28,7 @@ class HorovodEngine(SingleProcessEngine):
         *,
         accumulation_steps: int = 1,
         clip_grad_norm: float = 0.0,
+        loss_scaling: bool = False,
     ) -> None:
         broadcast_parameters(module.state_dict())
         distributed = DistributedOptimizer(
@@ -35,15 +37,20 @@ class HorovodEngine(SingleProcessEngine):
             backward_passes_per_step=accumulation_steps,
         )
         super().__init__(
-            module, distributed, accumulation_steps=accumulation_steps, clip_grad_norm=clip_grad_norm
+            module,
+            distributed,
+            accumulation_steps=accumulation_steps,
+            clip_grad_norm=clip_grad_norm,
+            loss_scaling=loss_scaling,
         )
         self.communicator = communicator
 
     def _update(self) -> None:
-        if not self._clip_grad_norm:
+        if not self._clip_grad_norm and not self._grad_scaler.is_enabled():
             self.optimizer.step()
             return
-        self.optimizer.synchronize()  # type: ignore[attr-defined]  # clip the average, not this rank's part of it
+        # Clip the average, and look for overflow in it: not in this rank's part.
+        self.optimizer.synchronize()  # type: ignore[attr-defined]
         self._clip()
         with self.optimizer.skip_synchronize():  # type: ignore[attr-defined]
-            self.optimizer.step()
+            self._step()

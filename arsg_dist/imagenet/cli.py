@@ -1,4 +1,4 @@
-"""The command line: `arsg-imagenet train`, which is also launch/train_imagenet.py."""
+"""The command line: `arsg-imagenet train` (also launch/train_imagenet.py), `compare` and `export`."""
 
 import argparse
 import sys
@@ -8,11 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser
+from jsonargparse.typing import PositiveInt
 
 from arsg_dist.engine import Communicator, JobError, Ranks, discover_ranks, end_process
+from arsg_dist.imagenet import compare
 from arsg_dist.imagenet.config import TrainConfig
 from arsg_dist.imagenet.engines import choose_engine, connect
+from arsg_dist.imagenet.export import CARD, export
 from arsg_dist.imagenet.train import Job, train
+from arsg_dist.imagenet.weights import BEST, EMA, LAST
 
 BAD_INPUT = 2
 FAILED = 1
@@ -20,10 +24,67 @@ FAILED = 1
 
 def main() -> None:
     """Entry point of `arsg-imagenet`."""
-    if len(sys.argv) < 2 or sys.argv[1] != "train":
-        print("usage: arsg-imagenet train [--help] ...", file=sys.stderr)  # noqa: T201
+    commands = {"train": train_command, "compare": compare_command, "export": export_command}
+    if len(sys.argv) < 2 or sys.argv[1] not in commands:
+        print(f"usage: arsg-imagenet {{{','.join(commands)}}} [--help] ...", file=sys.stderr)  # noqa: T201
         sys.exit(BAD_INPUT)
-    end_process(train_command(sys.argv[2:]))
+    end_process(commands[sys.argv[1]](sys.argv[2:]))
+
+
+def compare_command(arguments: list[str]) -> int:
+    """Prints a table of several runs and draws them.
+
+    Returns:
+        The exit code: 0 done, 2 bad input.
+    """
+    parser = argparse.ArgumentParser(
+        prog="arsg-imagenet compare",
+        description="Draws runs over epochs and wall time, and prints a table (Markdown).",
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="directory of a run")
+    parser.add_argument(
+        "--output", type=Path, default=Path(compare.PICTURE), help="the picture (default: %(default)s)"
+    )
+    options = parser.parse_args(arguments)
+    try:
+        runs = compare.read_runs(options.runs)
+        compare.draw(runs, options.output)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return BAD_INPUT
+    for warning in compare.warnings(runs):
+        print(f"warning: {warning}", file=sys.stderr)  # noqa: T201
+    print(compare.table(runs))  # noqa: T201
+    print(f"\npicture: {options.output}")  # noqa: T201
+    return 0
+
+
+def export_command(arguments: list[str]) -> int:
+    """Copies a run's weights, with a model card, for other programs.
+
+    Returns:
+        The exit code: 0 done, 2 bad input.
+    """
+    parser = argparse.ArgumentParser(
+        prog="arsg-imagenet export",
+        description="Copies a run's weights (safetensors) with a model card, for use by plain PyTorch.",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="directory of a run")
+    parser.add_argument("--output", type=Path, required=True, help="directory to make")
+    parser.add_argument(
+        "--weights",
+        choices=[BEST, LAST, EMA],
+        default=BEST,
+        help="best: of the epoch with the highest validation accuracy (default); last; ema: the moving average",
+    )
+    options = parser.parse_args(arguments)
+    try:
+        path = export(options.run, options.output, options.weights)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return BAD_INPUT
+    print(f"weights in {path}, model card in {path.with_name(CARD)}")  # noqa: T201
+    return 0
 
 
 def train_command(arguments: list[str]) -> int:
@@ -32,8 +93,9 @@ def train_command(arguments: list[str]) -> int:
     Returns:
         The exit code: 0 done, 1 failed, 2 bad input (said on rank 0).
     """
-    if any(argument in ("-h", "--help") for argument in arguments):
-        _parser().parse_args(["--help"])
+    arguments = [_SPELLINGS.get(argument, argument) for argument in arguments]
+    if any(argument.partition("=")[0] in ("-h", "--help", "--print_config") for argument in arguments):
+        return _show(arguments)
     rank = -1
     try:
         ranks = discover_ranks()
@@ -53,6 +115,21 @@ def train_command(arguments: list[str]) -> int:
         end_process(FAILED)
 
 
+_SPELLINGS = {"--print-config": "--print_config"}
+
+
+def _show(arguments: list[str]) -> int:
+    """Help or the resolved settings: nothing that ranks need to be connected for."""
+    try:
+        _parser().parse_args(arguments)
+    except (argparse.ArgumentError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return BAD_INPUT
+    except SystemExit as end:
+        return int(end.code or 0)
+    return BAD_INPUT
+
+
 def _connected(arguments: list[str], engine: Any, ranks: Ranks, communicator: Communicator) -> int:
     code = 0
     try:
@@ -61,8 +138,11 @@ def _connected(arguments: list[str], engine: Any, ranks: Ranks, communicator: Co
             options = parser.instantiate(parser.parse_args(arguments))
             config = TrainConfig(**{name: options[name] for name in TrainConfig.__dataclass_fields__})
         started = communicator.from_rank_0(time.strftime("%Y%m%d-%H%M%S"))
-        output = Path(options.output or f"runs/{config.model}-{engine}-{started}")
-        train(config, Job(engine, output, options.resume, options.deepspeed_config), ranks, communicator)
+        output = Path(
+            options.output or f"runs/{config.model.replace(':', '-').replace('/', '-')}-{engine}-{started}"
+        )
+        job = Job(engine, output, options.resume, options.deepspeed_config, options.max_updates)
+        train(config, job, ranks, communicator)
     except JobError as error:
         if ranks.rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)  # noqa: T201
@@ -94,6 +174,11 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--output", help="directory of the run (default: runs/MODEL-ENGINE-TIME)")
     parser.add_argument(
         "--resume", action="store_true", help="continue the run in --output from its last checkpoint"
+    )
+    parser.add_argument(
+        "--max_updates",
+        type=PositiveInt | None,
+        help="end after this many weight updates, also inside an epoch: for trying a recipe out",
     )
     parser.add_argument(
         "--local_rank", type=int, help="passed by the deepspeed launcher; the environment is used"

@@ -1,5 +1,6 @@
 """Chooses and builds the engine a run was launched for; the only place of the application that tells engines apart."""
 
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
@@ -7,7 +8,7 @@ from torch import nn
 
 from arsg_dist.engine import Communicator, Engine, Ranks, SingleProcessCommunicator, SingleProcessEngine
 from arsg_dist.imagenet.config import TrainConfig
-from arsg_dist.imagenet.optimization import build_optimizer
+from arsg_dist.imagenet.optimization import build_optimizer, parameter_groups
 
 EngineName = Literal["deepspeed", "horovod", "single"]
 
@@ -70,7 +71,7 @@ def deepspeed_settings(config: TrainConfig, path: str, world_size: int) -> dict[
     """
     from arsg_dist.deepspeed import resolve_config
 
-    return resolve_config(
+    resolved = resolve_config(
         path,
         world_size=world_size,
         batch_size=config.batch_size,
@@ -78,6 +79,52 @@ def deepspeed_settings(config: TrainConfig, path: str, world_size: int) -> dict[
         clip_grad_norm=config.clip_grad_norm,
         optimizer={"type": config.optimizer.type, "params": config.optimizer.params},
     )
+    _settle_precision(resolved, config.precision, path)
+    zero = resolved.get("zero_optimization") or {}
+    if zero.get("stage", 0) == 3:
+        for wanted, name in ((config.ema_decay > 0, "ema_decay"), (config.compile, "compile")):
+            if wanted:
+                raise ValueError(
+                    f"{name} does not work with ZeRO stage 3, under which no rank holds the whole weights: "
+                    "use a DeepSpeed config with stage 0, 1 or 2"
+                )
+    return resolved
+
+
+def _settle_precision(resolved: dict[str, Any], precision: str, path: str) -> None:
+    """Writes the recipe's precision into a DeepSpeed config that leaves it open.
+
+    Raises:
+        ValueError: the two contradict each other.
+    """
+    on = [
+        name
+        for name in ("bf16", "bfloat16", "fp16", "torch_autocast")
+        if (resolved.get(name) or {}).get("enabled", False) is True
+    ]
+    given = on[0].replace("bfloat16", "bf16") if on else None
+    if precision == "auto":
+        return
+    if given is None:
+        if precision != "fp32":
+            resolved[precision] = {**(resolved.get(precision) or {}), "enabled": True}
+    elif given != precision:
+        raise ValueError(
+            f"{path} has {on[0]} enabled but this run has precision: {precision}: "
+            "make them equal, or write precision: auto in the recipe"
+        )
+
+
+def precision_of(config: TrainConfig, name: EngineName) -> str:
+    """The precision of autocast: "fp32" for none, and under DeepSpeed, which casts the network itself."""
+    return "fp32" if name == "deepspeed" or config.precision == "auto" else config.precision
+
+
+def autocast(config: TrainConfig, name: EngineName, device: torch.device) -> AbstractContextManager[None]:
+    """A context for forward passes, to be entered any number of times."""
+    precision = precision_of(config, name)
+    dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype=dtype, enabled=precision != "fp32")
 
 
 def build_engine(
@@ -89,20 +136,27 @@ def build_engine(
     deepspeed_config: dict[str, Any] | None,
 ) -> Engine:
     """The engine over `module`, on this rank's device."""
+    if config.compile:
+        module.compile()
     if name == "deepspeed":
         from arsg_dist.deepspeed import DeepSpeedEngine
 
         assert deepspeed_config is not None
-        return DeepSpeedEngine(module, deepspeed_config, communicator)
+        groups = parameter_groups(module, config.optimizer)
+        return DeepSpeedEngine(module, deepspeed_config, communicator, parameter_groups=groups)
     if torch.cuda.is_available():
         torch.cuda.set_device(ranks.local_rank % torch.cuda.device_count())
         module = module.cuda()
-    optimizer = build_optimizer(config.optimizer, module.parameters())
-    accumulation, clip = config.accumulation_steps, config.clip_grad_norm
+    if config.channels_last and name == "single":  # Horovod exchanges gradients of contiguous parameters only
+        module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = build_optimizer(config.optimizer, parameter_groups(module, config.optimizer))
+    options: dict[str, Any] = {
+        "accumulation_steps": config.accumulation_steps,
+        "clip_grad_norm": config.clip_grad_norm,
+        "loss_scaling": precision_of(config, name) == "fp16",
+    }
     if name == "horovod":
         from arsg_dist.horovod import HorovodEngine
 
-        return HorovodEngine(
-            module, optimizer, communicator, accumulation_steps=accumulation, clip_grad_norm=clip
-        )
-    return SingleProcessEngine(module, optimizer, accumulation_steps=accumulation, clip_grad_norm=clip)
+        return HorovodEngine(module, optimizer, communicator, **options)
+    return SingleProcessEngine(module, optimizer, **options)

@@ -1,4 +1,8 @@
-"""Networks by name: torchvision's, and the paper's ResNet-20 for 32×32 images."""
+"""Networks by name: torchvision's, timm's, and the paper's ResNet-20 for 32×32 images."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import cast
 
 import torch
 from torch import nn
@@ -6,26 +10,61 @@ from torch.nn import functional
 
 from arsg_dist.imagenet.torchvision_compat import torchvision
 
+TIMM = "timm:"
 
-def build_model(name: str, num_classes: int) -> nn.Module:
+
+def build_model(name: str, num_classes: int, *, zero_init_gamma: bool = False) -> nn.Module:
     """An untrained network.
 
     Args:
-        name: "resnet20" or a classification model of `torchvision.models`.
+        name: "resnet20", a classification model of `torchvision.models`, or "timm:NAME" for one of timm.
         num_classes: size of its output, shape (batch, num_classes).
+        zero_init_gamma: the scale of the last batch norm in each residual branch starts at 0, so that the branches
+            start as identities (Goyal et al. 2017, section 5.1). False leaves the library's own start.
 
     Raises:
-        ValueError: no such model.
+        ValueError: no such model, or one that cannot start with zeros.
+        ImportError: a model of timm, which is not installed.
     """
     if name == "resnet20":
-        return ResNet20(num_classes)
-    known = torchvision.models.list_models(module=torchvision.models)
-    if name not in known:
-        raise ValueError(
-            f"model {name!r} is not known; use resnet20 or one of torchvision's: {', '.join(known)}"
+        return ResNet20(num_classes, zero_init_gamma=zero_init_gamma)
+    if name.startswith(TIMM):
+        create, options = _timm_model(name.removeprefix(TIMM)), {"zero_init_last": True}
+    else:
+        known = torchvision.models.list_models(module=torchvision.models)
+        if name not in known:
+            raise ValueError(
+                f"model {name!r} is not known; use resnet20, timm:NAME, or one of torchvision's: {', '.join(known)}"
+            )
+        create, options = (
+            partial(torchvision.models.get_model, name, weights=None),
+            {"zero_init_residual": True},
         )
-    model: nn.Module = torchvision.models.get_model(name, weights=None, num_classes=num_classes)
+    try:
+        model: nn.Module = create(num_classes=num_classes, **(options if zero_init_gamma else {}))
+    except TypeError as error:
+        if not zero_init_gamma or next(iter(options)) not in str(error):
+            raise
+        raise ValueError(
+            f"zero_init_gamma is for residual networks with batch norm; {name} has no such start: leave it out"
+        ) from None
     return model
+
+
+def _timm_model(name: str) -> Callable[..., nn.Module]:
+    try:
+        import timm
+    except ImportError as error:
+        raise ImportError(
+            f"model timm:{name} needs timm: pip install 'arsg-dist[timm]', or choose a model of torchvision"
+        ) from error
+    if not timm.is_model(name):
+        similar = timm.list_models(f"*{name}*")[:5]
+        raise ValueError(
+            f"timm {timm.__version__} has no model {name!r}"
+            + (f"; it has {', '.join(similar)}" if similar else "")
+        )
+    return partial(timm.create_model, name, pretrained=False)
 
 
 class ResNet20(nn.Module):
@@ -34,7 +73,7 @@ class ResNet20(nn.Module):
     Takes images of shape (batch, 3, height, width) of any size from 4×4 on; 272,474 parameters for 10 classes.
     """
 
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self, num_classes: int, *, zero_init_gamma: bool = False) -> None:
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
         blocks = []
@@ -45,6 +84,8 @@ class ResNet20(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if isinstance(module, _Block) and zero_init_gamma:
+                nn.init.zeros_(cast(nn.BatchNorm2d, module.residual[-1]).weight)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Logits, shape (batch, num_classes)."""

@@ -1,21 +1,26 @@
-"""The optimizer and the learning-rate schedule that a recipe names."""
+"""The optimizer, its parameter groups and the schedules that a recipe names."""
 
 import inspect
 import math
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from arsg_dist.imagenet.config import OptimizerConfig, ScheduleConfig
+from arsg_dist.engine import Communicator
+from arsg_dist.imagenet.config import OptimizerConfig, TrainConfig
 from arsg_dist.optim import ARSG
+from arsg_dist.optim.boost import ObservationBoost
+from arsg_dist.optim.loss_plateau import LossPlateau
 
 
 def build_optimizer(
-    config: OptimizerConfig, parameters: Iterable[torch.nn.Parameter]
+    config: OptimizerConfig, parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]]
 ) -> torch.optim.Optimizer:
-    """The optimizer of a recipe.
+    """The optimizer of a recipe over parameters, or over groups from `parameter_groups`.
 
     Raises:
         ValueError: no such optimizer, a key it does not have, or a value it refuses.
@@ -39,25 +44,113 @@ def build_optimizer(
         raise ValueError(f"optimizer.params {config.params}: {error}") from None
 
 
-def build_schedule(
-    config: ScheduleConfig, optimizer: torch.optim.Optimizer, *, updates_per_epoch: int, epochs: int
-) -> LambdaLR:
-    """The schedule of a recipe, to be stepped once per update."""
-    warmup = config.warmup_epochs * updates_per_epoch
-    total = epochs * updates_per_epoch
+def parameter_groups(module: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """The trainable parameters as optimizer groups: one, or a second one without weight decay for norms and biases."""
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    if config.decay_norm_and_bias:
+        return [{"params": parameters}]
+    groups: list[dict[str, Any]] = [
+        {"params": [parameter for parameter in parameters if parameter.dim() > 1]},
+        {"params": [parameter for parameter in parameters if parameter.dim() <= 1], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
 
-    def factor(update: int) -> float:
-        if update < warmup:
-            return (update + 1) / (warmup + 1)
-        if config.name == "step":
-            return config.gamma ** sum(
-                update >= milestone * updates_per_epoch for milestone in config.milestones
+
+class Schedules:
+    """Learning rate and μ over the run: the recipe's schedule, and the observation boost where it asks for one.
+
+    Args:
+        config: of the run.
+        optimizer: the innermost one; its groups' lr and mu are changed.
+        updates_per_epoch: weight updates per epoch.
+        communicator: of all ranks, which decide alike on a plateau.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        optimizer: torch.optim.Optimizer,
+        *,
+        updates_per_epoch: int,
+        communicator: Communicator,
+    ) -> None:
+        self._optimizer = optimizer
+        self._schedule = LambdaLR(optimizer, partial(lr_factor, config, updates_per_epoch))
+        self._boost: ObservationBoost | None = None
+        boost = config.boost
+        if boost.wanted:
+            self._boost = ObservationBoost(
+                optimizer,
+                milestones=None if boost.plateau else boost.milestones,
+                plateau=LossPlateau(patience=boost.patience, threshold=boost.threshold)
+                if boost.plateau
+                else None,
+                factor=boost.factor,
+                max_boosts=boost.max_boosts if boost.plateau else None,
+                rescale=[self._schedule],
+                reduce=communicator.all_reduce_sum if boost.plateau else None,
             )
-        if config.name == "cosine":
-            return 0.5 * (1 + math.cos(math.pi * (update - warmup) / (total - warmup)))
-        return 1.0
 
-    return LambdaLR(optimizer, factor)
+    def after_update(self) -> None:
+        """To be called after every weight update."""
+        self._schedule.step()
+
+    def after_epoch(self, mean_loss: float) -> None:
+        """To be called by every rank after every epoch.
+
+        Args:
+            mean_loss: training loss of the epoch, over all ranks.
+        """
+        if self._boost is None:
+            return
+        if self._boost.plateau is not None and math.isfinite(mean_loss):
+            self._boost.record(mean_loss)
+        self._boost.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers and lists."""
+        boost = self._boost.state_dict() if self._boost else None
+        return {"schedule": self._schedule.state_dict(), "boost": boost}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues from a saved state; the optimizer's own must have been loaded before.
+
+        Raises:
+            ValueError: the run was made with a boost and is resumed without, or the other way round.
+        """
+        if (state["boost"] is None) != (self._boost is None):
+            raise ValueError(
+                "the checkpoint was made with another setting of boost: resume it with the one it has"
+            )
+        self._schedule.load_state_dict(state["schedule"])
+        if self._boost:
+            self._boost.load_state_dict(state["boost"])
+        for group, lr in zip(self._optimizer.param_groups, self._schedule.get_last_lr(), strict=True):
+            group["lr"] = lr
+
+
+def lr_factor(config: TrainConfig, updates_per_epoch: int, update: int) -> float:
+    """What the recipe's learning rate is multiplied by, before any boost.
+
+    Args:
+        config: of the run.
+        updates_per_epoch: weight updates per epoch.
+        update: weight updates made so far.
+    """
+    schedule = config.schedule
+    scale = config.batch_size / schedule.linear_scaling_from if schedule.linear_scaling_from else 1.0
+    warmup = schedule.warmup_epochs * updates_per_epoch
+    if update < warmup:
+        # Warm-up to a scaled learning rate starts at the unscaled one; without scaling at a first small step.
+        start = 1.0 if scale > 1 else 0.0
+        return start + (scale - start) * (update + 1) / (warmup + 1)
+    if schedule.name == "step":
+        passed = sum(update >= milestone * updates_per_epoch for milestone in schedule.milestones)
+        return float(scale * schedule.gamma**passed)
+    if schedule.name == "cosine":
+        total = config.epochs * updates_per_epoch
+        return scale * 0.5 * (1 + math.cos(math.pi * (update - warmup) / (total - warmup)))
+    return scale
 
 
 def shown_hyperparameters(optimizer: torch.optim.Optimizer) -> dict[str, float]:

@@ -1,6 +1,8 @@
 """What a run writes: its resolved config, JSON lines, TensorBoard events, a learning-curve picture, checkpoints."""
 
+import hashlib
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,8 @@ import yaml
 
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
+ENVIRONMENT = "environment.yaml"
+CLASSES = "classes.txt"
 CURVE = "learning_curve.png"
 
 
@@ -42,14 +46,27 @@ class RunLog:
         config: resolved settings, written as YAML.
         resumed_updates: None for a new run, else the updates made so far: later records of the interrupted run are
             dropped, since they will be made again.
+        environment: of this start, as `environment.describe` gives it; added to those of earlier starts.
+        classes: names of the classes in the order of the network's outputs.
+        wandb_project: also log to this project of Weights & Biases.
 
     Attributes:
         changed: settings that differ from those the resumed run had so far, as "key: old → new".
     """
 
-    def __init__(self, directory: Path, config: dict[str, Any], *, resumed_updates: int | None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        config: dict[str, Any],
+        *,
+        resumed_updates: int | None,
+        environment: dict[str, Any],
+        classes: list[str],
+        wandb_project: str | None = None,
+    ) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        self._started, self._seconds_before = time.perf_counter(), 0.0
         directory.mkdir(parents=True, exist_ok=True)
         self._directory = directory
         self._metrics = directory / METRICS
@@ -66,26 +83,60 @@ class RunLog:
             kept = [record for record in read_metrics(directory) if record["update"] <= resumed_updates]
             self._metrics.write_text("".join(json.dumps(record) + "\n" for record in kept))
             purge_step = resumed_updates + 1
+            self._seconds_before = kept[-1].get("seconds", 0.0) if kept else 0.0
+        starts = [*read_environments(directory), environment]
+        (directory / ENVIRONMENT).write_text(yaml.safe_dump(starts, sort_keys=False))
+        (directory / CLASSES).write_text("".join(f"{name}\n" for name in classes))
         (directory / CONFIG).write_text(yaml.safe_dump(config, sort_keys=False))
         self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=purge_step)
+        self._wandb: Any = None
+        if wandb_project:
+            self._wandb = import_wandb().init(
+                project=wandb_project,
+                name=directory.name,
+                id=hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:16],
+                resume="allow",
+                config=config,
+                dir=str(directory),
+            )
 
     def write(self, kind: str, update: int, values: dict[str, float]) -> None:
-        """Adds a record.
+        """Adds a record; it gets `seconds`, the run's wall time over all its starts.
 
         Args:
             kind: "train" (a few updates) or "epoch" (with the validation).
             update: weight updates made so far.
             values: what was measured.
         """
+        values = {**values, "seconds": self._seconds_before + time.perf_counter() - self._started}
         with self._metrics.open("a") as file:
             file.write(json.dumps({"kind": kind, "update": update, **values}) + "\n")
+        if self._wandb:
+            self._wandb.log({f"{kind}/{name}": value for name, value in values.items()}, step=update)
         for name, value in values.items():
             self._board.add_scalar(f"{kind}/{name}", value, update)
 
     def close(self) -> Path:
         """Draws the learning curve and closes the files; returns the picture's path."""
         self._board.close()
+        if self._wandb:
+            self._wandb.finish()
         return draw_learning_curve(self._directory)
+
+
+def import_wandb() -> Any:
+    """The package of Weights & Biases.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    try:
+        import wandb
+    except ImportError as error:
+        raise ImportError(
+            "wandb_project needs the package wandb: pip install wandb, or leave the setting out"
+        ) from error
+    return wandb
 
 
 def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -93,6 +144,12 @@ def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in config.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat
+
+
+def read_environments(directory: Path) -> list[dict[str, Any]]:
+    """What was saved at each start of a run, the first first; empty if nothing was."""
+    path = directory / ENVIRONMENT
+    return list(yaml.safe_load(path.read_text())) if path.is_file() else []
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
