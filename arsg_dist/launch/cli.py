@@ -3,9 +3,9 @@
 import argparse
 import sys
 
-from arsg_dist.launch import launch
+from arsg_dist.launch import check_config, launch
 
-_SUBCOMMANDS = {"launch": launch}
+_SUBCOMMANDS = {"check-config": check_config, "launch": launch}
 
 
 def main(arguments: list[str] | None = None) -> None:
