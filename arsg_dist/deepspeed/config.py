@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any, Final
 
+from arsg_dist.deepspeed.refusals import check_nvme, check_sections
 from arsg_dist.deepspeed.schedules import check_scheduler
 from arsg_dist.optim import ARSG
 
@@ -33,43 +34,13 @@ def check_config(config: dict[str, Any], source: str = "the DeepSpeed config") -
     """
     section = config.get("optimizer") or {}
     name = section.get("type")
+    check_sections(config, source)
     if isinstance(name, str) and name.lower() == "arsg":
         _check_optimizer(section, source)
         check_scheduler(config.get("scheduler"), source)
-    zero = config.get("zero_optimization")
-    zero = zero if isinstance(zero, dict) else {}
-    offload = zero.get("offload_optimizer") or {}
-    offloaded = offload.get("device", "none") != "none"
-    fp16 = config.get("fp16") or {}
-    bf16 = config.get("bf16") or config.get("bfloat16") or {}
-    refused = {
-        "zero_optimization.zenflow": (
-            zero.get("zenflow") is not None,
-            "ZenFlow updates the selected part of the weights with its own AdamW, not with ARSG",
-        ),
-        "zero_optimization.offload_optimizer.ratio": (
-            offloaded and offload.get("ratio", 1.0) != 1.0,
-            "Twin-Flow updates the part that stays on the GPU with torch's AdamW, and accepts DeepSpeedCPUAdam only "
-            "for the rest: remove it, or set it to 1.0",
-        ),
-        "zero_optimization.offload_optimizer.super_offload": (
-            bool(offload.get("super_offload", False)),
-            "SuperOffload's update on the CPU is Adam, not ARSG",
-        ),
-        "fp16.fp16_master_weights_and_grads": (
-            bool(fp16.get("fp16_master_weights_and_grads", False)),
-            "DeepSpeed accepts it with DeepSpeedCPUAdam only",
-        ),
-        "bf16.bf16_master_weights_and_grads": (
-            bool(bf16.get("bf16_master_weights_and_grads", False))
-            and (offloaded or not bf16.get("bf16_optimizer_states", False)),
-            "DeepSpeed accepts it with DeepSpeedCPUAdam only, unless bf16_optimizer_states is set and nothing is "
-            "offloaded",
-        ),
-    }
-    for key, (present, reason) in refused.items():
-        if present:
-            raise ValueError(f"{source} sets {key}, which does not work with ARSG: {reason}")
+        zero, params = config.get("zero_optimization"), section.get("params") or {}
+        if isinstance(zero, dict) and isinstance(params, dict):
+            check_nvme(zero, [params], source)
 
 
 def _check_optimizer(section: dict[str, Any], source: str) -> None:

@@ -11,6 +11,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine as _Engine
 from deepspeed.runtime.zero import utils as zero_utils
 
 from arsg_dist.deepspeed.config import AUTO, check_config
+from arsg_dist.deepspeed.offload import apply_offload
 from arsg_dist.deepspeed.repairs import Method, apply_repairs, wrap_once
 from arsg_dist.deepspeed.schedules import check_scheduler, with_schedules_for_arsg
 from arsg_dist.deepspeed.state_access import repair_state_access
@@ -38,6 +39,7 @@ def register() -> None:
     wrap_once(_Engine, "_scheduler_from_config", with_schedules_for_arsg)
     repair_state_access()
     apply_repairs()
+    apply_offload()
 
 
 def arsg_factory(params: Any, source: str) -> "functools.partial[ARSG]":

@@ -9,9 +9,11 @@ from collections.abc import Callable
 from typing import Any
 
 import deepspeed
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine as _Engine
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from arsg_dist.optim import ARSG
 
@@ -43,7 +45,15 @@ def apply_repairs() -> None:
     """
     wrap_once(FP16_UnfusedOptimizer, "initialize_optimizer_states", _without_warm_up_step)
     wrap_once(_Engine, "backward", _with_loss_scaled)
-    wrap_once(DeepSpeedZeroOptimizer_Stage3, "step", _with_gradients_forgotten)
+    wrap_once(DeepSpeedZeroOptimizer, "reduce_gradients", _with_every_gradient_reduced)
+    wrap_once(DeepSpeedZeroOptimizer, "async_accumulate_grad_in_cpu_via_gpu", _with_new_sum_begun)
+    for owner, of_every_parameter in (
+        (FP16_UnfusedOptimizer, _nothing),
+        (DeepSpeedZeroOptimizer, _complete_offloaded_gradients),
+        (DeepSpeedZeroOptimizer_Stage3, _complete_partitioned_gradients),
+    ):
+        wrap_once(owner, "_update_scale", _with_growth_put_off)
+        wrap_once(owner, "step", _with_gradients_of_this_update(of_every_parameter))
 
 
 def _without_warm_up_step(method: Method) -> Method:
@@ -86,17 +96,138 @@ def _with_loss_scaled(method: Method) -> Method:
     return backward
 
 
-def _with_gradients_forgotten(method: Method) -> Method:
-    """Stage 3: the gradients of an update are forgotten after it.
+def _with_every_gradient_reduced(method: Method) -> Method:
+    """Stage 1 with overlap_comm: a gradient that the last micro-batch does not add to is reduced, too.
 
-    DeepSpeed overwrites only the gradients of parameters that the next backward pass reaches. Any other parameter is
-    updated with its old gradient once more, and after an overflow its infinite one has the next update skipped too.
+    DeepSpeed reduces in the backward pass of the last micro-batch what that reaches, and leaves out the rest.
     """
 
-    def step(zero: Any, *args: Any, **kwargs: Any) -> Any:
-        result = method(zero, *args, **kwargs)
-        if isinstance(zero.optimizer, ARSG) and zero.grad_partitions_flat_buffer is not None:
-            zero.grad_partitions_flat_buffer.zero_()
-        return result
+    def reduce_gradients(zero: Any, *args: Any, **kwargs: Any) -> None:
+        if isinstance(zero.optimizer, ARSG) and zero.overlap_comm:
+            waiting = {number for bucket in zero.ipg_buckets.values() for _, _, number in bucket.params}
+            for index, group in enumerate(zero.bit16_groups):
+                for parameter in group:
+                    number = zero.get_param_id(parameter)
+                    reached = number in waiting or zero.params_already_reduced[number]
+                    if not reached and zero.get_gradient_for_reduction(parameter) is not None:
+                        zero.reduce_ready_partitions_and_remove_grads(parameter, index)
+        method(zero, *args, **kwargs)
 
-    return step
+    return reduce_gradients
+
+
+def _with_growth_put_off(method: Method) -> Method:
+    """fp16 with a dynamic loss scale, every stage: a scale that grows is used from the next update on.
+
+    DeepSpeed doubles it between the backward pass and the division of the gradient by it, and so halves the gradient of
+    that update.
+    """
+
+    def update_scale(wrapper: Any, *args: Any, **kwargs: Any) -> None:
+        scaler = _loss_scaler(wrapper)
+        scale = scaler.cur_scale
+        method(wrapper, *args, **kwargs)
+        if isinstance(wrapper.optimizer, ARSG) and scaler.cur_scale > scale:
+            wrapper._next_scale, scaler.cur_scale = scaler.cur_scale, scale
+
+    return update_scale
+
+
+def _with_gradients_of_this_update(complete: Callable[[Any], None]) -> Callable[[Method], Method]:
+    """An update uses the gradients of its own micro-batches, all of them, and no others.
+
+    Stage 3: DeepSpeed overwrites only the gradients of parameters that the next backward pass reaches. Any other
+    parameter is updated with its old gradient once more, and after an overflow its infinite one has the next update
+    skipped too. The optimizer offloaded, stages 1 to 3: the same; and the gradient of a parameter that the last
+    micro-batch does not reach is left out. `complete` puts the latter right before the step.
+    """
+
+    def wrap(method: Method) -> Method:
+        def step(wrapper: Any, *args: Any, **kwargs: Any) -> Any:
+            if not isinstance(wrapper.optimizer, ARSG):
+                return method(wrapper, *args, **kwargs)
+            complete(wrapper)
+            result = method(wrapper, *args, **kwargs)
+            _forget_gradients(wrapper)
+            if hasattr(wrapper, "_next_scale"):
+                _loss_scaler(wrapper).cur_scale = wrapper._next_scale
+                del wrapper._next_scale
+            return result
+
+        return step
+
+    return wrap
+
+
+def _forget_gradients(wrapper: Any) -> None:
+    if getattr(wrapper, "grad_partitions_flat_buffer", None) is not None:  # stage 3
+        wrapper.grad_partitions_flat_buffer.zero_()
+    if getattr(wrapper, "swap_optimizer", False):  # stage 3, NVMe: files that the next step would read again
+        for swapped in wrapper.optimizer_swapper.swap_params_info.values():
+            swapped.swapped_gradients.clear()
+            swapped.release_unswapped_gradients()
+    if getattr(wrapper, "cpu_offload", False):  # stages 1 and 2: fp32 sums, which an overflow leaves infinite
+        wrapper.averaged_gradients = dict.fromkeys(wrapper.averaged_gradients)
+
+
+def _loss_scaler(wrapper: Any) -> Any:
+    return wrapper.loss_scale_config if isinstance(wrapper, FP16_UnfusedOptimizer) else wrapper.loss_scaler
+
+
+def _nothing(wrapper: Any) -> None:
+    del wrapper
+
+
+def _complete_offloaded_gradients(zero: Any) -> None:
+    """Stages 1 and 2, offloaded: every parameter of this rank's partition has its gradient, zero if it got none."""
+    if not zero.cpu_offload:
+        return
+    reached, finished = zero._offload_accumulated_param_ids, zero.norm_for_param_grads
+    late = set()
+    for group, partition in zip(zero.params_in_partition, zero.single_partition_of_fp32_groups, strict=True):
+        for parameter in group:
+            number = zero.get_param_id(parameter)
+            if number in finished:
+                continue
+            if number in reached:
+                late.add(number)
+            else:
+                zero._wait_for_offload_copies()
+                _, _, start, length = zero.grad_position[number]
+                partition.grad.view(-1).narrow(0, start, length).zero_()
+    if late:
+        zero._offload_accumulated_param_ids = late
+        zero._finalize_cpu_offload_gradient_accumulation()
+
+
+def _with_new_sum_begun(method: Method) -> Method:
+    """Stages 1 and 2, offloaded: the first gradient that a parameter gets in an update begins a new sum.
+
+    DeepSpeed adds it to the sum of the update before where it does not come from the first micro-batch.
+    """
+
+    def accumulate(zero: Any, parameter: Any) -> None:
+        number = zero.get_param_id(parameter)
+        if isinstance(zero.optimizer, ARSG) and number not in zero._offload_accumulated_param_ids:
+            zero._wait_for_offload_copies()
+            total = zero.accumulated_grads_in_cpu.get(number)
+            if total is not None:
+                total.zero_()
+        method(zero, parameter)
+
+    return accumulate
+
+
+def _complete_partitioned_gradients(zero: Any) -> None:
+    """Stage 3, offloaded: every parameter has its gradient, zero if it got none."""
+    if not zero.offload_optimizer:
+        return
+    partitions = zero._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
+    gradients: dict[int, Any] = {}
+    offsets: dict[int, Any] = {}
+    for group in zero.fp16_groups:
+        for parameter in group:
+            if zero.get_param_id(parameter) not in zero.norm_for_param_grads:
+                gradient = partitions[parameter.ds_id].to(get_accelerator().current_device_name())
+                zero._offload_grad_partition_at_boundary(parameter, gradient, gradients, offsets)
+    zero._swap_out_offload_fp32_gradients(gradients, offsets)

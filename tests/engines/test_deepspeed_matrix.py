@@ -14,6 +14,7 @@ from tests.support import deepspeed_matrix as matrix
 from tests.support import toy
 from tests.support.compare import REDUCTION_ORDER, assert_same_weights
 from tests.support.deepspeed_matrix import Case
+from tests.support.deepspeed_matrix_cases import cases
 from tests.support.launchers import Finished, launch
 
 pytestmark = pytest.mark.ranks
@@ -34,7 +35,7 @@ ALL = [
         marks=[] if selection == "core" else [pytest.mark.slow],
     )
     for ranks, selection in LAUNCHES
-    for case in matrix.cases(selection)
+    for case in cases(selection)
 ]
 everywhere = pytest.mark.parametrize(("ranks", "selection", "case"), ALL)
 
@@ -61,12 +62,31 @@ def oracle(case: Case, ranks: int) -> dict[str, Tensor]:
     return matrix.single_process_weights(case, ranks)
 
 
+def tolerance(case: Case) -> float:
+    """Relative to how far training went."""
+    if "state_dtype" in dict(case.settings):  # rounded stochastically, by the place in memory
+        return HALF_PRECISION_ROUNDINGS * torch.finfo(torch.bfloat16).eps
+    return (
+        REDUCTION_ORDER
+        if case.precision == "fp32"
+        else HALF_PRECISION_ROUNDINGS * torch.finfo(case.dtype).eps
+    )
+
+
 @everywhere
 def test_equals_a_single_process(ranks: int, selection: str, case: Case) -> None:
     """Catches, in any configuration, gradients of a wrong size, groups mixed up, steps counted wrongly, updates with
     another update's gradient, and frozen parameters that move."""
     result = results_of(ranks, selection)[str(case)]
-    stage_free = dataclasses.replace(case, stage=1, precision=case.precision.removesuffix("-fp32grads"))
+    stage_free = dataclasses.replace(
+        case,
+        stage=1,
+        precision=case.precision.removesuffix("-fp32grads"),
+        offload="nvme" if case.on_nvme else "",
+        activations="",
+        options=(),
+        settings=tuple((name, value) for name, value in case.settings if name != "state_dtype"),
+    )
     expected = oracle(stage_free, ranks)
     before, after, expected = (dict(weights) for weights in (result["before"], result["after"], expected))
     for name in [name for name in before if name.startswith("frozen")]:
@@ -76,9 +96,7 @@ def test_equals_a_single_process(ranks: int, selection: str, case: Case) -> None
         after,
         expected,
         started_from=before,
-        relative=REDUCTION_ORDER
-        if case.precision == "fp32"
-        else HALF_PRECISION_ROUNDINGS * torch.finfo(case.dtype).eps,
+        relative=tolerance(case),
     )
 
 
@@ -88,7 +106,13 @@ def test_nothing_happens_before_training(ranks: int, selection: str, case: Case)
     result = results_of(ranks, selection)[str(case)]
     for name, parameter in matrix.build_model(case).named_parameters():
         assert torch.equal(result["before"][name], parameter.detach().to(case.dtype).float()), name
-    assert result["state_before"] == {"bytes": 0, "steps": []}
+    assert result["state_before"] == {
+        "bytes": 0,
+        "bytes on disk": 0,
+        "tensors updated": 0,
+        "devices": [],
+        "steps": [],
+    }
 
 
 @everywhere
@@ -96,11 +120,22 @@ def test_state_is_sharded_and_steps_are_counted(ranks: int, selection: str, case
     """Catches state held in whole or in another dtype, v̂ left out, and steps counted per group or sub-group."""
     states = results_of(ranks, selection)[str(case)]["states"]
     updates = toy.UPDATES - case.overflow
-    assert [state["steps"] for state in states] == ranks * [[updates] if case.groups == "several" else []]
-    assert [state["bytes"] for state in states] == ranks * [matrix.state_bytes_per_rank(case, ranks)]
+    counted = case.groups == "several" or bool(case.settings)
+    assert [state["steps"] for state in states] == ranks * [[updates] if counted else []]
+    held = [state["bytes"] + state["bytes on disk"] for state in states]
+    assert held == ranks * [matrix.state_bytes_per_rank(case, ranks)]
 
 
-@pytest.mark.parametrize("case", list(matrix.cases("core")), ids=str)
+@everywhere
+def test_the_offloaded_update_is_fused_and_on_the_cpu(ranks: int, selection: str, case: Case) -> None:
+    """Catches an offloaded update in many passes over memory, by foreach or the reference, without being asked for."""
+    for state in results_of(ranks, selection)[str(case)]["states"]:
+        updates = toy.UPDATES - case.overflow
+        assert state["fused updates"] == (updates * state["tensors updated"] if case.offload else 0)
+        assert state["devices"] == ["cpu"]
+
+
+@pytest.mark.parametrize("case", [case for case in cases("core") if not case.settings], ids=str)
 def test_expected_state_is_the_ranks_share_plus_padding(case: Case) -> None:
     """Catches an expectation about padding that would excuse state held twice."""
     for ranks in (1, 2, 3):

@@ -14,12 +14,18 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
 import arsg_dist.deepspeed  # makes "type": "ARSG" known
 from arsg_dist.engine import end_process
+from arsg_dist.optim import fused
 from tests.support import deepspeed_matrix as matrix
 from tests.support import toy
+from tests.support.deepspeed_matrix_cases import cases
+
+fused_updates: list[int] = []
 
 
 def main() -> None:
@@ -29,10 +35,11 @@ def main() -> None:
     arsg_dist.deepspeed.release_shared_memory()
     # DeepSpeed asks oneDNN, which has fp16 on some CPUs only; torch itself computes in fp16 on every CPU.
     type(get_accelerator()).is_fp16_supported = lambda _: True
+    count_fused_updates()
     results: dict[str, Any] = {"configurations": try_configurations()}
-    for case in matrix.cases(selection):
+    for case in cases(selection):
         start = time.monotonic()
-        results[str(case)] = train(case)
+        results[str(case)] = train(case, Path(output).parent)
         if deepspeed.comm.get_rank() == 0:
             print(f"{case}: {time.monotonic() - start:.2f} s", flush=True)
     if deepspeed.comm.get_rank() == 0:
@@ -41,14 +48,16 @@ def main() -> None:
     torch.distributed.destroy_process_group()
 
 
-def train(case: matrix.Case) -> dict[str, Any]:
+def train(case: matrix.Case, directory: Path) -> dict[str, Any]:
     """Trains, checks that all ranks agree, and returns fp32 weights and each rank's optimizer state."""
     rank, world_size = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
     model = matrix.build_model(case)
     parameters = matrix.grouped(case, dict(model.named_parameters()))
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=parameters, config=case.config())
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=parameters, config=case.config(directory))
+    fused_updates.append(0)
     before = masters(engine, case)
     state_before = state_of(engine)
+    poison_padding(engine.optimizer)
     for update in range(toy.UPDATES):
         for step in range(case.accumulation):
             part = matrix.micro_batch(case, world_size, rank, step)
@@ -60,7 +69,7 @@ def train(case: matrix.Case) -> dict[str, Any]:
             assert torch.equal(parameter, after[name].to(case.dtype)), (
                 f"{case}: {name} is not its master, rounded"
             )
-    state = state_of(engine)
+    state = {**state_of(engine), "fused updates": fused_updates.pop()}
     engine.destroy()
     gathered: list[Any] = [None] * world_size
     torch.distributed.all_gather_object(gathered, {"after": after, "state": state})
@@ -103,14 +112,58 @@ def try_configurations() -> list[dict[str, tuple[str | None, list[str]]]]:
     return gathered
 
 
+def poison_padding(zero: Any) -> None:
+    """Makes padding NaN, which DeepSpeed leaves as it finds it in memory: nothing may depend on it."""
+    rank = deepspeed.comm.get_rank()
+    if isinstance(zero, DeepSpeedZeroOptimizer):
+        for flat, padding in zip(zero.single_partition_of_fp32_groups, zero.groups_padding, strict=True):
+            flat.data[flat.numel() - padding :] = float("nan")
+    elif isinstance(zero, DeepSpeedZeroOptimizer_Stage3):
+        for flat, group in zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True):
+            start = 0
+            for parameter in group:
+                size = parameter.partition_numel()
+                used = min(max(parameter.ds_numel - rank * size, 0), size)
+                flat.data[start + used : start + size] = float("nan")
+                start += size
+
+
+def count_fused_updates() -> None:
+    """Has the kernel for the CPU counted: one call per update and flat tensor."""
+    kernel = fused.cpu_kernel()
+    assert kernel is not None
+
+    def counted(*args: Any, **kwargs: Any) -> list[int]:
+        fused_updates[-1] += len(args[0])
+        return kernel(*args, **kwargs)
+
+    fused.cpu_kernel = lambda: counted
+
+
 def state_of(engine: Any) -> dict[str, Any]:
     """Bytes of the state tensors that this rank holds, and the step counts it has."""
     states = engine.basic_optimizer.state.values()
     tensors = [value for state in states for value in state.values() if isinstance(value, Tensor)]
     return {
         "bytes": sum(tensor.nbytes for tensor in tensors),
+        "bytes on disk": bytes_on_disk(engine.optimizer),
+        "tensors updated": len(states),
+        "devices": sorted({tensor.device.type for tensor in tensors}),
         "steps": sorted({state["step"] for state in states if "step" in state}),
     }
+
+
+def bytes_on_disk(zero: Any) -> int:
+    """Size of the state that is in files and not in memory, without what fills up blocks."""
+    total = 0
+    if getattr(zero, "swap_optimizer", False):
+        for swapped in zero.optimizer_swapper.swap_params_info.values():
+            for tensor in swapped.tensors[1:]:  # the first are weights
+                size = 4 * swapped.numel()
+                assert tensor.compute_tensor.numel() == 0, "state is in memory as well as on disk"
+                assert Path(tensor.swap_path).stat().st_size >= size
+                total += size
+    return total
 
 
 def masters(engine: Any, case: matrix.Case) -> dict[str, Tensor]:
@@ -122,6 +175,8 @@ def masters(engine: Any, case: matrix.Case) -> dict[str, Tensor]:
         for copies, group in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True):
             for copy, master in zip(copies, group, strict=True):
                 full |= {name: master for name, parameter in named.items() if parameter is copy}
+    elif dict(case.options).get("round_robin_gradients"):
+        full = round_robin_masters(engine.optimizer, named)
     elif case.stage:
         full = {
             name: deepspeed.utils.safe_get_full_fp32_param(parameter)
@@ -130,6 +185,24 @@ def masters(engine: Any, case: matrix.Case) -> dict[str, Tensor]:
         }
     with deepspeed.zero.GatheredParameters(list(named.values()), enabled=case.stage == 3):
         return {name: full.get(name, parameter).detach().float().clone() for name, parameter in named.items()}
+
+
+def round_robin_masters(zero: Any, named: dict[str, Tensor]) -> dict[str, Tensor]:
+    """With round_robin_gradients DeepSpeed's safe_get_full_fp32_param reads from the wrong places."""
+    full = {}
+    for flat, group, offsets in zip(
+        zero.single_partition_of_fp32_groups,
+        zero.round_robin_bit16_groups,
+        zero.round_robin_bit16_offsets,
+        strict=True,
+    ):
+        parts = [torch.empty_like(flat) for _ in range(deepspeed.comm.get_world_size())]
+        torch.distributed.all_gather(parts, flat.detach())
+        whole = torch.cat(parts)
+        for parameter, start in zip(group, offsets, strict=True):
+            name = next(name for name, other in named.items() if other is parameter)
+            full[name] = whole[start : start + parameter.numel()].view(parameter.shape)
+    return full
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """A small training problem that every engine and the single-process reference can run on the same data."""
 
+import itertools
+
 import torch
 from torch import Tensor, nn
 
@@ -10,10 +12,16 @@ UPDATES = 6
 HYPERPARAMETERS = {"lr": 0.02, "eps": 1e-3, "mu": 0.1, "weight_decay": 1e-3}
 
 
-def build_model() -> nn.Module:
-    """Three layers; the numbers of elements are not divisible by 2 or 3, so shards need padding."""
+def build_model(*hidden: int) -> nn.Module:
+    """Three layers; the numbers of elements are not divisible by 2 or 3, so shards need padding.
+
+    Args:
+        hidden: sizes of hidden layers instead.
+    """
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(17, 101), nn.Tanh(), nn.Linear(101, 67), nn.Tanh(), nn.Linear(67, 5))
+    sizes = (17, *(hidden or (101, 67)), 5)
+    layers = [module for pair in itertools.pairwise(sizes) for module in (nn.Linear(*pair), nn.Tanh())]
+    return nn.Sequential(*layers[:-1])
 
 
 def batch(update: int) -> tuple[Tensor, Tensor]:

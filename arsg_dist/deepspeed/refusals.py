@@ -1,0 +1,124 @@
+"""What DeepSpeed 0.19.8 cannot do with ARSG, or would leave out without a word, and why."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from arsg_dist.optim.state import MOMENTS
+
+_DEFAULT_BUFFER_COUNT = 4  # runtime/zero/offload_config.py
+
+
+def check_sections(config: dict[str, Any], source: str) -> None:
+    """Refuses settings outside the optimizer section.
+
+    Args:
+        config: content of a DeepSpeed config, complete or not.
+        source: what messages call it.
+
+    Raises:
+        ValueError: with the setting and the reason.
+    """
+    for key, (present, reason) in {**_of_zero(config), **_of_precision(config)}.items():
+        if present:
+            raise ValueError(f"{source} sets {key}, which does not work with ARSG: {reason}")
+
+
+def _of_zero(config: dict[str, Any]) -> dict[str, tuple[bool, str]]:
+    zero = config.get("zero_optimization")
+    zero = zero if isinstance(zero, dict) else {}
+    stage = zero.get("stage", 0)
+    offload, offload_param = zero.get("offload_optimizer") or {}, zero.get("offload_param") or {}
+    device = offload.get("device", "none")
+    prefix = "zero_optimization."
+    return {
+        f"{prefix}zenflow": (
+            zero.get("zenflow") is not None,
+            "ZenFlow updates the selected part of the weights with its own AdamW, not with ARSG",
+        ),
+        f"{prefix}offload_optimizer.ratio": (
+            device != "none" and offload.get("ratio", 1.0) != 1.0,
+            "Twin-Flow updates the part that stays on the GPU with torch's AdamW, and accepts DeepSpeedCPUAdam only "
+            "for the rest: remove it, or set it to 1.0",
+        ),
+        f"{prefix}offload_optimizer.super_offload": (
+            bool(offload.get("super_offload", False)),
+            "SuperOffload's update on the CPU is Adam, not ARSG",
+        ),
+        f"{prefix}offload_optimizer": (
+            device != "none" and stage == 0,
+            "at stage 0 DeepSpeed offloads nothing: set stage 1, 2 or 3, or remove it",
+        ),
+        f"{prefix}offload_optimizer.device = 'nvme'": (
+            device == "nvme" and stage in (1, 2),
+            "at stages 1 and 2 DeepSpeed keeps the state in CPU memory all the same: set stage 3, or device 'cpu'",
+        ),
+        f"{prefix}offload_param": (
+            offload_param.get("device", "none") != "none" and stage != 3,
+            "below stage 3 DeepSpeed offloads no parameters: set stage 3, or remove it",
+        ),
+    }
+
+
+def _of_precision(config: dict[str, Any]) -> dict[str, tuple[bool, str]]:
+    zero, autocast = config.get("zero_optimization"), config.get("torch_autocast") or {}
+    fp16 = config.get("fp16") or {}
+    bf16 = config.get("bf16") or config.get("bfloat16") or {}
+    return {
+        "fp16.fp16_master_weights_and_grads": (
+            bool(fp16.get("fp16_master_weights_and_grads", False)),
+            "DeepSpeed accepts it with DeepSpeedCPUAdam only",
+        ),
+        "bf16.bf16_optimizer_states": (
+            bool(bf16.get("bf16_optimizer_states", False)),
+            "only DeepSpeed's own Adams heed it: choose the dtype of ARSG's moments with state_dtype",
+        ),
+        "bf16.bf16_master_weights_and_grads": (
+            bool(bf16.get("bf16_master_weights_and_grads", False)),
+            "DeepSpeed accepts it with DeepSpeedCPUAdam only, or with bf16_optimizer_states, which ARSG does not heed",
+        ),
+        "torch_autocast.dtype = 'float16'": (
+            bool(autocast.get("enabled", False))
+            and str(autocast.get("dtype")).removeprefix("torch.") in ("float16", "fp16", "half")
+            and isinstance(zero, dict)
+            and zero.get("stage", 0) != 0,
+            "under ZeRO its loss scale never falls after an overflow, so that no update is made any more, and clipping "
+            "compares the scaled gradient: use the section fp16, or dtype 'bfloat16'",
+        ),
+    }
+
+
+def check_nvme(zero: Mapping[str, Any], groups: Iterable[Mapping[str, Any]], source: str) -> None:
+    """Refuses an optimizer that does not fit the buffers through which DeepSpeed swaps it to NVMe.
+
+    The buffers have the size of a sub-group in fp32. A sub-group needs one for its weights, its gradient and each
+    tensor of its state at a time; reading ahead (`pipeline_read`) and writing behind (`pipeline_write`) need as many
+    again, each (`runtime/swap_tensor/pipelined_optimizer_swapper.py`).
+
+    Args:
+        zero: the section zero_optimization of a DeepSpeed config.
+        groups: settings of ARSG, of every parameter group; those left out have their defaults.
+        source: what messages call the config.
+
+    Raises:
+        ValueError: with the setting and the reason.
+    """
+    offload = zero.get("offload_optimizer") or {}
+    if offload.get("device") != "nvme":
+        return
+    tensors = 0
+    for group in groups:
+        if str(group.get("state_dtype")).removeprefix("torch.") == "bfloat16":
+            raise ValueError(
+                f"{source} offloads the optimizer to NVMe, which does not work with ARSG's state_dtype 'bfloat16': "
+                "DeepSpeed's buffers are fp32, and the state would be, too, from the second update on"
+            )
+        moments = MOMENTS.get(group.get("preconditioner", "amsgrad"), MOMENTS["amsgrad"])
+        lookahead = group.get("lookahead_k", 0) not in (0, "auto")
+        tensors = max(tensors, 2 + len(moments) + lookahead)
+    needed = tensors * (1 + bool(offload.get("pipeline_read")) + bool(offload.get("pipeline_write")))
+    if offload.get("buffer_count", _DEFAULT_BUFFER_COUNT) < needed:
+        raise ValueError(
+            f"{source} needs zero_optimization.offload_optimizer.buffer_count of at least {needed} for NVMe "
+            f"(DeepSpeed's default is {_DEFAULT_BUFFER_COUNT}): weights, gradient, {tensors - 2} state tensors"
+            f"{', once more for each of pipeline_read and pipeline_write' if needed > tensors else ''}"
+        )

@@ -1,0 +1,90 @@
+"""Job for one rank: offloads optimizers that the program builds itself, and writes what came of it.
+
+usage: deepspeed_offload_job.py OUTPUT [--local_rank=N]
+"""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor
+
+import arsg_dist.deepspeed
+from arsg_dist import ARSG
+from arsg_dist.engine import end_process
+from tests.support import toy
+
+CPU = {"device": "cpu"}
+
+
+def attempts() -> Iterator[tuple[str, dict[str, Any], Any]]:
+    """Name, config and optimizer argument of each attempt."""
+    section = {"optimizer": {"type": "ARSG", "params": toy.HYPERPARAMETERS}}
+    settings: dict[str, Any] = toy.HYPERPARAMETERS
+
+    def built(parameters: Any, **more: Any) -> ARSG:
+        return ARSG(parameters, **{**settings, **more})
+
+    for stage in (1, 3):
+        yield f"{stage} json", _zero(stage, CPU) | section, None
+        yield f"{stage} object", _zero(stage, CPU), "object"
+        yield f"{stage} callable", _zero(stage, CPU), built
+    yield "forced", _zero(1, CPU) | {"zero_force_ds_cpu_optimizer": True}, built
+    yield "adam", _zero(1, CPU), torch.optim.Adam
+    for name, more in (
+        ("nvme with lookahead", {"lookahead_k": 2, "betas": (0.9, 0.99)}),
+        ("nvme with bfloat16", {"state_dtype": torch.bfloat16}),
+    ):
+        nvme = _zero(3, {"device": "nvme", "nvme_path": "not-made", "buffer_count": 5})
+        yield name, nvme, lambda parameters, more=more: built(parameters, **more)
+
+
+def _zero(stage: int, offload: dict[str, Any]) -> dict[str, Any]:
+    return {"zero_optimization": {"stage": stage, "offload_optimizer": offload}}
+
+
+def main() -> None:
+    output = Path(next(a for a in sys.argv[1:] if not a.startswith("--")))
+    torch.set_num_threads(1)
+    deepspeed.init_distributed(verbose=False)
+    arsg_dist.deepspeed.release_shared_memory()
+    outcomes = {name: attempt(config, optimizer) for name, config, optimizer in attempts()}
+    gathered: list[Any] = [None] * deepspeed.comm.get_world_size()
+    torch.distributed.all_gather_object(gathered, outcomes)
+    if deepspeed.comm.get_rank() == 0:
+        torch.save(gathered, output)
+    deepspeed.comm.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def attempt(config: dict[str, Any], optimizer: Any) -> str | dict[str, Tensor]:
+    """The weights after some updates, or what was raised."""
+    model = toy.build_model()
+    if optimizer == "object":
+        optimizer = ARSG(model.parameters(), **toy.HYPERPARAMETERS)
+    config |= {"train_batch_size": toy.BATCH, "gradient_clipping": 0.0, "steps_per_print": 10**6}
+    try:
+        engine, *_ = deepspeed.initialize(
+            model=model, model_parameters=model.parameters(), optimizer=optimizer, config=config
+        )
+    except Exception as refusal:  # the test says which one is right
+        return f"{type(refusal).__name__}: {refusal}"
+    rank, size = deepspeed.comm.get_rank(), toy.BATCH // deepspeed.comm.get_world_size()
+    for update in range(toy.UPDATES):
+        inputs, targets = (whole[rank * size : (rank + 1) * size] for whole in toy.batch(update))
+        engine.backward(toy.loss_of(engine(inputs), targets))
+        engine.step()
+    with deepspeed.zero.GatheredParameters(
+        list(model.parameters()), enabled=config["zero_optimization"]["stage"] == 3
+    ):
+        weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    engine.destroy()
+    return weights
+
+
+if __name__ == "__main__":
+    main()
+    end_process(0)
