@@ -164,9 +164,7 @@ class _Plan:
 
     def memory(self, state: dict[str, int]) -> list[Memory]:
         """Everything one rank holds because of the model's size; activations are not in it."""
-        where = place_of(self.zero.offload_optimizer) if self.stage else "device"
-        if self.stage < 3 and where == "nvme":  # stages 1 and 2 know the CPU only
-            where = "cpu"
+        where = place_of(self.zero.offload_optimizer)
         found = [self._parameters()]
         if self.stage == 3:
             found.append(self._kept_whole())

@@ -47,12 +47,6 @@ def notes_on(config: dict[str, Any], stage: int, zero: DeepSpeedZeroConfig, para
             f"reduce_bucket_size, {int(zero.reduce_bucket_size):,} elements, is larger than the model: a smaller one "
             "saves memory"
         )
-    if stage == 0 and place_of(zero.offload_optimizer) != "device":
-        yield "offload_optimizer has no effect at stage 0"
-    if stage in (1, 2) and place_of(zero.offload_optimizer) == "nvme":
-        yield f"stage {stage} offloads to the CPU instead of NVMe, which only stage 3 can"
-    if stage < 3 and place_of(zero.offload_param) != "device":
-        yield f"offload_param has no effect at stage {stage}"
     if 0 < stage < 3 and zero.use_multi_rank_bucket_allreduce:
         yield (
             "DeepSpeed all-reduces the gradients, where ZeRO's paper reduce-scatters them: half as much again is sent "
