@@ -1,0 +1,61 @@
+"""Every training feature at once on two ranks, against one process that accumulates two micro-batches."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from arsg_dist.imagenet.cli import train_command
+from arsg_dist.imagenet.models import build_model
+from tests.imagenet.test_training import SCRIPT, epochs_of
+from tests.support.compare import assert_same_weights
+from tests.support.launchers import launch
+
+FEATURES = [
+    *("--data.mixup", "0.4", "--data.cutmix", "1.0", "--label_smoothing", "0.1", "--clip_grad_norm", "1.0"),
+    *("--optimizer.decay_norm_and_bias", "false", "--zero_init_gamma", "true", "--channels_last", "true"),
+    *("--optimizer.params", "{lr: 0.002, mu: 0.05, weight_decay: 0.01}", "--boost.milestones", "[1]"),
+    *("--data.progressive", "{start_size: 10, end_epoch: 1, multiple: 2}"),
+]
+ENGINES = {
+    "zero1": ("deepspeed", ["--deepspeed_config", "configs/deepspeed/zero1.json", "--ema_decay", "0.9"]),
+    "zero3": ("deepspeed", ["--deepspeed_config", "configs/deepspeed/zero3.json"]),
+    "horovod": ("mpirun", ["--engine", "horovod", "--ema_decay", "0.9"]),
+}
+
+
+def parameters(path: Path) -> dict[str, torch.Tensor]:
+    """Without batch norm's statistics, which ranks collect from their own images."""
+    names = [name for name, _ in build_model("resnet20", 3).named_parameters()]
+    weights = load_file(path)
+    return {name: weights[name] for name in names}
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_ranks_train_as_one_process_does(engine: str, recipe: list[str], tmp_path: Path) -> None:
+    """Catches a feature lost on the way into an engine: parameter groups, μ after the boost, EMA, mixing, clipping."""
+    launcher, options = ENGINES[engine]
+    job = launch(launcher, 2, SCRIPT, *recipe, *FEATURES, *options)
+    assert job.code == 0, job.output[-5000:]
+    alone = [*recipe, *FEATURES, "--accumulation_steps", "2", "--ema_decay", "0.9"]
+    assert train_command([*alone, "--output", str(tmp_path / "alone")]) == 0
+    torch.manual_seed(0)
+    start = {
+        name: parameter.detach()
+        for name, parameter in build_model("resnet20", 3, zero_init_gamma=True).named_parameters()
+    }
+    for name in ("last",) if engine == "zero3" else ("last", "ema"):
+        assert_same_weights(
+            parameters(tmp_path / "run" / "weights" / f"{name}.safetensors"),
+            parameters(tmp_path / "alone" / "weights" / f"{name}.safetensors"),
+            started_from=start,
+        )
+    here, there = epochs_of(tmp_path / "run"), epochs_of(tmp_path / "alone")
+    for key in ("lr", "mu", "image_size", "val_images"):
+        assert [record[key] for record in here] == [record[key] for record in there]
+    assert [record["mu"] for record in here] == [0.1, 0.1]
+    assert [record["train_loss"] for record in here] == pytest.approx(
+        [r["train_loss"] for r in there], rel=1e-4
+    )

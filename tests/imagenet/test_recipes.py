@@ -1,0 +1,216 @@
+"""Every file under configs/ trains as it stands, and says what its source says."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from arsg_dist.engine import SingleProcessCommunicator, SingleProcessEngine
+from arsg_dist.imagenet.augmentation import train_size
+from arsg_dist.imagenet.cli import train_command
+from arsg_dist.imagenet.config import (
+    BoostConfig,
+    DataConfig,
+    OptimizerConfig,
+    ProgressiveConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
+from arsg_dist.imagenet.engines import _settle_precision
+from arsg_dist.imagenet.models import build_model
+from arsg_dist.imagenet.optimization import Schedules, build_optimizer, lr_factor, parameter_groups
+from tests.support.launchers import REPOSITORY
+
+RECIPES = sorted((REPOSITORY / "configs").glob("*.yaml"))
+
+
+@pytest.fixture(scope="session")
+def fake_trees(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two classes of tiny images in random colours, as ImageNet (train, val) and CIFAR-10 (train, test) trees."""
+    root = tmp_path_factory.mktemp("fake")
+    generator = torch.Generator().manual_seed(0)
+    for split in ("train", "val"):
+        for label in ("cat", "dog"):
+            folder = root / "imagenet" / split / label
+            folder.mkdir(parents=True)
+            for index in range(4 if split == "train" else 1):
+                pixels = torch.randint(256, (40, 48, 3), generator=generator, dtype=torch.uint8)
+                Image.fromarray(pixels.numpy()).save(folder / f"{index}.jpg")
+    (root / "cifar").mkdir()
+    (root / "cifar" / "train").symlink_to(root / "imagenet" / "train")
+    (root / "cifar" / "test").symlink_to(root / "imagenet" / "val")
+    return {"imagenet": root / "imagenet", "cifar": root / "cifar"}
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_makes_two_updates(recipe: Path, fake_trees: dict[str, Path], tmp_path: Path) -> None:
+    """Catches a recipe with a key or value that no longer exists, and settings that fail once training begins."""
+    tree = fake_trees["cifar" if recipe.stem.startswith("cifar") else "imagenet"]
+    small = ["--data.image_size", "32", "--data.workers", "0", "--batch_size", "4", "--precision", "fp32"]
+    if recipe.stem == "imagenet_short":
+        small += ["--data.train_image_size", "32", "--data.progressive.start_size", "24"]
+    arguments = ["--config", str(recipe), "--data.root", str(tree), "--output", str(tmp_path / "run")]
+    assert train_command([*arguments, *small, "--max_updates", "2", "--log_every", "1"]) == 0
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = [record["loss"] for record in records if record["kind"] == "train"]
+    assert len(losses) == 2
+    assert all(torch.isfinite(torch.tensor(losses)))
+    described = yaml.safe_load(recipe.read_text())
+    written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert written["optimizer"]["params"] == described["optimizer"]["params"]
+
+
+def recipe_of(name: str) -> TrainConfig:
+    described = yaml.safe_load((REPOSITORY / "configs" / f"{name}.yaml").read_text())
+    sections = {
+        "data": DataConfig,
+        "optimizer": OptimizerConfig,
+        "schedule": ScheduleConfig,
+        "boost": BoostConfig,
+    }
+    if progressive := described["data"].get("progressive"):
+        described["data"]["progressive"] = ProgressiveConfig(**progressive)
+    return TrainConfig(
+        **{key: sections[key](**value) if key in sections else value for key, value in described.items()}
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "lr"), [("imagenet_arsg", 0.02), ("imagenet_sgd", 0.1), ("imagenet_adam", 2e-4)]
+)
+def test_the_papers_protocol_on_imagenet(name: str, lr: float) -> None:
+    """Catches a baseline that does not get the same protocol: batch 256, 90 epochs, lr / 10 at epochs 31 and 61."""
+    config = recipe_of(name)
+    assert (config.batch_size, config.epochs) == (256, 90)
+    assert config.optimizer.params["lr"] == lr
+    assert config.optimizer.params["weight_decay"] == 1e-4
+    factors = [lr_factor(config, 5004, epoch * 5004) for epoch in (0, 29, 30, 59, 60, 89)]
+    assert factors == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
+
+
+def test_large_batch_warms_up_from_the_unscaled_learning_rate() -> None:
+    """Catches linear scaling applied at once, which diverges, or lost after the warm-up."""
+    config = recipe_of("imagenet_large_batch")
+    updates = 1_281_167 // 8192
+    factors = [lr_factor(config, updates, update) for update in range(90 * updates)]
+    assert 1 < factors[0] < 1.1
+    assert max(factors) == pytest.approx(32, rel=1e-3)
+    assert factors.index(max(factors)) == pytest.approx(5 * updates, abs=1)
+    assert factors[-1] < 1e-3
+
+
+def test_progressive_sizes_grow_to_the_full_one() -> None:
+    """Catches sizes that are no multiple, shrink, or never reach the full size."""
+    data = recipe_of("imagenet_short").data
+    assert [train_size(data, epoch) for epoch in range(18)] == [128] * 8 + [160] * 4 + [192] * 6
+    assert train_size(DataConfig(), 3) == 224
+
+
+def test_the_boost_doubles_mu_once_and_survives_a_resume() -> None:
+    """Catches a schedule that writes the unboosted learning rate back, and a boost that is repeated after a resume."""
+    config = recipe_of("cifar10_arsgb")
+
+    def made() -> tuple[Schedules, torch.optim.Optimizer]:
+        optimizer = build_optimizer(config.optimizer, [torch.nn.Parameter(torch.zeros(2))])
+        schedules = Schedules(
+            config, optimizer, updates_per_epoch=1, communicator=SingleProcessCommunicator()
+        )
+        return schedules, optimizer
+
+    def epochs(
+        schedules: Schedules, optimizer: torch.optim.Optimizer, count: int
+    ) -> list[tuple[float, float]]:
+        seen = []
+        for _ in range(count):
+            optimizer.step()
+            schedules.after_update()
+            schedules.after_epoch(1.0)
+            seen.append((optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["mu"]))
+        return seen
+
+    whole = epochs(*made(), 80)
+    assert {mu for _, mu in whole[:19]} == {0.05}
+    assert {mu for _, mu in whole[19:]} == {0.1}
+    assert whole[0][0] == 0.005
+    assert whole[30][0] == pytest.approx(0.005 * 0.248, rel=2e-3)  # the paper rounds to a quarter
+    assert whole[70][0] == pytest.approx(whole[30][0] / 10)
+    schedules, optimizer = made()
+    first = epochs(schedules, optimizer, 40)
+    resumed, other = made()
+    other.load_state_dict(optimizer.state_dict())
+    resumed.load_state_dict(schedules.state_dict())
+    assert first + epochs(resumed, other, 40) == whole
+
+
+def test_norms_and_biases_are_a_group_without_decay() -> None:
+    """Catches weight decay on batch norm, or a parameter that no group holds."""
+    model = build_model("resnet18", 10)
+    decayed, plain = parameter_groups(model, OptimizerConfig(decay_norm_and_bias=False))
+    assert plain["weight_decay"] == 0
+    assert "weight_decay" not in decayed
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert all(
+        "bn" in names[id(p)] or "bias" in names[id(p)] or "downsample.1" in names[id(p)]
+        for p in plain["params"]
+    )
+    assert len(decayed["params"]) + len(plain["params"]) == len(names)
+    assert len(parameter_groups(model, OptimizerConfig())) == 1
+
+
+@pytest.mark.parametrize("name", ["resnet20", "resnet18", "timm:resnet10t"])
+def test_residual_branches_can_start_as_identities(name: str) -> None:
+    """Catches the option lost on one of the families of models."""
+    if name.startswith("timm:"):
+        pytest.importorskip("timm", reason="timm is not installed")
+    zeros = []
+    for wanted in (False, True):
+        parameters = build_model(name, 3, zero_init_gamma=wanted).named_parameters()
+        zeros.append(sum(bool((p == 0).all()) for key, p in parameters if key.endswith("weight")))
+    assert zeros[1] >= 4
+
+
+def test_models_that_are_not_known_or_have_no_such_start_are_named() -> None:
+    """Catches a traceback from inside a model library."""
+    with pytest.raises(ValueError, match="vgg11 has no such start"):
+        build_model("vgg11", 3, zero_init_gamma=True)
+    pytest.importorskip("timm", reason="timm is not installed")
+    with pytest.raises(ValueError, match="has no model 'resnet5000'"):
+        build_model("timm:resnet5000", 3)
+
+
+def test_precision_of_recipe_and_deepspeed_config_must_agree() -> None:
+    """Catches a run whose recipe says bf16 and that trains in fp32, or the other way round."""
+    open_config: dict[str, object] = {}
+    _settle_precision(open_config, "bf16", "ds.json")
+    assert open_config == {"bf16": {"enabled": True}}
+    for precision in ("auto", "fp16"):
+        given = {"fp16": {"enabled": True, "loss_scale": 128}}
+        _settle_precision(given, precision, "ds.json")
+        assert given == {"fp16": {"enabled": True, "loss_scale": 128}}
+    with pytest.raises(ValueError, match="has bf16 enabled but this run has precision: fp32"):
+        _settle_precision({"bf16": {"enabled": True}}, "fp32", "ds.json")
+
+
+def test_loss_scaling_skips_an_overflow_and_changes_nothing_else() -> None:
+    """Catches gradients that stay scaled, are clipped while scaled, or an infinite one that reaches the weights."""
+
+    def weights(loss_scaling: bool, overflow: bool) -> torch.Tensor:
+        module = torch.nn.Linear(3, 1, bias=False)
+        torch.nn.init.ones_(module.weight)
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+        engine = SingleProcessEngine(
+            module, optimizer, accumulation_steps=2, clip_grad_norm=0.5, loss_scaling=loss_scaling
+        )
+        for step in range(6):
+            loss = module(torch.arange(3.0) + step).sum()
+            engine.backward(loss * torch.inf if overflow and step == 2 else loss)
+            engine.step()
+        return module.weight.detach()
+
+    assert torch.allclose(weights(True, False), weights(False, False), rtol=1e-6)
+    skipped = weights(True, True)
+    assert torch.isfinite(skipped).all()
+    assert not torch.allclose(skipped, weights(True, False))
