@@ -14,7 +14,8 @@ bf16 is unknown to Horovod: where data are only moved its bits travel as fp16, a
 import io
 import pickle
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -23,9 +24,12 @@ import torch
 from horovod.torch import mpi_ops
 from torch import Tensor
 
+from arsg_dist.engine import JobError
+
 T = TypeVar("T")
 ReduceScatterPath = Literal["auto", "alltoall", "reducescatter"]
-_MEETING_TIMEOUT = 300.0  # seconds
+MEETING_TIMEOUT = 300.0
+"""Seconds that `Group.meet` waits."""
 
 
 class Group:
@@ -51,7 +55,7 @@ class Group:
         data = hvd.allgather(payload, name=f"{self.name}.{what}", process_set=self.process_set)
         return [pickle.load(io.BytesIO(part.numpy().tobytes())) for part in data.split(sizes.tolist())]
 
-    def meet(self, what: str, timeout: float = _MEETING_TIMEOUT) -> None:
+    def meet(self, what: str) -> None:
         """Returns when every rank has called it.
 
         Raises:
@@ -61,17 +65,31 @@ class Group:
         handle = hvd.allgather_async(
             torch.zeros(1, dtype=torch.uint8), name=f"{self.name}.{what}", process_set=self.process_set
         )
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + MEETING_TIMEOUT
         pause = 1e-4
         while not hvd.poll(handle):
             if time.monotonic() > deadline:
                 raise RuntimeError(
-                    f"{what} of a sharded optimizer is a collective operation: rank {self.rank} called it and the "
-                    f"other ranks did not within {timeout:g} s; call it on every rank, outside 'if hvd.rank() == 0'"
+                    f"{what} of a sharded optimizer is a collective operation: rank {self.rank} called it and "
+                    f"others did not within {MEETING_TIMEOUT:g} s; call it on every rank, outside 'if hvd.rank() == 0'"
                 )
             time.sleep(pause)
             pause = min(2 * pause, 0.05)
         hvd.synchronize(handle)
+
+    @contextmanager
+    def fail_together(self) -> Iterator[None]:
+        """If the block raises ValueError or TypeError on a rank, every rank raises: its own error, or `JobError`."""
+        error: Exception | None = None
+        try:
+            yield
+        except (ValueError, TypeError) as raised:
+            error = raised
+        errors = self.all_gather_object(None if error is None else str(error), "check")
+        if error is not None:
+            raise error
+        if any(errors):
+            raise JobError("\n".join(f"rank {rank}: {text}" for rank, text in enumerate(errors) if text))
 
     def sum(self, tensor: Tensor, what: str) -> Tensor:
         """Sum over the ranks."""

@@ -2,7 +2,6 @@
 
 import sys
 import weakref
-from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -11,10 +10,11 @@ import horovod.torch as hvd
 import torch
 from torch import Tensor
 
-from arsg_dist.engine import JobError
 from arsg_dist.horovod import sharded_arguments, sharded_state
 from arsg_dist.horovod.buckets import ParameterSpec, plan
+from arsg_dist.horovod.clipping import clip_shards
 from arsg_dist.horovod.exchange import choose_reduce_scatter
+from arsg_dist.horovod.inner_optimizer import InnerOptimizer
 from arsg_dist.horovod.parameter_gather import GatherMode
 from arsg_dist.horovod.partition import Exchange, Partition, shard_groups
 from arsg_dist.horovod.self_test import check_exchanges
@@ -86,7 +86,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         element_wise: bool = False,
     ) -> None:
         self._groups = shard_groups(shard_group, process_set)
-        with self._fail_together():
+        with self._groups.world.fail_together():
             sharded_arguments.check_optimizer(optimizer, element_wise)
             sharded_arguments.check_arguments(
                 compression,
@@ -117,26 +117,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self._partitions: list[Partition] = []
         self._frozen: list[tuple[str, Tensor]] = []
-        self._inner = self._take_over(optimizer)
+        self._whole_state = dict(optimizer.state)
+        self._inner = InnerOptimizer(optimizer, self)
+        self._inner.pieces_of_group = self._pieces_of_group
         self._shard(named)
         self._ready = True
-
-    def _take_over(self, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-        """The inner optimizer: the given one's class and settings, with state of its own, over pieces."""
-        self._base = optimizer
-        inner: torch.optim.Optimizer = object.__new__(type(optimizer))
-        inner.__dict__.update({key: value for key, value in optimizer.__dict__.items() if key != "step"})
-        for name in inner.__dict__:
-            if name.startswith("_optimizer_") and name.endswith("_hooks"):
-                # The user's hooks are called for this optimizer, once, and not for the inner one as well.
-                setattr(self, name, getattr(optimizer, name))
-                setattr(inner, name, OrderedDict())
-        inner.param_groups = self.param_groups
-        inner.state = defaultdict(dict)
-        self._whole_state = dict(optimizer.state)
-        optimizer.state = _ShardedAway()
-        self.state = _ShardedAway()
-        return inner
 
     def _shard(self, named: Sequence[tuple[str, Tensor]]) -> None:
         """Lays out these parameters, checks the exchanges at their sizes and takes over their state."""
@@ -155,7 +140,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             self.backward_passes_per_step,
             str(self._exchange.postscale),
         )
-        with self._fail_together():
+        with self._groups.world.fail_together():
             others = self._groups.world.all_gather_object(described, "layout")
             differing = [rank for rank, other in enumerate(others) if other != others[0]]
             if differing:
@@ -184,19 +169,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         sizes = {(bucket.numel, arenas[bucket.arena][0], device): None for bucket in buckets}
         check_exchanges(self._groups.shard, self._exchange.reduce_scatter, list(sizes))
 
-    @contextmanager
-    def _fail_together(self) -> Iterator[None]:
-        """If the block fails on one rank, every rank raises; ranks with an error of their own raise that one."""
-        error: Exception | None = None
-        try:
-            yield
-        except (ValueError, TypeError) as raised:
-            error = raised
-        errors = self._groups.world.all_gather_object(None if error is None else str(error), "check")
-        if error is not None:
-            raise error
-        if any(errors):
-            raise JobError("\n".join(f"rank {rank}: {text}" for rank, text in enumerate(errors) if text))
+    def _pieces_of_group(self, group: int) -> list[Tensor]:
+        return [piece for partition in self._partitions for piece in partition.pieces_of_group(group)]
 
     @property
     def shard_world_size(self) -> int:
@@ -278,29 +252,14 @@ class ShardedOptimizer(torch.optim.Optimizer):
             RuntimeError: the norm is not finite, and that is an error.
         """
         self.synchronize()
-        chosen = None if parameters is None else {id(parameter) for parameter in parameters}
-        shards = [
-            partition.gradients.shard(segment.bucket).narrow(0, segment.start, segment.numel)
-            for partition in self._partitions
-            for segment, _ in partition.pieces
-            if (chosen is None or id(partition.parameters[segment.parameter]) in chosen)
-            and partition.parameters[segment.parameter].requires_grad
-        ]
-        device = self._partitions[0].parameters[0].device
-        mine = torch.zeros((), dtype=torch.float64, device=device)
-        for shard in shards:
-            norm = torch.linalg.vector_norm(shard, norm_type, dtype=torch.float64)
-            mine = torch.maximum(mine, norm) if norm_type == float("inf") else mine + norm**norm_type
-        if norm_type == float("inf"):
-            total = self._groups.shard.max(mine, "norm")
-        else:
-            total = self._groups.shard.sum(mine, "norm") ** (1.0 / norm_type)
-        if error_if_nonfinite and not torch.isfinite(total):
-            raise RuntimeError(f"the norm of order {norm_type} of the gradients is {float(total)}")
-        factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
-        for shard in shards:
-            shard.mul_(factor)
-        return total.to(torch.float32)
+        return clip_shards(
+            self._partitions,
+            self._groups.shard,
+            max_norm,
+            norm_type,
+            error_if_nonfinite=error_if_nonfinite,
+            parameters=parameters,
+        )
 
     # The update
 
@@ -329,30 +288,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._bring_masters_up_to_date()
         for partition in self._partitions:
             partition.hand_out_gradients()
-        with self._on_pieces():
-            step = type(self._inner).step
-            getattr(step, "__wrapped__", step)(
-                self._inner
-            )  # without the hooks around it: they are called for this one
+        self._inner.step()
         for partition in self._partitions:
             partition.take_gradients_back()
             partition.start_gather()
-        self._base._opt_called = True  # type: ignore[attr-defined]  # what torch's schedulers look for
         return loss
-
-    @contextmanager
-    def _on_pieces(self) -> Iterator[None]:
-        """Lets the groups hold this rank's pieces in place of the parameters, for the inner optimizer."""
-        whole = [group["params"] for group in self.param_groups]
-        try:
-            for index, group in enumerate(self.param_groups):
-                group["params"] = [
-                    piece for partition in self._partitions for piece in partition.pieces_of_group(index)
-                ]
-            yield
-        finally:
-            for group, parameters in zip(self.param_groups, whole, strict=True):
-                group["params"] = parameters
 
     def _bring_masters_up_to_date(self) -> None:
         self.synchronize_parameters()
@@ -390,13 +330,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
             TypeError: the optimizer has no base iterate.
             RuntimeError: nested use, or `step` or `load_state_dict` inside.
         """
-        if not hasattr(self._inner, "base_iterate"):
-            raise TypeError(f"{type(self._inner).__name__} has no base iterate")
+        self._inner.require("base_iterate")
         self._refuse_at_base_iterate("base_iterate")
         self._groups.world.meet("base_iterate()")
         self._bring_masters_up_to_date()
-        with self._on_pieces():
-            inner = self._inner.base_iterate()
+        with self._inner.on_pieces() as optimizer:
+            inner = optimizer.base_iterate()  # type: ignore[attr-defined]
             inner.__enter__()
         self._at_base_iterate = True
         try:
@@ -419,10 +358,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
         Raises:
             TypeError: the optimizer has no restart.
         """
-        if not hasattr(self._inner, "restart"):
-            raise TypeError(f"{type(self._inner).__name__} has no restart")
-        with self._on_pieces():
-            self._inner.restart()
+        self._inner.require("restart")
+        with self._inner.on_pieces() as optimizer:
+            optimizer.restart()  # type: ignore[attr-defined]
 
     def _refuse_at_base_iterate(self, what: str) -> None:
         if self._at_base_iterate:
@@ -449,9 +387,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if any(partition.gradients.under_way for partition in self._partitions):
             raise RuntimeError("add_param_group() is for between updates: after step() and zero_grad()")
         index = len(self.param_groups)
-        with self._fail_together():
+        with self._groups.world.fail_together():
             # The base class of the inner optimizer checks its settings; both share the list of groups.
-            self._inner.add_param_group(param_group)
+            self._inner.optimizer.add_param_group(param_group)
             group = self.param_groups[index]
             try:
                 names = group.get("param_names", [f"group{index}.{i}" for i in range(len(group["params"]))])
@@ -529,10 +467,3 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def __repr__(self) -> str:
         return f"ShardedOptimizer over {self._groups.shard.size} ranks of {super().__repr__()}"
-
-
-class _ShardedAway(defaultdict[Any, Any]):
-    """The `state` of an optimizer whose state is elsewhere."""
-
-    def __missing__(self, parameter: Any) -> NoReturn:
-        raise KeyError("the state of this optimizer is sharded; ShardedOptimizer.state_dict() gathers it")

@@ -201,7 +201,7 @@ def load_state(optimizer: "ShardedOptimizer", state_dict: dict[str, Any] | None)
     """See `ShardedOptimizer.load_state_dict`. Collective."""
     world = optimizer._groups.world
     holds = state_dict is not None and not state_dict.get(_HELD, False)
-    with optimizer._fail_together():
+    with world.fail_together():
         if holds:
             assert state_dict is not None
             _check_fit(optimizer, state_dict)
@@ -240,7 +240,7 @@ def load_state(optimizer: "ShardedOptimizer", state_dict: dict[str, Any] | None)
     optimizer._whole_state = {
         parameters[place]: copy.deepcopy(entry) for place, entry in (kept or {}).items()
     }
-    _load_inner(optimizer, groups, loaded)
+    optimizer._inner.load(copy.deepcopy(groups), loaded)
     for partition in optimizer._partitions:
         partition.take_gradients_back()
 
@@ -365,26 +365,3 @@ def _scatter(
     if groups.replicas.rank == 0:
         flat = groups.shard.scatter_from_first(flat, numel, dtype, what).repeat(groups.replicas.size)
     return groups.replicas.scatter_from_first(flat, numel, dtype, what)
-
-
-def _load_inner(
-    optimizer: "ShardedOptimizer", groups: list[dict[str, Any]], loaded: dict[Tensor, dict[str, Any]]
-) -> None:
-    """Lets the inner optimizer load its pieces' state its own way (dtypes, step counts, defaults of old files)."""
-    inner, own = optimizer._inner, optimizer.param_groups
-    with optimizer._on_pieces():
-        number = {id(piece): place for place, piece in enumerate(p for group in own for p in group["params"])}
-        type(inner).load_state_dict(
-            inner,
-            {
-                "state": {number[id(piece)]: state for piece, state in loaded.items() if state},
-                "param_groups": [
-                    {**saved, "params": [number[id(piece)] for piece in group["params"]]}
-                    for saved, group in zip(copy.deepcopy(groups), own, strict=True)
-                ],
-            },
-        )
-        settings = inner.param_groups
-    inner.param_groups = own
-    for group, loaded_group in zip(own, settings, strict=True):
-        group.update({key: value for key, value in loaded_group.items() if key != "params"})
