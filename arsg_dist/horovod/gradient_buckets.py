@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from arsg_dist.horovod.buckets import Layout
-from arsg_dist.horovod.exchange import Group, ReduceScatter, Started, sum_dtype
+from arsg_dist.horovod.exchange import Group, ReduceScatter, Started
 
 
 class ReleasedGradient(Tensor):
@@ -46,7 +46,7 @@ class ReleasedGradient(Tensor):
         """Refuses everything but GradScaler's operation."""
         if func is torch.ops.aten._amp_foreach_non_finite_check_and_unscale_.default:
             gradients, found_inf, inv_scale = args
-            gradients[0]._unscale(found_inf, inv_scale)
+            next(g for g in gradients if isinstance(g, cls))._unscale(found_inf, inv_scale)
             return None
         raise RuntimeError(
             f"{func} on a gradient that a ShardedOptimizer has already handed to its owner. To clip use "
@@ -74,6 +74,7 @@ class GradientBuckets:
         prescale: factor before the sum over the ranks.
         postscale: factor after it.
         sparse_as_dense: accept sparse gradients and make them dense.
+        label: precedes the names of buckets.
     """
 
     def __init__(
@@ -89,7 +90,9 @@ class GradientBuckets:
         prescale: float,
         postscale: float,
         sparse_as_dense: bool,
+        label: str,
     ) -> None:
+        self.label = label
         self.layout, self.parameters, self.group, self.replicas = layout, parameters, group, replicas
         self.reduce_scatter, self.compression, self.passes = reduce_scatter, compression, passes
         self.prescale, self.postscale, self.sparse_as_dense = prescale, postscale, sparse_as_dense
@@ -184,7 +187,7 @@ class GradientBuckets:
             flat.mul_(self.prescale)
         wire, context = self.compression.compress(flat)
         decode = functools.partial(self.compression.decompress, ctx=context)
-        self._started[bucket] = self.reduce_scatter.start(wire, decode, f"gradient{bucket}")
+        self._started[bucket] = self.reduce_scatter.start(wire, decode, f"{self.label}.gradient{bucket}")
 
     def _finish(self, bucket: int) -> None:
         self.shards[bucket] = self._started.pop(bucket).finish()
@@ -215,7 +218,7 @@ class GradientBuckets:
             hvd.allreduce_async_(
                 shard,
                 op=hvd.Sum,
-                name=f"{replicas.name}.gradient{bucket}",
+                name=f"{replicas.name}.{self.label}.gradient{bucket}",
                 process_set=replicas.process_set,
             )
             for bucket, shard in enumerate(self.shards)
@@ -239,11 +242,6 @@ class GradientBuckets:
             )
             self._found_inf = self.group.max(mine, "found_inf")
         found_inf.copy_(torch.maximum(found_inf, self._found_inf))
-
-
-def accumulated_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Dtype of a shard's gradient and master weights."""
-    return sum_dtype(dtype)
 
 
 def _gradient_is_ready(owner: "weakref.ref[GradientBuckets]", index: int, parameter: Tensor) -> None:

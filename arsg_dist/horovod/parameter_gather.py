@@ -34,6 +34,7 @@ class ParameterGather:
         arenas: the flat memory of the parameters.
         group: the ranks.
         mode: see above.
+        label: precedes the names of buckets.
     """
 
     def __init__(
@@ -43,7 +44,9 @@ class ParameterGather:
         arenas: Sequence[Tensor],
         group: Group,
         mode: GatherMode,
+        label: str,
     ) -> None:
+        self.label = label
         self.layout, self.group, self.lazy = layout, group, mode == "lazy"
         self.started: dict[int, Started] = {}
         """Exchanges under way, by bucket."""
@@ -73,7 +76,7 @@ class ParameterGather:
             range(len(shards))
         ):  # the first layers' parameters, needed first, are in the last
             self.started[bucket] = start_all_gather(
-                self.group, shards[bucket], self._targets[bucket], f"parameters{bucket}"
+                self.group, shards[bucket], self._targets[bucket], f"{self.label}.parameters{bucket}"
             )
         self._wait_for(list(self.started) if not self.lazy else self._unwatched)
 

@@ -60,6 +60,7 @@ class Partition:
         groups: the ranks.
         exchange: settings.
         passes: backward passes per update.
+        label: distinguishes the exchanges of this partition from those of others.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class Partition:
         groups: ShardGroups,
         exchange: Exchange,
         passes: int,
+        label: str,
     ) -> None:
         self.layout, self.parameters, self.group_of = layout, list(parameters), list(group_of)
         self.rank = groups.shard.rank
@@ -85,7 +87,7 @@ class Partition:
             flat.copy_(spec.flat(parameter.detach()))
             parameter.data = spec.shaped(flat) if spec.numel else parameter.data
             self._homes.append((parameter.data_ptr(), parameter.stride()))
-        self.gather = ParameterGather(layout, parameters, self.arenas, groups.shard, exchange.gather)
+        self.gather = ParameterGather(layout, parameters, self.arenas, groups.shard, exchange.gather, label)
         self.gradients = GradientBuckets(
             layout,
             parameters,
@@ -97,6 +99,7 @@ class Partition:
             prescale=exchange.prescale,
             postscale=exchange.postscale,
             sparse_as_dense=exchange.sparse_as_dense,
+            label=label,
         )
         self.masters = [
             self._owned(bucket).to(sum_dtype(self._owned(bucket).dtype), copy=True)
@@ -184,13 +187,14 @@ def _checksum(arena: Tensor) -> Tensor:
 _PROCESS_SETS: dict[tuple[int, ...], Any] = {}
 
 
-def shard_groups(shard_group: str | int, process_set: Any) -> ShardGroups:
+def shard_groups(shard_group: str | int, process_set: Any, label: str) -> ShardGroups:
     """Makes the groups of ranks; every rank must call this alike.
 
     Args:
         shard_group: "job": shards over all ranks. "node": over the ranks of a host, with an all-reduce of the shards
             between hosts. A number: over that many consecutive ranks.
         process_set: the ranks that train together.
+        label: precedes the names of all exchanges.
 
     Raises:
         ValueError: a setting that does not fit the job.
@@ -199,7 +203,7 @@ def shard_groups(shard_group: str | int, process_set: Any) -> ShardGroups:
         raise ValueError(
             f"rank {hvd.rank()} is not in process_set {process_set}: construct ShardedOptimizer on its ranks only"
         )
-    world = Group(process_set, "sharded")
+    world = Group(process_set, label)
     if shard_group == "job":
         return ShardGroups(world, None, world)
     if process_set.process_set_id != 0:
@@ -224,7 +228,7 @@ def shard_groups(shard_group: str | int, process_set: Any) -> ShardGroups:
         raise ValueError(f"shard_group={shard_group!r}: hosts have {[len(r) for r in nodes.values()]} ranks")
     mine = _process_set_of(hvd.rank(), list(nodes.values()))
     replicas = _process_set_of(hvd.rank(), [list(ranks) for ranks in zip(*nodes.values(), strict=True)])
-    return ShardGroups(Group(mine, "sharded.node"), Group(replicas, "sharded.replicas"), world)
+    return ShardGroups(Group(mine, f"{label}.node"), Group(replicas, f"{label}.replicas"), world)
 
 
 def _process_set_of(rank: int, all_ranks: list[list[int]]) -> Any:

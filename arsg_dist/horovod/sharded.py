@@ -1,5 +1,6 @@
 """An optimizer whose state exists once in a Horovod job."""
 
+import itertools
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,6 +19,10 @@ from arsg_dist.horovod.inner_optimizer import InnerOptimizer
 from arsg_dist.horovod.parameter_gather import GatherMode
 from arsg_dist.horovod.partition import Exchange, Partition, shard_groups
 from arsg_dist.horovod.self_test import check_exchanges
+
+_number = (
+    itertools.count()
+)  # Horovod tells exchanges apart by their names: those of two optimizers must differ
 
 
 class ShardedOptimizer(torch.optim.Optimizer):
@@ -85,7 +90,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         reduce_scatter: str = "auto",
         element_wise: bool = False,
     ) -> None:
-        self._groups = shard_groups(shard_group, process_set)
+        self._groups = shard_groups(shard_group, process_set, f"sharded{next(_number)}")
         with self._groups.world.fail_together():
             sharded_arguments.check_optimizer(optimizer, element_wise)
             sharded_arguments.check_arguments(
@@ -99,6 +104,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             )
             named = sharded_arguments.names_of(optimizer.param_groups, named_parameters)
             sharded_arguments.check_parameters(named)
+            sharded_state.check_state(named, optimizer)
             chosen = choose_reduce_scatter(reduce_scatter, self._groups.shard, named[0][1].device.type)
         self._exchange = Exchange(
             chosen,
@@ -158,6 +164,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             self._groups,
             self._exchange,
             self.backward_passes_per_step,
+            label=f"part{len(self._partitions)}",
         )
         self._partitions.append(partition)
         self._frozen += [(name, parameter) for name, parameter in named if not parameter.requires_grad]

@@ -5,19 +5,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import horovod.torch as hvd
 import torch
 from torch import nn
 
 from arsg_dist.engine import Communicator, SingleProcessEngine
+from arsg_dist.horovod.broadcast import broadcast_parameters
 from arsg_dist.horovod.sharded import ShardedOptimizer
 
 
 class HorovodShardedEngine(SingleProcessEngine):
     """Every rank holds the model; optimizer state and fp32 masters are divided among the ranks.
 
-    Its checkpoint is the file of the single process and of the replicated `HorovodEngine`, and each of them resumes
-    from any of the others' on any number of ranks.
+    Its checkpoint is the file of the single process and of the replicated `HorovodEngine`: each of them resumes from
+    any of the others', on any number of ranks.
 
     Args:
         module: the model, on this rank's device; rank 0's weights are broadcast.
@@ -25,7 +25,8 @@ class HorovodShardedEngine(SingleProcessEngine):
         communicator: from `connect`.
         accumulation_steps: micro-batches per update and rank.
         clip_grad_norm: the averaged gradient is scaled down to this norm if it is larger; 0 for never.
-        sharding: keyword arguments of `ShardedOptimizer`, such as `bucket_mb`.
+        loss_scaling: scale the loss dynamically, as fp16 autocast needs; updates whose gradients overflow are skipped.
+        sharding: further keyword arguments of `ShardedOptimizer`, such as `bucket_mb`.
     """
 
     optimizer: ShardedOptimizer
@@ -38,18 +39,22 @@ class HorovodShardedEngine(SingleProcessEngine):
         *,
         accumulation_steps: int = 1,
         clip_grad_norm: float = 0.0,
+        loss_scaling: bool = False,
         **sharding: Any,
     ) -> None:
-        hvd.broadcast_parameters(module.state_dict(), root_rank=0)
+        broadcast_parameters(module.state_dict())
         sharded = ShardedOptimizer(
             optimizer,
             named_parameters=module.named_parameters(),
             backward_passes_per_step=accumulation_steps,
-            op=hvd.Average,
             **sharding,
         )
         super().__init__(
-            module, sharded, accumulation_steps=accumulation_steps, clip_grad_norm=clip_grad_norm
+            module,
+            sharded,
+            accumulation_steps=accumulation_steps,
+            clip_grad_norm=clip_grad_norm,
+            loss_scaling=loss_scaling,
         )
         self.communicator = communicator
 
@@ -66,14 +71,15 @@ class HorovodShardedEngine(SingleProcessEngine):
 
     def _clip(self) -> None:
         if self._clip_grad_norm:
+            self.optimizer.synchronize()
+            self._grad_scaler.unscale_(self.optimizer)
             self.optimizer.clip_grad_norm_(self._clip_grad_norm)
 
     def save(self, directory: Path, progress: dict[str, Any]) -> None:
         """Gathers the state on rank 0, which writes one file."""
         self._refuse_at_base_iterate("save")
-        self.optimizer.synchronize_parameters()
         optimizer = self.optimizer.state_dict()
-        # Parameters lie in the memory of whole buckets, all of which a file of them would otherwise hold.
-        model = {name: tensor.clone() for name, tensor in self.module.state_dict().items()}
         if self.communicator.rank == 0:
+            # Parameters lie in the memory of whole buckets, all of which a file of one of them would hold.
+            model = {name: tensor.clone() for name, tensor in self.module.state_dict().items()}
             self._write(directory, model, optimizer, progress)

@@ -1,7 +1,7 @@
 """State between shards and the form of an optimizer that is not sharded."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +17,13 @@ if TYPE_CHECKING:
 _NUMBERS = frozenset({"step", "mu_product", "eta", "mu"})
 _MASTER = "master_params"
 _HELD = "held_by_rank_0"
+
+
+def check_state(named: Iterable[tuple[str, Tensor]], optimizer: torch.optim.Optimizer) -> None:
+    """Raises ValueError if an optimizer has state that cannot be cut up."""
+    for name, parameter in named:
+        for entry, value in optimizer.state.get(parameter, {}).items():
+            _is_per_element(name, entry, value, parameter)
 
 
 def adopt_state(optimizer: "ShardedOptimizer", partition: Partition) -> None:

@@ -169,7 +169,9 @@ def _parser() -> ArgumentParser:
     parser.add_argument(
         "--config", action="config", help="recipe: a YAML file with any of the settings below"
     )
-    parser.add_argument("--engine", default="auto", help="auto, deepspeed, horovod or single (default: auto)")
+    parser.add_argument(
+        "--engine", default="auto", help="auto, deepspeed, horovod, horovod-sharded or single (default: auto)"
+    )
     parser.add_argument("--deepspeed_config", help="DeepSpeed JSON config; implies the engine deepspeed")
     parser.add_argument("--output", help="directory of the run (default: runs/MODEL-ENGINE-TIME)")
     parser.add_argument(

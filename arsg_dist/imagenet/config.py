@@ -215,7 +215,8 @@ class TrainConfig:
         zero_init_gamma: the scale of the last batch norm in each residual branch starts at 0 (ResNets).
         precision: of forward and backward passes: "fp32"; "bf16" or "fp16": autocast, fp16 with dynamic loss scaling
             (under DeepSpeed its bf16 or fp16 section); "auto": fp32, under DeepSpeed what its config says.
-        channels_last: images (and weights, on a single process) in memory as NHWC, which GPUs with tensor cores prefer.
+        channels_last: images (and weights, but under DeepSpeed and replicated Horovod) in memory as NHWC, which GPUs
+            with tensor cores prefer.
         compile: torch.compile the network.
         ema_decay: decay per update of a moving average of the weights, validated and exported besides; 0 for none.
         evaluate_at: "x": validate the weights as they are, at ARSG's observation point; "theta": at its base iterate.

@@ -1,7 +1,7 @@
 """Chooses and builds the engine a run was launched for; the only place of the application that tells engines apart."""
 
 from contextlib import AbstractContextManager
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -10,15 +10,15 @@ from arsg_dist.engine import Communicator, Engine, Ranks, SingleProcessCommunica
 from arsg_dist.imagenet.config import TrainConfig
 from arsg_dist.imagenet.optimization import build_optimizer, parameter_groups
 
-EngineName = Literal["deepspeed", "horovod", "single"]
+EngineName = Literal["deepspeed", "horovod", "horovod-sharded", "single"]
 
 
 def choose_engine(requested: str, deepspeed_config: str | None, ranks: Ranks) -> EngineName:
     """The engine to use.
 
     Args:
-        requested: "auto", "deepspeed", "horovod" or "single". "auto" is DeepSpeed if there is a config for it, else a
-            single process.
+        requested: "auto", "deepspeed", "horovod", "horovod-sharded" or "single". "auto" is DeepSpeed if there is a
+            config for it, else a single process.
         deepspeed_config: path, or None.
         ranks: of this process.
 
@@ -38,10 +38,10 @@ def choose_engine(requested: str, deepspeed_config: str | None, ranks: Ranks) ->
     if requested == "single" and ranks.world_size > 1:
         raise ValueError(
             f"{ranks.launcher} started {ranks.world_size} ranks but no engine was chosen that lets them work together: "
-            "add --deepspeed_config FILE or --engine horovod"
+            "add --deepspeed_config FILE, --engine horovod or --engine horovod-sharded"
         )
-    if requested not in ("deepspeed", "horovod", "single"):
-        raise ValueError(f"--engine {requested} is not known; use auto, deepspeed, horovod or single")
+    if requested not in get_args(EngineName):
+        raise ValueError(f"--engine {requested} is not known; use auto, {', '.join(get_args(EngineName))}")
     return requested  # type: ignore[return-value]
 
 
@@ -56,7 +56,7 @@ def connect(name: EngineName, ranks: Ranks) -> Communicator:
         from arsg_dist import deepspeed
 
         return deepspeed.connect(ranks)
-    if name == "horovod":
+    if name in ("horovod", "horovod-sharded"):
         from arsg_dist import horovod
 
         return horovod.connect(ranks)
@@ -147,7 +147,7 @@ def build_engine(
     if torch.cuda.is_available():
         torch.cuda.set_device(ranks.local_rank % torch.cuda.device_count())
         module = module.cuda()
-    if config.channels_last and name == "single":  # Horovod exchanges gradients of contiguous parameters only
+    if config.channels_last and name != "horovod":  # its gradients of such parameters would have to be copied
         module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = build_optimizer(config.optimizer, parameter_groups(module, config.optimizer))
     options: dict[str, Any] = {
@@ -159,4 +159,8 @@ def build_engine(
         from arsg_dist.horovod import HorovodEngine
 
         return HorovodEngine(module, optimizer, communicator, **options)
+    if name == "horovod-sharded":
+        from arsg_dist.horovod import HorovodShardedEngine
+
+        return HorovodShardedEngine(module, optimizer, communicator, **options)
     return SingleProcessEngine(module, optimizer, **options)

@@ -1,0 +1,25 @@
+"""What a Horovod user does beside training, and what is refused, on real ranks with a sharded optimizer."""
+
+import pytest
+
+from tests.support.launchers import launch
+
+pytestmark = pytest.mark.ranks
+
+JOB = "tests/support/horovod_sharded_checks_job.py"
+
+
+@pytest.mark.parametrize(
+    ("launcher", "ranks"),
+    [
+        ("mpirun", 2),
+        pytest.param("alone", 1, marks=pytest.mark.slow),
+        pytest.param("horovodrun", 3, marks=pytest.mark.slow),
+    ],
+)
+def test_what_users_know_works_or_is_refused(launcher: str, ranks: int) -> None:
+    """The job's checks name the bugs they catch: readers that see old parameters, gradients that are silently not
+    clipped, written parameters that are overwritten, state lost or cut wrongly, hooks called twice, a hang."""
+    job = launch(launcher, ranks, JOB, timeout=500)
+    assert job.code == 0, job.output[-8000:]
+    assert job.output.count("done: ") == 17, job.output

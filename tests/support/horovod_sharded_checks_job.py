@@ -1,0 +1,558 @@
+"""Job for one rank: what a Horovod user does beside training, and what must be refused, on a sharded optimizer.
+
+usage: horovod_sharded_checks_job.py [NAME OF A CHECK]...
+"""
+
+import copy
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import horovod.torch as hvd
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from arsg_dist import ARSG
+from arsg_dist.engine import JobError, end_process
+from arsg_dist.horovod import ShardedOptimizer, exchange, parameter_gather, self_test
+from arsg_dist.horovod.exchange import AllToAllReduceScatter, Group, choose_reduce_scatter
+from tests.support import toy
+
+SETTINGS = toy.HYPERPARAMETERS
+
+
+def build(model: nn.Module | None = None, **arguments: Any) -> tuple[nn.Module, ShardedOptimizer]:
+    model = toy.build_model() if model is None else model
+    optimizer = ARSG(model.parameters(), **SETTINGS)
+    return model, ShardedOptimizer(optimizer, model.named_parameters(), **{"bucket_mb": 0.01, **arguments})
+
+
+def update(model: nn.Module, optimizer: torch.optim.Optimizer, number: int = 0) -> None:
+    optimizer.zero_grad()
+    inputs, targets = toy.batch(number)
+    dtype = next(model.parameters()).dtype
+    toy.loss_of(model(inputs.to(dtype)), targets.to(dtype)).backward()
+    optimizer.step()
+
+
+@contextmanager
+def refused(kinds: Any, text: str) -> Iterator[None]:
+    with pytest.raises(kinds) as raised:
+        yield
+    assert text in str(raised.value), f"{text!r} is not in: {raised.value}"
+
+
+def plain_after(updates: int, **settings: Any) -> tuple[nn.Module, ARSG]:
+    model = toy.build_model()
+    optimizer = ARSG(model.parameters(), **{**SETTINGS, **settings})
+    for number in range(updates):
+        update(model, optimizer, number)
+    return model, optimizer
+
+
+def assert_equal(actual: nn.Module | dict[str, Tensor], expected: nn.Module | dict[str, Tensor]) -> None:
+    actual = actual if isinstance(actual, dict) else actual.state_dict()
+    expected = expected if isinstance(expected, dict) else expected.state_dict()
+    assert actual.keys() == expected.keys()
+    for name in expected:
+        assert torch.allclose(actual[name], expected[name], rtol=1e-4, atol=1e-6), name
+
+
+# Readers. The exchange is made to write at the last moment, so that whoever does not wait reads old values.
+
+
+@contextmanager
+def late_exchange() -> Iterator[None]:
+    start = parameter_gather.start_all_gather
+
+    def late(group: Group, shard: Tensor, bucket: Tensor, name: str) -> exchange.Started:
+        arrived = torch.empty_like(bucket)
+        started = start(group, shard, arrived, name)
+        return exchange.Started(started.handle, lambda output: bucket.copy_(started.result(output)))
+
+    parameter_gather.start_all_gather = late
+    try:
+        yield
+    finally:
+        parameter_gather.start_all_gather = start
+
+
+class Reader(nn.Module):
+    """Modules that read weights in every way there is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.first = nn.Linear(17, 8)
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.recurrent = nn.LSTM(8, 8, batch_first=True)
+        self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))
+        self.past = nn.Linear(8, 5)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = self.first(inputs).unsqueeze(0)
+        hidden = self.attention(hidden, hidden, hidden)[0]
+        hidden = self.normed(self.recurrent(hidden)[0])
+        outputs: Tensor = functional.linear(hidden, self.past.weight, self.past.bias)
+        return outputs[0]
+
+
+def check_readers_wait() -> None:
+    """Every way of reading through modules, against an eager twin."""
+    readers: dict[str, Callable[[nn.Module], Any]] = {
+        "forward": lambda m: m(toy.batch(7)[0]),
+        "eval": lambda m: m.eval()(toy.batch(7)[0]),
+        "state_dict": lambda m: torch.cat([t.flatten() for t in m.state_dict().values()]),
+        "parameters": lambda m: torch.cat([p.detach().flatten() for p in m.parameters()]),
+        "attribute": lambda m: m.past.weight.detach(),
+        "deepcopy": lambda m: torch.cat([p.detach().flatten() for p in copy.deepcopy(m).parameters()]),
+        "compiled": lambda m: torch.compile(m, backend="eager")(toy.batch(7)[0]),
+    }
+    # The last one: from then on step() waits, since compiled code cannot be watched.
+    assert list(readers)[-1] == "compiled"
+    twin, eager = build(Reader(), gather="eager")
+    model, lazy = build(Reader())
+    with late_exchange():
+        for number, (name, read) in enumerate(readers.items()):
+            for m, optimizer in ((twin, eager), (model, lazy)):
+                m.train()
+                update(m, optimizer, number)
+            under_way = sum(len(partition.gather.started) for partition in lazy._partitions)
+            assert under_way > 0, f"{name}: nothing to wait for, so the comparison would show nothing"
+            assert not any(partition.gather.started for partition in eager._partitions)
+            stale = torch.cat([a.view(-1).clone() for p in lazy._partitions for a in p.arenas])
+            assert torch.equal(read(model), read(twin)), name
+            lazy.synchronize_parameters()
+            fresh = torch.cat([a.view(-1) for p in lazy._partitions for a in p.arenas])
+            assert not torch.equal(stale, fresh), f"{name}: the update was already there"
+        update(model, lazy, 9)
+        assert not any(partition.gather.started for partition in lazy._partitions), (
+            "not awaited under torch.compile"
+        )
+    eager.close()
+    lazy.close()
+    for module in model.modules():
+        assert type(module.__dict__["_parameters"]) is dict
+
+
+def check_parameters_without_module_wait() -> None:
+    """Parameters of no module are there when step() returns."""
+    weight = torch.ones(1000, requires_grad=True)
+    optimizer = ShardedOptimizer(torch.optim.SGD([weight], lr=0.1), [("weight", weight)])
+    with late_exchange():
+        (weight * torch.arange(1000.0)).sum().backward()
+        optimizer.step()
+        assert torch.allclose(weight.detach(), 1 - 0.1 * torch.arange(1000.0), atol=1e-4)
+    optimizer.close()
+
+
+# Gradients
+
+
+def check_released_gradients_refuse() -> None:
+    model, optimizer = build()
+    inputs, targets = toy.batch(0)
+    toy.loss_of(model(inputs), targets).backward()
+    with refused(RuntimeError, "optimizer.clip_grad_norm_(max_norm)"):
+        nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+    with refused(RuntimeError, "handed to its owner"):
+        _ = model[0].weight.grad + 1
+    with refused(RuntimeError, "before step(): other ranks already"):
+        optimizer.zero_grad()
+    with refused(RuntimeError, "is for between updates"):
+        optimizer.set_backward_passes_per_step(2)
+    with refused(RuntimeError, "call optimizer.zero_grad()"):
+        toy.loss_of(model(inputs), targets).backward()
+    with refused(RuntimeError, "call synchronize() before it"), optimizer.skip_synchronize():
+        optimizer.step()
+    optimizer.synchronize()
+    optimizer.zero_grad()  # throws the update away
+    assert_equal(model, toy.build_model())
+    optimizer.zero_grad(set_to_none=False)
+    assert torch.equal(model[0].weight.grad, torch.zeros_like(model[0].weight))
+    update(model, optimizer)
+    assert_equal(model, plain_after(1)[0])
+    optimizer.close()
+
+
+def check_passes_can_change() -> None:
+    model, optimizer = build()
+    optimizer.set_backward_passes_per_step(2)
+    inputs, targets = toy.batch(0)
+    for _ in range(2):
+        (toy.loss_of(model(inputs), targets) / 2).backward()
+    optimizer.step()
+    assert_equal(model, plain_after(1)[0])
+    optimizer.zero_grad()
+    optimizer.set_backward_passes_per_step(1)
+    update(model, optimizer, 1)
+    assert_equal(model, plain_after(2)[0])
+    optimizer.close()
+
+
+def check_sparse_gradients() -> None:
+    for dense in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(50, 3, sparse=True), nn.Linear(3, 2))
+        optimizer = ShardedOptimizer(
+            torch.optim.SGD(model.parameters(), lr=0.1), model.named_parameters(), sparse_as_dense=dense
+        )
+        before = model[0].weight.detach().clone()
+        loss = model(torch.tensor([3, 3, 7])).sum()
+        if not dense:
+            with refused(RuntimeError, "sparse gradient, which cannot be sharded"):
+                loss.backward()
+        else:
+            loss.backward()
+            optimizer.step()
+            moved = (model[0].weight.detach() - before).abs().sum(1)
+            assert moved.nonzero().flatten().tolist() == [3, 7]
+        optimizer.close()
+
+
+# Parameters written by others
+
+
+def check_written_parameters_are_kept() -> None:
+    """Loaded, broadcast and clamped parameters are trained on; the rest keeps its master's precision."""
+    for dtype in (torch.float32, torch.bfloat16):
+        model, optimizer = build(toy.build_model().to(dtype))
+        update(model, optimizer)
+        loaded = {name: tensor.clone() + 0.5 for name, tensor in model.state_dict().items()}
+        model.load_state_dict(loaded)
+        with optimizer.base_iterate():
+            pass
+        assert all(torch.equal(tensor, loaded[name]) for name, tensor in model.state_dict().items())
+        for master in (m for p in optimizer._partitions for m in p.masters):
+            assert master.dtype == torch.float32
+        if hvd.rank():
+            with torch.no_grad():
+                model[0].weight.fill_(3.0)
+        hvd.broadcast_parameters(model.state_dict(), root_rank=0)
+        with optimizer.base_iterate():
+            pass
+        assert all(torch.equal(tensor, loaded[name]) for name, tensor in model.state_dict().items())
+        with torch.no_grad():
+            model[0].bias.clamp_(0.0, 0.1)
+        clamped = model[0].bias.detach().clone()
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+        update(model, optimizer)
+        assert torch.equal(model[0].bias, clamped)
+        optimizer.close()
+
+
+def check_memory_replaced() -> None:
+    model, optimizer = build()
+    model[2].weight.data = model[2].weight.data.clone()
+    with refused(RuntimeError, "the memory of 2.weight was replaced"):
+        update(model, optimizer)
+    optimizer.close()
+
+
+def check_ranks_that_differ() -> None:
+    model = toy.build_model()
+    with torch.no_grad():
+        model[4].bias[2] += hvd.rank()
+    model, optimizer = build(model)
+    with refused(RuntimeError, "hvd.broadcast_parameters(model.state_dict(), root_rank=0)"):
+        update(model, optimizer)
+    optimizer.close()
+    other = nn.Linear(3, 2 + hvd.rank())
+    with refused((ValueError, JobError), "differ from rank 0's"):
+        build(other)
+    with refused((ValueError, JobError), "bucket_mb"):
+        build(bucket_mb=-1.0 if hvd.rank() else 1.0)
+    build(toy.build_model())[1].close()  # the ranks still agree
+
+
+# State
+
+
+def check_trained_optimizer_keeps_its_state() -> None:
+    model, plain = plain_after(2, preconditioner="adam")
+    optimizer = ShardedOptimizer(plain, model.named_parameters(), bucket_mb=0.01)
+    with refused(KeyError, "state_dict() gathers it"):
+        _ = plain.state[model[0].weight]
+    update(model, optimizer, 2)
+    expected, reference = plain_after(3, preconditioner="adam")
+    assert_equal(model, expected)
+    state = optimizer.state_dict()
+    if hvd.rank() == 0:
+        assert [entry["step"] for entry in state["state"].values()] == [3] * 6
+    with refused(ValueError, "it is not the state of this model"):
+        optimizer.load_state_dict({"state": {}, "param_groups": [{"params": [0]}]})
+    optimizer.load_state_dict(reference.state_dict() if hvd.rank() == 0 else None)
+    update(model, optimizer, 3)
+    assert_equal(model, plain_after(4, preconditioner="adam")[0])
+    optimizer.load_state_dict(optimizer.state_dict())
+    update(model, optimizer, 4)
+    assert_equal(model, plain_after(5, preconditioner="adam")[0])
+    if hvd.size() > 1:
+        different = reference.state_dict()
+        different["param_groups"][0]["lr"] = 0.1 + hvd.rank()
+        with refused(ValueError, "given different states"):
+            optimizer.load_state_dict(different)
+        with refused(ValueError, "rank 0 was given no whole state"):
+            optimizer.load_state_dict(None)
+    optimizer.close()
+
+
+def check_bf16_state() -> None:
+    """Moments in bfloat16 (with their step count) survive the way through rank 0, and masters do."""
+    model = toy.build_model().bfloat16()
+    plain = ARSG(model.parameters(), **SETTINGS, state_dtype="bfloat16")
+    optimizer = ShardedOptimizer(plain, model.named_parameters(), bucket_mb=0.01)
+    for number in range(2):
+        update(model, optimizer, number)
+    state = optimizer.state_dict()
+    again = ShardedOptimizer(
+        ARSG(copied := list(copy.deepcopy(model).parameters()), **SETTINGS, state_dtype="bfloat16"),
+        [(name, p) for (name, _), p in zip(model.named_parameters(), copied, strict=True)],
+        bucket_mb=0.01,
+    )
+    again.load_state_dict(state)
+    other = again.state_dict()
+    if hvd.rank() == 0:
+        assert state["master_params"].keys() == set(range(6))
+        for place, entry in state["state"].items():
+            assert entry["step"] == other["state"][place]["step"] == 2
+            for name in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+                assert entry[name].dtype == torch.bfloat16
+                assert torch.equal(entry[name], other["state"][place][name])
+            assert torch.equal(state["master_params"][place], other["master_params"][place])
+            assert not torch.equal(
+                state["master_params"][place], state["master_params"][place].bfloat16().float()
+            )
+    optimizer.close()
+    again.close()
+
+
+def check_state_is_collective() -> None:
+    if hvd.size() == 1:
+        return
+    model, optimizer = build()
+    update(model, optimizer)
+    before, exchange.MEETING_TIMEOUT = exchange.MEETING_TIMEOUT, 1.0
+    try:
+        if hvd.rank() == 0:
+            with refused(RuntimeError, "outside 'if hvd.rank() == 0'"):
+                optimizer.state_dict()
+    finally:
+        exchange.MEETING_TIMEOUT = before
+    hvd.allgather_object(None, name="rank 0 has given up")
+    if hvd.rank():
+        optimizer._groups.world.meet("state_dict()")  # what rank 0 still waits for
+    hvd.allgather_object(None, name="all have come")
+    with refused(RuntimeError, "leave it out"):
+        hvd.broadcast_optimizer_state(optimizer, root_rank=0)
+    optimizer.close()
+
+
+# Groups, hooks, schedulers
+
+
+def check_groups_can_be_added() -> None:
+    def train(sharded: bool) -> nn.Module:
+        model = toy.build_model()
+        optimizer: torch.optim.Optimizer = ARSG(model[:3].parameters(), **SETTINGS)
+        if sharded:
+            names = [(n, p) for n, p in model.named_parameters() if not n.startswith("4")]
+            optimizer = ShardedOptimizer(optimizer, names, bucket_mb=0.01)
+        update(model, optimizer)
+        optimizer.zero_grad()
+        model.zero_grad()
+        optimizer.add_param_group({"params": list(model[4].parameters()), "lr": 0.01})
+        for number in (1, 2):
+            update(model, optimizer, number)
+        if isinstance(optimizer, ShardedOptimizer):
+            state = optimizer.state_dict()
+            assert hvd.rank() or len(state["state"]) == 6
+            optimizer.load_state_dict(state)
+            update(model, optimizer, 3)
+            with refused((ValueError, JobError), "more than one parameter group"):
+                optimizer.add_param_group({"params": [model[4].weight]})
+            optimizer.close()
+        else:
+            update(model, optimizer, 3)
+        return model
+
+    assert_equal(train(sharded=True), train(sharded=False))
+
+
+def check_freezing_and_thawing() -> None:
+    model, optimizer = build()
+    update(model, optimizer)
+    model[2].requires_grad_(False)
+    frozen = model[2].weight.detach().clone()
+    update(model, optimizer, 1)
+    assert torch.equal(model[2].weight, frozen), "momentum or weight decay moved a frozen parameter"
+    model[2].requires_grad_(True)
+    update(model, optimizer, 2)
+    assert not torch.equal(model[2].weight, frozen)
+    optimizer.close()
+    model = toy.build_model()
+    model[0].requires_grad_(False)
+    model, optimizer = build(model)
+    model[0].requires_grad_(True)
+    with refused(RuntimeError, "had requires_grad=False when ShardedOptimizer was made"):
+        update(model, optimizer)
+    optimizer.close()
+
+
+def check_hooks_and_schedulers() -> None:
+    model = toy.build_model()
+    plain = ARSG(model.parameters(), **SETTINGS)
+    schedule = torch.optim.lr_scheduler.StepLR(plain, 1, gamma=0.5)  # made before: it changes the same groups
+    calls: list[str] = []
+    plain.register_step_pre_hook(lambda *_: calls.append("before"))
+    optimizer = ShardedOptimizer(plain, model.named_parameters())
+    optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+    everywhere = register_optimizer_step_post_hook(lambda *_: calls.append("global"))
+    update(model, optimizer)
+    everywhere.remove()
+    assert calls == ["before", "after", "global"] or calls == ["before", "global", "after"], calls
+    schedule.step()
+    assert optimizer.param_groups[0]["lr"] == SETTINGS["lr"] / 2
+    with refused(TypeError, "cannot be copied or pickled"):
+        copy.deepcopy(optimizer)
+    optimizer.close()
+
+
+def check_two_optimizers_at_once() -> None:
+    """As of a GAN: each updates its own half of what one backward pass computes."""
+    model = toy.build_model()
+    halves = [
+        ShardedOptimizer(ARSG(half.parameters(), **SETTINGS), half.named_parameters(), bucket_mb=0.01)
+        for half in (model[:2], model[2:])
+    ]
+    for number in range(3):
+        inputs, targets = toy.batch(number)
+        for optimizer in halves:
+            optimizer.zero_grad()
+        toy.loss_of(model(inputs), targets).backward()
+        for optimizer in halves if number % 2 else halves[::-1]:
+            optimizer.step()
+    assert_equal(model, plain_after(3)[0])
+    for optimizer in halves:
+        optimizer.close()
+
+
+# Refusals at construction
+
+
+def check_refusals() -> None:
+    model = toy.build_model()
+    named = list(model.named_parameters())
+
+    def make(optimizer: Any = None, names: Any = None, **arguments: Any) -> None:
+        ShardedOptimizer(optimizer or ARSG(model.parameters()), names or named, **arguments)
+
+    with refused(TypeError, "element_wise=True"):
+        make(torch.optim.Adafactor(model.parameters()))
+    with refused(TypeError, "element_wise=True"):
+        make(torch.optim.LBFGS(model.parameters()))
+    with refused(TypeError, "must be a torch.optim.Optimizer"):
+        make(model)
+    with refused(TypeError, "already distributed"):
+        make(hvd.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), named))
+    for text, arguments in {
+        "backward_passes_per_step": {"backward_passes_per_step": 0},
+        "Adasum": {"op": hvd.Adasum},
+        "gradient_predivide_factor needs": {"gradient_predivide_factor": 2.0, "op": hvd.Sum},
+        "groups and num_groups": {"groups": 2},
+        "gather must be": {"gather": "later"},
+        "reduce_scatter='ring'": {"reduce_scatter": "ring"},
+        "shard_group must be": {"shard_group": "rack"},
+    }.items():
+        with refused(ValueError, text):
+            make(**arguments)
+    with refused(ValueError, "found twice: 0.weight"):
+        make(names=[*named, named[0]])
+    with refused(ValueError, "no name for 1"):
+        make(names=named[1:])
+    complex_model = nn.Linear(2, 2, dtype=torch.complex64)
+    with refused(ValueError, "can be sharded"):
+        ShardedOptimizer(ARSG(complex_model.parameters()), complex_model.named_parameters())
+    factored = torch.optim.SGD(model.parameters(), lr=0.1)
+    factored.state[model[0].weight]["row"] = torch.zeros(101)
+    with refused(ValueError, "state 'row' of 0.weight has shape (101,)"):
+        make(factored)
+    if hvd.gloo_enabled():
+        with refused(ValueError, "refused over Gloo"):
+            make(reduce_scatter="reducescatter")
+    _, optimizer = build(model)
+    with refused(ValueError, "call its close() first"):
+        build(model)
+    optimizer.close()
+    with refused(TypeError, "SGD has no base_iterate()"):
+        sgd = ShardedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), named)
+        with sgd.base_iterate():
+            pass
+    sgd.close()
+
+
+class OneWrongNumber(AllToAllReduceScatter):
+    """A reduce-scatter that is wrong in one element, on the last rank, in one exchange of many."""
+
+    count = 0
+
+    def start(self, wire: Tensor, decode: Any, name: str) -> exchange.Started:
+        started = super().start(wire, decode, name)
+        OneWrongNumber.count += 1
+        if OneWrongNumber.count == 4 and self.group.rank == self.group.size - 1:
+            right = started.result
+
+            def wrong(received: Any) -> Tensor:
+                total = right(received)
+                total[5] += 1
+                return total
+
+            started.result = wrong
+        return started
+
+
+def check_self_test_finds_one_wrong_number() -> None:
+    sizes = [(16 * 3 * hvd.size(), dtype, torch.device("cpu")) for dtype in (torch.float32, torch.bfloat16)]
+    group = Group()
+    self_test.check_exchanges(group, AllToAllReduceScatter(group), sizes)
+    with refused(RuntimeError, f"1 wrong numbers on rank {hvd.size() - 1}"):
+        self_test.check_exchanges(group, OneWrongNumber(group), sizes)
+    assert isinstance(choose_reduce_scatter("auto", group, "cpu"), AllToAllReduceScatter)
+    if not hvd.gloo_enabled():
+        native = choose_reduce_scatter("reducescatter", group, "cpu")
+        self_test.check_exchanges(group, native, sizes)
+        model, optimizer = build(reduce_scatter="reducescatter")
+        update(model, optimizer)
+        assert_equal(model, plain_after(1)[0])
+        optimizer.close()
+
+
+CHECKS = {
+    name.removeprefix("check_"): check for name, check in globals().items() if name.startswith("check_")
+}
+
+
+def main() -> None:
+    hvd.init()
+    torch.set_num_threads(1)
+    for name, check in CHECKS.items():
+        if sys.argv[1:] and name not in sys.argv[1:]:
+            continue
+        try:
+            check()
+        except Exception as error:
+            raise AssertionError(f"check {name!r} on rank {hvd.rank()} of {hvd.size()}") from error
+        if hvd.rank() == 0:
+            print("done:", name, flush=True)
+    hvd.barrier()
+    hvd.shutdown()
+    end_process(0)
+
+
+if __name__ == "__main__":
+    main()
