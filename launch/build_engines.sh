@@ -1,30 +1,66 @@
 #!/usr/bin/env bash
 # Builds the wheels of the two engines against the torch, MPI and compiler on PATH, or takes them from a cache.
 #
-#   launch/build_engines.sh CACHE_DIR OUTPUT_DIR         ARSG_GPU=cuda: Horovod with NCCL (not yet run)
+#   launch/build_engines.sh CACHE_DIR OUTPUT_DIR
 #
-# Horovod 0.28.1 declares C++14 and torch needs C++20, hence the one-line patch. DeepSpeed gets its CPU operators
-# compiled in: its run-time compiler would take minutes at the first start and leaves a lock when killed.
+#   ARSG_GPU=cuda|none            Horovod with NCCL (not yet run) or without; default: with, where torch is a CUDA build
+#                                 and this machine has nvcc and a GPU
+#   HOROVOD_CUDA_HOME             CUDA toolkit; default CUDA_HOME, else where nvcc is
+#   HOROVOD_NCCL_HOME             NCCL with headers; default the one that torch's CUDA wheels bring (nvidia.nccl)
+#   HOROVOD_BUILD_CUDA_CC_LIST    compute capabilities, e.g. 80,90; default those of the GPUs in this machine, else all
+#   HOROVOD_...                   Horovod's other build variables, e.g. HOROVOD_GPU_ALLREDUCE, HOROVOD_WITHOUT_MPI
+#
+# Horovod 0.28.1 is patched in two places: it declares C++14 and torch needs C++20; and under Gloo its stall check knows
+# of no ranks (a vector is reserved, not resized) and never fires. DeepSpeed gets its CPU operators compiled in: its
+# run-time compiler would take minutes at the first start and leaves a lock when killed.
 set -euo pipefail
 cache=$1 output=$2
 horovod=0.28.1 deepspeed=0.19.8
 
 die() { echo "build_engines: $*" >&2; exit 1; }
 
+nvcc=$(command -v nvcc || true)
+export HOROVOD_CUDA_HOME="${HOROVOD_CUDA_HOME:-${CUDA_HOME:-${nvcc:+$(dirname "$(dirname "$nvcc")")}}}"
+gpu=${ARSG_GPU:-none}
+if [ -z "${ARSG_GPU:-}" ] && python -c 'import sys, torch; sys.exit(torch.version.cuda is None)'; then
+    if [ -x "$HOROVOD_CUDA_HOME/bin/nvcc" ] && nvidia-smi -L >/dev/null 2>&1; then
+        gpu=cuda
+    else
+        echo "setup: torch is a CUDA build, but there is no nvcc or no GPU here: Horovod is built without NCCL (ARSG_GPU=cuda insists)"
+    fi
+fi
+if [ "$gpu" = cuda ]; then
+    [ -x "$HOROVOD_CUDA_HOME/bin/nvcc" ] ||
+        die "Horovod with NCCL needs the CUDA toolkit: put nvcc on PATH, or set HOROVOD_CUDA_HOME or ARSG_GPU=none"
+    export HOROVOD_NCCL_HOME="${HOROVOD_NCCL_HOME:-$(python -c 'import nvidia.nccl as n; print(list(n.__path__)[0])' 2>/dev/null || true)}"
+    [ -e "$HOROVOD_NCCL_HOME/include/nccl.h" ] ||
+        die "no NCCL headers in '${HOROVOD_NCCL_HOME:-the Python package nvidia.nccl}': set HOROVOD_NCCL_HOME to an NCCL with include/nccl.h"
+    export HOROVOD_GPU=CUDA
+    # Horovod refuses HOROVOD_GPU_OPERATIONS beside the variables for single operations.
+    compgen -e | grep -q '^HOROVOD_GPU_\(ALLREDUCE\|ALLGATHER\|BROADCAST\|ALLTOALL\|REDUCESCATTER\)$' ||
+        export HOROVOD_GPU_OPERATIONS="${HOROVOD_GPU_OPERATIONS:-NCCL}"
+    if [ -z "${HOROVOD_BUILD_CUDA_CC_LIST:-}" ] && command -v nvidia-smi >/dev/null; then
+        found=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | tr -d . | sort -un | paste -sd, || true)
+        [ -z "$found" ] || export HOROVOD_BUILD_CUDA_CC_LIST=$found
+    fi
+fi
+
 built_against="$(python -c 'import sys, sysconfig, torch
 print(sys.version, sysconfig.get_platform(), torch.__version__, torch.version.cuda)')
 $(mpirun --version | head -1)
 g++ $(g++ -dumpfullversion)
-gpu=${ARSG_GPU:-none} $( [ "${ARSG_GPU:-}" = cuda ] && nvcc --version | tail -1 || true )
+gpu=$gpu $( [ "$gpu" = cuda ] && "$HOROVOD_CUDA_HOME/bin/nvcc" --version | tail -1 || true )
 cpu $(grep -m1 '^flags' /proc/cpuinfo | sha256sum)
-$(sha256sum < "${BASH_SOURCE[0]}")"
-key=$(printf '%s' "$built_against" | sha256sum | cut -c1-16)
+$(env | grep -E '^HOROVOD_(GPU|CUDA|NCCL|BUILD|WITH|ROCM|CCL|MPICXX|ALLOW)' | sort || true)"
 
 work=$(mktemp -d); trap 'wait; rm -rf "$work"' EXIT
 
 # cached NAME BUILD_FUNCTION: BUILD_FUNCTION leaves one wheel in $work/NAME; its output goes to a log shown on failure.
 cached() {
-    local name=$1 build=$2 shelf="$cache/$1-$key"
+    local name=$1 build=$2 made_of key shelf
+    made_of="$built_against"$'\n'"$name ${!1}"$'\n'"$(declare -f "$build")"
+    key=$(printf '%s' "$made_of" | sha256sum | cut -c1-16)
+    shelf="$cache/$name-$key"
     if ! compgen -G "$shelf/*.whl" >/dev/null; then
         echo "setup: compiling $name (minutes; kept in $shelf)"
         local log="$work/$name.log"
@@ -38,7 +74,7 @@ cached() {
         fi
         mkdir -p "$shelf.partial.$$"
         cp "$work/$name"/*.whl "$shelf.partial.$$/"
-        printf '%s\n' "$built_against" > "$shelf.partial.$$/built-against.txt"
+        printf '%s\n' "$made_of" > "$shelf.partial.$$/built-against.txt"
         mv -T "$shelf.partial.$$" "$shelf" 2>/dev/null || rm -rf "$shelf.partial.$$"  # another set-up was first
     fi
     cp "$shelf"/*.whl "$output/"
@@ -48,15 +84,11 @@ build_horovod() {
     python -m pip download --no-deps --no-build-isolation --no-binary :all: "horovod==$horovod" || return
     tar xzf "horovod-$horovod.tar.gz" && cd "horovod-$horovod" || return
     sed -i 's/set(CMAKE_CXX_STANDARD 14)/set(CMAKE_CXX_STANDARD 20)/' CMakeLists.txt horovod/torch/CMakeLists.txt
-    export HOROVOD_WITH_PYTORCH=1 HOROVOD_WITH_MPI=1 HOROVOD_WITH_GLOO=1
-    export HOROVOD_WITHOUT_TENSORFLOW=1 HOROVOD_WITHOUT_MXNET=1
+    sed -i 's/global_ranks_\.reserve(size_)/global_ranks_.resize(size_)/' horovod/common/gloo/gloo_controller.cc
+    export HOROVOD_WITH_PYTORCH=1 HOROVOD_WITHOUT_TENSORFLOW=1 HOROVOD_WITHOUT_MXNET=1
+    [ -n "${HOROVOD_WITHOUT_MPI:-}" ] || export HOROVOD_WITH_MPI=1
+    [ -n "${HOROVOD_WITHOUT_GLOO:-}" ] || export HOROVOD_WITH_GLOO=1
     export CMAKE_POLICY_VERSION_MINIMUM=3.5 MAKEFLAGS="-j$(nproc)"
-    if [ "${ARSG_GPU:-}" = cuda ]; then
-        # torch's CUDA wheels bring NCCL and its headers as the Python package nvidia.nccl.
-        export HOROVOD_GPU_OPERATIONS=NCCL
-        export HOROVOD_CUDA_HOME="${HOROVOD_CUDA_HOME:-$(dirname "$(dirname "$(command -v nvcc)")")}"
-        export HOROVOD_NCCL_HOME="${HOROVOD_NCCL_HOME:-$(python -c 'import nvidia.nccl as n; print(list(n.__path__)[0])')}"
-    fi
     python -m pip wheel --no-build-isolation --no-deps --wheel-dir "$1" .
 }
 

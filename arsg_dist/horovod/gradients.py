@@ -1,5 +1,6 @@
 """What replicated ranks exchange: gradients before the update, or (Adasum) the updates themselves."""
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -49,6 +50,11 @@ class ExchangeSettings:
             self._check_adasum()
 
     def _check_groups(self) -> None:
+        if self.groups and os.environ.get("HOROVOD_ELASTIC") == "1":
+            raise ValueError(
+                "groups need all ranks when the optimizer is wrapped, which a rank that joins an elastic job later "
+                "waits for in vain: leave groups out"
+            )
         if isinstance(self.groups, list):
             members = [member for group in self.groups for member in group]
             if not all(isinstance(member, Tensor) for member in members):

@@ -3,9 +3,9 @@
 import argparse
 import sys
 
-from arsg_dist.launch import check_config, launch
+from arsg_dist.launch import check_config, doctor, launch
 
-_SUBCOMMANDS = {"check-config": check_config, "launch": launch}
+_SUBCOMMANDS = {"check-config": check_config, "doctor": doctor, "launch": launch}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -13,6 +13,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="arsg-dist", description=__doc__.splitlines()[0], allow_abbrev=False
     )
+    parser.add_argument(
+        "--local_rank", type=int, help=argparse.SUPPRESS
+    )  # deepspeed's launcher passes it first
     subparsers = parser.add_subparsers(dest="subcommand", metavar="SUBCOMMAND", required=True)
     for name, module in _SUBCOMMANDS.items():
         subparser = subparsers.add_parser(

@@ -34,6 +34,7 @@ def launch(
     timeout: float = 240,
     largest_file: int | None = None,
     variables: Mapping[str, str] | None = None,
+    hosts_file: Path | None = None,
 ) -> Finished:
     """Runs a script on several ranks of this machine and waits for the end.
 
@@ -46,10 +47,12 @@ def launch(
         timeout: seconds; a job that takes longer is killed and the test fails, since that is a hang.
         largest_file: bytes; writing more to a file fails, as on a full disk.
         variables: more environment variables.
+        hosts_file: lines "host:slots", all of them this machine; the job is elastic and follows the file's changes.
     """
     port = _free_port()
     target = str(script) if launcher.endswith("--module") else str(REPOSITORY / script)
-    run = [*_command(launcher, ranks, port), target, *map(str, arguments)]
+    command = _elastic_command(ranks, hosts_file) if hosts_file else _command(launcher, ranks, port)
+    run = [*command, target, *map(str, arguments)]
     environment = {
         key: value
         for key, value in os.environ.items()
@@ -99,6 +102,15 @@ def _command(launcher: str, ranks: int, port: int) -> list[str]:
     assert launcher == "mpirun", launcher
     as_root = ["--allow-run-as-root"] if os.geteuid() == 0 else []
     return ["mpirun", *as_root, "--oversubscribe", "--bind-to", "none", "-np", str(ranks), sys.executable]
+
+
+def _elastic_command(ranks: int, hosts_file: Path) -> list[str]:
+    discovery = hosts_file.with_suffix(".sh")
+    discovery.write_text(f"#!/bin/sh\ncat {hosts_file}\n")
+    discovery.chmod(0o755)
+    sizes = ["-np", str(ranks), "--min-np", "1", "--max-np", "3"]
+    found = ["--host-discovery-script", str(discovery), "--network-interface", "lo", "--gloo"]
+    return ["horovodrun", *sizes, *found, sys.executable]
 
 
 def _free_port() -> int:

@@ -1,0 +1,121 @@
+"""What one process can say about itself and its machine; plain values that travel between ranks."""
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import socket
+from typing import Any
+
+import torch
+
+import arsg_dist
+from arsg_dist.engine import Ranks
+
+_PACKAGES = ("torch", "deepspeed", "horovod", "mpi4py")
+
+
+def gather(ranks: Ranks, device: torch.device) -> dict[str, Any]:
+    """Everything the doctor compares, of this rank.
+
+    Args:
+        ranks: from `discover_ranks`.
+        device: where this rank computes.
+    """
+    return {
+        "rank": ranks.rank,
+        "local_rank": ranks.local_rank,
+        "launcher": ranks.launcher,
+        "host": socket.gethostname(),
+        "own_address": _address_of(socket.gethostname()),
+        "versions": {
+            "python": platform.python_version(),
+            "arsg_dist": arsg_dist.__version__,
+            **{name: version(name) for name in _PACKAGES},
+        },
+        "cpu_kernel": "compiled" if importlib.util.find_spec("arsg_dist._C") else "",
+        "horovod_backends": horovod_backends(),
+        "mpi": mpi_library(),
+        "nccl": ".".join(map(str, _nccl_version())) if torch.cuda.is_available() else "",
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "device": str(device),
+        "interfaces": _interfaces(),
+        "cores": sorted(os.sched_getaffinity(0)),
+        "cpu_count": os.cpu_count(),
+        "shm_free_mib": shutil.disk_usage("/dev/shm").free >> 20 if os.path.isdir("/dev/shm") else 0,
+    }
+
+
+def device_of(ranks: Ranks) -> torch.device:
+    """This rank's GPU, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", ranks.local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def version(package: str) -> str:
+    """Its version, or "" if it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def horovod_backends() -> str:
+    """What Horovod was built with, as "MPI Gloo NCCL", or why it cannot be loaded."""
+    if not version("horovod"):
+        return ""
+    try:
+        import horovod.torch as hvd
+    except (ImportError, OSError) as error:
+        return f"cannot be loaded: {str(error).splitlines()[0]}"
+    built = {
+        "MPI": hvd.mpi_built(),
+        "Gloo": hvd.gloo_built(),
+        "NCCL": hvd.nccl_built(),
+        "CUDA": hvd.cuda_built(),
+    }
+    return " ".join(name for name, present in built.items() if present)
+
+
+def mpi_library() -> str:
+    """Name and version of the MPI that mpi4py uses, without initialising it; "" if there is none."""
+    try:
+        import mpi4py
+
+        mpi4py.rc.initialize = False
+        from mpi4py import MPI
+    except (ImportError, OSError, RuntimeError):
+        return ""
+    return str(MPI.Get_library_version()).split(",")[0].strip("\0 \n")
+
+
+def _interfaces() -> dict[str, list[str]]:
+    """IPv4 addresses of each network interface.
+
+    Raises:
+        ImportError: psutil is missing; both engines bring it.
+    """
+    try:
+        import psutil
+    except ImportError:
+        raise ImportError("the doctor needs psutil, which both engines bring: pip install psutil") from None
+    return {
+        name: [entry.address for entry in entries if entry.family == socket.AF_INET]
+        for name, entries in psutil.net_if_addrs().items()
+    }
+
+
+def _nccl_version() -> tuple[int, ...]:
+    version: tuple[int, ...] = torch.cuda.nccl.version()  # type: ignore[no-untyped-call]
+    return version
+
+
+def _address_of(name: str) -> str:
+    try:
+        return socket.gethostbyname(name)
+    except OSError:
+        return ""
