@@ -81,7 +81,7 @@ def test_stall_times_fit_each_other(given: dict[str, str], check: int, shutdown:
 )
 def test_mpirun_with_gloo_variables_is_refused(mode: str, variables: list[str], message: str) -> None:
     """Catches two ranks training on their own, each with a copy of the job, and calling it data parallel."""
-    job = launch("mpirun", 2, JOB, mode, variables=dict.fromkeys(variables, "gloo"), timeout=60)
+    job = launch("mpirun", 2, JOB, mode, variables=dict.fromkeys(variables, "gloo"))
     assert job.code != 0
     assert message in job.output
     assert "is connected" not in job.output
@@ -102,7 +102,7 @@ def test_mpirun_with_gloo_variables_is_refused(mode: str, variables: list[str], 
 )
 def test_a_broken_rank_ends_the_job(launcher: str, mode: str) -> None:
     """Catches ranks that wait for ever for one that raised, was killed, or never comes to the collective."""
-    job = launch(launcher, 2, JOB, mode, variables={"HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "3"}, timeout=60)
+    job = launch(launcher, 2, JOB, mode, variables={"HOROVOD_STALL_SHUTDOWN_TIME_SECONDS": "3"})
     assert job.code != 0
     assert "rank 0 is connected" in job.output
     assert "is done" not in job.output
