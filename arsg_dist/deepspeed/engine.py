@@ -12,7 +12,14 @@ from torch import nn
 
 from arsg_dist.deepspeed.base_iterate import base_iterate
 from arsg_dist.deepspeed.shared_memory import release_shared_memory
-from arsg_dist.engine import Communicator, Engine, Ranks, TorchCommunicator, announce_to_torch
+from arsg_dist.engine import (
+    Communicator,
+    Engine,
+    Ranks,
+    TorchCommunicator,
+    announce_to_torch,
+    collective_timeout,
+)
 
 _TAG = "deepspeed"
 
@@ -33,7 +40,8 @@ def connect(ranks: Ranks) -> Communicator:
         )
     announce_to_torch(ranks)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    deepspeed.init_distributed(verbose=False)
+    timeout = collective_timeout()
+    deepspeed.init_distributed(verbose=False, **({"timeout": timeout} if timeout else {}))
     communicator = TorchCommunicator(_device(ranks))
     if communicator.world_size != ranks.world_size:
         raise ValueError(

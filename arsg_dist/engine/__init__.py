@@ -14,7 +14,7 @@ from arsg_dist.engine.communicator import (
     end_process,
 )
 from arsg_dist.engine.ranks import Ranks, discover_ranks
-from arsg_dist.engine.rendezvous import announce_to_torch
+from arsg_dist.engine.rendezvous import announce_to_torch, collective_timeout
 from arsg_dist.engine.single import SingleProcessEngine
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "TorchCommunicator",
     "announce_to_torch",
     "check_agreement",
+    "collective_timeout",
     "discover_ranks",
     "end_process",
     "package_versions",

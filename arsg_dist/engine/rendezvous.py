@@ -3,7 +3,8 @@
 import os
 import re
 import socket
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
+from datetime import timedelta
 
 from arsg_dist.engine.ranks import Ranks
 
@@ -39,6 +40,23 @@ def announce_to_torch(ranks: Ranks, environ: MutableMapping[str, str] | None = N
         environ.setdefault("MASTER_PORT", str(port))
     environ["RANK"], environ["WORLD_SIZE"] = str(ranks.rank), str(ranks.world_size)
     environ["LOCAL_RANK"] = str(_visible_device(ranks.local_rank))
+
+
+def collective_timeout(environ: Mapping[str, str] | None = None) -> timedelta | None:
+    """The longest a collective may take before the job is given up, or None for the library's default.
+
+    Args:
+        environ: variables to read, default `os.environ`; ARSG_COLLECTIVE_SECONDS, which `arsg-dist launch` sets.
+
+    Raises:
+        ValueError: it is not a number of seconds above 0.
+    """
+    text = (os.environ if environ is None else environ).get("ARSG_COLLECTIVE_SECONDS")
+    if text is None:
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"ARSG_COLLECTIVE_SECONDS={text!r} is not a number of seconds above 0")
+    return timedelta(seconds=int(text))
 
 
 def first_host(node_list: str) -> str:

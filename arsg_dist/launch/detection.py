@@ -10,9 +10,13 @@ import math
 def torch_collectives(seconds: int) -> dict[str, str]:
     """For ranks under DeepSpeed, on gloo and NCCL alike: the longest a collective may take.
 
-    DeepSpeed reads whole minutes (deepspeed/constants.py), so 60 s is the least.
+    DeepSpeed reads whole minutes (deepspeed/constants.py), which is for scripts that do not connect through this
+    package; the launchers take some ten seconds more to end the job.
     """
-    return {"DEEPSPEED_TIMEOUT": str(max(1, math.ceil(seconds / 60)))}
+    return {
+        "DEEPSPEED_TIMEOUT": str(max(1, math.ceil(seconds / 60))),
+        "ARSG_COLLECTIVE_SECONDS": str(max(5, seconds - 20)),
+    }
 
 
 def horovod_ranks(seconds: int) -> dict[str, str]:
@@ -27,9 +31,9 @@ def horovod_ranks(seconds: int) -> dict[str, str]:
 def open_mpi_daemons(seconds: int) -> dict[str, str]:
     """For mpirun: TCP keep-alive between its daemons, and ssh's. Both names: Open MPI 4 reads OMPI_, 5 PRTE_."""
     probes = 3
-    interval = max(1, min(2, seconds // (2 * probes)))
+    interval = max(1, min(5, seconds // 12))
     keep_alive = {
-        "oob_tcp_keepalive_time": str(max(1, min(5, seconds - probes * interval))),
+        "oob_tcp_keepalive_time": str(max(1, min(10, seconds // 6))),
         "oob_tcp_keepalive_intvl": str(interval),
         "oob_tcp_keepalive_probes": str(probes),
     }
@@ -43,5 +47,5 @@ def open_mpi_daemons(seconds: int) -> dict[str, str]:
 
 def ssh_options(seconds: int) -> str:
     """Options of ssh that end a connection whose other side is silent."""
-    count = 2
-    return f"-o ServerAliveInterval={max(1, min(5, seconds // (count + 1)))} -o ServerAliveCountMax={count}"
+    count = 3  # a busy host may answer late
+    return f"-o ServerAliveInterval={max(1, min(10, seconds // 6))} -o ServerAliveCountMax={count}"

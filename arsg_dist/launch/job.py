@@ -161,12 +161,14 @@ class Plan:
         environment: variables added to this process's for the command.
         files: path → content, written before.
         notes: what the user has to do or know.
+        failure_text: printed by the command on stderr, it means failure whatever the exit code says; "" for none.
     """
 
     command: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
     files: dict[Path, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    failure_text: str = ""
 
     def __str__(self) -> str:
         """A shell script that does the same."""
@@ -176,4 +178,6 @@ class Plan:
         lines += [f"export {name}={shlex.quote(value)}" for name, value in sorted(self.environment.items())]
         if self.command:
             lines.append(shlex.join(self.command))
+        if self.failure_text:
+            lines.append(f"# a failure even with exit code 0: {self.failure_text!r} on stderr")
         return "\n".join(lines)

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -136,9 +137,37 @@ def _execute(plan: Plan, directory: Path) -> int:
     for note in plan.notes:
         print(f"note: {note}", file=sys.stderr)  # noqa: T201
     try:
-        code = subprocess.run(plan.command, cwd=directory, env=os.environ | plan.environment).returncode
+        code = _run(plan, directory)
     except FileNotFoundError:
         raise ValueError(
             f"{plan.command[0]} is not on PATH here; --dry-run shows what would be executed"
         ) from None
     return 128 - code if code < 0 else code
+
+
+def _run(plan: Plan, directory: Path) -> int:
+    """The command's exit code, or 1 for a 0 that is contradicted by what it said. Signals are passed on to it."""
+    sought, tail, failed = plan.failure_text.encode(), b"", False
+    watched = subprocess.PIPE if sought else None
+    with subprocess.Popen(
+        plan.command, cwd=directory, env=os.environ | plan.environment, stderr=watched
+    ) as process:
+        before = {
+            number: signal.signal(number, lambda received, frame: process.send_signal(received))
+            for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+        }
+        # A terminal sends ^C to both.
+        before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            while process.stderr is not None and (chunk := os.read(process.stderr.fileno(), 65536)):
+                os.write(sys.stderr.fileno(), chunk)
+                failed = failed or sought in tail + chunk
+                tail = (tail + chunk)[-len(sought) :]
+            process.wait()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+    if failed and process.returncode == 0:
+        print(f"error: {plan.command[0]} exited with 0, but {plan.failure_text}", file=sys.stderr)  # noqa: T201
+        return 1
+    return process.returncode

@@ -1,7 +1,9 @@
+from datetime import timedelta
+
 import pytest
 
 from arsg_dist.engine import Ranks, announce_to_torch, discover_ranks
-from arsg_dist.engine.rendezvous import first_host
+from arsg_dist.engine.rendezvous import collective_timeout, first_host
 
 TORCH = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}
 OPEN_MPI = {
@@ -93,6 +95,14 @@ def test_srun_without_mpi_gets_a_meeting_point() -> None:
     step = SRUN | chosen
     announce_to_torch(discover_ranks(step), step)
     assert step.items() >= chosen.items()
+
+
+def test_the_time_for_a_collective_is_what_the_launcher_says() -> None:
+    """Catches a timeout that is silently not set."""
+    assert collective_timeout({}) is None
+    assert collective_timeout({"ARSG_COLLECTIVE_SECONDS": "40"}) == timedelta(seconds=40)
+    with pytest.raises(ValueError, match="not a number of seconds"):
+        collective_timeout({"ARSG_COLLECTIVE_SECONDS": "soon"})
 
 
 @pytest.mark.parametrize(

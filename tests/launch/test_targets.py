@@ -4,7 +4,9 @@ import argparse
 import json
 import os
 import shlex
+import signal
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from arsg_dist.launch.job import Host, Job, Plan, parse_hosts, read_hostfile
 from arsg_dist.launch.profiles import load_profile, profile_names
 from arsg_dist.launch.quoting import for_pdsh
 from arsg_dist.launch.targets import TARGETS
+from tests.support.launchers import REPOSITORY
 
 HOSTS = ["--hosts", "node1:2,node2:3"]
 NODES = ["--nodes", "2", "--ranks-per-node", "4"]
@@ -282,3 +285,41 @@ def test_the_job_knows_its_ranks_and_arguments() -> None:
     assert job.argument("--x") == "1"
     assert job.argument("--output") == "o"
     assert job.argument("--y") is None
+
+
+def test_signals_reach_the_launcher(tmp_path: Path) -> None:
+    """Catches a job that goes on after `arsg-dist launch` was told to stop."""
+    (tmp_path / "horovodrun").write_text(
+        "#!/bin/sh\ntrap 'echo got it; exit 75' USR1\necho ready\nwhile :; do sleep 0.1; done\n"
+    )
+    (tmp_path / "horovodrun").chmod(0o755)
+    command = [sys.executable, "-m", "arsg_dist.launch.cli", "launch", "horovodrun", *HOSTS]
+    process = subprocess.Popen(
+        [*command, "--directory", str(tmp_path), "--", *PROGRAM],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(REPOSITORY)},
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGUSR1)
+    assert process.communicate(timeout=60)[0] == "got it\n"
+    assert process.returncode == 75
+
+
+@pytest.mark.parametrize(
+    ("text", "code"), [("lost communication with a remote daemon", 1), ("all is well", 0)]
+)
+def test_a_lost_host_is_a_failure_whatever_mpirun_says(
+    text: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a training that lost a host and is reported as done: Open MPI 5 exits with 0 then."""
+    (tmp_path / "mpirun").write_text(f"#!/bin/sh\nprintf 'PRTE has {text}\\n' >&2; echo out\n")
+    (tmp_path / "mpirun").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    options = parse("mpirun", "--engine", "horovod", *HOSTS, "--directory", str(tmp_path), "--", *PROGRAM)
+    assert launch.run(options) == code
+    captured = capfd.readouterr()
+    assert f"PRTE has {text}\n" in captured.err
+    assert captured.out == "out\n"
+    assert ("error: mpirun exited with 0" in captured.err) == bool(code)

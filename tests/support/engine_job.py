@@ -11,6 +11,7 @@ import torch
 from arsg_dist import ARSG
 from arsg_dist.engine import Engine, discover_ranks, end_process
 from tests.support import toy
+from tests.support.launchers import REPOSITORY
 
 HYPERPARAMETERS = toy.HYPERPARAMETERS | {"fused": True}  # plain_deepspeed_job.py has the default path
 
@@ -26,7 +27,7 @@ def main() -> None:
 
         communicator = deepspeed.connect(ranks)
         config = deepspeed.resolve_config(
-            "configs/deepspeed/zero1.json",
+            str(REPOSITORY / "configs/deepspeed/zero1.json"),
             world_size=communicator.world_size,
             batch_size=toy.BATCH,
             accumulation_steps=accumulation_steps,

@@ -12,19 +12,10 @@ from arsg_dist.launch.job import Host, Job, Plan, hostfile
 from arsg_dist.launch.profiles import Profile
 from arsg_dist.launch.quoting import for_pdsh, require_plain
 from arsg_dist.launch.targets.base import Target, rank_environment
-from arsg_dist.launch.targets.mpirun import mpirun_options
+from arsg_dist.launch.targets.mpirun import LOST_HOST, add_meeting_point, meeting_point, mpirun_options
 
 HOSTFILE = "arsg_hosts"
 ENVIRONMENT = "arsg_deepspeed_env"
-
-
-def _add_master(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--master-addr", help="address of the first host (default: what 'hostname -I' says there)"
-    )
-    parser.add_argument(
-        "--master-port", type=int, default=29500, help="a free port there (default: %(default)s)"
-    )
 
 
 def _environment_file(job: Job) -> str:
@@ -45,7 +36,7 @@ class _DeepSpeedRunner(Target):
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Where the first rank is."""
-        _add_master(parser)
+        add_meeting_point(parser)
 
     def _command(
         self, job: Job, options: argparse.Namespace, runner: str
@@ -91,29 +82,33 @@ class Pdsh(_DeepSpeedRunner):
 
 
 class OpenMpiRunner(_DeepSpeedRunner):
-    """DeepSpeed's runner over mpirun. It names eth0 as the interface unless told otherwise; here MPI chooses."""
+    """DeepSpeed's runner over mpirun, which numbers the ranks; where they meet is told here, so MPI is not needed."""
 
     name = "deepspeed-openmpi"
     summary = "hosts over ssh, by DeepSpeed's openmpi runner"
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """The interface, which DeepSpeed insists on."""
+        """The interface, for programs that use MPI."""
         super().add_arguments(parser)
         parser.add_argument(
-            "--interface", default="0.0.0.0/0", help="network interface or CIDR block for MPI (default: any)"
+            "--interface", help="network interface for MPI (default: eth0, DeepSpeed's default)"
         )
 
     def plan(self, job: Job, profile: Profile, options: argparse.Namespace) -> Plan:
         """Plans `deepspeed --launcher openmpi`."""
         command, files = self._command(job, options, "openmpi")
-        launcher_args = [*mpirun_options(os.geteuid() == 0), "--mca", "btl_tcp_if_include", options.interface]
-        launcher_args += ["-x", "PATH"]
+        files[job.directory / ENVIRONMENT] += "".join(
+            f"{name}={value}\n" for name, value in meeting_point(job, options).items()
+        )
+        launcher_args = [*mpirun_options(os.geteuid() == 0), "-x", "PATH"]
+        launcher_args += ["--mca", "btl_tcp_if_include", options.interface] if options.interface else []
         command += [f"--launcher_args={shlex.join(launcher_args)}"]
         return Plan(
             command=(*command, *job.program),
             environment=detection.open_mpi_daemons(job.detect_seconds)
             | {"DS_ENV_FILE": str(job.directory / ENVIRONMENT)},
             files=files,
+            failure_text=LOST_HOST,
         )
 
 
@@ -127,7 +122,7 @@ class PerNode(Target):
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Which host this is."""
-        _add_master(parser)
+        add_meeting_point(parser)
         parser.add_argument(
             "--node-rank", type=int, required=True, help="this host's place in --hosts, from 0"
         )
@@ -140,7 +135,7 @@ class PerNode(Target):
                 f"{len(job.hosts) - 1}"
             )
         path = job.directory / f"{HOSTFILE}.{options.node_rank}"
-        address = Host(options.master_addr or job.hosts[0].name, 1).name
+        address = meeting_point(job, options)["MASTER_ADDR"]
         command = [
             *job.deepspeed_command,
             "--hostfile",

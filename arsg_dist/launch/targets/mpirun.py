@@ -5,7 +5,7 @@ import os
 from typing import ClassVar
 
 from arsg_dist.launch import detection
-from arsg_dist.launch.job import Job, Plan
+from arsg_dist.launch.job import Host, Job, Plan
 from arsg_dist.launch.profiles import Profile
 from arsg_dist.launch.targets.base import Target, rank_environment
 
@@ -13,9 +13,31 @@ from arsg_dist.launch.targets.base import Target, rank_environment
 INHERITED = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH")
 
 
+# Open MPI 5.0.11 exits with 0 when it has lost a host; seen on rehearsal hosts whose network was cut.
+LOST_HOST = "lost communication with a remote daemon"
+
+
 def mpirun_options(as_root: bool) -> list[str]:
     """Options every start with mpirun needs: unbound, each rank would be pinned to one core with Horovod's thread."""
     return [*(["--allow-run-as-root"] if as_root else []), "--bind-to", "none", "--map-by", "slot"]
+
+
+def add_meeting_point(parser: argparse.ArgumentParser) -> None:
+    """Adds --master-addr and --master-port."""
+    parser.add_argument("--master-addr", help="name or address of the first host that all hosts know")
+    parser.add_argument(
+        "--master-port", type=int, default=29500, help="a free port there (default: %(default)s)"
+    )
+
+
+def meeting_point(job: Job, options: argparse.Namespace) -> dict[str, str]:
+    """Where torch's ranks meet: --master-addr, else the first host.
+
+    Raises:
+        ValueError: the address is no host name.
+    """
+    address = Host(options.master_addr or job.hosts[0].name, 1).name
+    return {"MASTER_ADDR": address, "MASTER_PORT": str(options.master_port)}
 
 
 class Mpirun(Target):
@@ -26,9 +48,15 @@ class Mpirun(Target):
     engines = ("deepspeed", "horovod")
     places: ClassVar = "hosts"
 
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Where DeepSpeed's ranks meet; Horovod's meet through MPI."""
+        add_meeting_point(parser)
+
     def plan(self, job: Job, profile: Profile, options: argparse.Namespace) -> Plan:
         """Plans `mpirun -H node1:4,node2:4 -x NAME ... python SCRIPT`."""
         variables = rank_environment(job)
+        if job.engine == "deepspeed":
+            variables = meeting_point(job, options) | variables
         exported = [name for name in INHERITED if name in os.environ and name not in variables]
         command = ["mpirun", *mpirun_options(os.geteuid() == 0), "-np", str(job.ranks)]
         command += ["-H", ",".join(f"{host.name}:{host.slots}" for host in job.hosts)]
@@ -37,4 +65,4 @@ class Mpirun(Target):
         for name in [*exported, *sorted(variables)]:
             command += ["-x", name] if not name.startswith(("OMPI_MCA_", "PRTE_MCA_")) else []
         environment = detection.open_mpi_daemons(job.detect_seconds) | variables
-        return Plan(command=(*command, *job.rank_command), environment=environment)
+        return Plan(command=(*command, *job.rank_command), environment=environment, failure_text=LOST_HOST)

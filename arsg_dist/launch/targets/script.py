@@ -6,9 +6,6 @@ import shlex
 
 from arsg_dist.launch.job import Job
 
-PREEMPTED = 75
-"""Exit code of a training that was told to stop, saved a checkpoint and can be resumed (EX_TEMPFAIL)."""
-
 _WORD = re.compile(r"[A-Za-z0-9_@%+=:,./\[\]*-]+")
 
 

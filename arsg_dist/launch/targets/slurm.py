@@ -4,13 +4,13 @@ import argparse
 import shlex
 from typing import ClassVar
 
+from arsg_dist.engine.exit_codes import PREEMPTED
 from arsg_dist.launch import detection
 from arsg_dist.launch.job import Job, Plan
 from arsg_dist.launch.profiles import Profile
 from arsg_dist.launch.targets.base import Target, rank_environment
 from arsg_dist.launch.targets.mpirun import INHERITED, mpirun_options
 from arsg_dist.launch.targets.script import (
-    PREEMPTED,
     add_batch_arguments,
     exports,
     first_host,

@@ -1,0 +1,88 @@
+"""Every launcher, started for real on several hosts: the weights are those of one process."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.cluster.rehearsal import Cluster
+from tests.cluster.starts import start, wait_for_batch_job
+from tests.support import toy
+from tests.support.compare import assert_same_weights
+from tests.support.launchers import REPOSITORY
+
+pytestmark = [pytest.mark.cluster, pytest.mark.ranks, pytest.mark.slow]
+
+TWO, FOUR = "node1:1,node2:1", "node1:1,node2:1,node3:1,node4:1"
+
+
+def program(engine: str, tmp_path: Path) -> tuple[list[str], Path]:
+    """The toy job; the space and the dollar in its path have to survive every shell on the way."""
+    folder = tmp_path / "it's $HOME"
+    folder.mkdir()
+    output = folder / "weights.pt"
+    return [str(REPOSITORY / "tests/support/engine_job.py"), engine, str(output), "1", "0"], output
+
+
+def assert_weights_of_one_process(output: Path, log: str) -> None:
+    assert output.exists(), log[-5000:]
+    model = toy.build_model()
+    assert_same_weights(
+        torch.load(output, weights_only=True),
+        toy.single_process_weights(),
+        started_from={name: parameter.detach().clone() for name, parameter in model.named_parameters()},
+    )
+
+
+@pytest.mark.parametrize(
+    ("target", "engine", "options"),
+    [
+        ("deepspeed-pdsh", "deepspeed", ["--hosts", TWO]),
+        ("deepspeed-openmpi", "deepspeed", ["--hosts", "node1:2,node2:2"]),
+        ("mpirun", "deepspeed", ["--hosts", TWO, "--engine", "deepspeed"]),
+        ("mpirun", "horovod", ["--hosts", FOUR, "--engine", "horovod"]),
+        ("horovodrun", "horovod", ["--hosts", TWO]),
+        ("horovodrun-elastic", "horovod", ["--hosts", TWO]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_hosts_over_ssh(
+    target: str, engine: str, options: list[str], cluster: Cluster, tmp_path: Path
+) -> None:
+    """Catches ranks that do not find each other, N jobs of one rank, and arguments lost on the way."""
+    command, output = program(engine, tmp_path)
+    job = start(cluster, target, *options, program=command, directory=tmp_path).wait(240)
+    assert job.code == 0, job.output[-5000:]
+    assert_weights_of_one_process(output, job.output)
+
+
+def test_one_command_per_host_without_ssh(cluster: Cluster, tmp_path: Path) -> None:
+    """Catches node ranks or the meeting point lost."""
+    command, output = program("deepspeed", tmp_path)
+    jobs = [
+        start(
+            cluster, "deepspeed-per-node", "--hosts", TWO, "--node-rank", str(rank),
+            program=command, directory=tmp_path, on=f"node{rank + 1}",
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    finished = [job.wait(240) for job in jobs]
+    log = "".join(job.output for job in finished)
+    assert [job.code for job in finished] == [0, 0], log[-5000:]
+    assert_weights_of_one_process(output, log)
+
+
+@pytest.mark.parametrize(
+    ("engine", "through"),
+    [("deepspeed", "srun"), ("horovod", "srun"), ("horovod", "mpirun"), ("horovod", "horovodrun")],
+)
+def test_slurm(engine: str, through: str, cluster: Cluster, tmp_path: Path) -> None:
+    """Catches a batch script whose ranks are each alone, see another host's GPUs, or have lost their arguments."""
+    command, output = program(engine, tmp_path)
+    nodes = ["--nodes", "2", "--ranks-per-node", "2" if through == "srun" else "1"]
+    options = ["--engine", engine, "--through", through, *nodes, "--time", "10"]
+    submitted = start(cluster, "slurm", *options, program=command, directory=tmp_path).wait(120)
+    job = wait_for_batch_job(cluster, submitted, tmp_path)
+    assert job.code == 0, job.output[-5000:]
+    assert "start 1" in job.output
+    assert_weights_of_one_process(output, job.output)

@@ -1,0 +1,132 @@
+"""Slurm jobs that are stopped, requeued, lose a node, share GPUs, or are started wrongly."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.cluster import slurm
+from tests.cluster.rehearsal import Cluster
+from tests.cluster.starts import start, wait_for_batch_job
+from tests.support.launchers import REPOSITORY
+
+pytestmark = [pytest.mark.cluster, pytest.mark.ranks, pytest.mark.slow]
+
+NODES = ["--nodes", "2", "--ranks-per-node", "1", "--engine", "deepspeed", "--time", "10"]
+
+
+def submit_preemptible(cluster: Cluster, tmp_path: Path, steps: int) -> tuple[str, Path]:
+    output = tmp_path / "run"
+    output.mkdir()
+    program = [
+        str(REPOSITORY / "tests/support/preemptible_job.py"),
+        "--output",
+        str(output),
+        "--steps",
+        str(steps),
+    ]
+    submitted = start(cluster, "slurm", *NODES, program=program, directory=tmp_path).wait(120)
+    assert submitted.code == 0, submitted.output
+    return submitted.output.split()[-1], output
+
+
+def wait_for_step(cluster: Cluster, output: Path, at_least: int, job: str) -> None:
+    end = time.monotonic() + 180
+    while not (output / "step").exists() or int((output / "step").read_text() or 0) < at_least:
+        if time.monotonic() > end:
+            state = cluster.run_on("node1", ["scontrol", "show", "job", job], timeout=60).output
+            logs = "".join(path.read_text() for path in output.parent.glob("*.out"))
+            pytest.fail(f"the job did not get to step {at_least}:\n{state}\n{logs[-5000:]}")
+        time.sleep(0.2)
+
+
+def start_now(cluster: Cluster, job: str) -> None:
+    """A requeued job waits two minutes by default."""
+    end = time.monotonic() + 90
+    while (
+        "JobState=PENDING"
+        not in cluster.run_on("node1", ["scontrol", "show", "job", "-o", job], timeout=60).output
+    ):
+        assert time.monotonic() < end, "the job was not requeued"
+        time.sleep(0.5)
+    cluster.run_on("node1", ["scontrol", "update", f"JobId={job}", "StartTime=now"], timeout=60)
+
+
+def test_a_job_near_its_time_limit_saves_requeues_and_goes_on(cluster: Cluster, tmp_path: Path) -> None:
+    """Catches a signal that never reaches the ranks, an exit code that is lost, and a second start from scratch."""
+    job, output = submit_preemptible(cluster, tmp_path, steps=60)
+    wait_for_step(cluster, output, 5, job)
+    # The signal --signal=B:USR1@90 announces, sent at once: Slurm counts time limits in minutes.
+    assert cluster.run_on("node1", ["scancel", "--batch", "--signal=USR1", job], timeout=60).code == 0
+    start_now(cluster, job)
+    submitted = cluster.run_on("node1", ["echo", job])
+    finished = wait_for_batch_job(cluster, submitted, tmp_path)
+    assert finished.code == 0, finished.output[-5000:]
+    assert "saved: requeueing" in finished.output
+    assert "start 1" in finished.output
+    assert "start 2" in finished.output
+    first, second = json.loads((output / "checkpoints" / "state.json").read_text())
+    assert 5 <= first["to"] < 60
+    assert second == {"from": first["to"], "restarts": "1", "to": 60}
+
+
+def test_a_job_that_loses_a_node_is_requeued_without_it(cluster: Cluster, tmp_path: Path) -> None:
+    """Catches a job that dies, or waits, with a node it has lost."""
+    job, output = submit_preemptible(cluster, tmp_path, steps=400)
+    wait_for_step(cluster, output, 5, job)
+    shown = cluster.run_on("node1", ["scontrol", "show", "job", "-o", job], timeout=60).output
+    nodes = next(part for part in shown.split() if part.startswith("NodeList=")).partition("=")[2]
+    lost = cluster.run_on("node1", ["scontrol", "show", "hostnames", nodes]).output.split()[-1]
+    assert lost != "node1", "the controller would be lost"
+    cluster.kill(lost)
+    try:
+        end = time.monotonic() + 150
+        while (
+            "Restarts=1"
+            not in cluster.run_on("node1", ["scontrol", "show", "job", "-o", job], timeout=60).output
+        ):
+            assert time.monotonic() < end, "the job was not requeued"
+            time.sleep(1)
+        start_now(cluster, job)
+        (output / "step").unlink(missing_ok=True)
+        wait_for_step(cluster, output, 5, job)
+        again = cluster.run_on("node1", ["scontrol", "show", "job", "-o", job], timeout=60).output
+        assert lost not in again.partition(" NodeList=")[2].split()[0]
+    finally:
+        cluster.run_on("node1", ["scancel", job], timeout=60)
+        cluster.boot(lost)
+        slurm.restore(cluster, lost)
+
+
+def test_each_job_sees_its_own_gpus(cluster: Cluster, tmp_path: Path) -> None:
+    """Catches two jobs on one host that train on the same GPUs (here devices that only look like GPUs)."""
+    shown = cluster.run_on(
+        "node1",
+        ["srun", "--nodes=2", "--ntasks-per-node=2", "--gpus-per-node=2",
+         "sh", "-c", "echo $SLURM_LOCALID $CUDA_VISIBLE_DEVICES"],
+        timeout=60,
+    )  # fmt: skip
+    assert sorted(shown.output.split("\n")) == ["", "0 0,1", "0 0,1", "1 0,1", "1 0,1"]
+    one_each = cluster.run_on(
+        "node1",
+        ["srun", "-N1", "-n2", "--gpus-per-task=1", "sh", "-c", "echo $CUDA_VISIBLE_DEVICES"],
+        timeout=60,
+    )
+    assert sorted(one_each.output.split()) in (["0", "1"], ["0", "0"]), one_each.output
+
+
+def test_ranks_that_would_each_be_alone_are_refused(cluster: Cluster, tmp_path: Path) -> None:
+    """Catches srun without MPI's wiring under Horovod, and WORLD_SIZE=1 left over in the shell: N jobs of one rank."""
+    job = [str(REPOSITORY / "tests/support/engine_job.py"), "horovod", str(tmp_path / "w.pt"), "1", "0"]
+    alone = cluster.run_on("node1", ["srun", "--mpi=none", "-N2", "-n2", "python", *job], timeout=120)
+    assert alone.code != 0
+    assert "announced 2 ranks but Horovod came up with 1" in alone.output
+    left_over = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    job[1] = "deepspeed"
+    alone = cluster.run_on(
+        "node1", ["srun", "--mpi=none", "-N2", "-n2", "python", *job], timeout=120, environment=left_over
+    )
+    assert alone.code != 0
+    assert "2 jobs of one rank" in alone.output
+    assert not (tmp_path / "w.pt").exists()
