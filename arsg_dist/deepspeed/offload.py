@@ -3,6 +3,8 @@
 from typing import Any
 
 from deepspeed.runtime.engine import DeepSpeedEngine as _Engine
+from deepspeed.runtime.swap_tensor.optimizer_utils import OptimizerSwapper
+from torch import Tensor
 from torch.optim import Optimizer
 
 from arsg_dist.deepspeed.refusals import check_nvme
@@ -18,6 +20,7 @@ def apply_offload() -> None:
     """
     wrap_once(_Engine, "_configure_optimizer", _with_own_arsg_accepted)
     wrap_once(_Engine, "_configure_zero_optimizer", _with_groups_checked)
+    wrap_once(OptimizerSwapper, "_adjust_for_misaligned_lengths", _with_aligned_gradients)
 
 
 def _with_own_arsg_accepted(method: Method) -> Method:
@@ -53,3 +56,30 @@ def _with_groups_checked(method: Method) -> Method:
         return method(engine, optimizer)
 
     return configure
+
+
+def _with_aligned_gradients(method: Method) -> Method:
+    """NVMe: a gradient is read back wherever in its sub-group it begins.
+
+    DeepSpeed writes gradients of 1 MiB and more to files and reads each to its place in the sub-group's buffer. Where
+    that place is no multiple of 512 bytes, nothing is read, the number of completed reads says otherwise, and the
+    update uses what the buffer held before. Here the elements up to the next such place stay in memory, as DeepSpeed
+    keeps those of an incomplete last block.
+    """
+
+    def adjust(swapper: Any, tensors: list[Tensor], offsets: list[int]) -> tuple[list[Tensor], list[int]]:
+        if isinstance(swapper.optimizer, ARSG):
+            pieces, starts = [], []
+            for tensor, offset in zip(tensors, offsets, strict=True):
+                head = min(-offset % swapper.numel_alignment, tensor.numel())
+                if head:
+                    pieces.append(tensor[:head].clone())
+                    starts.append(offset)
+                if head < tensor.numel():
+                    pieces.append(tensor[head:])
+                    starts.append(offset + head)
+            tensors, offsets = pieces, starts
+        adjusted: tuple[list[Tensor], list[int]] = method(swapper, tensors, offsets)
+        return adjusted
+
+    return adjust

@@ -1,5 +1,6 @@
 """The configurations in which ARSG under DeepSpeed is compared with one process, and that process."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -44,6 +45,8 @@ OFFLOAD: dict[str, dict[str, Any]] = {
         "sub_group_size": 200_000,
     },
 }
+for _name in [name for name in OFFLOAD if name.startswith("nvme")]:
+    OFFLOAD[f"large-{_name}"] = {**OFFLOAD[_name], "offload_optimizer": {"device": "cpu"}}
 # DeepSpeed swaps sub-groups of at least 1 MiB per rank only.
 LARGE = (901, 903, 907)
 STATE_BYTES = {"bfloat16": 2}
@@ -102,6 +105,11 @@ class Case:
         return DTYPES[self.precision.removesuffix("-fp32grads")]
 
     @property
+    def on_cpu(self) -> "Case":
+        """The same, large as on NVMe, offloaded to the CPU."""
+        return dataclasses.replace(self, offload=f"large-{self.offload}")
+
+    @property
     def on_nvme(self) -> bool:
         """Whether optimizer state lies on NVMe."""
         return self.offload.startswith("nvme")
@@ -149,7 +157,7 @@ class Patchwork(nn.Module):
         self.frozen = nn.Linear(5, 5).requires_grad_(False)
         self.sometimes = (
             nn.Sequential(nn.Linear(5, LARGE[0]), nn.Linear(LARGE[0], LARGE[1]), nn.Linear(LARGE[1], 5))
-            if case.on_nvme
+            if "nvme" in case.offload
             else nn.Linear(5, 5)
         )
         self.early = nn.Linear(5, 5)
@@ -186,7 +194,7 @@ class Plain(nn.Module):
 
 def used_model(case: Case) -> nn.Module:
     """The toy model, large where it has to be swapped."""
-    return toy.build_model(*(LARGE if case.on_nvme else ()))
+    return toy.build_model(*(LARGE if "nvme" in case.offload else ()))
 
 
 def build_model(case: Case) -> nn.Module:

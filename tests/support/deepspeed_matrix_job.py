@@ -40,6 +40,8 @@ def main() -> None:
     for case in cases(selection):
         start = time.monotonic()
         results[str(case)] = train(case, Path(output).parent)
+        if case.on_nvme:
+            results[str(case)]["on cpu"] = train(case.on_cpu, Path(output).parent)
         if deepspeed.comm.get_rank() == 0:
             print(f"{case}: {time.monotonic() - start:.2f} s", flush=True)
     if deepspeed.comm.get_rank() == 0:
