@@ -4,7 +4,9 @@ import pytest
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.swap_tensor.optimizer_utils import OptimizerSwapper
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
 from arsg_dist import ARSG
 from arsg_dist.deepspeed import register
@@ -13,8 +15,17 @@ from arsg_dist.deepspeed.repairs import wrap_once
 WRAPPED = [
     (DeepSpeedEngine, "_do_sanity_check"),
     (DeepSpeedEngine, "backward"),
+    (DeepSpeedEngine, "_configure_optimizer"),
+    (DeepSpeedEngine, "_configure_zero_optimizer"),
     (FP16_UnfusedOptimizer, "initialize_optimizer_states"),
-    (DeepSpeedZeroOptimizer_Stage3, "step"),
+    (DeepSpeedZeroOptimizer, "reduce_gradients"),
+    (DeepSpeedZeroOptimizer, "async_accumulate_grad_in_cpu_via_gpu"),
+    (OptimizerSwapper, "_adjust_for_misaligned_lengths"),
+    *(
+        (owner, name)
+        for owner in (FP16_UnfusedOptimizer, DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3)
+        for name in ("_update_scale", "step")
+    ),
 ]
 
 
@@ -45,3 +56,30 @@ def test_only_arsg_skips_the_warm_up_step(optimizer_class: type[torch.optim.Opti
     assert torch.equal(master, torch.ones(3)) == (optimizer_class is ARSG)
     assert copy.grad is None
     assert master.grad is None
+
+
+@pytest.mark.parametrize("optimizer_class", [ARSG, torch.optim.AdamW])
+@pytest.mark.parametrize(
+    ("offset", "size"), [(0, 1000), (1, 1000), (255, 1000), (256, 512), (300, 10), (77, 1203)]
+)
+def test_gradients_in_files_begin_where_they_can_be_read_back(
+    optimizer_class: type[torch.optim.Optimizer], offset: int, size: int
+) -> None:
+    """Catches a file that is read to an address no direct read can write to: nothing is read, and no error raised."""
+    swapper = SimpleNamespace(
+        optimizer=optimizer_class([torch.nn.Parameter(torch.ones(1))]),
+        numel_alignment=256,
+        is_swappable_tensor=lambda tensor: tensor.numel() >= 256,
+    )
+    gradient = torch.arange(float(size))
+    pieces, starts = OptimizerSwapper._adjust_for_misaligned_lengths(swapper, [gradient], [offset])
+    found = torch.full((offset + size,), -1.0)
+    for piece, start in zip(pieces, starts, strict=True):
+        found[start : start + piece.numel()] = piece
+    assert torch.equal(found[offset:], gradient)
+    aligned = all(
+        start % 256 == 0 and piece.numel() % 256 == 0
+        for piece, start in zip(pieces, starts, strict=True)
+        if swapper.is_swappable_tensor(piece)
+    )
+    assert aligned or optimizer_class is not ARSG
