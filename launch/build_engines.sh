@@ -20,17 +20,18 @@ horovod=0.28.1 deepspeed=0.19.8
 die() { echo "build_engines: $*" >&2; exit 1; }
 
 nvcc=$(command -v nvcc || true)
-export HOROVOD_CUDA_HOME="${HOROVOD_CUDA_HOME:-${CUDA_HOME:-${nvcc:+$(dirname "$(dirname "$nvcc")")}}}"
+cuda_home="${HOROVOD_CUDA_HOME:-${CUDA_HOME:-${nvcc:+$(dirname "$(dirname "$nvcc")")}}}"
 gpu=${ARSG_GPU:-none}
 if [ -z "${ARSG_GPU:-}" ] && python -c 'import sys, torch; sys.exit(torch.version.cuda is None)'; then
-    if [ -x "$HOROVOD_CUDA_HOME/bin/nvcc" ] && nvidia-smi -L >/dev/null 2>&1; then
+    if [ -x "$cuda_home/bin/nvcc" ] && nvidia-smi -L >/dev/null 2>&1; then
         gpu=cuda
     else
         echo "setup: torch is a CUDA build, but there is no nvcc or no GPU here: Horovod is built without NCCL (ARSG_GPU=cuda insists)"
     fi
 fi
 if [ "$gpu" = cuda ]; then
-    [ -x "$HOROVOD_CUDA_HOME/bin/nvcc" ] ||
+    export HOROVOD_CUDA_HOME=$cuda_home
+    [ -x "$cuda_home/bin/nvcc" ] ||
         die "Horovod with NCCL needs the CUDA toolkit: put nvcc on PATH, or set HOROVOD_CUDA_HOME or ARSG_GPU=none"
     export HOROVOD_NCCL_HOME="${HOROVOD_NCCL_HOME:-$(python -c 'import nvidia.nccl as n; print(list(n.__path__)[0])' 2>/dev/null || true)}"
     [ -e "$HOROVOD_NCCL_HOME/include/nccl.h" ] ||
@@ -49,7 +50,7 @@ built_against="$(python -c 'import sys, sysconfig, torch
 print(sys.version, sysconfig.get_platform(), torch.__version__, torch.version.cuda)')
 $(mpirun --version | head -1)
 g++ $(g++ -dumpfullversion)
-gpu=$gpu $( [ "$gpu" = cuda ] && "$HOROVOD_CUDA_HOME/bin/nvcc" --version | tail -1 || true )
+gpu=$gpu $( [ "$gpu" = cuda ] && "$cuda_home/bin/nvcc" --version | tail -1 || true )
 cpu $(grep -m1 '^flags' /proc/cpuinfo | sha256sum)
 $(env | grep -E '^HOROVOD_(GPU|CUDA|NCCL|BUILD|WITH|ROCM|CCL|MPICXX|ALLOW)' | sort || true)"
 

