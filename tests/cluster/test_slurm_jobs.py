@@ -1,11 +1,13 @@
 """Slurm jobs that are stopped, requeued, lose a node, share GPUs, or are started wrongly."""
 
 import json
+import shutil
 import time
 from pathlib import Path
 
 import pytest
 
+from arsg_dist.imagenet.digits import digits_tree
 from tests.cluster import slurm
 from tests.cluster.rehearsal import Cluster
 from tests.cluster.starts import start, wait_for_batch_job
@@ -130,3 +132,33 @@ def test_ranks_that_would_each_be_alone_are_refused(cluster: Cluster, tmp_path: 
     assert alone.code != 0
     assert "2 jobs of one rank" in alone.output
     assert not (tmp_path / "w.pt").exists()
+
+
+def test_the_training_program_goes_on_when_submitted_again(cluster: Cluster, tmp_path: Path) -> None:
+    """Catches a recipe that works under the deepspeed launcher only, and a second submission that starts anew."""
+    digits_tree(tmp_path / "digits")
+    for split, count in (("train", 12), ("val", 4)):
+        for digit in "036":
+            target = tmp_path / "small" / split / digit
+            target.mkdir(parents=True)
+            for path in sorted((tmp_path / "digits" / split / digit).iterdir())[:count]:
+                shutil.copy(path, target)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"data: {{root: {tmp_path}/small, augmentation: crop, image_size: 16, crop_size: 14, workers: 0}}\n"
+        "model: resnet20\nbatch_size: 12\nval_batch_size: 4\nlog_every: 1\n"
+        "optimizer: {type: ARSG, params: {lr: 0.01, mu: 0.1}}\n"
+    )
+    outputs = []
+    for epochs in ("1", "2"):
+        program = [
+            str(REPOSITORY / "launch/train_imagenet.py"), "--config", str(recipe), "--epochs", epochs,
+            "--deepspeed_config", str(REPOSITORY / "configs/deepspeed/zero1.json"), "--output", str(tmp_path / "run"),
+        ]  # fmt: skip
+        submitted = start(cluster, "slurm", *NODES, program=program, directory=tmp_path).wait(240)
+        outputs.append(wait_for_batch_job(cluster, submitted, tmp_path))
+        assert outputs[-1].code == 0, outputs[-1].output[-5000:]
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [record["epoch"] for record in records if record["kind"] == "epoch"] == [1, 2]
+    assert "resuming after" not in outputs[0].output
+    assert "resuming after 3 updates" in outputs[1].output
