@@ -7,6 +7,8 @@ loaded, and where they fail they do so on some ranks, while the others wait for 
 import functools
 from typing import Any
 
+import deepspeed
+import torch
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
@@ -24,6 +26,7 @@ def repair_state_access() -> None:
     wrap_once(DeepSpeedZeroOptimizer, "_link_all_hp_params", _with_links_renewed)
     wrap_once(DeepSpeedZeroOptimizer, "_lazy_init_hp_params_optimizer_state", _with_every_group_linked)
     wrap_once(DeepSpeedZeroOptimizer_Stage3, "set_full_hp_param", _with_padding_left_alone)
+    wrap_once(DeepSpeedZeroOptimizer_Stage3, "set_fp32_grad_for_param", _with_gradient_padded)
 
 
 def _with_links_renewed(method: Method) -> Method:
@@ -97,3 +100,20 @@ def _with_padding_left_alone(method: Method) -> Method:
             zero._optimizer_states_and_gradient_swap_out(group)
 
     return set_full_hp_param
+
+
+def _with_gradient_padded(method: Method) -> Method:
+    """Stage 3: the same for the gradient."""
+
+    def set_fp32_grad_for_param(zero: Any, value: Tensor, parameter: Any) -> None:
+        if isinstance(zero.optimizer, ARSG) and parameter.requires_grad:
+            if value.numel() != parameter.ds_numel:
+                raise ValueError(
+                    f"a gradient of {value.numel()} elements for a parameter of {parameter.ds_numel}"
+                )
+            ranks = deepspeed.comm.get_world_size(group=zero._get_param_partition_group(parameter))
+            missing = ranks * parameter.partition_numel() - value.numel()
+            value = torch.nn.functional.pad(value.detach().flatten(), (0, missing))
+        method(zero, value, parameter)
+
+    return set_fp32_grad_for_param
