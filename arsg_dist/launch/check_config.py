@@ -1,6 +1,7 @@
 """`arsg-dist check-config`: explains what a DeepSpeed config will do with ARSG, before a job is started."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import sys
@@ -43,8 +44,8 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         config = read_config(arguments.file)
         parameters = _numels(arguments.model) if arguments.model else [_number(arguments.parameters)]
-        from arsg_dist.deepspeed.explain import explain
-
+        with contextlib.redirect_stdout(sys.stderr):  # where DeepSpeed logs; stdout is for the answer
+            from arsg_dist.deepspeed.explain import explain
         explanation = explain(config, parameters=parameters, world_size=arguments.world_size)
     except (ValueError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201

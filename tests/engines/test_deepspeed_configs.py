@@ -31,7 +31,7 @@ def finished_job() -> tuple[Finished, dict[str, Any]]:
             "tests/support/deepspeed_configs_job.py",
             output,
             ",".join(left_out) or "nothing",
-            timeout=400,
+            timeout=550,
         )
         results = output / "results.pt"
         return finished, torch.load(results, weights_only=True) if results.exists() else {}

@@ -29,7 +29,7 @@ def finished_job() -> tuple[Finished, dict[str, Any]]:
     """On 3 ranks, over which no parameter divides evenly."""
     with tempfile.TemporaryDirectory() as directory:
         output = Path(directory)
-        finished = launch("deepspeed", 3, "tests/support/deepspeed_interfaces_job.py", output, timeout=400)
+        finished = launch("deepspeed", 3, "tests/support/deepspeed_interfaces_job.py", output, timeout=550)
         results = output / "results.pt"
         return finished, torch.load(results, weights_only=True) if results.exists() else {}
 

@@ -22,7 +22,7 @@ def finished_job() -> tuple[Finished, dict[str, Any]]:
     """Everything in one job on 2 ranks."""
     with tempfile.TemporaryDirectory() as directory:
         output = Path(directory)
-        finished = launch("deepspeed", 2, "tests/support/third_parties_job.py", output, timeout=400)
+        finished = launch("deepspeed", 2, "tests/support/third_parties_job.py", output, timeout=550)
         results = output / "results.pt"
         return finished, torch.load(results, weights_only=True) if results.exists() else {}
 

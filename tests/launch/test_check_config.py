@@ -39,6 +39,13 @@ def test_a_model_can_be_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out)["parameters"] == 8992
 
 
+def test_json_can_be_read_by_a_program() -> None:
+    """Catches what DeepSpeed logs on standard output in front of the answer."""
+    command = [sys.executable, "-m", "arsg_dist.launch.cli", "check-config", ZERO2, "--json"]
+    finished = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=200)
+    assert json.loads(finished.stdout)["stage"] == 2
+
+
 @pytest.mark.parametrize("as_json", [[], ["--json"]])
 def test_a_refused_config_ends_with_1_and_the_reason(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], as_json: list[str]

@@ -18,6 +18,8 @@ from tests.support import deepspeed_schedules as schedules
 from tests.support import toy
 from tests.support.deepspeed_interfaces_job import agreed, refusal
 
+ACCUMULATION = 2
+
 
 def main() -> None:
     output = Path(next(a for a in sys.argv[1:] if not a.startswith("--")))
@@ -41,6 +43,7 @@ def begin(
 ) -> tuple[Any, Any]:
     config: dict[str, Any] = {
         "train_batch_size": toy.BATCH,
+        "gradient_accumulation_steps": ACCUMULATION,
         "gradient_clipping": 0.0,
         "optimizer": {"type": "ARSG", "params": schedules.SETTINGS, **optimizer},
         "zero_optimization": {"stage": stage},
@@ -82,14 +85,17 @@ def train(case: schedules.Case, stage: int, checkpoint: Path) -> dict[str, Any]:
 
 def updates(engine: Any, case: schedules.Case, first: int, last: int) -> list[Any]:
     """Trains, and returns the settings every update used."""
-    rank, size = deepspeed.comm.get_rank(), toy.BATCH // deepspeed.comm.get_world_size()
-    part = slice(rank * size, (rank + 1) * size)
+    rank, world_size = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
+    size = toy.BATCH // (world_size * ACCUMULATION)
     dtype = torch.float16 if case.fp16 else torch.float32
     used = []
     for update in range(first, last):
         used.append(schedules.settings_of(engine.basic_optimizer))
-        engine.backward(schedules.loss_of(engine, update, part, dtype, case.fp16))
-        engine.step()
+        for step in range(ACCUMULATION):
+            start = (step * world_size + rank) * size
+            part = slice(start, start + size)
+            engine.backward(schedules.loss_of(engine, update, part, dtype, case.fp16))
+            engine.step()
     return used
 
 
@@ -106,10 +112,10 @@ def refusals() -> dict[str, Any]:
 
     def metric() -> None:
         engine, _ = begin(1, {"type": "ReduceLROnPlateau", "params": {"patience": 0}})
-        part = slice(None)
         for given in ({"metrics": 1.0}, {"metrics": 1.0}, None):
-            engine.backward(schedules.loss_of(engine, 0, part, torch.float32, False))
-            engine.step(lr_kwargs=given)
+            for _ in range(ACCUMULATION):
+                engine.backward(schedules.loss_of(engine, 0, slice(None), torch.float32, False))
+                engine.step(lr_kwargs=given)
 
     return {
         "one lr for two": initialize("WarmupLR", warmup_max_lr=0.02),
