@@ -4,12 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._dynamo.utils
 from safetensors.torch import load_file
 
 from arsg_dist.imagenet.cli import train_command
 from arsg_dist.imagenet.models import build_model
 from tests.imagenet.test_training import SCRIPT, epochs_of
-from tests.support.compare import assert_same_weights
+from tests.support.compare import REDUCTION_ORDER, assert_same_weights
 from tests.support.launchers import launch
 
 FEATURES = [
@@ -23,6 +24,10 @@ ENGINES = {
     "zero3": ("deepspeed", ["--deepspeed_config", "configs/deepspeed/zero3.json"]),
     "horovod": ("mpirun", ["--engine", "horovod", "--ema_decay", "0.9"]),
 }
+FP16 = [
+    "--precision",
+    "fp16",
+]  # equal micro-batches round equally; the scale falls from 65536 by skipped updates
 
 
 def parameters(path: Path) -> dict[str, torch.Tensor]:
@@ -33,13 +38,18 @@ def parameters(path: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("engine", ENGINES)
-def test_two_ranks_train_as_one_process_does(engine: str, recipe: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("engine", "extra"),
+    [*((engine, []) for engine in ENGINES), pytest.param("horovod", FP16, marks=pytest.mark.slow)],
+)
+def test_two_ranks_train_as_one_process_does(
+    engine: str, extra: list[str], recipe: list[str], tmp_path: Path
+) -> None:
     """Catches a feature lost on the way into an engine: parameter groups, μ after the boost, EMA, mixing, clipping."""
     launcher, options = ENGINES[engine]
-    job = launch(launcher, 2, SCRIPT, *recipe, *FEATURES, *options)
+    job = launch(launcher, 2, SCRIPT, *recipe, *FEATURES, *extra, *options)
     assert job.code == 0, job.output[-5000:]
-    alone = [*recipe, *FEATURES, "--accumulation_steps", "2", "--ema_decay", "0.9"]
+    alone = [*recipe, *FEATURES, *extra, "--accumulation_steps", "2", "--ema_decay", "0.9"]
     assert train_command([*alone, "--output", str(tmp_path / "alone")]) == 0
     torch.manual_seed(0)
     start = {
@@ -51,6 +61,8 @@ def test_two_ranks_train_as_one_process_does(engine: str, recipe: list[str], tmp
             parameters(tmp_path / "run" / "weights" / f"{name}.safetensors"),
             parameters(tmp_path / "alone" / "weights" / f"{name}.safetensors"),
             started_from=start,
+            # A last bit of fp32 decides how fp16 rounds: eight units of fp16.
+            relative=8 * 2**-10 if extra else REDUCTION_ORDER,
         )
     here, there = epochs_of(tmp_path / "run"), epochs_of(tmp_path / "alone")
     for key in ("lr", "mu", "image_size", "val_images"):
@@ -58,4 +70,22 @@ def test_two_ranks_train_as_one_process_does(engine: str, recipe: list[str], tmp
     assert [record["mu"] for record in here] == [0.1, 0.1]
     assert [record["train_loss"] for record in here] == pytest.approx(
         [r["train_loss"] for r in there], rel=1e-4
+    )
+
+
+@pytest.mark.slow
+def test_a_compiled_network_trains_as_a_plain_one(recipe: list[str], tmp_path: Path) -> None:
+    """Catches names changed by torch.compile in checkpoints and weights, and a setting that does nothing."""
+    for name, extra in (("plain", []), ("compiled", ["--compile", "true"])):
+        arguments = [*recipe, *extra, "--epochs", "1", "--output", str(tmp_path / name)]
+        before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        assert train_command(arguments) == 0
+        assert (torch._dynamo.utils.counters["stats"]["unique_graphs"] > before) == bool(extra)
+    torch.manual_seed(0)
+    start = {name: parameter.detach() for name, parameter in build_model("resnet20", 3).named_parameters()}
+    assert_same_weights(
+        parameters(tmp_path / "compiled" / "weights" / "last.safetensors"),
+        parameters(tmp_path / "plain" / "weights" / "last.safetensors"),
+        started_from=start,
+        relative=1e-3,
     )

@@ -214,3 +214,21 @@ def test_loss_scaling_skips_an_overflow_and_changes_nothing_else() -> None:
     skipped = weights(True, True)
     assert torch.isfinite(skipped).all()
     assert not torch.allclose(skipped, weights(True, False))
+
+
+def test_a_resumed_run_keeps_its_loss_scale(tmp_path: Path) -> None:
+    """Catches a scale that starts anew at 65536 after a resume and skips updates the whole run does not skip."""
+
+    def engine() -> SingleProcessEngine:
+        torch.manual_seed(0)
+        module = torch.nn.Linear(3, 1)
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+        return SingleProcessEngine(module, optimizer, loss_scaling=True)
+
+    first = engine()
+    first.backward(first.module(torch.ones(3)).sum() * torch.inf)
+    first.step()
+    first.save(tmp_path, {"update": 1})
+    second = engine()
+    assert second.load(tmp_path) == {"update": 1}
+    assert second._grad_scaler.get_scale() == first._grad_scaler.get_scale() == 65536 / 2

@@ -1,0 +1,314 @@
+"""Images per second of training a classifier: loading, training on images in memory, and both together.
+
+Everything is measured in rounds, in random order within each, so that a load on the machine meets all; ratios are
+medians over rounds of ratios within a round. Examples:
+
+    python benchmarks/throughput.py --images imagenet-sample.tar --model resnet18 --batch 16 --side 64 --workers 1
+    python benchmarks/throughput.py --images DIR/train --device cuda --precision bf16 --channels-last --batch 256 \
+        --side 224 --workers 12 --steps 30
+
+--images takes an ImageFolder tree (one directory per class) or a tar file with one in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import shlex
+import statistics
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import device_name
+from torch import Tensor, nn
+from torch.nn import functional
+
+from arsg_dist import ARSG
+from arsg_dist.imagenet.config import DataConfig
+from arsg_dist.imagenet.data import loader, open_splits
+from arsg_dist.imagenet.models import build_model
+from arsg_dist.imagenet.torchvision_compat import torchvision, v2
+
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "ARSG": lambda parameters: ARSG(parameters, lr=1e-6, mu=0.1, weight_decay=1e-4),
+    "SGD(momentum, fused)": lambda parameters: torch.optim.SGD(
+        parameters, lr=1e-6, momentum=0.9, weight_decay=1e-4, fused=True
+    ),
+    "Adam(amsgrad, fused)": lambda parameters: torch.optim.Adam(
+        parameters, lr=1e-6, weight_decay=1e-4, amsgrad=True, fused=True
+    ),
+}
+
+
+def parsed() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--images", type=Path, required=True)
+    parser.add_argument("--model", default="resnet50")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32")
+    parser.add_argument("--channels-last", action="store_true")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--side", type=int, default=64, help="of the images the network sees, pixels")
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=5, help="timed steps per optimizer and round")
+    parser.add_argument("--output", type=Path, help="Markdown file (default: benchmarks/results/...)")
+    return parser.parse_args()
+
+
+# Loading -------------------------------------------------------------------------------------------------------------
+
+
+def tree_in(images: Path, scratch: Path) -> Path:
+    """The ImageFolder tree in a directory or tar file, which is unpacked under `scratch`."""
+    if images.is_file():
+        with tarfile.open(images) as archive:
+            archive.extractall(scratch, filter="data")
+        images = scratch
+    while True:
+        folders = sorted(path for path in images.iterdir() if path.is_dir())
+        if any(path.is_file() for folder in folders for path in folder.iterdir()):
+            return images
+        if len(folders) != 1:
+            raise SystemExit(f"{images} is no ImageFolder tree, nor a directory with one alone in it")
+        images = folders[0]
+
+
+def endless(one_pass: Callable[[], Iterator[Any]]) -> Iterator[Any]:
+    """Pass after pass; the first starts the worker processes."""
+    while True:
+        yield from one_pass()
+
+
+def our_batches(tree: Path, arguments: argparse.Namespace) -> tuple[Iterator[tuple[Tensor, Tensor]], int]:
+    """What `arsg-imagenet train` trains on, and the number of classes."""
+    config = DataConfig(
+        train_split=tree.name, val_split=tree.name, image_size=arguments.side, workers=arguments.workers
+    )
+    split, _ = open_splits(tree.parent, config, seed=0)
+    indices = random.Random(0).sample(range(len(split)), len(split))
+    order = [
+        [(0, index) for index in indices[start : start + arguments.batch]]
+        for start in range(0, len(indices) - arguments.batch + 1, arguments.batch)
+    ]
+    batches = loader(
+        split,
+        order,  # type: ignore[arg-type]
+        workers=arguments.workers,
+        image_size=arguments.side,
+        pin_memory=arguments.device == "cuda",
+    )
+    pairs = endless(lambda: ((batch.images, batch.labels) for batch in batches))
+    return pairs, len(split.classes)
+
+
+def plain_batches(tree: Path, arguments: argparse.Namespace) -> Iterator[tuple[Tensor, Tensor]]:
+    """torchvision's ImageFolder with the same transforms, in torch's DataLoader with the same workers."""
+    transform = v2.Compose(
+        [
+            v2.RandomResizedCrop(arguments.side),
+            v2.RandomHorizontalFlip(),
+            v2.PILToTensor(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225]),
+        ]
+    )
+    batches = torch.utils.data.DataLoader(
+        torchvision.datasets.ImageFolder(str(tree), transform),
+        batch_size=arguments.batch,
+        shuffle=True,
+        drop_last=True,
+        num_workers=arguments.workers,
+        multiprocessing_context="forkserver" if arguments.workers else None,
+        persistent_workers=arguments.workers > 0,
+        pin_memory=arguments.device == "cuda",
+    )
+    return endless(lambda: iter(batches))
+
+
+def loading_rates(
+    loaders: dict[str, Iterator[Any]], count: int, arguments: argparse.Namespace
+) -> dict[str, list[float]]:
+    """Images/s of each loader per round, over `count` batches."""
+    rates: dict[str, list[float]] = {name: [] for name in loaders}
+    order = random.Random(0)
+    for number in range(1 + arguments.rounds):
+        for name in order.sample(list(loaders), len(loaders)):
+            begin = time.perf_counter()
+            for _ in islice(loaders[name], count):
+                pass
+            rate = count * arguments.batch / (time.perf_counter() - begin)
+            if number:  # the first round starts the workers and fills their queues
+                rates[name].append(rate)
+    return rates
+
+
+# Training ------------------------------------------------------------------------------------------------------------
+
+
+class Trainer:
+    """A network with one of the optimizers."""
+
+    def __init__(self, name: str, num_classes: int, arguments: argparse.Namespace) -> None:
+        self.arguments, self.device = arguments, torch.device(arguments.device)
+        torch.manual_seed(0)
+        layout = torch.channels_last if arguments.channels_last else torch.contiguous_format
+        self.model: nn.Module = build_model(arguments.model, num_classes).to(self.device)
+        self.model = self.model.to(memory_format=layout)  # type: ignore[call-overload]
+        if arguments.compile:
+            self.model.compile()
+        self.optimizer = OPTIMIZERS[name](self.model.parameters())
+        self.layout = layout
+        dtype = torch.float16 if arguments.precision == "fp16" else torch.bfloat16
+        self.autocast = torch.autocast(arguments.device, dtype=dtype, enabled=arguments.precision != "fp32")
+
+    def steps(self, batches: Iterator[tuple[Tensor, Tensor]], count: int) -> tuple[float, float]:
+        """Seconds of `count` steps, and of the optimizer in them."""
+        update = 0.0
+        events = []
+        self.synchronize()
+        begin = time.perf_counter()
+        for images, labels in islice(batches, count):
+            images = images.to(self.device, memory_format=self.layout, non_blocking=True)
+            with self.autocast:
+                logits = self.model(images)
+            functional.cross_entropy(logits.float(), labels.to(self.device, non_blocking=True)).backward()
+            if (
+                self.arguments.device == "cuda"
+            ):  # events: waiting for the GPU here would slow the whole step down
+                pair = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                pair[0].record()
+                self.optimizer.step()
+                pair[1].record()
+                events.append(pair)
+            else:
+                middle = time.perf_counter()
+                self.optimizer.step()
+                update += time.perf_counter() - middle
+            self.optimizer.zero_grad()
+        self.synchronize()
+        whole = time.perf_counter() - begin
+        return whole, update + sum(a.elapsed_time(b) for a, b in events) / 1000
+
+    def synchronize(self) -> None:
+        """Waits for the GPU."""
+        if self.arguments.device == "cuda":
+            torch.cuda.synchronize()
+
+
+def training_rates(
+    batches: dict[str, Iterator[tuple[Tensor, Tensor]]], num_classes: int, arguments: argparse.Namespace
+) -> dict[tuple[str, str], list[tuple[float, float]]]:
+    """(source, optimizer) → per round images/s and the optimizer's share of the time."""
+    trainers = {name: Trainer(name, num_classes, arguments) for name in OPTIMIZERS}
+    cases = [(source, name) for source in batches for name in OPTIMIZERS]
+    results: dict[tuple[str, str], list[tuple[float, float]]] = {case: [] for case in cases}
+    order = random.Random(0)
+    for number in range(1 + arguments.rounds):
+        for source, name in order.sample(cases, len(cases)):
+            whole, update = trainers[name].steps(batches[source], arguments.steps)
+            if number:
+                rate = arguments.steps * arguments.batch / whole
+                results[(source, name)].append((rate, update / whole))
+    return results
+
+
+# Report --------------------------------------------------------------------------------------------------------------
+
+
+def spread(values: list[float]) -> str:
+    """Median and range."""
+    return f"{statistics.median(values):,.1f} ({min(values):,.1f} to {max(values):,.1f})"
+
+
+def report(
+    loading: dict[str, list[float]],
+    training: dict[tuple[str, str], list[tuple[float, float]]],
+    files: int,
+    load: str,
+    arguments: argparse.Namespace,
+) -> str:
+    """The Markdown report."""
+    ours, plain = loading.values()
+    lines = [
+        f"# Training throughput on {arguments.device}: {arguments.model}, {arguments.side} × {arguments.side}, "
+        f"batch {arguments.batch}, {arguments.precision}",
+        "",
+        f"- device: {device_name(arguments.device)}; {load}",
+        f"- torch {torch.__version__}; {torch.get_num_threads()} threads; {arguments.workers} loader workers; "
+        f"channels_last {arguments.channels_last}, compile {arguments.compile}",
+        f"- {files:,} JPEG files, read again in every pass and so from the page cache",
+        f"- {arguments.rounds} rounds; medians (range); ratios: median over rounds of the ratio within a round",
+        f"- command: `{shlex.join(['python', 'benchmarks/throughput.py', *sys.argv[1:]])}`",
+        "",
+        "## Loading alone: decode, RandomResizedCrop, flip, normalise",
+        "",
+        "| | images/s | × torchvision |",
+        "|---|---|---|",
+        f"| arsg-imagenet's loader | {spread(ours)} "
+        f"| {statistics.median(a / b for a, b in zip(ours, plain, strict=True)):.2f} |",
+        f"| torchvision ImageFolder in a DataLoader | {spread(plain)} | 1 |",
+        "",
+        "## Training, one process",
+        "",
+        "| images from | optimizer | images/s | × SGD | × Adam(amsgrad) | optimizer's share of the step |",
+        "|---|---|---|---|---|---|",
+    ]
+    for (source, name), rounds in training.items():
+        ratios = [
+            statistics.median(a[0] / b[0] for a, b in zip(rounds, training[(source, peer)], strict=True))
+            for peer in list(OPTIMIZERS)[1:]
+        ]
+        lines.append(
+            f"| {source} | {name} | {spread([rate for rate, _ in rounds])} | {ratios[0]:.2f} | {ratios[1]:.2f} "
+            f"| {statistics.median(share for _, share in rounds):.1%} |"
+        )
+    lines += [
+        "",
+        "Memory: the same batch in every step. Files: the whole pipeline, waiting for the loader included. "
+        "The optimizer's share is that of `optimizer.step()`.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Measures everything and writes the report."""
+    arguments = parsed()
+    before = os.getloadavg()[0]
+    with tempfile.TemporaryDirectory() as scratch:
+        tree = tree_in(arguments.images, Path(scratch))
+        files = sum(1 for path in tree.rglob("*") if path.is_file())
+        ours, num_classes = our_batches(tree, arguments)
+        loaders = {"ours": ours, "plain": plain_batches(tree, arguments)}
+        loading = loading_rates(loaders, files // arguments.batch, arguments)
+        loaders["plain"].close()  # type: ignore[attr-defined]  # its workers would take cores from what comes next
+        generator = torch.Generator().manual_seed(0)
+        batch = (
+            torch.randn(arguments.batch, 3, arguments.side, arguments.side, generator=generator),
+            torch.randint(num_classes, (arguments.batch,), generator=generator),
+        )
+        batch = tuple(tensor.to(arguments.device) for tensor in batch)  # type: ignore[assignment]
+        sources = {"memory": endless(lambda: iter([batch])), "files": ours}
+        training = training_rates(sources, num_classes, arguments)
+    load = f"other load on the machine: 1-minute load average {before:.1f} before the start"
+    text = report(loading, training, files, load, arguments)
+    name = f"throughput_{arguments.device}_{arguments.model}_{arguments.precision}.md"
+    output = arguments.output or Path(__file__).parent / "results" / name
+    output.write_text(text)
+    print(text, f"\nwritten to {output}")
+
+
+if __name__ == "__main__":
+    main()
