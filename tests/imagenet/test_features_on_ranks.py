@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch._dynamo.utils
 from safetensors.torch import load_file
 
 from arsg_dist.imagenet.cli import train_command
@@ -70,22 +69,4 @@ def test_two_ranks_train_as_one_process_does(
     assert [record["mu"] for record in here] == [0.1, 0.1]
     assert [record["train_loss"] for record in here] == pytest.approx(
         [r["train_loss"] for r in there], rel=1e-4
-    )
-
-
-@pytest.mark.slow
-def test_a_compiled_network_trains_as_a_plain_one(recipe: list[str], tmp_path: Path) -> None:
-    """Catches names changed by torch.compile in checkpoints and weights, and a setting that does nothing."""
-    for name, extra in (("plain", []), ("compiled", ["--compile", "true"])):
-        arguments = [*recipe, *extra, "--epochs", "1", "--output", str(tmp_path / name)]
-        before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-        assert train_command(arguments) == 0
-        assert (torch._dynamo.utils.counters["stats"]["unique_graphs"] > before) == bool(extra)
-    torch.manual_seed(0)
-    start = {name: parameter.detach() for name, parameter in build_model("resnet20", 3).named_parameters()}
-    assert_same_weights(
-        parameters(tmp_path / "compiled" / "weights" / "last.safetensors"),
-        parameters(tmp_path / "plain" / "weights" / "last.safetensors"),
-        started_from=start,
-        relative=1e-3,
     )
