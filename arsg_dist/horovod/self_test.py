@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from arsg_dist.horovod.exchange import Group, ReduceScatter, start_all_gather
+from arsg_dist.horovod.exchange import Group, ReduceScatter, start_all_gather, sum_dtype
 
 
 def check_exchanges(
@@ -26,17 +26,26 @@ def check_exchanges(
     Raises:
         RuntimeError: on every rank, if any rank received anything wrong.
     """
+    prepared = [_Numbers(*size, group) for size in sizes for _ in range(2)]
     wrong = 0
     for turn in range(rounds):
-        buckets = [_numbers(*size, group.rank, group.size, turn) for size in sizes for _ in range(2)]
+        shift = turn % _SHIFTS
+        # Every round in new memory, as in training.
         started = [
-            reduce_scatter.start(bucket, lambda received: received, f"test{index}")
-            for index, bucket in enumerate(buckets)
+            reduce_scatter.start(numbers.mine + shift, lambda received: received, f"test{index}")
+            for index, numbers in enumerate(prepared)
         ]
-        for bucket, exchange in zip(buckets, started, strict=True):
-            shard = exchange.finish()
-            wrong += int((shard != _expected_sum(bucket, group, turn)).sum())
-        wrong += _all_gather_errors(group, buckets, turn)
+        for numbers, exchange in zip(prepared, started, strict=True):
+            wrong += int((exchange.finish() != numbers.sums + shift * group.size).sum())
+        shards = [numbers.mine.view(group.size, -1)[group.rank] + shift for numbers in prepared]
+        gathered = [torch.zeros_like(numbers.mine) for numbers in prepared]
+        started = [
+            start_all_gather(group, shard, target, f"test{index}")
+            for index, (shard, target) in enumerate(zip(shards, gathered, strict=True))
+        ]
+        for numbers, target, exchange in zip(prepared, gathered, started, strict=True):
+            exchange.finish()
+            wrong += int((target != numbers.gathered + shift).sum())
     errors = group.all_gather_object(wrong, "self-test")
     if any(errors):
         raise RuntimeError(
@@ -47,36 +56,32 @@ def check_exchanges(
         )
 
 
-def _all_gather_errors(group: Group, buckets: Sequence[Tensor], turn: int) -> int:
-    shards = [bucket.view(group.size, -1)[group.rank].clone() for bucket in buckets]
-    gathered = [torch.zeros_like(bucket) for bucket in buckets]
-    started = [
-        start_all_gather(group, shard, target, f"test{index}")
-        for index, (shard, target) in enumerate(zip(shards, gathered, strict=True))
-    ]
-    wrong = 0
-    for target, exchange in zip(gathered, started, strict=True):
-        exchange.finish()
-        for rank, part in enumerate(target.view(group.size, -1)):
-            sent = _numbers(target.numel(), target.dtype, target.device, rank, group.size, turn)
-            wrong += int((part != sent.view(group.size, -1)[rank]).sum())
-    return wrong
+_SHIFTS = 8
 
 
-def _numbers(numel: int, dtype: torch.dtype, device: torch.device, rank: int, size: int, turn: int) -> Tensor:
-    """Whole numbers that are exact in every dtype, as is their sum over the ranks in fp16."""
-    index = torch.arange(numel, device=device)
-    return ((index + index // 31 + 7 * rank + turn) % _modulus(size)).to(dtype)
+class _Numbers:
+    """A bucket of small whole numbers, other ones on every rank, and what comes of exchanging it.
 
+    Attributes:
+        mine: this rank's bucket.
+        sums: this rank's shard of the sum over the ranks.
+        gathered: the bucket of which every rank sent the shard that it owns.
+    """
 
-def _modulus(size: int) -> int:
-    return max(2, min(31, 2048 // size))
+    def __init__(self, numel: int, dtype: torch.dtype, device: torch.device, group: Group) -> None:
+        # Exact in bf16, and in fp16 the sum over the ranks.
+        modulus = max(2, min(31, 2048 // group.size - _SHIFTS))
+        index = torch.arange(numel, device=device)
+        index = index + index // 31
 
+        def bucket(rank: int) -> Tensor:
+            return ((index + 7 * rank) % modulus).to(dtype)
 
-def _expected_sum(bucket: Tensor, group: Group, turn: int) -> Tensor:
-    shard = bucket.numel() // group.size
-    index = torch.arange(group.rank * shard, (group.rank + 1) * shard, device=bucket.device)
-    total = torch.zeros(shard, dtype=torch.int64, device=bucket.device)
-    for rank in range(group.size):
-        total += (index + index // 31 + 7 * rank + turn) % _modulus(group.size)
-    return total
+        self.mine = bucket(group.rank)
+        shard = numel // group.size
+        self.gathered = torch.empty_like(self.mine)
+        self.sums = torch.zeros(shard, dtype=sum_dtype(dtype), device=device)
+        for rank in range(group.size):
+            other = bucket(rank)
+            self.sums += other.narrow(0, group.rank * shard, shard)
+            self.gathered.narrow(0, rank * shard, shard).copy_(other.narrow(0, rank * shard, shard))

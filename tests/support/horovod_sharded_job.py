@@ -1,6 +1,6 @@
 """Job for one rank: trains every configuration of `horovod_sharded` and compares each with one process.
 
-usage: horovod_sharded_job.py [NAME OF A CASE]...
+usage: horovod_sharded_job.py [--shard_group=N] [NAME OF A CASE]...
 """
 
 import sys
@@ -95,6 +95,10 @@ def run(case: sharded.Case, **arguments: Any) -> None:
         assert other == {name: w.float().numpy().tobytes() for name, w in weights.items()}, "ranks differ"
     if hvd.rank() == 0:
         compare_state(case, state, reference.optimizer.state_dict())
+    optimizer.load_state_dict(state)  # rank 0 sends it to the others
+    again = optimizer.state_dict()
+    if hvd.rank() == 0:
+        compare_state(case, again, reference.optimizer.state_dict())
     held = elements_of(optimizer._inner.state.values())
     whole = elements_of(entry for p, entry in reference.optimizer.state.items() if p.requires_grad)
     assert sum(hvd.allgather_object(held)) == whole * hvd.size() // optimizer.shard_world_size
@@ -149,9 +153,13 @@ def compare_state(case: sharded.Case, actual: dict[str, Any], expected: dict[str
 def main() -> None:
     hvd.init()
     torch.set_num_threads(1)
-    for case in sharded.selected(sys.argv[1:]):
+    names = [argument for argument in sys.argv[1:] if not argument.startswith("--")]
+    group = [
+        int(argument.split("=")[1]) for argument in sys.argv[1:] if argument.startswith("--shard_group=")
+    ]
+    for case in sharded.selected(names):
         try:
-            run(case)
+            run(case, **({"shard_group": group[0]} if group else {}))
         except Exception as error:
             raise AssertionError(f"case {case.name!r} on rank {hvd.rank()} of {hvd.size()}") from error
         if hvd.rank() == 0:
