@@ -18,6 +18,7 @@ def test_the_chosen_exchange_is_right_every_time(launcher: str, ranks: int) -> N
     assert "found: " not in job.output
 
 
+@pytest.mark.xfail(strict=False, reason="depends on timing: on some days hundreds of rounds are right")
 def test_the_guard_finds_the_corruption_of_reducescatter_over_gloo() -> None:
     """Shows that the check can fail, on the very fault it is there for (Horovod 0.28.1; it depends on timing)."""
     job = launch("horovodrun", 3, JOB, "reducescatter", timeout=500)
