@@ -13,21 +13,27 @@ except ImportError as error:
     ) from error
 
 from arsg_dist.deepspeed.base_iterate import base_iterate
+from arsg_dist.deepspeed.checkpoint_guard import guard_checkpoints
 from arsg_dist.deepspeed.config import check_config, resolve_config
 from arsg_dist.deepspeed.engine import DeepSpeedEngine, connect
+from arsg_dist.deepspeed.export import export
 from arsg_dist.deepspeed.initialization import initialize
 from arsg_dist.deepspeed.registration import register
 from arsg_dist.deepspeed.shared_memory import release_shared_memory
+from arsg_dist.deepspeed.universal_load import restart_lost_maximum
 
 register()
+guard_checkpoints()
 
 __all__ = [
     "DeepSpeedEngine",
     "base_iterate",
     "check_config",
     "connect",
+    "export",
     "initialize",
     "register",
     "release_shared_memory",
     "resolve_config",
+    "restart_lost_maximum",
 ]

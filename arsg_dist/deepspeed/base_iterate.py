@@ -57,7 +57,7 @@ def base_iterate(engine: Any) -> Iterator[None]:
     optimizer._refuse_at_base_iterate("base_iterate")
     shards = [shard for shard in shards_of(engine) if shard.state]
     for shard in shards:
-        _check_complete(shard)
+        check_complete(shard)
     kept: list[Tensor] = []
     optimizer._at_base_iterate = True
     for name in _FORBIDDEN:
@@ -89,7 +89,8 @@ def _refusal(name: str) -> Callable[..., NoReturn]:
     return refuse
 
 
-def _check_complete(shard: Shard) -> None:
+def check_complete(shard: Shard) -> None:
+    """Raises RuntimeError if the state of a stepped shard does not define θ."""
     needed = {*MOMENTS[shard.group["preconditioner"]], *(["step"] if needs_step(shard.group) else [])}
     missing = needed - shard.state.keys()
     if missing:
@@ -101,11 +102,11 @@ def _check_complete(shard: Shard) -> None:
 
 @torch.no_grad()
 def _move_to_base_iterate(shard: Shard) -> None:
-    for target, theta in zip(_chunks(shard.copy), base_iterate_chunks(shard), strict=True):
+    for target, theta in zip(_chunks(shard.copy), _base_iterate_chunks(shard), strict=True):
         target.copy_(theta)
 
 
-def base_iterate_chunks(shard: Shard) -> Iterator[Tensor]:
+def _base_iterate_chunks(shard: Shard) -> Iterator[Tensor]:
     """θ of a shard, piece after piece of at most 2²⁴ elements, so that its temporaries stay small.
 
     Yields:

@@ -22,6 +22,7 @@ from arsg_dist.engine import (
 )
 
 _TAG = "deepspeed"
+_UNIVERSAL_TAG = "universal"
 
 
 def connect(ranks: Ranks) -> Communicator:
@@ -95,7 +96,7 @@ class DeepSpeedEngine(Engine):
         self.engine.step()
 
     def save(self, directory: Path, progress: dict[str, Any]) -> None:
-        """Every rank writes its shard; the directory can be read on the same number of ranks."""
+        """Every rank writes its shard; converted, the directory can be read on any number of ranks."""
         try:
             self.engine.save_checkpoint(
                 str(directory), tag=_TAG, client_state={"progress": progress}, save_latest=False
@@ -105,24 +106,31 @@ class DeepSpeedEngine(Engine):
             raise RuntimeError(f"DeepSpeed could not write to {directory}: {error}") from error
 
     def load(self, directory: Path) -> dict[str, Any]:
-        """Every rank reads its shard.
+        """Every rank reads its shard, or with ``"checkpoint": {"load_universal": true}`` its part of the converted one.
 
         DeepSpeed's files are pickles: load only checkpoints you trust.
         """
-        shards = list((directory / _TAG).glob("*zero_pp_rank_*_optim_states.pt"))
-        if not (directory / _TAG).is_dir():
+        saved, universal = directory / _TAG, directory / _UNIVERSAL_TAG
+        convert = f"python -m arsg_dist.deepspeed.universal {saved} {universal}"
+        if not saved.is_dir() and not universal.is_dir():
             raise ValueError(
                 f"{directory} was not written by DeepSpeed: resume it with the engine that wrote it"
             )
-        if shards and len(shards) != self.communicator.world_size:
+        by_universal = self.engine.load_universal_checkpoint()
+        shards = list(saved.glob("*zero_pp_rank_*_optim_states.pt"))
+        if by_universal and not universal.is_dir():
+            raise ValueError(f"the DeepSpeed config has checkpoint.load_universal: run '{convert}' first")
+        if not by_universal and shards and len(shards) != self.communicator.world_size:
             raise ValueError(
                 f"{directory} was written by {len(shards)} ranks and this job has {self.communicator.world_size}: "
-                "resume on the same number of ranks (or convert it with DeepSpeed's universal checkpoint, which "
-                "loses ARSG's running maximum)"
+                f"resume on {len(shards)} ranks; or run '{convert}' and set "
+                '"checkpoint": {"load_universal": true} in the DeepSpeed config'
             )
-        path, client_state = self.engine.load_checkpoint(str(directory), tag=_TAG)
+        path, client_state = self.engine.load_checkpoint(
+            str(directory), tag=_UNIVERSAL_TAG if by_universal else _TAG
+        )
         if path is None:
-            raise ValueError(f"DeepSpeed could not load {directory / _TAG}")
+            raise ValueError(f"DeepSpeed could not load {directory}")
         progress: dict[str, Any] = client_state["progress"]
         return progress
 

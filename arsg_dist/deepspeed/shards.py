@@ -8,7 +8,7 @@ import deepspeed
 import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
-from deepspeed.runtime.utils import all_gather_dp_groups
+from deepspeed.runtime.utils import all_gather_dp_groups, is_optimized_parameter
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
@@ -118,7 +118,7 @@ def shards_of(engine: Any) -> Iterator[Shard]:
         for index, group in enumerate(optimizer.param_groups):
             for position, master in enumerate(group["params"]):
                 copy = master if copies is None else copies[index][position]
-                if copy.requires_grad and copy.numel():
+                if is_optimized_parameter(copy):
                     yield shard(master, copy, group, [Piece(names[copy], 0, 0, copy.numel())], None)
 
 
@@ -150,21 +150,33 @@ def publish_copies(engine: Any) -> None:
 
 
 def group_names(engine: Any) -> list[list[str]]:
-    """Names of the parameters in each of the optimizer's groups, the same on every rank."""
+    """Names of the trained parameters in each of the optimizer's groups, the same on every rank."""
+    return [[name for _, name in group] for group in _grouped(engine)]
+
+
+def group_positions(engine: Any) -> list[list[int]]:
+    """Where each of `group_names` is in its group: stage 0 in fp32 leaves frozen parameters in them."""
+    return [[position for position, _ in group] for group in _grouped(engine)]
+
+
+def _grouped(engine: Any) -> list[list[tuple[int, str]]]:
     optimizer, wrapper, names = optimizer_of(engine), engine.optimizer, engine.param_names
     if isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3):
-        grouped: list[list[Any]] = [[] for _ in optimizer.param_groups]
+        groups: list[list[Any]] = [[] for _ in optimizer.param_groups]
         for index, parameters in enumerate(wrapper.fp16_groups):
-            grouped[wrapper.sub_group_to_group_id[index]] += parameters
+            groups[wrapper.sub_group_to_group_id[index]] += parameters
     elif isinstance(wrapper, BF16_Optimizer):
-        grouped = wrapper.bf16_groups
+        groups = wrapper.bf16_groups
     elif isinstance(wrapper, DeepSpeedZeroOptimizer):
-        grouped = wrapper.bit16_groups
+        groups = wrapper.bit16_groups
     elif isinstance(wrapper, FP16_UnfusedOptimizer):
-        grouped = wrapper.fp16_groups
+        groups = wrapper.fp16_groups
     else:
-        grouped = [group["params"] for group in optimizer.param_groups]
-    return [[names[p] for p in group] for group in grouped]
+        groups = [
+            [p if is_optimized_parameter(p) else None for p in group["params"]]
+            for group in optimizer.param_groups
+        ]
+    return [[(position, names[p]) for position, p in enumerate(group) if p is not None] for group in groups]
 
 
 def shapes_of(engine: Any) -> dict[str, torch.Size]:

@@ -1,0 +1,161 @@
+"""One safetensors file with the whole model, from a running engine or from a checkpoint directory."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import deepspeed
+import torch
+from torch import Tensor
+
+from arsg_dist.checkpoint.safetensors_file import write_safetensors
+from arsg_dist.deepspeed.base_iterate import check_complete
+from arsg_dist.deepspeed.layout import Piece, read_piece
+from arsg_dist.deepspeed.saved import SavedCheckpoint, read_checkpoint
+from arsg_dist.deepspeed.shards import Shard, group_names, optimizer_of, shapes_of, shards_of
+from arsg_dist.engine import TorchCommunicator
+from arsg_dist.optim.base_iterate import base_iterate_point
+
+Point = Literal["x", "theta"]
+Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+
+
+def export(source: Any, path: str | Path, at: Point = "x", dtype: torch.dtype = torch.float32) -> None:
+    """Writes the model's parameters and buffers into one safetensors file.
+
+    The keys are those of the module's `state_dict`; tied parameters are written under each of their names, so that
+    ``model.load_state_dict(safetensors.torch.load_file(path))`` works as it is. Trained parameters come from the fp32
+    masters. The file appears complete or not at all.
+
+    Only one parameter at a time is gathered and in memory, besides what the engine holds.
+
+    Args:
+        source: an engine of `deepspeed.initialize` (every rank must call this; rank 0 writes), or a checkpoint
+            directory, sharded or universal, with the tag or with a file `latest` (a single process).
+        path: of the file, best ending in ``.safetensors``; an existing one is replaced. Its directory must exist.
+        at: "x", where the parameters are, or "theta", the base iterate.
+        dtype: of trained and frozen parameters; buffers keep theirs.
+
+    Raises:
+        ValueError: another value of `at`, a dtype that is not floating, or a directory without such a checkpoint.
+        TypeError: neither an engine with ARSG nor a directory.
+        OSError: rank 0 cannot write; from an engine, JobError on every rank.
+        RuntimeError: θ is asked for and the optimizer's state is incomplete, or inside `base_iterate`.
+    """
+    if at not in ("x", "theta"):
+        raise ValueError(f"at={at!r}: choose 'x' or 'theta'")
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype={dtype} is not floating-point")
+    path = Path(path)
+    if isinstance(source, str | Path):
+        saved = read_checkpoint(source)
+        layout, read = _saved_tensors(saved, at, dtype)
+        write_safetensors(path, layout, (read(name) for name in layout), _metadata(at))
+        return
+    optimizer_of(source)._refuse_at_base_iterate("export")
+    layout, tensors = _engine_tensors(source, at, dtype)
+    communicator = TorchCommunicator(source.device)
+    with communicator.fail_together():
+        failed = None
+        if communicator.rank == 0:
+            try:
+                write_safetensors(path, layout, tensors, _metadata(at))
+            except OSError as error:
+                failed = OSError(f"cannot write {path}: {error.strerror or error}")
+        for (
+            _
+        ) in tensors:  # the other ranks give their parts, and rank 0 takes part to the end though it failed
+            pass
+        if failed is not None:
+            raise failed
+
+
+def _metadata(at: Point) -> dict[str, str]:
+    return {"format": "pt", "arsg_point": at}
+
+
+def _saved_tensors(
+    saved: SavedCheckpoint, at: Point, dtype: torch.dtype
+) -> tuple[Layout, Callable[[str], Tensor]]:
+    module = saved.module
+    trained = saved.trained
+    of = {name: name for name in trained} | module.aliases
+    layout: Layout = {name: (dtype, tuple(saved.master(of[name]).shape)) for name in of}
+    layout |= {name: (dtype, tuple(value.shape)) for name, value in module.frozen.items()}
+    layout |= {name: (value.dtype, tuple(value.shape)) for name, value in module.buffers.items()}
+
+    def read(name: str) -> Tensor:
+        if name in module.buffers:
+            return module.buffers[name]
+        if name in module.frozen:
+            return module.frozen[name].to(dtype)
+        x = saved.master(of[name])
+        keys = saved.keys(of[name]) if at == "theta" else set()
+        if not keys:
+            return x.to(dtype)
+        if saved.group_of is None:
+            raise ValueError(f"{saved.directory} does not tell the settings of each parameter: export at='x'")
+        state = {key: saved.state(of[name], key) for key in keys}
+        return base_iterate_point(x, state, saved.groups[saved.group_of[of[name]]]).to(dtype)
+
+    return layout, read
+
+
+def _engine_tensors(engine: Any, at: Point, dtype: torch.dtype) -> tuple[Layout, Iterator[Tensor]]:
+    shapes, names = shapes_of(engine), engine.param_names
+    shards = list(shards_of(engine))
+    if at == "theta":
+        for shard in shards:
+            if shard.state:
+                check_complete(shard)
+    holders: dict[str, list[tuple[Shard, Piece]]] = {}
+    for shard in shards:
+        for piece in shard.pieces:
+            holders.setdefault(piece.name, []).append((shard, piece))
+    trained = {name for group in group_names(engine) for name in group}
+    of = {key: names[parameter] for key, parameter in engine.module.named_parameters(remove_duplicate=False)}
+    parameters = {name: parameter for parameter, name in names.items()}
+    persistent = set(engine._get_buffer_names())
+    buffers = {
+        key: value for key, value in engine.module.named_buffers(remove_duplicate=False) if key in persistent
+    }
+    layout: Layout = {key: (dtype, tuple(shapes[name])) for key, name in of.items()}
+    layout |= {key: (value.dtype, tuple(value.shape)) for key, value in buffers.items()}
+
+    def tensors() -> Iterator[Tensor]:
+        for key in layout:
+            if key in buffers:
+                yield buffers[key]
+            elif of[key] in trained:
+                yield _gathered(engine, shapes[of[key]], holders.get(of[key], []), at, shards).to(dtype)
+            else:
+                parameter = parameters[of[key]]
+                with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+                    yield parameter.detach().to(dtype, copy=True)
+
+    return layout, tensors()
+
+
+@torch.no_grad()
+def _gathered(
+    engine: Any, shape: torch.Size, holders: list[tuple[Shard, Piece]], at: Point, shards: list[Shard]
+) -> Tensor:
+    whole = torch.zeros(shape.numel(), dtype=torch.float32, device=engine.device)
+    for shard, piece in holders:
+        values = _theta(shard, piece) if at == "theta" and shard.state else read_piece(shard.master, piece)
+        whole.narrow(0, piece.start, piece.numel).copy_(values)
+    group = shards[0].process_group
+    if group is not None:
+        # As integers: each element comes from one rank, and its bits arrive as they are, those of −0 and NaN too.
+        torch.distributed.all_reduce(whole.view(torch.int32), group=group)
+    return whole.view(shape)
+
+
+def _theta(shard: Shard, piece: Piece) -> Tensor:
+    state = {
+        name: read_piece(value, piece)
+        if isinstance(value, Tensor) and value.shape == shard.master.shape
+        else value
+        for name, value in shard.state.items()
+    }
+    return base_iterate_point(read_piece(shard.master, piece).detach(), state, shard.group)

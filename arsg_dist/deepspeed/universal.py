@@ -1,0 +1,119 @@
+"""Converts a DeepSpeed checkpoint of an engine with ARSG to DeepSpeed's universal layout, losing nothing.
+
+usage: python -m arsg_dist.deepspeed.universal INPUT OUTPUT
+
+The result resumes on any number of ranks and under any ZeRO stage: ``"checkpoint": {"load_universal": true}`` in the
+DeepSpeed config, then `engine.load_checkpoint`. Needs no GPU and no launcher, and memory for one parameter at a time.
+"""
+
+import argparse
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from arsg_dist.deepspeed.saved import ARSG_SECTION, SavedCheckpoint, ShardedCheckpoint, resolve_tag
+
+FORMAT_VERSION = 1
+
+
+def convert(source: str | Path, target: str | Path) -> Path:
+    """Writes a universal checkpoint.
+
+    The layout is DeepSpeed's: ``zero/PARAMETER/{fp32,exp_avg,exp_avg_sq}.pt``, and here every other state tensor of
+    the parameter as well (max_exp_avg_sq, slow_param) and ``step.pt`` where ARSG counts; ``zero/optimizer_state.pt``
+    has the settings of each group and the names of its parameters; the model file has buffers and frozen parameters.
+
+    Args:
+        source: checkpoint directory with the tag, or the one above it, whose file `latest` names the tag.
+        target: a directory that does not exist yet. It appears when it is complete; then `latest_universal` beside it
+            names it.
+
+    Returns:
+        The target's path.
+
+    Raises:
+        ValueError: the source is no checkpoint of an engine with ARSG, incomplete, or the target exists.
+    """
+    target = Path(target).absolute()
+    if target.exists():
+        raise ValueError(f"{target} exists already; choose another output directory or remove it")
+    saved = ShardedCheckpoint(resolve_tag(Path(source)))
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    (partial / "zero").mkdir(parents=True)
+    for name in saved.trained:
+        _write_parameter(partial / "zero" / name, saved, name)
+    _write(partial / "zero" / "optimizer_state.pt", _optimizer_state(saved))
+    # Stages 0 to 2 look for the first name, stage 3 for the other.
+    _write(partial / "mp_rank_00_model_states.pt", _model_state(saved))
+    os.link(partial / "mp_rank_00_model_states.pt", partial / "zero_pp_rank_0_mp_rank_00_model_states.pt")
+    partial.rename(target)
+    latest = target.parent / "latest_universal"
+    beside = latest.with_name(".latest_universal.partial")
+    beside.write_text(target.name)
+    beside.rename(latest)
+    return target
+
+
+def _write_parameter(directory: Path, saved: SavedCheckpoint, name: str) -> None:
+    directory.mkdir(parents=True)
+    _write(directory / "fp32.pt", {"param": saved.master(name), "cat_dim": 0})
+    for key in sorted(saved.keys(name)):
+        value = saved.state(name, key)
+        _write(directory / f"{key}.pt", value if key == "step" else {"param": value, "cat_dim": 0})
+
+
+def _optimizer_state(saved: SavedCheckpoint) -> dict[str, Any]:
+    assert saved.group_of is not None
+    names: list[list[str]] = [[] for _ in saved.groups]
+    for name, index in saved.group_of.items():
+        names[index].append(name)
+    groups = [{**group, "params": [index]} for index, group in enumerate(saved.groups)]
+    return {
+        "param_groups": groups,
+        "ds_version": saved.module.common.get("ds_version"),
+        ARSG_SECTION: {"version": FORMAT_VERSION, "groups": names, "loss_scale": saved.loss_scale},
+    }
+
+
+def _model_state(saved: SavedCheckpoint) -> dict[str, Any]:
+    module = saved.module
+    return {
+        **module.common,
+        "module": {name: tensor.clone() for name, tensor in {**module.buffers, **module.frozen}.items()},
+        "buffer_names": list(module.buffers),
+        ARSG_SECTION: {"aliases": module.aliases},
+    }
+
+
+def _write(path: Path, content: Any) -> None:
+    with path.open("wb") as file:
+        torch.save(content, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit code, 2 for bad input."""
+    parser = argparse.ArgumentParser(prog="python -m arsg_dist.deepspeed.universal", description=__doc__)
+    parser.add_argument("input", help="checkpoint directory, as checkpoints/global_step100 or checkpoints")
+    parser.add_argument("output", help="directory to make, best beside the input")
+    parsed = parser.parse_args(arguments)
+    try:
+        target = convert(parsed.input, parsed.output)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return 2
+    print(  # noqa: T201
+        f'wrote {target}: set "checkpoint": {{"load_universal": true}} in the DeepSpeed config and load it with '
+        f"engine.load_checkpoint({str(target.parent)!r})"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
