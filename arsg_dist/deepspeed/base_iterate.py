@@ -60,6 +60,8 @@ def base_iterate(engine: Any) -> Iterator[None]:
         check_complete(shard)
     kept: list[Tensor] = []
     optimizer._at_base_iterate = True
+    # Of the instance, not of its class: a boost that listens to `backward`.
+    own = {name: vars(engine)[name] for name in _FORBIDDEN if name in vars(engine)}
     for name in _FORBIDDEN:
         setattr(engine, name, _refusal(name))
     try:
@@ -77,6 +79,7 @@ def base_iterate(engine: Any) -> Iterator[None]:
         publish_copies(engine)
         for name in _FORBIDDEN:
             delattr(engine, name)
+        vars(engine).update(own)
         optimizer._at_base_iterate = False
 
 

@@ -68,6 +68,8 @@ def train(case: schedules.Case, stage: int, checkpoint: Path) -> dict[str, Any]:
         engine, model = begin(stage, case.section, case.client, case.fp16)
         used = updates(engine, case, 0, schedules.SAVE_AT)
         engine.save_checkpoint(str(checkpoint), tag="saved")
+        with arsg_dist.deepspeed.base_iterate(engine):
+            pass  # an evaluation; boosts must go on listening afterwards
         used += updates(engine, case, schedules.SAVE_AT, schedules.UPDATES)
         result = {"used": used, "after": schedules.settings_of(engine.basic_optimizer)}
         result["weights"] = weights_of(model, stage)
