@@ -1,4 +1,4 @@
-"""Elastic jobs: ranks come and go, training goes on from the last commit. For the replicated form.
+"""Elastic jobs: ranks come and go, training goes on from the last commit.
 
     state = arsg_dist.horovod.elastic.TorchState(model=model, optimizer=optimizer, schedule=schedule, update=0)
 
@@ -9,13 +9,18 @@ is used as Horovod's own (`hvd.elastic`), and fills its gaps.
 """
 
 import copy
+from collections.abc import Iterator
 from typing import Any, Protocol, runtime_checkable
 
 import horovod.torch as hvd
 from horovod.common.exceptions import HostsUpdatedInterrupt
 from horovod.torch.elastic import run
 from horovod.torch.elastic.state import StateHandler, get_handler_registry
+from torch import nn
 from torch.optim import Optimizer
+
+from arsg_dist.horovod.sharded import ShardedOptimizer
+from arsg_dist.horovod.sharded_elastic import ShardedHandler
 
 __all__ = ["TorchState", "run"]
 
@@ -31,36 +36,75 @@ class TorchState(hvd.elastic.TorchState):  # type: ignore[misc]
       the next commit, and if the others die before, training starts over from these with the old counters.
     - Gradients of an interrupted update are forgotten. With Horovod's they are added to the next update's.
     - Every change of hosts that all ranks survive commits first and synchronizes afterwards, removals too.
+    - A commit in the middle of which a rank dies is no commit, on this rank, of anything.
+
+    With a `ShardedOptimizer` a commit gathers its whole state on every rank, so every rank needs host memory for it
+    (for ARSG 12 bytes per parameter, with half-precision parameters 16), and twice during a commit. In an elastic
+    job it is laid out when the function starts, anew whenever ranks came or went, and works inside it only.
 
     Args:
         model: to train.
-        optimizer: `ARSG` wrapped by `arsg_dist.horovod.DistributedOptimizer`.
+        optimizer: `ARSG` wrapped by `arsg_dist.horovod.DistributedOptimizer`, or a `ShardedOptimizer`.
         kwargs: more to keep, reachable as attributes.
 
     Raises:
-        TypeError: a sharded optimizer, of which no rank holds the whole state.
+        ValueError: a `ShardedOptimizer` that is not over all ranks, or with parameters of no model given here.
     """
 
     def __init__(self, model: Any = None, optimizer: Any = None, **kwargs: Any) -> None:
-        for name, value in {"optimizer": optimizer, **kwargs}.items():
-            if hasattr(value, "shard_world_size"):
-                raise TypeError(
-                    f"{name} is sharded: an elastic job needs the replicated form, "
-                    "arsg_dist.horovod.DistributedOptimizer"
-                )
         registry = get_handler_registry()
+        if (ShardedOptimizer, ShardedHandler) not in registry:
+            registry.insert(
+                0, (ShardedOptimizer, ShardedHandler)
+            )  # it is an Optimizer too: the first one counts
         if (_Stateful, _StatefulHandler) not in registry:
             registry.append((_Stateful, _StatefulHandler))
         super().__init__(model=model, optimizer=optimizer, **kwargs)
+        for name, handler in self._handlers.items():
+            if isinstance(handler, ShardedHandler):
+                handler.label = f"elastic.{name}"
+                self._check_models_hold(name, handler.value)
+
+    def _check_models_hold(self, name: str, optimizer: ShardedOptimizer) -> None:
+        models = [
+            handler.value for handler in self._handlers.values() if isinstance(handler.value, nn.Module)
+        ]
+        held = {id(parameter) for model in models for parameter in model.parameters()}
+        missing = sum(id(p) not in held for group in optimizer.param_groups for p in group["params"])
+        if missing:
+            raise ValueError(
+                f"{missing} parameters of {name} belong to no model given to TorchState, so a commit would not hold "
+                "them: give every model that the optimizer trains"
+            )
+
+    def _sharded(self) -> Iterator[ShardedHandler]:
+        return (handler for handler in self._handlers.values() if isinstance(handler, ShardedHandler))
+
+    def save(self) -> None:
+        """Commits, without looking for changes of hosts. With a `ShardedOptimizer` every rank must call it."""
+        for handler in self._sharded():
+            handler.stage()
+        super().save()
 
     def sync(self) -> None:
         """Gives every rank rank 0's state, and commits it."""
         super().sync()
-        self.save()
+        super().save()  # a sharded optimizer's commit has just been received
+
+    def reset(self) -> None:
+        """Called when ranks came or went, before `sync`."""
+        for handler in self._sharded():
+            handler.restore()
+        self._forget_gradients()
 
     def restore(self) -> None:
         """Goes back to the last commit."""
+        for handler in self._sharded():
+            handler.restore()  # first: reading parameters that are on their way would wait for dead ranks
         super().restore()
+        self._forget_gradients()
+
+    def _forget_gradients(self) -> None:
         for handler in self._handlers.values():
             if isinstance(handler.value, Optimizer):
                 for group in handler.value.param_groups:

@@ -15,12 +15,13 @@ import io
 import pickle
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 import horovod.torch as hvd
 import torch
+from horovod.common.exceptions import HorovodInternalError
 from horovod.torch import mpi_ops
 from torch import Tensor
 
@@ -105,6 +106,12 @@ class Group:
         )
         return largest
 
+    def gather_to_all(self, shard: Tensor, what: str) -> Tensor:
+        """All shards (1-D, of equal size) one after another, on every rank."""
+        gathered = hvd.allgather(bits(shard), name=f"{self.name}.{what}", process_set=self.process_set)
+        whole: Tensor = gathered.view(shard.dtype)
+        return whole
+
     def gather_to_first(self, shard: Tensor, what: str) -> Tensor | None:
         """All shards (1-D, of equal size) one after another, on the group's first rank; None on the others."""
         splits = torch.zeros(self.size, dtype=torch.int32)
@@ -150,6 +157,13 @@ class Started:
     def finish(self) -> Tensor:
         """Waits for the end and returns the result."""
         return self.result(hvd.synchronize(self.handle))
+
+    def discard(self) -> None:
+        """Frees what an exchange of a job that is no more holds; to be called once Horovod has been shut down."""
+        # Waiting for one that Horovod lost could last for ever; it stays in Horovod's table.
+        if self.handle in mpi_ops._handle_map and self.done():
+            with suppress(HorovodInternalError):
+                hvd.synchronize(self.handle)
 
 
 class AllToAllReduceScatter:

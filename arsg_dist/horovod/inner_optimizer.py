@@ -67,6 +67,10 @@ class InnerOptimizer:
             (step.__wrapped__ if hasattr(step, "hooked") else step)(self.optimizer)
         self._given._opt_called = True  # type: ignore[attr-defined]  # a scheduler made from it warns otherwise
 
+    def forget_state(self) -> None:
+        """For pieces that are no more."""
+        self.optimizer.state = defaultdict(dict)
+
     def load(self, groups: list[dict[str, Any]], state: dict[Tensor, dict[str, Any]]) -> None:
         """Loads the settings of groups and the state of pieces, with the class's own ways of loading.
 

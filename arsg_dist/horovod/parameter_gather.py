@@ -96,6 +96,13 @@ class ParameterGather:
             if started is not None:
                 started.finish()
 
+    def abandon(self) -> list[Started]:
+        """Gives the modules back as they were; returns the exchanges under way, for which nobody waits."""
+        started = list(self.started.values())
+        self.started = {}
+        self.remove()
+        return started
+
     def remove(self) -> None:
         """Waits, and gives the modules back as they were."""
         self.wait()

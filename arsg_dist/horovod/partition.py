@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from arsg_dist.horovod.buckets import Layout, Segment
-from arsg_dist.horovod.exchange import Group, ReduceScatter, sum_dtype
+from arsg_dist.horovod.exchange import Group, ReduceScatter, Started, sum_dtype
 from arsg_dist.horovod.gradient_buckets import GradientBuckets
 from arsg_dist.horovod.parameter_gather import GatherMode, ParameterGather
 
@@ -173,6 +173,23 @@ class Partition:
         """Takes all hooks off."""
         self.gather.remove()
         self.gradients.remove()
+
+    def abandon(self) -> list[Started]:
+        """Takes all hooks off without a message to other ranks, which may be dead.
+
+        Parameters move out of the flat memory, into which exchanges under way may still write. What is in them then
+        is of no use if there were any.
+
+        Returns:
+            These exchanges.
+        """
+        started = self.gather.abandon() + self.gradients.abandon()
+        for index, parameter in enumerate(self.parameters):
+            parameter.grad = None
+            spec = self.layout.parameters[index]
+            if spec.numel and parameter.data_ptr() == self._homes[index][0]:
+                parameter.data = spec.shaped(spec.flat(parameter.detach()).clone())
+        return started
 
 
 def _checksum(arena: Tensor) -> Tensor:

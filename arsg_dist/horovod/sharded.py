@@ -4,7 +4,7 @@ import itertools
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NoReturn
 
 import horovod.torch as hvd
@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from arsg_dist.horovod import sharded_arguments, sharded_state
-from arsg_dist.horovod.buckets import ParameterSpec, plan
 from arsg_dist.horovod.clipping import clip_shards
-from arsg_dist.horovod.exchange import choose_reduce_scatter
+from arsg_dist.horovod.exchange import Started, choose_reduce_scatter
 from arsg_dist.horovod.inner_optimizer import InnerOptimizer
 from arsg_dist.horovod.parameter_gather import GatherMode
-from arsg_dist.horovod.partition import Exchange, Partition, shard_groups
-from arsg_dist.horovod.self_test import check_exchanges
+from arsg_dist.horovod.partition import Exchange, Partition, ShardGroups, shard_groups
+from arsg_dist.horovod.sharded_layout import lay_out
 
 _number = (
     itertools.count()
@@ -90,8 +89,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
         reduce_scatter: str = "auto",
         element_wise: bool = False,
     ) -> None:
+        self._elastic = sharded_arguments.in_elastic_job()
+        if self._elastic:
+            sharded_arguments.check_elastic(shard_group, process_set)
+        self._shard_group, self.process_set = shard_group, process_set
         self._groups = shard_groups(shard_group, process_set, f"sharded{next(_number)}")
-        with self._groups.world.fail_together():
+        with self._fail_together():
             sharded_arguments.check_optimizer(optimizer, element_wise)
             sharded_arguments.check_arguments(
                 compression,
@@ -105,76 +108,43 @@ class ShardedOptimizer(torch.optim.Optimizer):
             named = sharded_arguments.names_of(optimizer.param_groups, named_parameters)
             sharded_arguments.check_parameters(named)
             sharded_state.check_state(named, optimizer)
-            chosen = choose_reduce_scatter(reduce_scatter, self._groups.shard, named[0][1].device.type)
-        self._exchange = Exchange(
-            chosen,
-            compression,
-            prescale=1.0 / gradient_predivide_factor,
-            postscale=gradient_predivide_factor / (self._groups.world.size if op == hvd.Average else 1),
-            sparse_as_dense=sparse_as_dense,
-            gather=gather,
-        )
+            self._exchange_between: Callable[[ShardGroups], Exchange] = lambda groups: Exchange(
+                choose_reduce_scatter(reduce_scatter, groups.shard, named[0][1].device.type),
+                compression,
+                prescale=1.0 / gradient_predivide_factor,
+                postscale=gradient_predivide_factor / (groups.world.size if op == hvd.Average else 1),
+                sparse_as_dense=sparse_as_dense,
+                gather=gather,
+            )
+            self._exchange = self._exchange_between(self._groups)
         self._bucket_bytes = int(bucket_mb * 2**20)
         self.backward_passes_per_step = backward_passes_per_step
-        self.process_set = process_set
         self._should_synchronize = True
         self._at_base_iterate = False
         self._started_equal = False
         super().__init__(optimizer.param_groups, optimizer.defaults)
+        self._trained: list[list[tuple[str, Tensor]]] = []
         self._partitions: list[Partition] = []
+        self._abandoned: list[Started] = []
         self._frozen: list[tuple[str, Tensor]] = []
         self._whole_state = dict(optimizer.state)
         self._inner = InnerOptimizer(optimizer, self)
         self._inner.pieces_of_group = self._pieces_of_group
-        self._shard(named)
+        self._add(named)
         self._ready = True
 
-    def _shard(self, named: Sequence[tuple[str, Tensor]]) -> None:
-        """Lays out these parameters, checks the exchanges at their sizes and takes over their state."""
+    def _add(self, named: Sequence[tuple[str, Tensor]]) -> None:
         trained = [(name, parameter) for name, parameter in named if parameter.requires_grad]
-        specs = [ParameterSpec.of(name, parameter) for name, parameter in trained]
-        layout = plan(specs, self._groups.shard.size, self._bucket_bytes)
-        group_of = {
-            id(parameter): index
-            for index, group in enumerate(self.param_groups)
-            for parameter in group["params"]
-        }
-        indices = [group_of[id(parameter)] for _, parameter in trained]
-        described = (
-            layout.fingerprint(),
-            indices,
-            self.backward_passes_per_step,
-            str(self._exchange.postscale),
-        )
-        with self._groups.world.fail_together():
-            others = self._groups.world.all_gather_object(described, "layout")
-            differing = [rank for rank, other in enumerate(others) if other != others[0]]
-            if differing:
-                raise ValueError(
-                    f"the parameters (names, order, shapes, dtypes, groups, requires_grad) or arguments of rank "
-                    f"{', '.join(map(str, differing))} differ from rank 0's: build the same model and optimizer on "
-                    "every rank"
-                )
-        if layout.buckets:
-            self._check_exchanges(layout.arenas, layout.buckets, trained[0][1].device)
-        partition = Partition(
-            layout,
-            [parameter for _, parameter in trained],
-            indices,
-            self._groups,
-            self._exchange,
-            self.backward_passes_per_step,
-            label=f"part{len(self._partitions)}",
-        )
-        self._partitions.append(partition)
+        self._trained.append(trained)
         self._frozen += [(name, parameter) for name, parameter in named if not parameter.requires_grad]
         for _, parameter in trained:
             sharded_arguments.sharded_by[parameter] = weakref.ref(self)
-        sharded_state.adopt_state(self, partition)
+        if not self._elastic:
+            lay_out(self)
 
-    def _check_exchanges(self, arenas: Any, buckets: Any, device: torch.device) -> None:
-        sizes = {(bucket.numel, arenas[bucket.arena][0], device): None for bucket in buckets}
-        check_exchanges(self._groups.shard, self._exchange.reduce_scatter, list(sizes))
+    def _fail_together(self) -> AbstractContextManager[None]:
+        # Where ranks come and go, those that train do not answer to one that is still being built.
+        return nullcontext() if self._elastic else self._groups.world.fail_together()
 
     def _pieces_of_group(self, group: int) -> list[Tensor]:
         return [piece for partition in self._partitions for piece in partition.pieces_of_group(group)]
@@ -183,6 +153,62 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def shard_world_size(self) -> int:
         """Among how many ranks the state is divided."""
         return self._groups.shard.size
+
+    # Ranks that come and go
+
+    @property
+    def laid_out(self) -> bool:
+        """Whether the parameters are divided among the ranks: at once, or in an elastic job by `TorchState`."""
+        return bool(self._partitions)
+
+    def _require_layout(self, what: str) -> None:
+        if not self._partitions:
+            raise RuntimeError(
+                f"{what} of a ShardedOptimizer in an elastic job works inside the function that "
+                "arsg_dist.horovod.elastic.run decorates, after elastic.TorchState(model=..., optimizer=...): only "
+                "there are the ranks known. Load the model and the plain optimizer before wrapping it, or load "
+                "inside that function"
+            )
+
+    def abandon_layout(self) -> None:
+        """Forgets the layout and the update under way, without a message to other ranks, which may be dead.
+
+        The parameters may hold anything if exchanges were under way. State is lost: `reshard` brings it back.
+        """
+        for partition in self._partitions:
+            self._abandoned += partition.abandon()
+        self._partitions = []
+        self._inner.forget_state()
+        self._should_synchronize, self._at_base_iterate = True, False
+
+    def reshard(self, state: dict[str, Any], label: str) -> None:
+        """Divides parameters and state among the ranks there are now. Collective.
+
+        Parameters, `param_groups` and this object stay the ones they are; their memory moves.
+
+        Args:
+            state: the whole state, the same on every rank.
+            label: precedes the names of all exchanges from now on, the same on ranks of every age.
+
+        Raises:
+            ValueError: the state does not fit, or the ranks differ.
+            JobError: another rank raised it.
+            RuntimeError: the exchanges return wrong data here.
+        """
+        self.abandon_layout()
+        for started in self._abandoned:
+            started.discard()
+        self._abandoned = []
+        self._groups = shard_groups(self._shard_group, self.process_set, label)
+        self._exchange = self._exchange_between(self._groups)
+        self._whole_state = {}
+        self._started_equal = False
+        try:
+            lay_out(self)
+            sharded_state.load_state(self, state)
+        except BaseException:
+            self.abandon_layout()
+            raise
 
     # Gradients
 
@@ -204,6 +230,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def synchronize(self) -> None:
         """Waits until this rank has its part of every gradient, reduced over all ranks."""
+        self._require_layout("synchronize()")
         for partition in self._partitions:
             partition.gradients.synchronize()
 
@@ -285,6 +312,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 memory was replaced; at the first update, if the ranks have different parameters.
         """
         self._refuse_at_base_iterate("step")
+        self._require_layout("step()")
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -339,6 +367,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """
         self._inner.require("base_iterate")
         self._refuse_at_base_iterate("base_iterate")
+        self._require_layout("base_iterate()")
         self._groups.world.meet("base_iterate()")
         self._bring_masters_up_to_date()
         with self._inner.on_pieces() as optimizer:
@@ -366,6 +395,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             TypeError: the optimizer has no restart.
         """
         self._inner.require("restart")
+        self._require_layout("restart()")
         with self._inner.on_pieces() as optimizer:
             optimizer.restart()  # type: ignore[attr-defined]
 
@@ -394,7 +424,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if any(partition.gradients.under_way for partition in self._partitions):
             raise RuntimeError("add_param_group() is for between updates: after step() and zero_grad()")
         index = len(self.param_groups)
-        with self._groups.world.fail_together():
+        with self._fail_together():
             # The base class of the inner optimizer checks its settings; both share the list of groups.
             self._inner.optimizer.add_param_group(param_group)
             group = self.param_groups[index]
@@ -406,7 +436,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 del self.param_groups[index]
                 raise
         self._started_equal = False
-        self._shard(named)
+        self._add(named)
 
     def state_dict(self) -> dict[str, Any]:
         """The whole state, as the unsharded optimizer would return it, on rank 0. Every rank must call it.
@@ -427,12 +457,17 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 "hvd.broadcast_optimizer_state would overwrite every rank's shard with rank 0's: leave it out. To "
                 "resume, call load_state_dict(state) on every rank, where ranks other than 0 may give None"
             )
+        return self.gather_state(everywhere=False)
+
+    def gather_state(self, *, everywhere: bool) -> dict[str, Any]:
+        """`state_dict`, on every rank if `everywhere`. Every rank must call it."""
         self._refuse_at_base_iterate("state_dict")
+        self._require_layout("state_dict()")
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
         self._groups.world.meet("state_dict()")
         self._bring_masters_up_to_date()
-        state = sharded_state.gather_state(self)
+        state = sharded_state.gather_state(self, everywhere=everywhere)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             state = post_hook(self, state) or state
         return state
@@ -452,6 +487,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             RuntimeError: called by part of the ranks only, in `base_iterate` or in the middle of an update.
         """
         self._refuse_at_base_iterate("load_state_dict")
+        self._require_layout("load_state_dict()")
         if any(p.gradients.under_way and not p.gradients.synchronized for p in self._partitions):
             raise RuntimeError("load_state_dict() after backward() and before step()")
         for hook in self._optimizer_load_state_dict_pre_hooks.values():

@@ -1,5 +1,6 @@
 """What `ShardedOptimizer` accepts."""
 
+import os
 import weakref
 from collections import Counter
 from collections.abc import Iterable
@@ -88,6 +89,23 @@ def check_arguments(
     compressed, context = compression.compress(probe)
     if compressed.shape != probe.shape or compression.decompress(compressed, context).shape != probe.shape:
         raise ValueError(f"compression {compression} changes the shape of a tensor, so it cannot be sharded")
+
+
+def in_elastic_job() -> bool:
+    """Whether ranks may come and go."""
+    return os.environ.get("HOROVOD_ELASTIC") == "1"
+
+
+def check_elastic(shard_group: str | int, process_set: Any) -> None:
+    """Refuses groups of ranks where ranks come and go.
+
+    Raises:
+        ValueError: shards are not over all ranks.
+    """
+    if shard_group != "job" or process_set.process_set_id != 0:
+        raise ValueError(
+            "an elastic job needs shards over all its ranks: leave shard_group and process_set at their defaults"
+        )
 
 
 def check_passes(passes: Any) -> None:

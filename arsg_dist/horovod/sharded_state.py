@@ -80,9 +80,11 @@ def _packed_groups(optimizer: "ShardedOptimizer") -> list[dict[str, Any]]:
     ]
 
 
-def gather_state(optimizer: "ShardedOptimizer") -> dict[str, Any]:
-    """The whole state on rank 0; see `ShardedOptimizer.state_dict`. Collective."""
+def gather_state(optimizer: "ShardedOptimizer", *, everywhere: bool = False) -> dict[str, Any]:
+    """The whole state on rank 0, or on every rank; see `ShardedOptimizer.state_dict`. Collective."""
     groups = optimizer._groups
+    receives = everywhere or groups.world.rank == 0
+    assert groups.replicas is None or not everywhere
     index = _indices(optimizer)
     state: dict[int, dict[str, Any]] = {}
     masters: dict[int, Tensor] = {}
@@ -95,7 +97,8 @@ def gather_state(optimizer: "ShardedOptimizer") -> dict[str, Any]:
                 name: value if kind == "number" else None for name, (kind, value) in named.items()
             }
         for name, parameters, dtype in _tensor_entries(partition, entries):
-            whole = _gather_entry(optimizer, partition, f"state{number}.{name}", name, parameters, dtype)
+            what = f"state{number}.{name}"
+            whole = _gather_entry(optimizer, partition, what, name, parameters, dtype, everywhere)
             for number_in_partition, tensor in whole.items():
                 place = index[id(partition.parameters[number_in_partition])]
                 if name == _MASTER:
@@ -103,10 +106,9 @@ def gather_state(optimizer: "ShardedOptimizer") -> dict[str, Any]:
                 else:
                     state[place][name] = tensor
     packed = copy.deepcopy(_packed_groups(optimizer))
-    if groups.world.rank != 0:
+    if not receives:
         return {"state": {}, "param_groups": packed, _HELD: True}
-    for untrained, entry in optimizer._whole_state.items():
-        state[index[id(untrained)]] = copy.deepcopy(entry)
+    state |= _whole_entries(optimizer)
     result: dict[str, Any] = {
         "state": {place: state[place] for place in sorted(state)},
         "param_groups": packed,
@@ -114,6 +116,41 @@ def gather_state(optimizer: "ShardedOptimizer") -> dict[str, Any]:
     if masters:
         result[_MASTER] = masters
     return result
+
+
+def own_state(optimizer: "ShardedOptimizer") -> dict[str, Any]:
+    """The state this rank's optimizer was given, before anything was sharded, on CPU; of this rank alone."""
+    state = _whole_entries(optimizer)
+    return {
+        "state": {
+            place: {k: v.cpu() if isinstance(v, Tensor) else v for k, v in state[place].items()}
+            for place in sorted(state)
+        },
+        "param_groups": copy.deepcopy(_packed_groups(optimizer)),
+    }
+
+
+def outline_of(state: dict[str, Any]) -> dict[str, Any]:
+    """The same with tensors that have shape, stride and dtype only (device "meta")."""
+    outline = {**state, "state": {place: dict(entry) for place, entry in state["state"].items()}}
+    if _MASTER in state:
+        outline[_MASTER] = dict(state[_MASTER])
+    for holder, key in tensors_of(outline):
+        holder[key] = holder[key].to("meta")
+    return outline
+
+
+def _whole_entries(optimizer: "ShardedOptimizer") -> dict[int, dict[str, Any]]:
+    index = _indices(optimizer)
+    return {index[id(p)]: copy.deepcopy(entry) for p, entry in optimizer._whole_state.items()}
+
+
+def tensors_of(state: dict[str, Any]) -> Iterator[tuple[dict[Any, Any], Any]]:
+    """Where a state has tensors with elements, as (dict, key), in an order that depends on the keys only."""
+    for holder in (*state["state"].values(), state.get(_MASTER, {})):
+        for key, value in holder.items():
+            if isinstance(value, Tensor) and value.dim():
+                yield holder, key
 
 
 Entries = dict[int, dict[str, tuple[str, Any]]]
@@ -169,10 +206,11 @@ def _gather_entry(
     name: str,
     parameters: list[int],
     dtype: torch.dtype,
+    everywhere: bool,
 ) -> dict[int, Tensor]:
-    """One state tensor of several parameters, whole, on rank 0; empty on the others. Collective."""
+    """One state tensor of several parameters, whole, on rank 0 or everywhere; else empty. Collective."""
     group, layout = optimizer._groups.shard, partition.layout
-    first = optimizer._groups.world.rank == 0
+    receives = everywhere or optimizer._groups.world.rank == 0
     wanted = set(parameters)
     whole = (
         {
@@ -181,7 +219,7 @@ def _gather_entry(
             )
             for parameter in parameters
         }
-        if first
+        if receives
         else {}
     )
     for bucket in layout.buckets:
@@ -193,8 +231,8 @@ def _gather_entry(
             if segment.bucket == bucket.index and segment.parameter in wanted:
                 value = piece if name == _MASTER else optimizer._inner.state[piece][name]
                 shard.narrow(0, segment.start, segment.numel).copy_(value)
-        received = group.gather_to_first(shard, what)
-        if first:
+        received = (group.gather_to_all if everywhere else group.gather_to_first)(shard, what)
+        if receives:
             assert received is not None
             for segment in segments:
                 flat = layout.parameters[segment.parameter].flat(whole[segment.parameter])
