@@ -228,8 +228,6 @@ def shard_groups(shard_group: str | int, process_set: Any, label: str) -> ShardG
     if shard_group == "node":
         size = hvd.local_size()
         node = hvd.cross_rank()
-        if not hvd.is_homogeneous():
-            raise ValueError("shard_group='node' needs the same number of ranks on every host")
     elif isinstance(shard_group, int) and not isinstance(shard_group, bool) and shard_group > 0:
         size, node = shard_group, hvd.rank() // shard_group
         if hvd.size() % size:
@@ -242,7 +240,8 @@ def shard_groups(shard_group: str | int, process_set: Any, label: str) -> ShardG
     for rank, number in enumerate(world.all_gather_object(node, "nodes")):
         nodes.setdefault(number, []).append(rank)
     if {len(ranks) for ranks in nodes.values()} != {size}:
-        raise ValueError(f"shard_group={shard_group!r}: hosts have {[len(r) for r in nodes.values()]} ranks")
+        counts = [len(ranks) for ranks in nodes.values()]
+        raise ValueError(f"shard_group={shard_group!r} needs as many ranks on every host, and they have {counts}")
     mine = _process_set_of(hvd.rank(), list(nodes.values()))
     replicas = _process_set_of(hvd.rank(), [list(ranks) for ranks in zip(*nodes.values(), strict=True)])
     return ShardGroups(Group(mine, f"{label}.node"), Group(replicas, f"{label}.replicas"), world)

@@ -11,8 +11,10 @@ JOB = "tests/support/horovod_sharded_job.py"
 CORE = ("groups", "adamw", "sgd with momentum", "bf16 in groups", "grad scaler and clipping", "clipping")
 
 
-def check(launcher: str, ranks: int, *names: str) -> None:
-    job = launch(launcher, ranks, JOB, *names, timeout=500)
+def check(launcher: str, ranks: int, *names: str, shard_group: str = "") -> None:
+    arguments = [*names, f"--shard_group={shard_group}"] if shard_group else names
+    variables = {"HOROVOD_DYNAMIC_PROCESS_SETS": "1"} if shard_group else {}
+    job = launch(launcher, ranks, JOB, *arguments, timeout=500, variables=variables)
     assert job.code == 0, job.output[-8000:]
     for name in names or [case.name for case in CASES]:
         assert f"done: {name}\n" in job.output
@@ -33,3 +35,12 @@ def test_sharded_training_equals_one_process(launcher: str, ranks: int) -> None:
 def test_every_configuration_equals_one_process(launcher: str, ranks: int) -> None:
     """As above, for every method, precision, way of accumulating and clipping, scheduler and argument."""
     check(launcher, ranks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "shard_group"), [("mpirun", "2"), ("horovodrun", "2"), ("horovodrun, two hosts", "node")]
+)
+def test_shards_inside_a_node_equal_one_process(launcher: str, shard_group: str) -> None:
+    """Catches shards of different nodes that drift apart, and a gradient of one node only."""
+    check(launcher, 4, *CORE, shard_group=shard_group)

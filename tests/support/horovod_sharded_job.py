@@ -1,6 +1,6 @@
 """Job for one rank: trains every configuration of `horovod_sharded` and compares each with one process.
 
-usage: horovod_sharded_job.py [--shard_group=N] [NAME OF A CASE]...
+usage: horovod_sharded_job.py [--shard_group=N|node] [NAME OF A CASE]...
 """
 
 import sys
@@ -154,8 +154,11 @@ def main() -> None:
     hvd.init()
     torch.set_num_threads(1)
     names = [argument for argument in sys.argv[1:] if not argument.startswith("--")]
-    group = [
-        int(argument.split("=")[1]) for argument in sys.argv[1:] if argument.startswith("--shard_group=")
+    group: list[str | int] = [
+        int(value) if value.isdecimal() else value
+        for value in (
+            a.removeprefix("--shard_group=") for a in sys.argv[1:] if a.startswith("--shard_group=")
+        )
     ]
     for case in sharded.selected(names):
         try:

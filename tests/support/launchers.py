@@ -39,8 +39,9 @@ def launch(
     """Runs a script on several ranks of this machine and waits for the end.
 
     Args:
-        launcher: "deepspeed", "deepspeed --module" (`script` is a module then), "mpirun", "horovodrun" (over Gloo) or
-            "alone" (one process, no launcher).
+        launcher: "deepspeed", "deepspeed --module" (`script` is a module then), "mpirun", "horovodrun" (over Gloo),
+            "horovodrun, two hosts" (two names of this machine with half of the ranks each) or "alone" (one process, no
+            launcher).
         ranks: how many.
         script: relative to the repository, or absolute.
         arguments: of the script.
@@ -99,6 +100,12 @@ def _command(launcher: str, ranks: int, port: int) -> list[str]:
         return ["deepspeed", *options, *launcher.split()[1:]]
     if launcher == "horovodrun":
         return ["horovodrun", "-np", str(ranks), "-H", f"localhost:{ranks}", "--gloo", sys.executable]
+    if launcher == "horovodrun, two hosts":
+        hosts = f"localhost:{ranks // 2},127.0.0.1:{ranks // 2}"
+        return [
+            *("horovodrun", "-np", str(ranks), "-H", hosts, "--network-interface", "lo", "--gloo"),
+            sys.executable,
+        ]
     assert launcher == "mpirun", launcher
     as_root = ["--allow-run-as-root"] if os.geteuid() == 0 else []
     return ["mpirun", *as_root, "--oversubscribe", "--bind-to", "none", "-np", str(ranks), sys.executable]
