@@ -255,6 +255,8 @@ def check_memory_replaced() -> None:
 
 
 def check_ranks_that_differ() -> None:
+    if hvd.size() == 1:
+        return  # nobody to differ from
     model = toy.build_model()
     with torch.no_grad():
         model[4].bias[2] += hvd.rank()
