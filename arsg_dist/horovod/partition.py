@@ -241,7 +241,9 @@ def shard_groups(shard_group: str | int, process_set: Any, label: str) -> ShardG
         nodes.setdefault(number, []).append(rank)
     if {len(ranks) for ranks in nodes.values()} != {size}:
         counts = [len(ranks) for ranks in nodes.values()]
-        raise ValueError(f"shard_group={shard_group!r} needs as many ranks on every host, and they have {counts}")
+        raise ValueError(
+            f"shard_group={shard_group!r} needs as many ranks on every host, and they have {counts}"
+        )
     mine = _process_set_of(hvd.rank(), list(nodes.values()))
     replicas = _process_set_of(hvd.rank(), [list(ranks) for ranks in zip(*nodes.values(), strict=True)])
     return ShardGroups(Group(mine, f"{label}.node"), Group(replicas, f"{label}.replicas"), world)
