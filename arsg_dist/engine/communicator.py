@@ -4,7 +4,7 @@ import logging
 import os
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn, TypeVar
 
@@ -48,6 +48,15 @@ class Communicator(ABC):
     @abstractmethod
     def close(self) -> None:
         """Ends communication in an orderly way; to be called by every rank, once."""
+
+    def start_any(self, flag: bool) -> Callable[[], bool]:
+        """Starts asking whether `flag` is true on any rank.
+
+        Returns:
+            What waits for the answer and returns it; every rank must call it before the next `start_any`.
+        """
+        total = self.all_reduce_sum(torch.tensor([int(flag)]))
+        return lambda: bool(total)
 
     def barrier(self) -> None:
         """Returns when every rank has called it."""
@@ -119,6 +128,8 @@ class TorchCommunicator(Communicator):
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
         self._device = device
+        # Small answers between hosts go past the GPU: reading one from it would wait for all work it has been given.
+        self._host_group = None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
 
     def all_gather_object(self, value: T) -> list[T]:
         """Returns every rank's `value`."""
@@ -131,6 +142,17 @@ class TorchCommunicator(Communicator):
         total = tensor.detach().to(self._device, copy=True)
         dist.all_reduce(total)
         return total.to(tensor.device)
+
+    def start_any(self, flag: bool) -> Callable[[], bool]:
+        """Asks in main memory, while the caller goes on."""
+        total = torch.tensor([int(flag)])
+        work: Any = dist.all_reduce(total, group=self._host_group, async_op=True)
+
+        def answer() -> bool:
+            work.wait()
+            return bool(total)
+
+        return answer
 
     def close(self) -> None:
         """Destroys the process group: gloo prints warnings and may hang when a process just ends."""

@@ -1,5 +1,6 @@
 """Collectives over Horovod's ranks."""
 
+from collections.abc import Callable
 from typing import TypeVar
 
 import horovod.torch as hvd
@@ -46,6 +47,11 @@ class HorovodCommunicator(Communicator):
         """Returns the sum over the ranks."""
         total: torch.Tensor = hvd.allreduce(tensor.detach(), op=hvd.Sum, name="arsg_dist.sum")
         return total
+
+    def start_any(self, flag: bool) -> Callable[[], bool]:
+        """Asks in main memory, while the caller goes on."""
+        handle = hvd.allreduce_async(torch.tensor([int(flag)]), op=hvd.Sum, name="arsg_dist.any")
+        return lambda: bool(hvd.synchronize(handle))
 
     def close(self) -> None:
         """Waits for all ranks and shuts Horovod down."""

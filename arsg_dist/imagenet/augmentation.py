@@ -121,6 +121,7 @@ class BatchMixing:
         targets = functional.one_hot(labels.clamp(min=0), self._num_classes).float() * counts[:, None]
         if self._choices:
             with torch.random.fork_rng(devices=[]):
+                # Not torch.manual_seed, which would also reseed the GPU's generator: dropout's.
                 torch.default_generator.manual_seed(seed_of(self._seed, update, 0, _MIXING))
                 chosen = self._choices[int(torch.randint(len(self._choices), ()))]
                 images, targets = chosen(images, targets)

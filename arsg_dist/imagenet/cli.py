@@ -1,4 +1,4 @@
-"""The command line: `arsg-imagenet train` (also launch/train_imagenet.py), `compare` and `export`."""
+"""The command line: `arsg-imagenet train` (also launch/train_imagenet.py), `compare`, `export` and `shard`."""
 
 import argparse
 import sys
@@ -15,6 +15,7 @@ from arsg_dist.imagenet import compare
 from arsg_dist.imagenet.config import TrainConfig
 from arsg_dist.imagenet.engines import choose_engine, connect
 from arsg_dist.imagenet.export import CARD, export
+from arsg_dist.imagenet.shard_writer import shard_command
 from arsg_dist.imagenet.train import Job, train
 from arsg_dist.imagenet.weights import BEST, EMA, LAST
 
@@ -24,7 +25,12 @@ FAILED = 1
 
 def main() -> None:
     """Entry point of `arsg-imagenet`."""
-    commands = {"train": train_command, "compare": compare_command, "export": export_command}
+    commands = {
+        "train": train_command,
+        "compare": compare_command,
+        "export": export_command,
+        "shard": shard_command,
+    }
     if len(sys.argv) < 2 or sys.argv[1] not in commands:
         print(f"usage: arsg-imagenet {{{','.join(commands)}}} [--help] ...", file=sys.stderr)  # noqa: T201
         sys.exit(BAD_INPUT)
@@ -91,7 +97,7 @@ def train_command(arguments: list[str]) -> int:
     """Trains as the arguments say, as one rank of a job.
 
     Returns:
-        The exit code: 0 done, 1 failed, 2 bad input (said on rank 0).
+        The exit code: 0 done, 1 failed, 2 bad input (said on rank 0), 75 saved on a signal and to be resumed.
     """
     arguments = [_SPELLINGS.get(argument, argument) for argument in arguments]
     if any(argument.partition("=")[0] in ("-h", "--help", "--print_config") for argument in arguments):
@@ -142,7 +148,7 @@ def _connected(arguments: list[str], engine: Any, ranks: Ranks, communicator: Co
             options.output or f"runs/{config.model.replace(':', '-').replace('/', '-')}-{engine}-{started}"
         )
         job = Job(engine, output, options.resume, options.deepspeed_config, options.max_updates)
-        train(config, job, ranks, communicator)
+        code = train(config, job, ranks, communicator)
     except JobError as error:
         if ranks.rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)  # noqa: T201

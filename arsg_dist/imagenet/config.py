@@ -47,8 +47,10 @@ class DataConfig:
     """Where the images are and how they become tensors.
 
     Attributes:
-        root: directory with one subdirectory per split, each with one subdirectory per class (an ImageFolder tree).
-            None: scikit-learn's handwritten digits, written as such a tree on first use.
+        source: "folder": a tree of image files; "shards": tar shards made from one by `arsg-imagenet shard`;
+            "synthetic": random images made in memory, to measure everything but the data.
+        root: directory with one subdirectory per split, each with one subdirectory per class (an ImageFolder tree) or
+            with shards. None: scikit-learn's handwritten digits, written as such a tree on first use.
         train_split: name of the training split's directory.
         val_split: name of the validation split's directory.
         augmentation: "imagenet": RandomResizedCrop and flip, validation resized to 256/224 of `image_size` and
@@ -62,11 +64,14 @@ class DataConfig:
         random_erasing: probability that a rectangle of a training image is erased.
         mixup: α of mixup on training batches, 0 for none; with cutmix each update draws one of the two.
         cutmix: α of cutmix on training batches, 0 for none.
+        synthetic_images: in each split of synthetic data.
+        synthetic_classes: of synthetic data.
         workers: loader processes per rank; 0 loads in the training process.
         on_bad_image: what a file that cannot be decoded does: "error" ends the run and names it, "skip" leaves it
             out and counts it.
     """
 
+    source: Literal["folder", "shards", "synthetic"] = "folder"
     root: str | None = None
     train_split: str = "train"
     val_split: str = "val"
@@ -79,6 +84,8 @@ class DataConfig:
     random_erasing: float = 0.0
     mixup: float = 0.0
     cutmix: float = 0.0
+    synthetic_images: int = 12_800
+    synthetic_classes: int = 1000
     workers: int = 4
     on_bad_image: Literal["error", "skip"] = "error"
 
@@ -88,6 +95,17 @@ class DataConfig:
             1 <= self.crop_size <= self.image_size or self.augmentation != "crop",
             f"data.crop_size must be between 1 and image_size={self.image_size}, not {self.crop_size}",
         )
+        _require(
+            self.source == "folder" or (self.root is None) == (self.source == "synthetic"),
+            f"data.source {self.source} "
+            + (
+                "reads nothing: leave data.root out"
+                if self.root
+                else "needs data.root, the directory of the shards"
+            ),
+        )
+        for name in ("synthetic_images", "synthetic_classes"):
+            _require(getattr(self, name) >= 1, f"data.{name} must be at least 1, not {getattr(self, name)}")
         _require(self.workers >= 0, f"data.workers must be at least 0, not {self.workers}")
         _require(
             self.train_image_size >= 0 and (not self.train_image_size or self.augmentation != "crop"),
@@ -229,7 +247,8 @@ class TrainConfig:
         seed: of initial weights, order of images and augmentation.
         log_every: updates between two records of training loss and learning rate.
         wandb_project: also log to this project of Weights & Biases (needs the package wandb).
-        keep_checkpoints: how many to keep; one is written after every epoch.
+        checkpoint_every: updates between two checkpoints inside an epoch; 0 for one after each epoch only.
+        keep_checkpoints: how many to keep besides the one with the best validation accuracy.
     """
 
     data: DataConfig = field(default_factory=DataConfig)
@@ -252,6 +271,7 @@ class TrainConfig:
     seed: int = 0
     log_every: int = 20
     wandb_project: str | None = None
+    checkpoint_every: int = 0
     keep_checkpoints: int = 2
 
     def __post_init__(self) -> None:
@@ -270,6 +290,9 @@ class TrainConfig:
         )
         _require(
             0 <= self.label_smoothing < 1, f"label_smoothing must be in [0, 1), not {self.label_smoothing}"
+        )
+        _require(
+            self.checkpoint_every >= 0, f"checkpoint_every must be at least 0, not {self.checkpoint_every}"
         )
         _require(self.seed >= 0, f"seed must be at least 0, not {self.seed}")
         _require(

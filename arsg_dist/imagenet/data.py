@@ -1,5 +1,6 @@
-"""ImageFolder trees as batches: checked before the run, in an order that depends on seed and epoch alone."""
+"""A split as batches on one rank: decoded, augmented and put together in the order asked for."""
 
+import multiprocessing
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -7,18 +8,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from arsg_dist.imagenet.augmentation import TrainTransform, ValTransform
 from arsg_dist.imagenet.config import DataConfig
+from arsg_dist.imagenet.image_source import UNDECODABLE, ImageSource, decode
+from arsg_dist.imagenet.image_tree import ImageTree
+from arsg_dist.imagenet.order import IGNORED, SampleKey, TrainingOrder, ValidationOrder
 from arsg_dist.imagenet.seeding import seed_of
-from arsg_dist.imagenet.torchvision_compat import torchvision
+from arsg_dist.imagenet.stopping import signals_held
+from arsg_dist.imagenet.synthetic import SyntheticSplit
+from arsg_dist.imagenet.tar_shards import TarShards
 
-IGNORED = -1
-"""Label of a place in a batch that holds no image of its own and must not count."""
-
-SampleKey = tuple[int, int]  # (epoch, index); index IGNORED fills up a batch
+__all__ = [
+    "IGNORED",
+    "Batch",
+    "ImageSplit",
+    "SampleKey",
+    "Split",
+    "TrainingOrder",
+    "ValidationOrder",
+    "batches",
+    "collate",
+    "loader",
+    "open_splits",
+]
 
 
 @dataclass
@@ -40,46 +54,27 @@ class Batch:
         return Batch(self.images.pin_memory(), self.labels.pin_memory(), self.bad)
 
 
-class ImageTree(Dataset[Any]):
-    """One split of an ImageFolder tree.
+class ImageSplit(Dataset[Any]):
+    """The images of a source, decoded and transformed.
 
     Args:
-        directory: with one subdirectory per class.
+        source: of encoded images.
         transform: from a PIL image and the epoch to a float tensor; within an epoch of one shape.
         seed: of the random parts of `transform`.
-
-    Raises:
-        ValueError: the directory is missing or has no images, or a class in it has none.
     """
 
-    def __init__(self, directory: Path, transform: Any, *, seed: int) -> None:
-        if not directory.is_dir():
-            siblings = (
-                sorted(p.name for p in directory.parent.iterdir() if p.is_dir())
-                if directory.parent.is_dir()
-                else []
-            )
-            raise ValueError(
-                f"data directory {directory} does not exist"
-                + (f"; {directory.parent} has {', '.join(siblings)}" if siblings else "")
-            )
-        try:
-            folder = torchvision.datasets.ImageFolder(str(directory))
-        except FileNotFoundError as error:  # torchvision's word for no classes and for classes without images
-            raise ValueError(
-                f"data directory {directory} is not a usable ImageFolder tree: {error}"
-            ) from None
-        self.classes: list[str] = folder.classes
-        self._samples: list[tuple[str, int]] = folder.samples
+    def __init__(self, source: ImageSource, transform: Any, *, seed: int) -> None:
+        self.classes = source.classes
+        self.source = source
         self._transform = transform
         self._seed = seed
 
     def __len__(self) -> int:
-        return len(self._samples)
+        return len(self.source)
 
     def fingerprint(self) -> list[str | int]:
-        """What must be equal on all ranks: the number of images and the classes."""
-        return [len(self._samples), *self.classes]
+        """What must be equal on all ranks."""
+        return self.source.fingerprint()
 
     def __getitem__(self, key: SampleKey) -> tuple[torch.Tensor, int] | str | None:
         """Image and label, a message if the file cannot be decoded, None for a place to be filled up.
@@ -87,100 +82,29 @@ class ImageTree(Dataset[Any]):
         What is random in the transform is a function of (seed, epoch, index), so that it does not depend on the
         number of ranks or workers, or on where a run was interrupted.
         """
-        epoch, index = key
+        epoch, index, counts, batch_epoch = SampleKey(*key)
         if index == IGNORED:
             return None
-        path, label = self._samples[index]
         try:
-            with Image.open(path) as file:
-                image = file.convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            return f"cannot decode image {path}: {error}"
+            encoded, label = self.source.read(index)
+            image = decode(encoded)
+        except UNDECODABLE as error:
+            reason = str(error)
+            return f"cannot decode image {self.source.name(index)}: {reason}" if counts else None
         with torch.random.fork_rng(devices=[]):
-            # torch.manual_seed also looks for GPUs to seed, a tenth of the time of an image.
+            # Not torch.manual_seed, which would also reseed the GPU's generator: dropout's.
             torch.default_generator.manual_seed(seed_of(self._seed, epoch, index))
-            return self._transform(image, epoch), label
+            return self._transform(image, batch_epoch), label if counts else IGNORED
 
 
-class TrainingOrder(Sampler[list[SampleKey]]):
-    """This rank's micro-batches of one epoch.
-
-    The epoch's permutation depends on (seed, epoch) alone and is cut into global batches, each split over
-    accumulation steps and ranks. What does not fill a global batch at the end of an epoch is left out of it; the
-    next epoch's permutation leaves out others.
-
-    Args:
-        num_images: length of the split.
-        batch_size: images per update over all ranks and accumulation steps, a multiple of both.
-        accumulation_steps: micro-batches per update.
-        rank: of this process.
-        world_size: number of ranks.
-        seed: of the permutations.
-    """
-
-    def __init__(
-        self,
-        num_images: int,
-        *,
-        batch_size: int,
-        accumulation_steps: int,
-        rank: int,
-        world_size: int,
-        seed: int,
-    ) -> None:
-        self.updates_per_epoch = num_images // batch_size
-        if self.updates_per_epoch == 0:
-            raise ValueError(
-                f"batch_size={batch_size} is larger than the training split of {num_images} images"
-            )
-        self.epoch = 0
-        self._num_images = num_images
-        self._batch_size = batch_size
-        self._accumulation_steps = accumulation_steps
-        self._rank, self._world_size = rank, world_size
-        self._seed = seed
-
-    def __len__(self) -> int:
-        return self.updates_per_epoch * self._accumulation_steps
-
-    def __iter__(self) -> Iterator[list[SampleKey]]:
-        generator = torch.Generator().manual_seed(seed_of(self._seed, self.epoch))
-        order = torch.randperm(self._num_images, generator=generator)
-        used = order[: self.updates_per_epoch * self._batch_size]
-        mine = used.view(self.updates_per_epoch * self._accumulation_steps, self._world_size, -1)[
-            :, self._rank
-        ]
-        for micro_batch in mine.tolist():
-            yield [(self.epoch, index) for index in micro_batch]
-
-
-class ValidationOrder(Sampler[list[SampleKey]]):
-    """This rank's batches of the validation split: every image on exactly one rank.
-
-    All ranks have equally many batches of equal size, as sharded parameters need (every forward pass gathers them);
-    places without an image are filled up with IGNORED.
-    """
-
-    def __init__(self, num_images: int, *, batch_size: int, rank: int, world_size: int) -> None:
-        per_rank = -(-num_images // world_size)
-        self._batches = -(-per_rank // batch_size)
-        mine = list(range(rank, num_images, world_size))
-        self._indices = mine + [IGNORED] * (self._batches * batch_size - len(mine))
-        self._batch_size = batch_size
-
-    def __len__(self) -> int:
-        return self._batches
-
-    def __iter__(self) -> Iterator[list[SampleKey]]:
-        for start in range(0, len(self._indices), self._batch_size):
-            yield [(0, index) for index in self._indices[start : start + self._batch_size]]
+Split = ImageSplit | SyntheticSplit
 
 
 def collate(samples: list[tuple[torch.Tensor, int] | str | None], *, image_size: int) -> Batch:
     """A batch of fixed size; places without a good image get a copy of a good one (batch norm sees it) and IGNORED.
 
     Args:
-        samples: as `ImageTree` returns them.
+        samples: as `ImageSplit` returns them.
         image_size: height and width of the black images in a batch that has no good one.
     """
     good = [sample for sample in samples if isinstance(sample, tuple)]
@@ -190,14 +114,22 @@ def collate(samples: list[tuple[torch.Tensor, int] | str | None], *, image_size:
     return Batch(torch.stack([image for image, _ in pairs]), torch.tensor([label for _, label in pairs]), bad)
 
 
-def open_splits(root: Path, config: DataConfig, *, seed: int) -> tuple[ImageTree, ImageTree]:
+def open_splits(root: Path, config: DataConfig, *, seed: int) -> tuple[Split, Split]:
     """The training and validation splits.
+
+    Args:
+        root: directory of both; of no meaning for synthetic data.
+        config: of the data.
+        seed: of what is random in the training images.
 
     Raises:
         ValueError: a split is missing or empty, or their classes differ.
     """
-    train = ImageTree(root / config.train_split, TrainTransform(config), seed=seed)
-    val = ImageTree(root / config.val_split, ValTransform(config), seed=seed)
+    if config.source == "synthetic":
+        return SyntheticSplit(config, train=True, seed=seed), SyntheticSplit(config, train=False, seed=seed)
+    kind = TarShards if config.source == "shards" else ImageTree
+    train = ImageSplit(kind(root / config.train_split), TrainTransform(config), seed=seed)
+    val = ImageSplit(kind(root / config.val_split), ValTransform(config), seed=seed)
     if train.classes != val.classes:
         only_train = sorted(set(train.classes) - set(val.classes))
         only_val = sorted(set(val.classes) - set(train.classes))
@@ -215,18 +147,29 @@ def _some(names: list[str]) -> str:
 
 
 def loader(
-    dataset: ImageTree, order: Sampler[list[SampleKey]], *, workers: int, image_size: int, pin_memory: bool
+    split: Split, order: Sampler[list[SampleKey]], *, workers: int, image_size: int, pin_memory: bool
 ) -> DataLoader[Batch]:
     """Batches in the given order.
 
-    Worker processes are started fresh: forking a rank that already communicates may hang.
+    Worker processes are forked from a server that has only imported this: forking a rank that already communicates may
+    hang, and importing everything anew takes each worker seconds.
     """
+    multiprocessing.set_forkserver_preload([__name__])
     return DataLoader(
-        dataset,
+        split,  # type: ignore[arg-type]
         batch_sampler=order,
         collate_fn=partial(collate, image_size=image_size),
         num_workers=workers,
         multiprocessing_context="forkserver" if workers else None,
         persistent_workers=workers > 0,
         pin_memory=pin_memory,
+        # Without one the loader draws from the global generator at every start, and a resume would start once more.
+        generator=torch.Generator().manual_seed(0),
     )
+
+
+def batches(loader: DataLoader[Batch]) -> Iterator[Batch]:
+    """One pass over a loader, whose worker processes are kept from the signals that stop a run."""
+    with signals_held():
+        iterator = iter(loader)
+    yield from iterator

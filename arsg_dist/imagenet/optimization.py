@@ -62,7 +62,7 @@ class Schedules:
     Args:
         config: of the run.
         optimizer: the innermost one; its groups' lr and mu are changed.
-        updates_per_epoch: weight updates per epoch.
+        updates_per_epoch: weight updates per epoch, which may be fractional.
         communicator: of all ranks, which decide alike on a plateau.
     """
 
@@ -71,7 +71,7 @@ class Schedules:
         config: TrainConfig,
         optimizer: torch.optim.Optimizer,
         *,
-        updates_per_epoch: int,
+        updates_per_epoch: float,
         communicator: Communicator,
     ) -> None:
         self._optimizer = optimizer
@@ -129,12 +129,12 @@ class Schedules:
             group["lr"] = lr
 
 
-def lr_factor(config: TrainConfig, updates_per_epoch: int, update: int) -> float:
+def lr_factor(config: TrainConfig, updates_per_epoch: float, update: int) -> float:
     """What the recipe's learning rate is multiplied by, before any boost.
 
     Args:
         config: of the run.
-        updates_per_epoch: weight updates per epoch.
+        updates_per_epoch: weight updates per epoch, which may be fractional.
         update: weight updates made so far.
     """
     schedule = config.schedule

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -15,19 +16,32 @@ from torch.utils.data import DataLoader
 
 from arsg_dist.checkpoint import CheckpointStore
 from arsg_dist.engine import Communicator, Engine, JobError, Ranks, check_agreement
+from arsg_dist.engine.exit_codes import PREEMPTED
 from arsg_dist.imagenet import engines, environment
 from arsg_dist.imagenet.augmentation import BatchMixing, cross_entropy_sum, train_size
 from arsg_dist.imagenet.config import TrainConfig
-from arsg_dist.imagenet.data import Batch, ImageTree, TrainingOrder, ValidationOrder, loader, open_splits
+from arsg_dist.imagenet.data import (
+    IGNORED,
+    Batch,
+    Split,
+    TrainingOrder,
+    ValidationOrder,
+    batches,
+    loader,
+    open_splits,
+)
 from arsg_dist.imagenet.digits import digits_tree
 from arsg_dist.imagenet.ema import WeightAverage
 from arsg_dist.imagenet.export import write_model_card
 from arsg_dist.imagenet.metrics import Evaluation, Totals, average_buffers
 from arsg_dist.imagenet.models import build_model
 from arsg_dist.imagenet.optimization import Schedules, build_optimizer, shown_hyperparameters
+from arsg_dist.imagenet.position import Position
 from arsg_dist.imagenet.progress import Progress
+from arsg_dist.imagenet.rank_state import load_rank_state, save_rank_state, seed_rank
 from arsg_dist.imagenet.run_directory import RunLog, check_output, import_wandb
 from arsg_dist.imagenet.start import share_cores
+from arsg_dist.imagenet.stopping import MARKER, StopRequest, write_marker
 from arsg_dist.imagenet.weights import EMA, LAST, WeightFiles, whole_weights
 
 DIGITS = Path("data/digits")
@@ -53,12 +67,21 @@ class Job:
     max_updates: int | None = None
 
 
-def train(config: TrainConfig, job: Job, ranks: Ranks, communicator: Communicator) -> None:
-    """Runs a training from start, or from its last checkpoint, to end. Every rank must call it.
+def train(config: TrainConfig, job: Job, ranks: Ranks, communicator: Communicator) -> int:
+    """Runs a training from start, or from its last checkpoint, to its end or a signal. Every rank must call it.
+
+    Returns:
+        The exit code: 0, or `PREEMPTED` after a signal, with a checkpoint written.
 
     Raises:
         JobError: bad input or a failure all ranks agreed on; raised on every rank.
     """
+    stop = StopRequest(communicator)
+    with stop.installed():
+        return _train(config, job, ranks, communicator, stop)
+
+
+def _train(config: TrainConfig, job: Job, ranks: Ranks, communicator: Communicator, stop: StopRequest) -> int:
     with communicator.fail_together():
         check_output(job.output, resume=job.resume)
         config.micro_batch_size(communicator.world_size)
@@ -70,10 +93,12 @@ def train(config: TrainConfig, job: Job, ranks: Ranks, communicator: Communicato
             assert job.deepspeed_config is not None
             engine_config = engines.deepspeed_settings(config, job.deepspeed_config, communicator.world_size)
     with communicator.fail_together():
-        root = Path(config.data.root) if config.data.root else digits_tree(DIGITS)
+        use_digits = config.data.source == "folder" and config.data.root is None
+        root = digits_tree(DIGITS) if use_digits else Path(config.data.root or "")
         train_split, val_split = open_splits(root, config.data, seed=config.seed)
         train_order = TrainingOrder(
             len(train_split),
+            epochs=config.epochs,
             batch_size=config.batch_size,
             accumulation_steps=config.accumulation_steps,
             rank=communicator.rank,
@@ -88,9 +113,9 @@ def train(config: TrainConfig, job: Job, ranks: Ranks, communicator: Communicato
     hosts = share_cores(communicator)
     average = WeightAverage(model, config.ema_decay) if config.ema_decay else None
     engine = engines.build_engine(job.engine, model, config, communicator, ranks, engine_config)
-    run = _Run(config, job, engine, model, average, train_split, val_split, train_order)
+    run = _Run(config, job, engine, model, average, train_split, val_split, train_order, stop)
     fingerprint = hashlib.sha256(json.dumps(train_split.fingerprint()).encode()).hexdigest()[:16]
-    run.train(environment.describe(engine, hosts=hosts, data=fingerprint, seed=config.seed))
+    return run.train(environment.describe(engine, hosts=hosts, data=fingerprint, seed=config.seed))
 
 
 class _Run:
@@ -103,15 +128,16 @@ class _Run:
         engine: Engine,
         model: nn.Module,
         average: WeightAverage | None,
-        train_split: ImageTree,
-        val_split: ImageTree,
+        train_split: Split,
+        val_split: Split,
         train_order: TrainingOrder,
+        stop: StopRequest,
     ) -> None:
         self.config, self.job, self.engine, self.model = config, job, engine, model
         self.communicator = engine.communicator
         self.leader = self.communicator.rank == 0
         self.average = average.to(engine.device) if average else None
-        self.classes, self.train_order = train_split.classes, train_order
+        self.classes, self.train_order, self.stop = train_split.classes, train_order, stop
         self.micro_batch_size = config.micro_batch_size(self.communicator.world_size)
         self.autocast = engines.autocast(config, job.engine, engine.device)
         self.mixing = BatchMixing(
@@ -141,28 +167,30 @@ class _Run:
         self.store = CheckpointStore(
             job.output / "checkpoints", self.communicator, keep=config.keep_checkpoints
         )
-        self.bad_images = 0
-        self.update = 0
+        self.at = Position(num_images=len(train_split))
         self.progress: Progress
+        self.batches: Iterator[Batch]
 
-    def train(self, described: dict[str, Any]) -> None:
-        """Resumes if asked, then trains and validates epoch by epoch."""
+    def train(self, described: dict[str, Any]) -> int:
+        """Resumes if asked, then trains and validates epoch by epoch; returns the exit code."""
         config, world_size = self.config, self.communicator.world_size
-        first_epoch = self._resume() if self.job.resume else 0
+        seed_rank(config.seed, self.communicator.rank)
+        notes = self._resume() if self.job.resume else []
         log: RunLog | None = None
         with self.communicator.fail_together(OSError, ImportError):
             if self.leader:
+                (self.job.output / MARKER).unlink(missing_ok=True)
                 log = RunLog(
                     self.job.output,
                     {**dataclasses.asdict(config), "engine": self.job.engine, "world_size": world_size},
-                    resumed_updates=self.update if self.job.resume else None,
+                    resumed_updates=self.at.update if self.job.resume else None,
                     environment=described,
                     classes=self.classes,
                     wandb_project=config.wandb_project,
                 )
-                files = WeightFiles(self.job.output, resumed_epoch=first_epoch)
-        last_before = self.update
-        last_update = config.epochs * self.train_order.updates_per_epoch
+                files = WeightFiles(self.job.output, resumed_epoch=self.at.epoch)
+        first_update = self.at.update
+        last_update = first_update + self.train_order.updates_until(config.epochs - 1, self.at.images)
         if self.job.max_updates is not None:
             last_update = min(last_update, self.job.max_updates)
         self.progress = Progress(
@@ -170,75 +198,84 @@ class _Run:
             rank=self.communicator.rank,
             world_size=world_size,
             total_updates=last_update,
-            first_update=self.update,
+            first_update=first_update,
             batch_size=config.batch_size,
         )
         say = self.progress.say
-        if self.job.resume:
-            say(f"resuming after {self.update} updates")
+        for note in notes:
+            say(note)
+        data = "synthetic images" if config.data.source == "synthetic" else config.data.root or DIGITS
         say(
-            f"{config.model} on {config.data.root or DIGITS}: {self.job.engine}, "
+            f"{config.model} on {data}: {self.job.engine}, "
             f"{world_size} ranks × {config.accumulation_steps} × {self.micro_batch_size} "
-            f"images, epochs {first_epoch + 1} to {config.epochs}"
+            f"images, epochs {self.at.epoch + 1} to {config.epochs}"
         )
         if log and log.changed:
             say("settings changed since the run was started: " + "; ".join(log.changed))
+        self.train_order.position = self.at.images
+        self.batches = self.progress.waiting(batches(self.train_loader))
         evaluation: Evaluation | None = None
-        for epoch in range(first_epoch, config.epochs) if self.update < last_update else ():
-            train_loss, speed = self._train_epoch(epoch, last_update)
-            if self.update == last_update and last_update % self.train_order.updates_per_epoch:
-                say(f"ended after {self.update} updates, inside epoch {epoch + 1}, as asked by --max_updates")
+        for epoch in range(self.at.epoch, config.epochs):
+            speed = self._train_epoch(epoch, last_update)
+            if speed is None:
+                return self._stopped(log)
+            if self.train_order.updates_until(epoch, self.at.images):
+                say(
+                    f"ended after {self.at.update} updates, inside epoch {epoch + 1}, as asked by --max_updates"
+                )
                 break
-            self.schedules.after_epoch(train_loss)
             average_buffers(self.model, self.communicator)
             with self.engine.base_iterate() if config.evaluate_at == "theta" else nullcontext():
                 evaluation = self._evaluate(self.engine.module)
                 weights = whole_weights(self.model, leader=self.leader)
             ema, ema_weights = None, {}
-            if self.average:
+            if self.average and evaluation:
                 average_buffers(self.average.module, self.communicator)
                 ema = self._evaluate(self.average.module)
                 ema_weights = whole_weights(self.average.module, leader=self.leader)
-            progress = {
-                "epoch": epoch + 1,
-                "update": self.update,
-                "schedules": self.schedules.state_dict(),
-                "ema": self.average.state_dict() if self.average else None,
-            }
-            self.store.save(self.update, partial(self.engine.save, progress=progress))
-            with self.communicator.fail_together(OSError):
-                if self.leader:
-                    about = {"epoch": epoch + 1, "weights": config.evaluate_at, "val_top1": evaluation.top1}
-                    files.save(LAST, weights, about)
-                    if ema:
-                        files.save(EMA, ema_weights, {**about, "weights": "ema", "val_top1": ema.top1})
+            if evaluation is None or (self.average and ema is None):
+                self._save()
+                return self._stopped(log)
+            train_loss = self.at.end_epoch()
+            self.schedules.after_epoch(train_loss)
+            # The record first: a resume drops records that are newer than the checkpoint, but cannot make missing ones.
             self.progress.epoch(
-                self.update,
+                self.at.update,
                 epoch=epoch + 1,
                 train_loss=train_loss,
                 evaluation=evaluation,
                 ema=ema,
                 speed=speed,
                 hyperparameters=shown_hyperparameters(self.engine.optimizer),
-                bad_images=self.bad_images,
+                bad_images=self.at.bad_images,
                 image_size=train_size(config.data, epoch),
             )
-            if self.update == last_update:
+            self._save(score=evaluation.top1)
+            with self.communicator.fail_together(OSError):
+                if self.leader:
+                    about = {"epoch": epoch + 1, "weights": config.evaluate_at, "val_top1": evaluation.top1}
+                    files.save(LAST, weights, about)
+                    if ema:
+                        files.save(EMA, ema_weights, {**about, "weights": "ema", "val_top1": ema.top1})
+            if self.at.update == last_update and epoch + 1 < config.epochs:
                 break
+        self.stop.finish()
         if log:
             curve = log.close()
             if evaluation:
                 write_model_card(self.job.output)
                 say(f"validation accuracy {evaluation.top1:.2%} over all {evaluation.images} images")
-            elif self.update == last_before:
+            elif self.at.update == first_update:
                 say("nothing left to do: this run is already done")
-            if self.bad_images:
-                say(f"left out {self.bad_images} images that could not be decoded")
+            if self.at.bad_images:
+                say(f"left out {self.at.bad_images} images that could not be decoded")
             say(
                 f"outputs in {self.job.output}: metrics.jsonl, {curve.name}, tensorboard/, checkpoints/, weights/"
             )
+        return 0
 
-    def _resume(self) -> int:
+    def _resume(self) -> list[str]:
+        """Goes to where the last checkpoint stands; returns what the user should know about it."""
         path = self.store.latest()
         with self.communicator.fail_together():
             if path is None:
@@ -246,64 +283,125 @@ class _Run:
                     f"--resume: {self.job.output} has no complete checkpoint; start anew with another --output"
                 )
             progress = self.engine.load(path)
+            at = Position.from_dict(progress)
+            if at.num_images != self.at.num_images:
+                raise ValueError(
+                    f"--resume: the training split had {at.num_images} images and has {self.at.num_images} now: "
+                    "the order of images cannot be continued"
+                )
             self.schedules.load_state_dict(progress["schedules"])
             if (progress["ema"] is None) != (self.average is None):
                 raise ValueError("--resume: ema_decay cannot be switched on or off within a run")
             if self.average:
                 self.average.load_state_dict(progress["ema"])
-        self.update = progress["update"]
-        return int(progress["epoch"])
+            same_ranks = load_rank_state(
+                path, self._stateful(), self.communicator, seed=self.config.seed, update=at.update
+            )
+        self.at = at
+        notes = [
+            f"resuming from {path}: {at.update} updates, {at.images} training images in {at.epoch} whole epochs"
+        ]
+        if not same_ranks:
+            notes.append(
+                "on another number of ranks: the same images in the same order, but other random numbers in the network"
+            )
+        return notes
 
-    def _train_epoch(self, epoch: int, last_update: int) -> tuple[float, dict[str, float]]:
-        """One epoch, or its part up to an update; returns its mean training loss and its speed."""
-        self.train_order.epoch = epoch
+    def _stateful(self) -> dict[str, nn.Module]:
+        return {"model": self.model, **({"ema": self.average.module} if self.average else {})}
+
+    def _save(self, score: float | None = None) -> None:
+        progress = {
+            **self.at.as_dict(),
+            "schedules": self.schedules.state_dict(),
+            "ema": self.average.state_dict() if self.average else None,
+        }
+
+        def write(directory: Path) -> None:
+            self.engine.save(directory, progress)
+            save_rank_state(directory, self._stateful(), self.communicator.rank)
+
+        self.store.save(self.at.update, write, score=score)
+
+    def _stopped(self, log: RunLog | None) -> int:
+        """Ends the run, which has just been saved, so that it can be started again."""
+        self.stop.finish()
+        received = sorted(set(filter(None, self.communicator.all_gather_object(self.stop.received))))
+        checkpoint = self.store.latest()
+        assert checkpoint is not None
+        with self.communicator.fail_together(OSError):
+            if log:
+                log.close()
+                write_marker(self.job.output, checkpoint=checkpoint, update=self.at.update, signals=received)
+        self.progress.say(
+            f"stopped by {', '.join(received)} after {self.at.update} updates; saved to {checkpoint}; "
+            f"start again with --resume (exit code {PREEMPTED})"
+        )
+        return PREEMPTED
+
+    def _train_epoch(self, epoch: int, last_update: int) -> dict[str, float] | None:
+        """What is left of an epoch, or its part up to an update; returns its speed, None if a signal ended it."""
         self.engine.module.train()
-        progress, accumulation = self.progress, self.config.accumulation_steps
-        progress.begin_epoch(f"epoch {epoch + 1}/{self.config.epochs}", self.train_order.updates_per_epoch)
-        epoch_loss = epoch_images = 0.0
-        loss_sum, images, bad = torch.zeros((), device=self.engine.device), 0, list[str]()
-        for done, batch in enumerate(progress.waiting(self.train_loader), start=1):
-            inputs, labels = self._to_device(batch)
-            bad += batch.bad
-            inputs, targets = self.mixing(inputs, labels, self.update)
-            # The sum over what counts, divided by the nominal size: bad images drop out without weighing others up.
-            loss = cross_entropy_sum(self._forward(self.engine.module, inputs), targets)
-            self.engine.backward(loss / self.micro_batch_size)
-            self.engine.step()
-            loss_sum += loss.detach()
-            images += len(labels) - len(batch.bad)
-            if done % accumulation:
-                continue
-            self.update += 1
+        progress, order, at = self.progress, self.train_order, self.at
+        left = order.updates_until(epoch, at.images)
+        progress.begin_epoch(f"epoch {epoch + 1}/{self.config.epochs}", left)
+        every = self.config.checkpoint_every
+        loss_sum = torch.zeros((), device=self.engine.device, dtype=torch.float64)
+        images, bad = 0, list[str]()
+        for _ in range(min(left, last_update - at.update)):
+            weight = order.weight(at.images) / self.micro_batch_size
+            for _ in range(self.config.accumulation_steps):
+                batch = next(self.batches)
+                inputs, labels = self._to_device(batch)
+                bad += batch.bad
+                images += int((batch.labels != IGNORED).sum())
+                inputs, targets = self.mixing(inputs, labels, at.update)
+                # The sum over what counts, divided by the nominal size: bad images drop out without weighing others up.
+                loss = cross_entropy_sum(self._forward(self.engine.module, inputs), targets)
+                self.engine.backward(loss * weight)
+                self.engine.step()
+                loss_sum += loss.detach()
+            at.update += 1
+            at.images = order.after(at.images)
             self.schedules.after_update()
             if self.average:
                 self.average.update(self.model)
             progress.updated()
-            last = done == len(self.train_loader) or self.update == last_update
-            if self.update % self.config.log_every == 0 or last:
-                total_loss, total_images, waited = self._exchange(float(loss_sum), images, bad)
-                epoch_loss, epoch_images = epoch_loss + total_loss, epoch_images + total_images
-                loss_sum, images, bad = torch.zeros_like(loss_sum), 0, []
+            ended = at.update == last_update or not order.updates_until(epoch, at.images)
+            stop = self.stop.agreed()
+            save = stop or (every > 0 and at.update % every == 0 and not ended)
+            record = ended or at.update % self.config.log_every == 0
+            if save or record:
+                loss_total, images_total, waited = self._exchange(float(loss_sum), images, bad)
+                at.add(loss_total, images_total)
+                loss_sum.zero_()
+                images, bad = 0, []
+            if record:
                 shown = shown_hyperparameters(self.engine.optimizer)
-                progress.record(self.update, total_loss / max(total_images, 1), shown, waited)
-            if last:
-                break
-        return epoch_loss / max(epoch_images, 1), progress.end_epoch()
+                progress.record(at.update, at.take_recent(), shown, waited)
+            if save:
+                self._save()
+            if stop:
+                progress.end_epoch()
+                return None
+        return progress.end_epoch()
 
     def _forward(self, module: nn.Module, images: torch.Tensor) -> torch.Tensor:
         with self.autocast:
             logits: torch.Tensor = module(images)
         return logits
 
-    def _evaluate(self, module: nn.Module) -> Evaluation:
-        """Loss and accuracy over the whole validation split, every image counted once."""
+    def _evaluate(self, module: nn.Module) -> Evaluation | None:
+        """Loss and accuracy over the whole validation split, every image counted once; None if a signal ended it."""
         module.eval()
         totals, bad = Totals(self.engine.device), list[str]()
         with torch.no_grad():
-            for batch in self.val_loader:
+            for batch in batches(self.val_loader):
                 inputs, labels = self._to_device(batch)
                 bad += batch.bad
                 totals.add(self._forward(module, inputs.to(next(module.parameters()).dtype)), labels)
+                if self.stop.agreed():
+                    return None
         self._exchange(0.0, 0, bad)
         with self.communicator.fail_together():
             return totals.over_all_ranks(self.communicator)
@@ -316,7 +414,7 @@ class _Run:
             raise JobError(
                 "\n".join(all_bad) + "\n(--data.on_bad_image skip leaves such images out and counts them)"
             )
-        self.bad_images += len(all_bad)
+        self.at.bad_images += len(all_bad)
         for message in all_bad:
             self.progress.say(message)
         losses, counts, _, waited = zip(*parts, strict=True)

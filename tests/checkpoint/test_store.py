@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 
 import pytest
@@ -58,3 +59,38 @@ def test_an_empty_store_has_no_latest(tmp_path: Path) -> None:
     assert store(tmp_path).latest() is None
     with pytest.raises(ValueError, match="at least 1"):
         store(tmp_path, keep=0)
+
+
+def test_the_best_one_is_kept_besides_the_last_and_found_again(tmp_path: Path) -> None:
+    """Catches a best checkpoint that ages away, that a new process forgets, or that one without a score replaces."""
+    for step, score in ((1, 0.5), (2, 0.9), (3, None), (4, 0.9), (5, 0.1), (6, None)):
+        store(tmp_path).save(step, write(str(step)), score=score)
+    names = [path.name for path in store(tmp_path).complete()]
+    assert names == ["step-000000002", "step-000000005", "step-000000006"]
+    assert (tmp_path / "checkpoints" / "best" / "state").read_text() == "2"
+    store(tmp_path).save(7, write("7"), score=0.95)
+    assert (tmp_path / "checkpoints" / "best" / "state").read_text() == "7"
+    assert [path.name for path in store(tmp_path).complete()] == ["step-000000006", "step-000000007"]
+
+
+def test_what_a_killed_job_left_is_not_seen_and_goes(tmp_path: Path) -> None:
+    """Catches half a checkpoint, or one half removed, that looks complete or fills the disk for ever."""
+    store(tmp_path).save(1, write("good"))
+    for left in (".step-000000002.partial", ".step-000000000.removed"):
+        (tmp_path / "checkpoints" / left).mkdir()
+        (tmp_path / "checkpoints" / left / "state").write_text("half")
+    assert [path.name for path in store(tmp_path).complete()] == ["step-000000001"]
+    store(tmp_path).save(3, write("next"))
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        "step-000000001",
+        "step-000000003",
+    ]
+
+
+def test_a_copy_that_followed_the_link_to_the_best_can_be_continued(tmp_path: Path) -> None:
+    """Catches a run that, copied to another disk, can be resumed but never saved again."""
+    store(tmp_path).save(1, write("1"), score=0.5)
+    shutil.copytree(tmp_path / "checkpoints", tmp_path / "copy" / "checkpoints")
+    assert not (tmp_path / "copy" / "checkpoints" / "best").is_symlink()
+    store(tmp_path / "copy").save(2, write("2"), score=0.9)
+    assert (tmp_path / "copy" / "checkpoints" / "best" / "state").read_text() == "2"

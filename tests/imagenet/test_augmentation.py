@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from arsg_dist.imagenet.augmentation import BatchMixing, TrainTransform, ValTransform, cross_entropy_sum
 from arsg_dist.imagenet.config import DataConfig, ProgressiveConfig
-from arsg_dist.imagenet.data import IGNORED, open_splits
+from arsg_dist.imagenet.data import IGNORED, SampleKey, open_splits
 
 
 def batch(size: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
@@ -81,7 +81,7 @@ def test_transforms_give_the_sizes_of_the_epoch(small_tree: Path) -> None:
         image_size=32, progressive=ProgressiveConfig(start_size=16, start_epoch=1, end_epoch=3, multiple=8)
     )
     train, val = open_splits(small_tree, config, seed=0)
-    assert [tuple(train[(epoch, 0)][0].shape) for epoch in range(5)] == [
+    assert [tuple(train[SampleKey(epoch, 0, batch_epoch=epoch)][0].shape) for epoch in range(5)] == [
         (3, size, size) for size in (16, 16, 24, 32, 32)
     ]
     assert tuple(val[(0, 0)][0].shape) == (3, 32, 32)

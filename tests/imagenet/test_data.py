@@ -6,7 +6,7 @@ import torch
 from arsg_dist.imagenet.config import DataConfig
 from arsg_dist.imagenet.data import (
     IGNORED,
-    ImageTree,
+    SampleKey,
     TrainingOrder,
     ValidationOrder,
     collate,
@@ -14,37 +14,9 @@ from arsg_dist.imagenet.data import (
     open_splits,
 )
 from arsg_dist.imagenet.digits import digits_tree
+from arsg_dist.imagenet.image_tree import ImageTree
 
 CONFIG = DataConfig(augmentation="crop", image_size=16, crop_size=14, workers=0)
-
-
-def order(rank: int, world_size: int, accumulation_steps: int = 1, epoch: int = 3) -> TrainingOrder:
-    made = TrainingOrder(
-        61, batch_size=12, accumulation_steps=accumulation_steps, rank=rank, world_size=world_size, seed=5
-    )
-    made.epoch = epoch
-    return made
-
-
-@pytest.mark.parametrize(("world_size", "accumulation_steps"), [(1, 1), (2, 1), (3, 2), (4, 3)])
-def test_training_batches_hold_the_same_images_on_any_number_of_ranks(
-    world_size: int, accumulation_steps: int
-) -> None:
-    """Catches images seen twice or never, and an order that depends on the number of ranks."""
-    alone = [sorted(batch) for batch in order(0, 1)]
-    ranks = [list(order(rank, world_size, accumulation_steps)) for rank in range(world_size)]
-    for update, expected in enumerate(alone):
-        steps = range(update * accumulation_steps, (update + 1) * accumulation_steps)
-        assert sorted(key for batches in ranks for step in steps for key in batches[step]) == expected
-    seen = [key for batch in alone for key in batch]
-    assert len(set(seen)) == len(seen) == 60
-
-
-def test_order_changes_with_the_epoch_and_not_between_calls() -> None:
-    """Catches a permutation drawn from global random state, or the same one every epoch."""
-    assert list(order(0, 1)) == list(order(0, 1))
-    indices = {tuple(index for batch in order(0, 1, epoch=epoch) for _, index in batch) for epoch in range(4)}
-    assert len(indices) == 4
 
 
 @pytest.mark.parametrize("images", [1, 2, 21, 24, 25])
@@ -56,7 +28,7 @@ def test_validation_counts_every_image_once_in_equally_many_batches(images: int,
         for rank in range(world_size)
     ]
     assert len({len(batches) for batches in ranks}) == 1
-    indices = [index for batches in ranks for batch in batches for _, index in batch if index != IGNORED]
+    indices = [key.image for batches in ranks for batch in batches for key in batch if key.image != IGNORED]
     assert sorted(indices) == list(range(images))
     assert {len(batch) for batches in ranks for batch in batches} == {4}
 
@@ -67,11 +39,11 @@ def test_augmentation_depends_on_seed_epoch_and_image_alone(small_tree: Path) ->
     torch.manual_seed(0)
     before = torch.rand(1)
     torch.manual_seed(0)
-    first = train[(0, 5)][0]
+    first = train[SampleKey(0, 5)][0]
     assert torch.equal(torch.rand(1), before)
-    _ = train[(0, 6)]
-    assert torch.equal(train[(0, 5)][0], first)
-    assert any(not torch.equal(train[(epoch, 5)][0], first) for epoch in range(1, 9))
+    _ = train[SampleKey(0, 6)]
+    assert torch.equal(train[SampleKey(0, 5)][0], first)
+    assert any(not torch.equal(train[SampleKey(epoch, 5)][0], first) for epoch in range(1, 9))
 
 
 def test_undecodable_images_are_named_and_do_not_count(small_tree: Path) -> None:
@@ -81,7 +53,7 @@ def test_undecodable_images_are_named_and_do_not_count(small_tree: Path) -> None
     empty = sorted((small_tree / "train" / "3").iterdir())[0]
     empty.write_bytes(b"")
     train, _ = open_splits(small_tree, CONFIG, seed=1)
-    batch = collate([train[(0, index)] for index in range(22)], image_size=14)
+    batch = collate([train[SampleKey(0, index)] for index in range(22)], image_size=14)
     assert batch.images.shape == (22, 3, 14, 14)
     assert sorted(batch.labels.tolist()) == [IGNORED] * 2 + [0] * 19 + [1]
     assert any(str(broken) in message for message in batch.bad)
@@ -92,7 +64,7 @@ def test_undecodable_images_are_named_and_do_not_count(small_tree: Path) -> None
 def test_worker_processes_give_the_same_batches(small_tree: Path) -> None:
     """Catches workers that augment or order differently from loading in the training process."""
     train, _ = open_splits(small_tree, CONFIG, seed=1)
-    batches = TrainingOrder(60, batch_size=12, accumulation_steps=1, rank=0, world_size=2, seed=5)
+    batches = TrainingOrder(60, epochs=1, batch_size=12, accumulation_steps=1, rank=0, world_size=2, seed=5)
     here = list(loader(train, batches, workers=0, image_size=14, pin_memory=False))
     workers = loader(train, batches, workers=2, image_size=14, pin_memory=False)
     for one, other in zip(here, workers, strict=True):
@@ -103,12 +75,12 @@ def test_worker_processes_give_the_same_batches(small_tree: Path) -> None:
 def test_missing_empty_and_differing_directories_are_named(small_tree: Path, tmp_path: Path) -> None:
     """Catches a traceback from the depths of torchvision where the user needs the directory's name."""
     with pytest.raises(ValueError, match="does not exist"):
-        ImageTree(tmp_path / "nowhere", None, seed=0)
+        ImageTree(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"test does not exist; .* has train, val"):
         open_splits(small_tree, DataConfig(val_split="test"), seed=0)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="not a usable ImageFolder tree"):
-        ImageTree(tmp_path / "empty", None, seed=0)
+        ImageTree(tmp_path / "empty")
     (small_tree / "val" / "6").rename(small_tree / "val" / "7")
     with pytest.raises(ValueError, match="only in train: 6; only in val: 7"):
         open_splits(small_tree, CONFIG, seed=0)

@@ -1,0 +1,275 @@
+"""`arsg-imagenet shard`: an ImageFolder tree becomes tar shards, every image checked on the way."""
+
+import argparse
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import tarfile
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from arsg_dist.imagenet.image_source import UNDECODABLE, decode
+from arsg_dist.imagenet.image_tree import ImageTree, require_directory
+from arsg_dist.imagenet.tar_shards import CHECKSUMS, DESCRIPTION, INDEX, NAMES, RECORD, VERSION
+
+BAD_LIST = "bad_images.txt"
+DONE, BAD_INPUT, BAD_IMAGES = 0, 2, 3
+_FIXED_SEED = (
+    0  # of the order inside the shards, which mixes the classes for readers that go from start to end
+)
+
+
+@dataclass
+class Shard:
+    """What one worker is to write, and what it wrote.
+
+    Attributes:
+        path: of the tar.
+        images: (number, file, label) in the order to write.
+        records: (number, offset, size, label) of each image written.
+        bad: "file: reason" of each image left out.
+        sha256: of the tar.
+        size: of the tar, bytes.
+    """
+
+    path: Path
+    images: list[tuple[int, str, int]]
+    records: list[tuple[int, int, int, int]] = field(default_factory=list)
+    bad: list[str] = field(default_factory=list)
+    sha256: str = ""
+    size: int = 0
+
+
+def shard_command(arguments: list[str]) -> int:
+    """Runs `arsg-imagenet shard`.
+
+    Returns:
+        The exit code: 0 done, 2 bad input, 3 there are images that cannot be decoded and --on-bad-image is error.
+    """
+    parser = argparse.ArgumentParser(
+        prog="arsg-imagenet shard",
+        description="Writes an ImageFolder tree as WebDataset tar shards and checks that every image decodes.",
+    )
+    parser.add_argument("source", type=Path, metavar="SRC", help="directory with one subdirectory per split")
+    parser.add_argument(
+        "destination", type=Path, metavar="DST", help="directory to make; must not hold anything"
+    )
+    parser.add_argument("--splits", nargs="+", default=["train", "val"], help="(default: train val)")
+    parser.add_argument(
+        "--workers", type=int, default=len(os.sched_getaffinity(0)), help="(default: CPU cores)"
+    )
+    parser.add_argument(
+        "--shard-size", type=int, default=1024, metavar="MIB", help="at most (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--on-bad-image",
+        choices=["error", "skip"],
+        default="error",
+        help="error: list them beside DST and write nothing (default); skip: leave them out and list them in DST",
+    )
+    options = parser.parse_args(arguments)
+    try:
+        return shard(
+            options.source,
+            options.destination,
+            splits=options.splits,
+            workers=options.workers,
+            shard_bytes=options.shard_size * 2**20,
+            skip_bad=options.on_bad_image == "skip",
+        )
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        return BAD_INPUT
+
+
+def shard(
+    source: Path, destination: Path, *, splits: list[str], workers: int, shard_bytes: int, skip_bad: bool
+) -> int:
+    """Writes the splits of `source` as shards; `destination` appears only when everything in it is complete.
+
+    Returns:
+        0, or 3 where images are bad and not to be skipped.
+
+    Raises:
+        ValueError: bad arguments, a split that is no ImageFolder tree, a destination that holds something.
+        OSError: something cannot be read or written.
+    """
+    if workers < 1 or shard_bytes < 1:
+        raise ValueError(
+            f"--workers and --shard-size must be at least 1, not {workers} and {shard_bytes // 2**20}"
+        )
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise ValueError(f"{destination} exists and is not an empty directory; choose another DST")
+    partial = destination.with_name(f".{destination.name}.partial")
+    if partial.exists():
+        raise ValueError(f"another run is writing {partial}, or was broken off; in that case remove it")
+    for split in splits:
+        require_directory(source / split)
+    trees = {split: ImageTree(source / split) for split in splits}
+    partial.mkdir(parents=True)
+    try:
+        bad = [
+            message
+            for split, tree in trees.items()
+            for message in _write_split(tree, source / split, partial / split, workers, shard_bytes)
+        ]
+        if bad and not skip_bad:
+            listed = destination.with_name(f"{destination.name}.{BAD_LIST}")
+            listed.write_text("".join(f"{message}\n" for message in bad))
+            print(  # noqa: T201
+                f"error: {len(bad)} images cannot be decoded; nothing was written but their list, {listed} "
+                "(--on-bad-image skip leaves them out)",
+                file=sys.stderr,
+            )
+            return BAD_IMAGES
+        _write(partial / BAD_LIST, "".join(f"{message}\n" for message in bad).encode())
+        _sync_directory(partial)
+        if destination.exists():
+            destination.rmdir()
+        partial.rename(destination)
+        _sync_directory(destination.parent)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    counts = ", ".join(f"{len(tree)} {split}" for split, tree in trees.items())
+    left_out = f"; {len(bad)} left out, see {destination / BAD_LIST}" if bad else ""
+    print(f"{destination}: {counts} images{left_out}")  # noqa: T201
+    return DONE
+
+
+def _write_split(tree: ImageTree, source: Path, directory: Path, workers: int, shard_bytes: int) -> list[str]:
+    directory.mkdir()
+    shards = _plan(tree, directory, shard_bytes)
+    # Forked from a server without threads that has imported this once, instead of once per worker.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with (
+        ProcessPoolExecutor(workers, mp_context=context, initializer=_ignore_interrupt) as pool,
+        tqdm(total=len(tree), desc=source.name, unit=" images", mininterval=0.5) as bar,
+    ):
+        futures = {pool.submit(write_shard, shard): position for position, shard in enumerate(shards)}
+        try:
+            for future in as_completed(futures):
+                shards[futures[future]] = future.result()
+                bar.update(len(shards[futures[future]].images))
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+    _describe(tree, source, directory, shards)
+    return [message for shard in shards for message in shard.bad]
+
+
+def _plan(tree: ImageTree, directory: Path, shard_bytes: int) -> list[Shard]:
+    order = torch.randperm(len(tree), generator=torch.Generator().manual_seed(_FIXED_SEED)).tolist()
+    groups: list[list[tuple[int, str, int]]] = [[]]
+    filled = 0
+    for number, index in enumerate(order):
+        path, label = tree.file(index)
+        size = Path(path).stat().st_size
+        if groups[-1] and filled + size > shard_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append((number, path, label))
+        filled += size
+    return [Shard(directory / f"shard-{number:06d}.tar", images) for number, images in enumerate(groups)]
+
+
+def write_shard(shard: Shard) -> Shard:
+    """Writes one tar and syncs it; every image is decoded to the end first."""
+    with shard.path.open("wb") as file:
+        hashing = _HashingFile(file)
+        with tarfile.open(fileobj=hashing, mode="w|", format=tarfile.USTAR_FORMAT) as tar:
+            for number, path, label in shard.images:
+                try:
+                    encoded = Path(path).read_bytes()
+                    decode(encoded)
+                except UNDECODABLE as error:
+                    shard.bad.append(f"{path}: {error}")
+                    continue
+                key, suffix = f"{number:08d}", Path(path).suffix.lower().replace("jpeg", "jpg")
+                shard.records.append((number, tar.offset + tarfile.BLOCKSIZE, len(encoded), label))
+                _add(tar, key + suffix, encoded)
+                _add(tar, key + ".cls", str(label).encode())
+        file.flush()
+        os.fsync(file.fileno())
+    shard.sha256, shard.size = hashing.digest.hexdigest(), hashing.size
+    return shard
+
+
+def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size, member.mode = len(content), 0o644
+    tar.addfile(member, io.BytesIO(content))
+
+
+class _HashingFile(io.RawIOBase):
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.digest, self.size = hashlib.sha256(), 0
+
+    def write(self, block: Any) -> int:
+        self.digest.update(block)
+        self.size += len(block)
+        return self._file.write(block)
+
+
+def _describe(tree: ImageTree, source: Path, directory: Path, shards: list[Shard]) -> None:
+    written = [shard for shard in shards if shard.records]
+    if not written:
+        raise ValueError(f"not one image in {source} can be decoded; first: {shards[0].bad[0]}")
+    for shard in shards:
+        if not shard.records:
+            shard.path.unlink()
+    records = [(position, *record[1:]) for position, shard in enumerate(written) for record in shard.records]
+    buffer = io.BytesIO()
+    np.save(buffer, np.array(records, dtype=RECORD))
+    originals = {number: path for shard in written for number, path, _ in shard.images}
+    names = [originals[record[0]] for shard in written for record in shard.records]
+    description = {
+        "version": VERSION,
+        "classes": tree.classes,
+        "index_sha256": hashlib.sha256(buffer.getvalue()).hexdigest(),
+        "shards": [
+            {"name": shard.path.name, "bytes": shard.size, "images": len(shard.records)} for shard in written
+        ],
+    }
+    contents = {
+        INDEX: buffer.getvalue(),
+        NAMES: "".join(f"{Path(name).relative_to(source)}\n" for name in names).encode(),
+        DESCRIPTION: json.dumps(description, indent=1).encode(),
+    }
+    sums = {shard.path.name: shard.sha256 for shard in written}
+    sums |= {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+    contents[CHECKSUMS] = "".join(f"{digest}  {name}\n" for name, digest in sums.items()).encode()
+    for name, content in contents.items():
+        _write(directory / name, content)
+    _sync_directory(directory)
+
+
+def _write(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _ignore_interrupt() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, which ends the workers in order

@@ -1,0 +1,145 @@
+"""Tar shards: what `arsg-imagenet shard` writes, refuses and reports, and how it is read."""
+
+import os
+import pickle
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from arsg_dist.imagenet.config import DataConfig
+from arsg_dist.imagenet.data import SampleKey, loader, open_splits
+from arsg_dist.imagenet.image_tree import ImageTree
+from arsg_dist.imagenet.order import TrainingOrder
+from arsg_dist.imagenet.shard_writer import shard, shard_command
+from arsg_dist.imagenet.tar_shards import TarShards
+
+
+@pytest.fixture
+def shards(small_tree: Path, tmp_path: Path) -> Path:
+    """The small tree in shards of at most 8 KiB: several per split."""
+    destination = tmp_path / "shards"
+    code = shard(
+        small_tree, destination, splits=["train", "val"], workers=2, shard_bytes=8192, skip_bad=False
+    )
+    assert code == 0
+    return destination
+
+
+def contents(source: ImageTree | TarShards) -> list[tuple[bytes, int]]:
+    return sorted(source.read(index) for index in range(len(source)))
+
+
+def test_shards_hold_every_image_once_with_its_label(shards: Path, small_tree: Path) -> None:
+    """Catches images lost at the border of shards, wrong offsets, and labels of another numbering."""
+    assert len(list((shards / "train").glob("*.tar"))) > 2
+    for split, images in (("train", 60), ("val", 21)):
+        source, tree = TarShards(shards / split), ImageTree(small_tree / split)
+        assert len(source) == images
+        assert source.classes == tree.classes == ["0", "3", "6"]
+        assert contents(source) == contents(tree)
+    original = TarShards(shards / "train").name(5).split(" ")[0]
+    assert (small_tree / "train" / original).read_bytes() == TarShards(shards / "train").read(5)[0]
+    subprocess.run(["sha256sum", "--quiet", "-c", "SHA256SUMS"], cwd=shards / "train", check=True)
+
+
+def test_other_webdataset_readers_can_read_them(shards: Path) -> None:
+    """Catches member names or label files that WebDataset does not pair."""
+    webdataset = pytest.importorskip("webdataset")
+    paths = sorted(map(str, (shards / "train").glob("*.tar")))
+    read = webdataset.WebDataset(paths, shardshuffle=False)
+    assert sorted((sample["jpg"], int(sample["cls"])) for sample in read) == contents(
+        TarShards(shards / "train")
+    )
+
+
+def test_shards_can_be_read_in_any_order_by_worker_processes(shards: Path) -> None:
+    """Catches file positions shared between workers, and a source that cannot be sent to them."""
+    config = DataConfig(source="shards", root="-", augmentation="none", image_size=16)
+    train, _ = open_splits(shards, config, seed=1)
+    order = TrainingOrder(60, epochs=1, batch_size=12, accumulation_steps=1, rank=0, world_size=1, seed=5)
+    first = train[SampleKey(0, 3)]
+    assert isinstance(first, tuple)
+    again = pickle.loads(pickle.dumps(train))[SampleKey(0, 3)]
+    assert torch.equal(again[0], first[0])
+    here = list(loader(train, order, workers=0, image_size=16, pin_memory=False))
+    there = loader(train, order, workers=2, image_size=16, pin_memory=False)
+    for one, other in zip(here, there, strict=True):
+        assert torch.equal(one.images, other.images)
+        assert torch.equal(one.labels, other.labels)
+
+
+def test_damaged_copies_are_named_at_the_start(shards: Path) -> None:
+    """Catches a training that finds out in its third hour that a shard was not copied to the end."""
+    first, second = sorted((shards / "train").glob("*.tar"))[:2]
+    os.truncate(first, first.stat().st_size - 1000)
+    with pytest.raises(ValueError, match=rf"1 of \d+ shards .* {first.name} has \d+ bytes instead of"):
+        TarShards(shards / "train")
+    second.unlink()
+    first.unlink()
+    with pytest.raises(ValueError, match=rf"2 of \d+ shards .* {first.name} is missing"):
+        TarShards(shards / "train")
+    index = shards / "val" / "index.npy"
+    index.write_bytes(index.read_bytes()[:-3] + b"abc")
+    with pytest.raises(ValueError, match=r"index\.npy does not belong"):
+        TarShards(shards / "val")
+
+
+def test_the_wrong_source_is_named(shards: Path, small_tree: Path) -> None:
+    """Catches a user sent away with torchvision's words when only data.source is wrong."""
+    with pytest.raises(ValueError, match=r"set data\.source to shards"):
+        ImageTree(shards / "train")
+    with pytest.raises(ValueError, match=r"set data\.source to folder"):
+        TarShards(small_tree / "train")
+
+
+def test_bad_images_stop_the_sharding_or_are_left_out_and_listed(
+    small_tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches broken images packed for ever, and good ones lost without a word."""
+    broken = sorted((small_tree / "train" / "3").iterdir())[4]
+    broken.write_bytes(broken.read_bytes()[:150])
+    destination = tmp_path / "shards"
+    arguments = [str(small_tree), str(destination), "--workers", "1"]
+    assert shard_command(arguments) == 3
+    assert not destination.exists()
+    assert str(broken) in (tmp_path / "shards.bad_images.txt").read_text()
+    assert "1 images cannot be decoded" in capsys.readouterr().err
+    assert shard_command([*arguments, "--on-bad-image", "skip"]) == 0
+    assert "1 left out" in capsys.readouterr().out
+    assert str(broken) in (destination / "bad_images.txt").read_text()
+    assert len(TarShards(destination / "train")) == 59
+    assert not list(tmp_path.glob(".*.partial"))
+
+
+def test_a_directory_that_holds_something_is_left_alone(
+    small_tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches shards written over others, and two runs that write into one directory."""
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "thesis.tex").touch()
+    assert shard_command([str(small_tree), str(taken)]) == 2
+    assert "not an empty directory" in capsys.readouterr().err
+    (tmp_path / ".new.partial").mkdir()
+    assert shard_command([str(small_tree), str(tmp_path / "new")]) == 2
+    assert "another run is writing" in capsys.readouterr().err
+    assert shard_command([str(small_tree), str(tmp_path / "other"), "--splits", "test"]) == 2
+    assert "test does not exist" in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_nothing(
+    small_tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches half a data set under the name of a whole one."""
+
+    def full(source: Path, target: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("arsg_dist.imagenet.shard_writer._write", full)
+    assert shard_command([str(small_tree), str(tmp_path / "shards"), "--workers", "1"]) == 2
+    assert "No space left" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir() if "shards" in path.name] == []
+    shutil.rmtree(small_tree)

@@ -1,0 +1,140 @@
+"""Runs that are killed or told to stop in mid-epoch go on as if nothing had happened."""
+
+import json
+import os
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from arsg_dist.engine.exit_codes import PREEMPTED
+from arsg_dist.imagenet.models import build_model
+from arsg_dist.imagenet.stopping import MARKER
+from tests.support.compare import assert_same_weights
+from tests.support.launchers import Finished, launch
+
+JOB = "tests/support/imagenet_job.py"
+ENGINES = {
+    "single": ("alone", 1, []),
+    "deepspeed": ("deepspeed", 2, ["--deepspeed_config", "configs/deepspeed/zero1.json"]),
+    "horovod": ("mpirun", 2, ["--engine", "horovod"]),
+}
+# 60 images, 18 per update: the three epochs end with updates 4, 7 and 10, the last of which is not full.
+SETTINGS = ["--epochs", "3", "--batch_size", "18", "--checkpoint_every", "2", "--seed", "7"]
+
+
+class Run:
+    """Starts of one run; what the ranks were given lies in `keys`, by start."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, recipe: list[str], directory: Path) -> None:
+        self.directory, self._recipe, self._monkeypatch = directory, recipe, monkeypatch
+        self.keys: list[Path] = []
+
+    def start(self, engine: str, *more: str, signal: str = "", ranks: int = 0) -> Finished:
+        launcher, usual_ranks, options = ENGINES[engine]
+        keys = self.directory.with_name(f"{self.directory.name}-keys-{len(self.keys)}")
+        keys.mkdir()
+        self.keys.append(keys)
+        self._monkeypatch.setenv("ARSG_TEST_KEYS", str(keys))
+        self._monkeypatch.setenv("ARSG_TEST_PID", str(os.getpid()))
+        self._monkeypatch.delenv("ARSG_TEST_SIGNAL", raising=False)
+        if signal:
+            self._monkeypatch.setenv("ARSG_TEST_SIGNAL", signal)
+        return launch(
+            launcher,
+            ranks or usual_ranks,
+            JOB,
+            *options,
+            *self._recipe,
+            *SETTINGS,
+            "--output",
+            self.directory,
+            *more,
+            timeout=300,
+        )
+
+    def checkpoints(self) -> list[int]:
+        return sorted(
+            int(path.name.removeprefix("step-")) for path in (self.directory / "checkpoints").glob("step-*")
+        )
+
+    def seen(self, start: int, *, updates: int | None = None) -> Counter[tuple[int, int]]:
+        """(epoch, image) → how often it counted in the first updates of a start, over all ranks."""
+        return Counter(
+            (epoch, image)
+            for path in self.keys[start].iterdir()
+            for line in path.read_text().splitlines()[:updates]
+            for epoch, image, counts, _ in json.loads(line)
+            if counts
+        )
+
+    def epochs(self) -> list[dict[str, object]]:
+        records = [json.loads(line) for line in (self.directory / "metrics.jsonl").read_text().splitlines()]
+        return [
+            {key: record[key] for key in ("epoch", "update", "train_loss", "val_loss", "val_top1", "lr")}
+            for record in records
+            if record["kind"] == "epoch"
+        ]
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        return load_file(self.directory / "weights" / "last.safetensors")
+
+
+EVERYTHING = Counter({(epoch, image): 1 for epoch in range(3) for image in range(60)})
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("engine", ENGINES)
+def test_killed_and_stopped_in_mid_epoch_gives_the_bits_of_the_uninterrupted_run(
+    engine: str, recipe: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches anything missing in a checkpoint (weights, shards, ranks' own running statistics, schedule, place in the
+    data, sums for the epoch's loss), images seen twice or never, and a rank that stops alone."""
+    whole = Run(monkeypatch, recipe, tmp_path / "whole")
+    job = whole.start(engine)
+    assert job.code == 0, job.output[-5000:]
+    assert whole.seen(0) == EVERYTHING
+    assert [record["update"] for record in whole.epochs()] == [4, 7, 10]
+
+    run = Run(monkeypatch, recipe, tmp_path / "run")
+    last_rank = ENGINES[engine][1] - 1
+    killed = run.start(engine, signal=f"3 {last_rank} SIGKILL self")
+    assert killed.code != 0
+    assert run.checkpoints() == [2]
+
+    stopped = run.start(engine, "--resume", signal=f"3 {last_rank} SIGUSR1 self")
+    assert stopped.code == PREEMPTED, stopped.output[-5000:]
+    assert stopped.output.count("stopped by SIGUSR1 after 6 updates") == 1, stopped.output[-5000:]
+    assert run.checkpoints() == [4, 6]
+    marker = json.loads((run.directory / MARKER).read_text())
+    assert (marker["exit_code"], marker["update"], marker["signals"]) == (PREEMPTED, 6, ["SIGUSR1"])
+
+    job = run.start(engine, "--resume")
+    assert job.code == 0, job.output[-5000:]
+    assert not (run.directory / MARKER).exists()
+    assert run.seen(0, updates=2) + run.seen(1, updates=4) + run.seen(2) == EVERYTHING
+    assert run.epochs() == whole.epochs()
+    torch.manual_seed(7)
+    start = build_model("resnet20", 3).state_dict()
+    assert_same_weights(run.weights(), whole.weights(), started_from=start, relative=0)
+
+
+@pytest.mark.ranks
+def test_another_number_of_ranks_goes_on_with_the_same_images(
+    recipe: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a place in the data that is counted in batches of a rank, and state that only two ranks can read."""
+    run = Run(monkeypatch, recipe, tmp_path / "run")
+    assert run.start("horovod", signal="2 0 SIGTERM self").code == PREEMPTED
+    shutil.copytree(run.directory, tmp_path / "alone")
+    job = run.start("horovod", "--resume", ranks=3)
+    assert job.code == 0, job.output[-5000:]
+    assert "on another number of ranks" in job.output
+    assert run.seen(0, updates=3) + run.seen(1) == EVERYTHING
+    alone = Run(monkeypatch, recipe, tmp_path / "alone")
+    job = alone.start("single", "--resume")
+    assert job.code == 0, job.output[-5000:]
+    assert run.seen(0, updates=3) + alone.seen(0) == EVERYTHING

@@ -1,0 +1,72 @@
+"""`arsg-imagenet train` with a signal at a known update and a record of what each rank was given.
+
+Environment: ARSG_TEST_SIGNAL="UPDATES RANK SIGNAL TARGET" sends SIGNAL after so many updates of this start from RANK to
+TARGET ("self", "launcher": the process the test started, "group": that process's group); ARSG_TEST_KEYS is a directory
+for the images of every micro-batch, one file per rank.
+"""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+from arsg_dist.engine import discover_ranks, end_process
+from arsg_dist.imagenet.cli import train_command
+from arsg_dist.imagenet.optimization import Schedules
+from arsg_dist.imagenet.order import SampleKey, TrainingOrder
+
+
+def send_at(updates: int, number: signal.Signals, target: str) -> None:
+    done = 0
+    real = Schedules.after_update
+
+    def after_update(self: Schedules) -> None:
+        nonlocal done
+        real(self)
+        done += 1
+        if done == updates:
+            print(f"sending {number.name} to {target}", flush=True)
+            if target == "self":
+                os.kill(os.getpid(), number)
+            else:
+                launcher = launched()
+                (os.killpg if target == "group" else os.kill)(launcher, number)
+
+    Schedules.after_update = after_update  # type: ignore[method-assign]
+
+
+def launched() -> int:
+    """The process the test started: a child of the test's own."""
+    process = psutil.Process()
+    while process.ppid() != int(os.environ["ARSG_TEST_PID"]):
+        process = process.parent()
+        assert process is not None
+    return process.pid
+
+
+def record(path: Path) -> None:
+    real = TrainingOrder.__iter__
+
+    def recorded(self: TrainingOrder) -> Iterator[list[SampleKey]]:
+        with path.open("w") as file:
+            for keys in real(self):
+                file.write(json.dumps(keys) + "\n")
+                file.flush()
+                yield keys
+
+    TrainingOrder.__iter__ = recorded  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    ranks = discover_ranks()
+    if "ARSG_TEST_SIGNAL" in os.environ:
+        updates, rank, name, target = os.environ["ARSG_TEST_SIGNAL"].split()
+        if ranks.rank == int(rank):
+            send_at(int(updates), signal.Signals[name], target)
+    if "ARSG_TEST_KEYS" in os.environ:
+        record(Path(os.environ["ARSG_TEST_KEYS"]) / f"rank-{ranks.rank}.jsonl")
+    end_process(train_command(sys.argv[1:]))
