@@ -95,7 +95,7 @@ def test_sources_need_what_they_read() -> None:
 
 
 @pytest.mark.slow
-def test_real_photos_decode(tmp_path: Path) -> None:
+def test_real_photos_decode() -> None:
     """Catches kinds of files in ImageNet that generated ones do not show."""
     archive = Path(
         os.environ.get(
@@ -106,10 +106,10 @@ def test_real_photos_decode(tmp_path: Path) -> None:
     if not archive.is_file():
         pytest.skip(f"{archive} is not there; ARSG_IMAGENET_SAMPLE names a tar of ImageNet's photos")
     with tarfile.open(archive) as tar:
-        tar.extractall(tmp_path, filter="data")
-    photos = sorted(tmp_path.rglob("*.JPEG"))
+        members = [tar.extractfile(member) for member in tar if member.name.endswith(".JPEG")]
+        photos = [file.read() for file in members if file]
     assert len(photos) >= 100
-    for path in photos:
-        image = decode(path.read_bytes())
+    for photo in photos:
+        image = decode(photo)
         assert image.mode == "RGB"
         assert min(image.size) > 10
