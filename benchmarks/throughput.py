@@ -75,7 +75,7 @@ def tree_in(images: Path, scratch: Path) -> Path:
     """The ImageFolder tree in a directory or tar file, which is unpacked under `scratch`."""
     if images.is_file():
         with tarfile.open(images) as archive:
-            archive.extractall(scratch, filter="data")
+            archive.extractall(scratch)  # `filter` came with Python 3.11.4
         images = scratch
     while True:
         folders = sorted(path for path in images.iterdir() if path.is_dir())

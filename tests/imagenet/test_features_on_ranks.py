@@ -60,8 +60,9 @@ def test_two_ranks_train_as_one_process_does(
             parameters(tmp_path / "run" / "weights" / f"{name}.safetensors"),
             parameters(tmp_path / "alone" / "weights" / f"{name}.safetensors"),
             started_from=start,
-            # A last bit of fp32 decides how fp16 rounds: eight units of fp16.
-            relative=8 * 2**-10 if extra else REDUCTION_ORDER,
+            # A last bit of fp32 decides how fp16 rounds. And batch-norm weights near 1 move by 6e-6 only, of which one
+            # unit of fp32 is 2 %.
+            relative=0.05 if extra else REDUCTION_ORDER,
         )
     here, there = epochs_of(tmp_path / "run"), epochs_of(tmp_path / "alone")
     for key in ("lr", "mu", "image_size", "val_images"):
