@@ -14,6 +14,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from arsg_dist.checkpoint.durable import sync
+
 DTYPES: Final = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -71,8 +73,4 @@ def write_safetensors(
         partial.rename(path)
     finally:
         partial.unlink(missing_ok=True)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    sync(path.parent)

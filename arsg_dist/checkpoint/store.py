@@ -8,6 +8,7 @@ import socket
 from collections.abc import Callable
 from pathlib import Path
 
+from arsg_dist.checkpoint.durable import sync
 from arsg_dist.engine import Communicator
 
 _NAME = re.compile(r"step-(\d{9,})$")
@@ -91,7 +92,7 @@ class CheckpointStore:
                 if path.exists():  # the same step again, after a resume
                     path.rename(self.directory / f".{path.name}.replaced")
                 partial.rename(path)
-                _sync(self.directory)
+                sync(self.directory)
                 self._tidy()
         return path
 
@@ -123,13 +124,5 @@ def _remove(path: Path) -> None:
 def _sync_tree(directory: Path) -> None:
     for folder, _, names in os.walk(directory):
         for name in names:
-            _sync(Path(folder) / name)
-        _sync(Path(folder))
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            sync(Path(folder) / name)
+        sync(Path(folder))

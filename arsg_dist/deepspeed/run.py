@@ -12,8 +12,7 @@ import sys
 from pathlib import Path
 
 from arsg_dist.deepspeed.shared_memory import forget_name
-
-BAD_INPUT = 2
+from arsg_dist.engine.exit_codes import BAD_INPUT
 
 
 def main(arguments: list[str]) -> None:

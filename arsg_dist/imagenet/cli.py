@@ -11,6 +11,7 @@ from jsonargparse import ArgumentParser
 from jsonargparse.typing import PositiveInt
 
 from arsg_dist.engine import Communicator, JobError, Ranks, discover_ranks, end_process
+from arsg_dist.engine.exit_codes import BAD_INPUT, FAILED
 from arsg_dist.imagenet import compare
 from arsg_dist.imagenet.config import TrainConfig
 from arsg_dist.imagenet.engines import choose_engine, connect
@@ -18,9 +19,6 @@ from arsg_dist.imagenet.export import CARD, export
 from arsg_dist.imagenet.shard_writer import shard_command
 from arsg_dist.imagenet.train import Job, train
 from arsg_dist.imagenet.weights import BEST, EMA, LAST
-
-BAD_INPUT = 2
-FAILED = 1
 
 
 def main() -> None:

@@ -19,12 +19,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from arsg_dist.checkpoint.durable import sync
+from arsg_dist.engine.exit_codes import BAD_INPUT, DONE
 from arsg_dist.imagenet.image_source import UNDECODABLE, decode
 from arsg_dist.imagenet.image_tree import ImageTree, require_directory
 from arsg_dist.imagenet.tar_shards import CHECKSUMS, DESCRIPTION, INDEX, NAMES, RECORD, VERSION
 
 BAD_LIST = "bad_images.txt"
-DONE, BAD_INPUT, BAD_IMAGES = 0, 2, 3
+BAD_IMAGES = 3
 _FIXED_SEED = (
     0  # of the order inside the shards, which mixes the classes for readers that go from start to end
 )
@@ -134,11 +136,11 @@ def shard(
             )
             return BAD_IMAGES
         _write(partial / BAD_LIST, "".join(f"{message}\n" for message in bad).encode())
-        _sync_directory(partial)
+        sync(partial)
         if destination.exists():
             destination.rmdir()
         partial.rename(destination)
-        _sync_directory(destination.parent)
+        sync(destination.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     counts = ", ".join(f"{len(tree)} {split}" for split, tree in trees.items())
@@ -253,7 +255,7 @@ def _describe(tree: ImageTree, source: Path, directory: Path, shards: list[Shard
     contents[CHECKSUMS] = "".join(f"{digest}  {name}\n" for name, digest in sums.items()).encode()
     for name, content in contents.items():
         _write(directory / name, content)
-    _sync_directory(directory)
+    sync(directory)
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -261,14 +263,6 @@ def _write(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _ignore_interrupt() -> None:

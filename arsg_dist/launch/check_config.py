@@ -9,6 +9,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from arsg_dist.engine.exit_codes import BAD_INPUT
+
 if TYPE_CHECKING:
     from arsg_dist.deepspeed.explain import Explanation
 
@@ -16,7 +18,6 @@ SUMMARY: Final = (
     "say what a DeepSpeed config does with ARSG: bytes and messages per rank, and what is refused"
 )
 REFUSED: Final = 1
-BAD_INPUT: Final = 2
 _UNITS: Final = ("B", "KiB", "MiB", "GiB", "TiB")
 
 

@@ -7,13 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+from arsg_dist.engine.exit_codes import BAD_INPUT
 from arsg_dist.launch.job import Host, Job, Plan, check_environment, parse_hosts, read_hostfile
 from arsg_dist.launch.profiles import load_profile, profile_names
 from arsg_dist.launch.targets import TARGETS, Target
 
 SUMMARY = "start a training on this machine, a list of hosts, or through a scheduler"
-
-BAD_INPUT = 2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
