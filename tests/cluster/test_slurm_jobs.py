@@ -160,5 +160,5 @@ def test_the_training_program_goes_on_when_submitted_again(cluster: Cluster, tmp
         assert outputs[-1].code == 0, outputs[-1].output[-5000:]
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [record["epoch"] for record in records if record["kind"] == "epoch"] == [1, 2]
-    assert "resuming after" not in outputs[0].output
-    assert "resuming after 3 updates" in outputs[1].output
+    assert "resuming from" not in outputs[0].output
+    assert ": 3 updates, 36 training images in 1 whole epochs" in outputs[1].output.replace("\n", " ")
