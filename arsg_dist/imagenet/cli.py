@@ -16,8 +16,9 @@ from arsg_dist.imagenet import compare
 from arsg_dist.imagenet.config import TrainConfig
 from arsg_dist.imagenet.engines import choose_engine, connect
 from arsg_dist.imagenet.export import CARD, export
+from arsg_dist.imagenet.run_parts import Job
 from arsg_dist.imagenet.shard_writer import shard_command
-from arsg_dist.imagenet.train import Job, train
+from arsg_dist.imagenet.train import train
 from arsg_dist.imagenet.weights import BEST, EMA, LAST
 
 

@@ -8,6 +8,9 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
+DIGITS = Path("data/digits")
+"""Where a training without `data.root` has them, relative to the current directory."""
+
 _PIXELS = 32
 
 

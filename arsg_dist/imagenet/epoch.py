@@ -1,0 +1,122 @@
+"""The steps of one epoch: training, and the validation after it."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from arsg_dist.engine import JobError
+from arsg_dist.imagenet.augmentation import cross_entropy_sum
+from arsg_dist.imagenet.data import IGNORED, Batch, batches
+from arsg_dist.imagenet.metrics import Evaluation, Totals
+from arsg_dist.imagenet.optimization import shown_hyperparameters
+from arsg_dist.imagenet.position import Position
+from arsg_dist.imagenet.progress import Progress
+from arsg_dist.imagenet.run_checkpoint import RunCheckpoints
+from arsg_dist.imagenet.run_parts import RunParts
+
+
+class EpochLoop:
+    """Trains and validates, from a position of a run on.
+
+    Args:
+        parts: of the run.
+        checkpoints: of the run.
+        at: where the run stands; kept up to date.
+        progress: what is shown and recorded.
+        last_update: update to end at.
+    """
+
+    def __init__(
+        self,
+        parts: RunParts,
+        checkpoints: RunCheckpoints,
+        at: Position,
+        progress: Progress,
+        *,
+        last_update: int,
+    ) -> None:
+        self._parts, self._checkpoints = parts, checkpoints
+        self._at, self._progress, self._last_update = at, progress, last_update
+        self._micro_batch_size = parts.config.micro_batch_size(parts.communicator.world_size)
+        parts.train_order.position = at.images
+        self._batches: Iterator[Batch] = progress.waiting(batches(parts.train_loader))
+
+    def train(self, epoch: int) -> dict[str, float] | None:
+        """What is left of an epoch, or its part up to an update; returns its speed, None if a signal ended it."""
+        parts, progress, order, at = self._parts, self._progress, self._parts.train_order, self._at
+        engine, config = parts.engine, parts.config
+        engine.module.train()
+        left = order.updates_until(epoch, at.images)
+        progress.begin_epoch(f"epoch {epoch + 1}/{config.epochs}", left)
+        loss_sum = torch.zeros((), device=engine.device, dtype=torch.float64)
+        images, bad = 0, list[str]()
+        for _ in range(min(left, self._last_update - at.update)):
+            weight = order.weight(at.images) / self._micro_batch_size
+            for _ in range(config.accumulation_steps):
+                batch = next(self._batches)
+                inputs, labels = parts.to_device(batch)
+                bad += batch.bad
+                images += int((batch.labels != IGNORED).sum())
+                inputs, targets = parts.mixing(inputs, labels, at.update)
+                # The sum over what counts, divided by the nominal size: bad images drop out without weighing others up.
+                loss = cross_entropy_sum(parts.forward(engine.module, inputs), targets)
+                engine.backward(loss * weight)
+                engine.step()
+                loss_sum += loss.detach()
+            at.update += 1
+            at.images = order.after(at.images)
+            parts.schedules.after_update()
+            if parts.average:
+                parts.average.update(parts.model)
+            progress.updated()
+            ended = at.update == self._last_update or not order.updates_until(epoch, at.images)
+            stop = parts.stop.agreed()
+            every = config.checkpoint_every
+            save = stop or (every > 0 and at.update % every == 0 and not ended)
+            record = ended or at.update % config.log_every == 0
+            if save or record:
+                loss_total, images_total, waited = self._exchange(float(loss_sum), images, bad)
+                at.add(loss_total, images_total)
+                loss_sum.zero_()
+                images, bad = 0, []
+            if record:
+                shown = shown_hyperparameters(engine.optimizer)
+                progress.record(at.update, at.take_recent(), shown, waited)
+            if save:
+                self._checkpoints.save(at)
+            if stop:
+                progress.end_epoch()
+                return None
+        return progress.end_epoch()
+
+    def evaluate(self, module: nn.Module) -> Evaluation | None:
+        """Loss and accuracy over the whole validation split, every image counted once; None if a signal ended it."""
+        parts = self._parts
+        module.eval()
+        totals, bad = Totals(parts.engine.device), list[str]()
+        with torch.no_grad():
+            for batch in batches(parts.val_loader):
+                inputs, labels = parts.to_device(batch)
+                bad += batch.bad
+                totals.add(parts.forward(module, inputs.to(next(module.parameters()).dtype)), labels)
+                if parts.stop.agreed():
+                    return None
+        self._exchange(0.0, 0, bad)
+        with parts.communicator.fail_together():
+            return totals.over_all_ranks(parts.communicator)
+
+    def _exchange(self, loss_sum: float, images: int, bad: list[str]) -> tuple[float, int, list[float]]:
+        """Adds up over the ranks; images that could not be decoded end the run on every rank, or are counted."""
+        mine = (loss_sum, images, bad, self._progress.waited_share())
+        of_ranks = self._parts.communicator.all_gather_object(mine)
+        all_bad = [message for _, _, messages, _ in of_ranks for message in messages]
+        if all_bad and self._parts.config.data.on_bad_image == "error":
+            raise JobError(
+                "\n".join(all_bad) + "\n(--data.on_bad_image skip leaves such images out and counts them)"
+            )
+        self._at.bad_images += len(all_bad)
+        for message in all_bad:
+            self._progress.say(message)
+        losses, counts, _, waited = zip(*of_ranks, strict=True)
+        return sum(losses), sum(counts), list(waited)

@@ -1,0 +1,96 @@
+"""What a training run is made of, on one rank."""
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from arsg_dist.engine import Communicator, Engine
+from arsg_dist.imagenet.augmentation import BatchMixing
+from arsg_dist.imagenet.config import TrainConfig
+from arsg_dist.imagenet.data import Batch, TrainingOrder
+from arsg_dist.imagenet.ema import WeightAverage
+from arsg_dist.imagenet.engines import EngineName
+from arsg_dist.imagenet.optimization import Schedules
+from arsg_dist.imagenet.stopping import StopRequest
+
+
+@dataclass(frozen=True)
+class Job:
+    """One start of a run: what the recipe does not say.
+
+    Attributes:
+        engine: what distributes the training.
+        output: the run's directory.
+        resume: continue the run in `output`.
+        deepspeed_config: path of a DeepSpeed JSON config, for the engine "deepspeed".
+        max_updates: end after this many weight updates of the whole run, inside an epoch or not, without validation
+            and checkpoint of an epoch that is not finished; None for the recipe's end.
+    """
+
+    engine: EngineName
+    output: Path
+    resume: bool = False
+    deepspeed_config: str | None = None
+    max_updates: int | None = None
+
+
+@dataclass(frozen=True)
+class RunParts:
+    """The objects of one training.
+
+    Attributes:
+        config: of the run.
+        engine: over `model`.
+        model: the network as it was built; `engine.module` is what to call.
+        average: of the weights, on the engine's device; None where the recipe has none.
+        schedules: of the engine's optimizer.
+        autocast: context of forward passes.
+        mixing: of training batches.
+        train_order: of the training images.
+        train_loader: batches in that order.
+        val_loader: this rank's share of the validation split.
+        classes: names, in the order of the labels.
+        stop: signals to end the run.
+    """
+
+    config: TrainConfig
+    engine: Engine
+    model: nn.Module
+    average: WeightAverage | None
+    schedules: Schedules
+    autocast: AbstractContextManager[None]
+    mixing: BatchMixing
+    train_order: TrainingOrder
+    train_loader: DataLoader[Batch]
+    val_loader: DataLoader[Batch]
+    classes: list[str]
+    stop: StopRequest
+
+    @property
+    def communicator(self) -> Communicator:
+        """Of all ranks."""
+        return self.engine.communicator
+
+    @property
+    def leader(self) -> bool:
+        """Whether this is rank 0, which shows and writes what all ranks agree on."""
+        return self.communicator.rank == 0
+
+    def forward(self, module: nn.Module, images: torch.Tensor) -> torch.Tensor:
+        """Logits, shape (batch, classes), in the precision of the run."""
+        with self.autocast:
+            logits: torch.Tensor = module(images)
+        return logits
+
+    def to_device(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images, in the dtype and memory layout the engine's module takes, and labels."""
+        device = self.engine.device
+        layout = torch.channels_last if self.config.channels_last else torch.contiguous_format
+        images = batch.images.to(
+            device, dtype=self.engine.input_dtype, memory_format=layout, non_blocking=True
+        )
+        return images, batch.labels.to(device, non_blocking=True)
