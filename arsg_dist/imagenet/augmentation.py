@@ -1,5 +1,6 @@
 """From decoded images to network inputs: transforms of single images, and mixing of whole training batches."""
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -8,11 +9,30 @@ from torch import Tensor
 from torch.nn import functional
 
 from arsg_dist.imagenet.config import DataConfig
-from arsg_dist.imagenet.seeding import seed_of
+from arsg_dist.imagenet.seeding import seeded
 from arsg_dist.imagenet.torchvision_compat import v2
 
 _MIXING = 1  # keeps these random numbers apart from those of the images
-_MEAN, _STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+"""Of ImageNet's channels, for values from 0 to 1."""
+
+
+@cache
+def _constants(device: torch.device) -> tuple[Tensor, Tensor]:
+    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (MEAN, STD))
+    return mean, std
+
+
+def normalised(images: Tensor) -> Tensor:
+    """Images as networks take them: float32, with the mean 0 and variance 1 of ImageNet's channels.
+
+    Args:
+        images: uint8, shape (batch, 3, height, width); floating ones are taken as normalised already.
+    """
+    if images.is_floating_point():
+        return images
+    mean, std = _constants(images.device)
+    return images.float().mul_(1 / 255).sub_(mean).div_(std)
 
 
 def train_size(config: DataConfig, epoch: int) -> int:
@@ -23,6 +43,11 @@ def train_size(config: DataConfig, epoch: int) -> int:
     done = max(0, epoch - ramp.start_epoch) / (ramp.end_epoch - ramp.start_epoch)
     size = ramp.start_size + done * (full - ramp.start_size)
     return max(ramp.start_size, min(full, round(size / ramp.multiple) * ramp.multiple))
+
+
+def val_resize(size: int) -> int:
+    """The shorter side of an image before its centre is cropped for validation, pixels."""
+    return round(size * 256 / 224)
 
 
 class TrainTransform:
@@ -37,7 +62,7 @@ class TrainTransform:
         self._made: dict[int, Any] = {}
 
     def __call__(self, image: Image.Image, epoch: int) -> Tensor:
-        """A normalised float32 tensor of shape (3, size, size), with the epoch's size."""
+        """A uint8 tensor of shape (3, size, size), with the epoch's size."""
         size = train_size(self._config, epoch)
         if size not in self._made:
             self._made[size] = self._make(size)
@@ -56,9 +81,10 @@ class TrainTransform:
             steps = [v2.Resize((size, size))]
         if config.rand_augment:
             steps.append(v2.RandAugment(magnitude=config.rand_augment))
-        steps += _to_tensor()
+        steps.append(v2.PILToTensor())
         if config.random_erasing:
-            steps.append(v2.RandomErasing(p=config.random_erasing))
+            mean = [round(255 * value) for value in MEAN]  # 0 once it is normalised
+            steps.append(v2.RandomErasing(p=config.random_erasing, value=mean))
         return v2.Compose(steps)
 
 
@@ -69,17 +95,13 @@ class ValTransform:
         size = config.image_size
         steps: list[Any] = [v2.Resize((size, size))]
         if config.augmentation == "imagenet":
-            steps = [v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size)]
-        self._transform = v2.Compose([*steps, *_to_tensor()])
+            steps = [v2.Resize(val_resize(size)), v2.CenterCrop(size)]
+        self._transform = v2.Compose([*steps, v2.PILToTensor()])
 
     def __call__(self, image: Image.Image, epoch: int) -> Tensor:
-        """A normalised float32 tensor of shape (3, image_size, image_size), the same in every epoch."""
+        """A uint8 tensor of shape (3, image_size, image_size), the same in every epoch."""
         tensor: Tensor = self._transform(image)
         return tensor
-
-
-def _to_tensor() -> list[Any]:
-    return [v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean=_MEAN, std=_STD)]
 
 
 class BatchMixing:
@@ -120,9 +142,7 @@ class BatchMixing:
         counts = labels >= 0
         targets = functional.one_hot(labels.clamp(min=0), self._num_classes).float() * counts[:, None]
         if self._choices:
-            with torch.random.fork_rng(devices=[]):
-                # Not torch.manual_seed, which would also reseed the GPU's generator: dropout's.
-                torch.default_generator.manual_seed(seed_of(self._seed, update, 0, _MIXING))
+            with seeded(self._seed, update, 0, _MIXING):
                 chosen = self._choices[int(torch.randint(len(self._choices), ()))]
                 images, targets = chosen(images, targets)
         smoothing = self._label_smoothing

@@ -67,6 +67,8 @@ class DataConfig:
         synthetic_images: in each split of synthetic data.
         synthetic_classes: of synthetic data.
         workers: loader processes per rank; 0 loads in the training process.
+        loader: what decodes: "pillow" in the loader processes, or "dali": NVIDIA DALI on the rank's GPU (extra
+            `dali`), with the same order, crops and flips; "imagenet" and "none" augmentation only.
         on_bad_image: what a file that cannot be decoded does: "error" ends the run and names it, "skip" leaves it
             out and counts it.
     """
@@ -87,6 +89,7 @@ class DataConfig:
     synthetic_images: int = 12_800
     synthetic_classes: int = 1000
     workers: int = 4
+    loader: Literal["pillow", "dali"] = "pillow"
     on_bad_image: Literal["error", "skip"] = "error"
 
     def __post_init__(self) -> None:
@@ -107,6 +110,15 @@ class DataConfig:
         for name in ("synthetic_images", "synthetic_classes"):
             _require(getattr(self, name) >= 1, f"data.{name} must be at least 1, not {getattr(self, name)}")
         _require(self.workers >= 0, f"data.workers must be at least 0, not {self.workers}")
+        if self.loader == "dali":
+            for offered, what in (
+                (self.source != "synthetic", "source: synthetic, which decodes nothing"),
+                (self.augmentation != "crop", "augmentation: crop"),
+                (not self.rand_augment, "rand_augment"),
+                (not self.random_erasing, "random_erasing"),
+                (self.on_bad_image == "error", "on_bad_image: skip, since DALI gives up the whole batch"),
+            ):
+                _require(offered, f"data.loader dali does not offer {what}: use loader: pillow")
         _require(
             self.train_image_size >= 0 and (not self.train_image_size or self.augmentation != "crop"),
             "data.train_image_size must be at least 0, and 0 with augmentation 'crop', whose crop_size it is; "

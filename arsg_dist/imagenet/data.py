@@ -1,7 +1,7 @@
 """A split as batches on one rank: decoded, augmented and put together in the order asked for."""
 
 import multiprocessing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from arsg_dist.imagenet.config import DataConfig
 from arsg_dist.imagenet.image_source import UNDECODABLE, ImageSource, decode
 from arsg_dist.imagenet.image_tree import ImageTree
 from arsg_dist.imagenet.order import IGNORED, SampleKey, TrainingOrder, ValidationOrder
-from arsg_dist.imagenet.seeding import seed_of
+from arsg_dist.imagenet.seeding import seeded
 from arsg_dist.imagenet.stopping import signals_held
 from arsg_dist.imagenet.synthetic import SyntheticSplit
 from arsg_dist.imagenet.tar_shards import TarShards
@@ -32,6 +32,7 @@ __all__ = [
     "collate",
     "loader",
     "open_splits",
+    "process_loader",
 ]
 
 
@@ -40,7 +41,7 @@ class Batch:
     """Images and labels of one rank.
 
     Attributes:
-        images: float32, shape (batch, 3, height, width), normalised.
+        images: shape (batch, 3, height, width), uint8, or float32 and normalised already: for `normalised`.
         labels: int64, shape (batch,); IGNORED where the image must not count.
         bad: one message per image that could not be decoded.
     """
@@ -59,7 +60,7 @@ class ImageSplit(Dataset[Any]):
 
     Args:
         source: of encoded images.
-        transform: from a PIL image and the epoch to a float tensor; within an epoch of one shape.
+        transform: from a PIL image and the epoch to a uint8 tensor; within an epoch of one shape.
         seed: of the random parts of `transform`.
     """
 
@@ -91,9 +92,7 @@ class ImageSplit(Dataset[Any]):
         except UNDECODABLE as error:
             reason = str(error)
             return f"cannot decode image {self.source.name(index)}: {reason}" if counts else None
-        with torch.random.fork_rng(devices=[]):
-            # Not torch.manual_seed, which would also reseed the GPU's generator: dropout's.
-            torch.default_generator.manual_seed(seed_of(self._seed, epoch, index))
+        with seeded(self._seed, epoch, index):
             return self._transform(image, batch_epoch), label if counts else IGNORED
 
 
@@ -109,9 +108,17 @@ def collate(samples: list[tuple[torch.Tensor, int] | str | None], *, image_size:
     """
     good = [sample for sample in samples if isinstance(sample, tuple)]
     bad = [sample for sample in samples if isinstance(sample, str)]
-    filler = (good[0][0] if good else torch.zeros(3, image_size, image_size), IGNORED)
+    filler = (good[0][0] if good else torch.zeros(3, image_size, image_size, dtype=torch.uint8), IGNORED)
     pairs = [sample if isinstance(sample, tuple) else filler for sample in samples]
-    return Batch(torch.stack([image for image, _ in pairs]), torch.tensor([label for _, label in pairs]), bad)
+    images = _stack([image for image, _ in pairs])
+    return Batch(images, torch.tensor([label for _, label in pairs]), bad)
+
+
+def _stack(images: list[torch.Tensor]) -> torch.Tensor:
+    """One tensor in the layout of the images: Pillow's is channels last, and rearranging takes longer than copying."""
+    if images[0].stride(0) == 1:
+        return torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
+    return torch.stack(images)
 
 
 def open_splits(root: Path, config: DataConfig, *, seed: int) -> tuple[Split, Split]:
@@ -149,16 +156,24 @@ def _some(names: list[str]) -> str:
 def loader(
     split: Split, order: Sampler[list[SampleKey]], *, workers: int, image_size: int, pin_memory: bool
 ) -> DataLoader[Batch]:
-    """Batches in the given order.
+    """Batches in the given order."""
+    make_batch = partial(collate, image_size=image_size)
+    return process_loader(split, order, workers=workers, collate=make_batch, pin_memory=pin_memory)
+
+
+def process_loader(
+    split: Any, order: Sampler[list[SampleKey]], *, workers: int, collate: Any, pin_memory: bool
+) -> DataLoader[Any]:
+    """What `collate` makes of the samples of a split, in the given order.
 
     Worker processes are forked from a server that has only imported this: forking a rank that already communicates may
     hang, and importing everything anew takes each worker seconds.
     """
     multiprocessing.set_forkserver_preload([__name__])
     return DataLoader(
-        split,  # type: ignore[arg-type]
+        split,
         batch_sampler=order,
-        collate_fn=partial(collate, image_size=image_size),
+        collate_fn=collate,
         num_workers=workers,
         multiprocessing_context="forkserver" if workers else None,
         persistent_workers=workers > 0,
@@ -168,7 +183,7 @@ def loader(
     )
 
 
-def batches(loader: DataLoader[Batch]) -> Iterator[Batch]:
+def batches(loader: Iterable[Batch]) -> Iterator[Batch]:
     """One pass over a loader, whose worker processes are kept from the signals that stop a run."""
     with signals_held():
         iterator = iter(loader)

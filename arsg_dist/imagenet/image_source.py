@@ -50,6 +50,18 @@ def decode(encoded: bytes) -> Image.Image:
             "ignore", UserWarning
         )  # damaged EXIF, transparency in palettes: neither is used
         with Image.open(io.BytesIO(encoded)) as file:
-            if file.mode in ("I", "F") or file.mode.startswith("I;"):
-                raise ValueError(f"more than 8 bits per channel (mode {file.mode})")
+            refuse_deep(file)
+            if file.mode == "RGB":
+                file.load()
+                return file  # convert() would copy it
             return file.convert("RGB")
+
+
+def refuse_deep(image: Image.Image) -> None:
+    """Refuses an image that a conversion to RGB would clip.
+
+    Raises:
+        ValueError: it has more than 8 bits per channel.
+    """
+    if image.mode in ("I", "F") or image.mode.startswith("I;"):
+        raise ValueError(f"more than 8 bits per channel (mode {image.mode})")

@@ -1,15 +1,15 @@
 """What a training run is made of, on one rank."""
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 
 from arsg_dist.engine import Communicator, Engine
-from arsg_dist.imagenet.augmentation import BatchMixing
+from arsg_dist.imagenet.augmentation import BatchMixing, normalised
 from arsg_dist.imagenet.config import TrainConfig
 from arsg_dist.imagenet.data import Batch, TrainingOrder
 from arsg_dist.imagenet.ema import WeightAverage
@@ -65,8 +65,8 @@ class RunParts:
     autocast: AbstractContextManager[None]
     mixing: BatchMixing
     train_order: TrainingOrder
-    train_loader: DataLoader[Batch]
-    val_loader: DataLoader[Batch]
+    train_loader: Iterable[Batch]
+    val_loader: Iterable[Batch]
     classes: list[str]
     stop: StopRequest
 
@@ -90,7 +90,6 @@ class RunParts:
         """Images, in the dtype and memory layout the engine's module takes, and labels."""
         device = self.engine.device
         layout = torch.channels_last if self.config.channels_last else torch.contiguous_format
-        images = batch.images.to(
-            device, dtype=self.engine.input_dtype, memory_format=layout, non_blocking=True
-        )
-        return images, batch.labels.to(device, non_blocking=True)
+        images = normalised(batch.images.to(device, non_blocking=True))
+        labels = batch.labels.to(device, non_blocking=True)
+        return images.to(dtype=self.engine.input_dtype, memory_format=layout), labels

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
@@ -10,10 +11,18 @@ import torch
 from torch import nn
 
 from arsg_dist.engine import Communicator, Ranks, check_agreement
-from arsg_dist.imagenet import engines, environment
+from arsg_dist.imagenet import dali, engines, environment
 from arsg_dist.imagenet.augmentation import BatchMixing
-from arsg_dist.imagenet.config import TrainConfig
-from arsg_dist.imagenet.data import TrainingOrder, ValidationOrder, loader, open_splits
+from arsg_dist.imagenet.config import DataConfig, TrainConfig
+from arsg_dist.imagenet.data import (
+    Batch,
+    ImageSplit,
+    Split,
+    TrainingOrder,
+    ValidationOrder,
+    loader,
+    open_splits,
+)
 from arsg_dist.imagenet.digits import DIGITS, digits_tree
 from arsg_dist.imagenet.ema import WeightAverage
 from arsg_dist.imagenet.models import build_model
@@ -42,8 +51,10 @@ def train(config: TrainConfig, job: Job, ranks: Ranks, communicator: Communicato
 def _train(config: TrainConfig, job: Job, ranks: Ranks, communicator: Communicator, stop: StopRequest) -> int:
     with communicator.fail_together():
         check_output(job.output, resume=job.resume)
-        config.micro_batch_size(communicator.world_size)
+        micro_batch_size = config.micro_batch_size(communicator.world_size)
         build_optimizer(config.optimizer, [nn.Parameter(torch.zeros(1))])  # only to have it checked
+        if config.data.loader == "dali":
+            dali.check_dali()
         if config.wandb_project:
             import_wandb()
         engine_config = None
@@ -78,7 +89,7 @@ def _train(config: TrainConfig, job: Job, ranks: Ranks, communicator: Communicat
         rank=communicator.rank,
         world_size=communicator.world_size,
     )
-    make_loader = partial(loader, workers=data.workers, pin_memory=engine.device.type == "cuda")
+    make_loader = partial(_loader, data=data, seed=config.seed, device=engine.device)
     parts = RunParts(
         config=config,
         engine=engine,
@@ -98,11 +109,38 @@ def _train(config: TrainConfig, job: Job, ranks: Ranks, communicator: Communicat
             seed=config.seed,
         ),
         train_order=train_order,
-        train_loader=make_loader(train_split, train_order, image_size=data.full_train_size),
-        val_loader=make_loader(val_split, val_order, image_size=data.image_size),
+        train_loader=make_loader(train_split, train_order, train=True, batch_size=micro_batch_size),
+        val_loader=make_loader(val_split, val_order, train=False, batch_size=config.val_batch_size),
         classes=train_split.classes,
         stop=stop,
     )
     fingerprint = hashlib.sha256(json.dumps(train_split.fingerprint()).encode()).hexdigest()[:16]
     described = environment.describe(engine, hosts=hosts, data=fingerprint, seed=config.seed)
     return Run(parts, job, num_images=len(train_split)).train(described)
+
+
+def _loader(
+    split: Split,
+    order: TrainingOrder | ValidationOrder,
+    *,
+    data: DataConfig,
+    train: bool,
+    batch_size: int,
+    seed: int,
+    device: torch.device,
+) -> Iterable[Batch]:
+    image_size = data.full_train_size if train else data.image_size
+    if data.loader == "dali":
+        assert isinstance(split, ImageSplit)
+        return dali.DaliLoader(
+            split,
+            order,
+            config=data,
+            train=train,
+            batch_size=batch_size,
+            image_size=image_size,
+            seed=seed,
+            device=device,
+        )
+    pin_memory = device.type == "cuda"
+    return loader(split, order, workers=data.workers, image_size=image_size, pin_memory=pin_memory)

@@ -22,6 +22,7 @@ from arsg_dist.imagenet.config import (
 from arsg_dist.imagenet.engines import _settle_precision
 from arsg_dist.imagenet.models import build_model
 from arsg_dist.imagenet.optimization import Schedules, build_optimizer, lr_factor, parameter_groups
+from tests.imagenet.test_training import ENGINES, start
 from tests.support.launchers import REPOSITORY
 
 RECIPES = sorted((REPOSITORY / "configs").glob("*.yaml"))
@@ -61,6 +62,41 @@ def test_every_recipe_makes_two_updates(recipe: Path, fake_trees: dict[str, Path
     described = yaml.safe_load(recipe.read_text())
     written = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert written["optimizer"]["params"] == described["optimizer"]["params"]
+
+
+@pytest.mark.slow
+@pytest.mark.ranks
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", ["cifar10_arsgb", "cifar10_fine_arsgb", "imagenet_short"])
+def test_recipes_make_two_updates_on_two_ranks(
+    name: str, engine: str, fake_trees: dict[str, Path], tmp_path: Path
+) -> None:
+    """Catches a recipe that one process can train and an engine refuses: its μ, ε, boost, groups, EMA, schedule."""
+    tree = fake_trees["cifar" if name.startswith("cifar") else "imagenet"]
+    small = ["--data.image_size", 32, "--data.workers", 0, "--batch_size", 4, "--precision", "fp32"]
+    if name == "imagenet_short":
+        small += ["--data.train_image_size", 32, "--data.progressive.start_size", 24, "--model", "resnet20"]
+    job = start(
+        engine,
+        *("--config", f"configs/{name}.yaml", "--data.root", tree, "--output", tmp_path / "run"),
+        *(*small, "--max_updates", 2, "--log_every", 1),
+    )
+    assert job.code == 0, job.output[-5000:]
+    assert "ended after 2 updates" in job.output or "validation accuracy" in job.output
+
+
+@pytest.mark.parametrize(
+    ("name", "lr", "eps"),
+    [("cifar10", 0.002, 1e-8), ("cifar10_fine", 0.05, 1e-3), ("cifar10_fine_arsgb", 0.05, 1e-3)],
+)
+def test_the_papers_protocol_on_cifar10(name: str, lr: float, eps: float) -> None:
+    """Catches fast and fine mode mixed up, and another length or decay than iteration 12,000 of 80 epochs of 256."""
+    config = recipe_of(name)
+    assert (config.batch_size, config.epochs) == (256, 80)
+    assert (config.optimizer.params["lr"], config.optimizer.params["eps"]) == (lr, eps)
+    updates = 50_000 / 256
+    factors = [lr_factor(config, updates, update) for update in range(int(80 * updates))]
+    assert factors.index(min(factors)) == pytest.approx(12_000, rel=0.01)
 
 
 def recipe_of(name: str) -> TrainConfig:

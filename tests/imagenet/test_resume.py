@@ -5,6 +5,7 @@ import os
 import shutil
 from collections import Counter
 from pathlib import Path
+from signal import SIGINT
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ ENGINES = {
     "single": ("alone", 1, []),
     "deepspeed": ("deepspeed", 2, ["--deepspeed_config", "configs/deepspeed/zero1.json"]),
     "horovod": ("mpirun", 2, ["--engine", "horovod"]),
+    "horovod-sharded": ("mpirun", 2, ["--engine", "horovod-sharded"]),
 }
 # 60 images, 18 per update: the three epochs end with updates 4, 7 and 10, the last of which is not full.
 SETTINGS = ["--epochs", "3", "--batch_size", "18", "--checkpoint_every", "2", "--seed", "7"]
@@ -120,6 +122,19 @@ def test_killed_and_stopped_in_mid_epoch_gives_the_bits_of_the_uninterrupted_run
     torch.manual_seed(7)
     start = build_model("resnet20", 3).state_dict()
     assert_same_weights(run.weights(), whole.weights(), started_from=start, relative=0)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("twice", [False, True])
+def test_ctrl_c_saves_and_a_second_one_ends_at_once(
+    twice: bool, recipe: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a job that cannot be ended from the keyboard while it saves, and one that a first Ctrl-C throws away."""
+    run = Run(monkeypatch, recipe, tmp_path / "run")
+    job = run.start("single", signal=f"3 0 SIGINT {'self-twice' if twice else 'self'}")
+    assert job.code == (128 + SIGINT if twice else PREEMPTED), job.output[-5000:]
+    assert run.checkpoints() == ([2] if twice else [2, 4])
+    assert (run.directory / MARKER).exists() != twice
 
 
 @pytest.mark.ranks

@@ -1,14 +1,15 @@
 """`arsg-imagenet train` with a signal at a known update and a record of what each rank was given.
 
-Environment: ARSG_TEST_SIGNAL="UPDATES RANK SIGNAL TARGET" sends SIGNAL after so many updates of this start from RANK to
-TARGET ("self", "launcher": the process the test started, "group": that process's group); ARSG_TEST_KEYS is a directory
-for the images of every micro-batch, one file per rank.
+Environment: ARSG_TEST_SIGNAL="UPDATES RANK SIGNAL TARGET" sends SIGNAL after so many updates of this start from RANK
+to TARGET ("self", "self-twice": again when it is another keystroke, "launcher": the process the test started,
+"group": that process's group); ARSG_TEST_KEYS is a directory for the images of every micro-batch, one file per rank.
 """
 
 import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,8 +31,11 @@ def send_at(updates: int, number: signal.Signals, target: str) -> None:
         done += 1
         if done == updates:
             print(f"sending {number.name} to {target}", flush=True)
-            if target == "self":
+            if target.startswith("self"):
                 os.kill(os.getpid(), number)
+                if target == "self-twice":
+                    time.sleep(1.2)
+                    os.kill(os.getpid(), number)
             else:
                 launcher = launched()
                 (os.killpg if target == "group" else os.kill)(launcher, number)
