@@ -5,11 +5,9 @@ import json
 from pathlib import Path
 from typing import Any, Final
 
-from arsg_dist.deepspeed.refusals import check_nvme, check_sections
+from arsg_dist.deepspeed.refusals import AUTO, check_nvme, check_sections
 from arsg_dist.deepspeed.schedules import check_scheduler
 from arsg_dist.optim import ARSG
-
-AUTO = "auto"
 
 _ADAM_ONLY: Final = {
     "max_grad_norm": "DeepSpeed refuses it for every optimizer: set 'gradient_clipping' at the top of the config",

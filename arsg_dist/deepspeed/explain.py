@@ -13,8 +13,9 @@ import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import ValidationError
 
-from arsg_dist.deepspeed.config import AUTO, check_config
+from arsg_dist.deepspeed.config import check_config
 from arsg_dist.deepspeed.explain_notes import notes_on, place_of
+from arsg_dist.deepspeed.refusals import AUTO
 from arsg_dist.optim import ARSG
 from arsg_dist.optim.settings import STATE_DTYPES
 from arsg_dist.optim.state import MOMENTS

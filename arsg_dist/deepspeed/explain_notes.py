@@ -6,7 +6,7 @@ from typing import Any
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 
-from arsg_dist.deepspeed.config import AUTO
+from arsg_dist.deepspeed.refusals import AUTO
 
 
 def notes_on(config: dict[str, Any], stage: int, zero: DeepSpeedZeroConfig, parameters: int) -> Iterator[str]:

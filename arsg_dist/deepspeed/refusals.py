@@ -5,6 +5,9 @@ from typing import Any
 
 from arsg_dist.optim.state import MOMENTS
 
+AUTO = "auto"
+"""A value of a DeepSpeed config that the program is to fill in."""
+
 _DEFAULT_BUFFER_COUNT = 4  # runtime/zero/offload_config.py
 
 
@@ -113,7 +116,7 @@ def check_nvme(zero: Mapping[str, Any], groups: Iterable[Mapping[str, Any]], sou
                 "DeepSpeed's buffers are fp32, and the state would be, too, from the second update on"
             )
         moments = MOMENTS.get(group.get("preconditioner", "amsgrad"), MOMENTS["amsgrad"])
-        lookahead = group.get("lookahead_k", 0) not in (0, "auto")
+        lookahead = group.get("lookahead_k", 0) not in (0, AUTO)
         tensors = max(tensors, 2 + len(moments) + lookahead)
     needed = tensors * (1 + bool(offload.get("pipeline_read")) + bool(offload.get("pipeline_write")))
     if offload.get("buffer_count", _DEFAULT_BUFFER_COUNT) < needed:

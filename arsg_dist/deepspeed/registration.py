@@ -10,8 +10,9 @@ import torch
 from deepspeed.runtime.engine import DeepSpeedEngine as _Engine
 from deepspeed.runtime.zero import utils as zero_utils
 
-from arsg_dist.deepspeed.config import AUTO, check_config
+from arsg_dist.deepspeed.config import check_config
 from arsg_dist.deepspeed.offload import apply_offload
+from arsg_dist.deepspeed.refusals import AUTO
 from arsg_dist.deepspeed.repairs import Method, apply_repairs, wrap_once
 from arsg_dist.deepspeed.schedules import check_scheduler, with_schedules_for_arsg
 from arsg_dist.deepspeed.state_access import repair_state_access

@@ -12,11 +12,11 @@ import torch
 from deepspeed.runtime import lr_schedules
 from torch.optim import lr_scheduler
 
+from arsg_dist.deepspeed.refusals import AUTO
 from arsg_dist.deepspeed.repairs import Method
 from arsg_dist.deepspeed.schedule_adapters import DeepSpeedSchedule, MetricPlateau, PlateauBoost
 from arsg_dist.optim import ARSG, Beta1Warmup, LossPlateau, ObservationBoost
 
-_AUTO: Final = "auto"
 _OURS: Final[dict[str, Any]] = {"ObservationBoost": ObservationBoost, "Beta1Warmup": Beta1Warmup}
 _CONTAINERS: Final = ("ChainedScheduler", "SequentialLR")
 _LR_FOR_ALL_GROUPS: Final = {
@@ -45,7 +45,7 @@ def check_scheduler(section: Any, source: str) -> None:
     if set(section) - {"type", "params"}:
         raise ValueError(f"{source}: a scheduler has 'type' and 'params' only, not {sorted(section)}")
     name, params = section["type"], section.get("params") or {}
-    if params == _AUTO:
+    if params == AUTO:
         return
     known = inspect.signature(_kind(name, source)).parameters
     allowed = [argument for argument in known if argument != "optimizer"]
@@ -142,7 +142,7 @@ def build_scheduler(section: dict[str, Any], optimizer: ARSG) -> Any:
 
 def _build(section: dict[str, Any], optimizer: ARSG, siblings: list[Any] | None) -> Any:
     name, params = section["type"], dict(section.get("params") or {})
-    if _AUTO in [value for value in params.values() if isinstance(value, str)]:
+    if AUTO in [value for value in params.values() if isinstance(value, str)]:
         raise ValueError(f'"auto" in the params of the scheduler {name}, which nothing has filled in')
     kind = _kind(name, "the DeepSpeed config")
     try:
