@@ -18,9 +18,9 @@ from arsg_dist.deepspeed.config import check_config, resolve_config
 from arsg_dist.deepspeed.engine import DeepSpeedEngine, connect
 from arsg_dist.deepspeed.export import export
 from arsg_dist.deepspeed.initialization import initialize
+from arsg_dist.deepspeed.load_saved import restart_lost_maximum
 from arsg_dist.deepspeed.registration import register
 from arsg_dist.deepspeed.shared_memory import release_shared_memory
-from arsg_dist.deepspeed.universal_load import restart_lost_maximum
 
 register()
 guard_checkpoints()

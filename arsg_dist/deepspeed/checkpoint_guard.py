@@ -11,6 +11,13 @@ import deepspeed
 from deepspeed.checkpoint.constants import BASE_OPTIMIZER_STATE, OPTIMIZER_STATE_DICT
 from deepspeed.runtime.engine import DeepSpeedEngine as _Engine
 
+from arsg_dist.deepspeed.load_saved import (
+    check_saved,
+    fill,
+    link_fragments,
+    needed_state,
+    publish,
+)
 from arsg_dist.deepspeed.repairs import Method, wrap_once
 from arsg_dist.deepspeed.saved import (
     ARSG_SECTION,
@@ -20,12 +27,6 @@ from arsg_dist.deepspeed.saved import (
     settings_of,
 )
 from arsg_dist.deepspeed.shards import group_names, group_positions, swaps_to_nvme
-from arsg_dist.deepspeed.universal_load import (
-    check_universal,
-    link_fragments,
-    load_universal,
-    needed_state,
-)
 from arsg_dist.engine import TorchCommunicator
 from arsg_dist.optim import ARSG
 
@@ -120,7 +121,8 @@ def _guarded_load(method: Method) -> Method:
             # DeepSpeed has no universal checkpoints under stage 0: it reads the counters, and we the rest.
             options["load_optimizer_states"] = False
             path, client_state = engine._load_checkpoint(load_dir, found, **options)
-            load_universal(engine, UniversalCheckpoint(directory), with_optimizer)
+            fill(engine, UniversalCheckpoint(directory), with_optimizer)
+            publish(engine)
         else:
             path, client_state = method(engine, load_dir, tag, **options)
         if path is not None:
@@ -137,7 +139,8 @@ def _with_own_universal_loader(method: Method) -> Method:
     ) -> Any:
         if not (_has_arsg(engine) and engine.load_universal_checkpoint()):
             return method(engine, load_dir, tag, load_optimizer_states=load_optimizer_states)
-        load_universal(engine, UniversalCheckpoint(Path(load_dir) / str(tag)), load_optimizer_states)
+        fill(engine, UniversalCheckpoint(Path(load_dir) / str(tag)), load_optimizer_states)
+        publish(engine)
         return True
 
     return _load_zero_checkpoint
@@ -168,7 +171,7 @@ def _check(engine: Any, directory: Path, universal: bool, with_optimizer: bool) 
                 f"the DeepSpeed config has checkpoint.load_universal, and {directory} is not converted: run "
                 f"'{_CONVERT}' with it as INPUT"
             )
-        check_universal(engine, UniversalCheckpoint(directory), with_optimizer)
+        check_saved(engine, UniversalCheckpoint(directory), with_optimizer)
     elif converted:
         raise ValueError(
             f'{directory} is a universal checkpoint: set "checkpoint": {{"load_universal": true}} in the DeepSpeed '

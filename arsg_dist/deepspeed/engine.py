@@ -2,7 +2,6 @@
 
 import logging
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -11,18 +10,19 @@ from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 from arsg_dist.deepspeed.base_iterate import base_iterate
+from arsg_dist.deepspeed.engine_state import COUNTERS, engine_state
+from arsg_dist.deepspeed.load_saved import check_saved, fill, publish
 from arsg_dist.deepspeed.shared_memory import release_shared_memory
 from arsg_dist.engine import (
     Communicator,
     Engine,
+    EngineState,
     Ranks,
+    SavedState,
     TorchCommunicator,
     announce_to_torch,
     collective_timeout,
 )
-
-_TAG = "deepspeed"
-_UNIVERSAL_TAG = "universal"
 
 
 def connect(ranks: Ranks) -> Communicator:
@@ -66,6 +66,8 @@ class DeepSpeedEngine(Engine):
         parameter_groups: as torch optimizers take them; default one group of all trainable parameters.
     """
 
+    kind = "deepspeed"
+
     def __init__(
         self,
         module: nn.Module,
@@ -95,45 +97,30 @@ class DeepSpeedEngine(Engine):
         """Ends a micro-batch; DeepSpeed updates the weights after the last one."""
         self.engine.step()
 
-    def save(self, directory: Path, progress: dict[str, Any]) -> None:
-        """Every rank writes its shard; converted, the directory can be read on any number of ranks."""
-        try:
-            self.engine.save_checkpoint(
-                str(directory), tag=_TAG, client_state={"progress": progress}, save_latest=False
-            )
-        except OSError as error:
-            # The other ranks wait inside DeepSpeed: this cannot be agreed on, only end the job.
-            raise RuntimeError(f"DeepSpeed could not write to {directory}: {error}") from error
+    def state(self) -> EngineState:
+        """This rank's shards; of what every rank holds alike, its share."""
+        self._refuse_at_base_iterate("state")
+        return engine_state(self.engine, self.communicator.rank, self.communicator.world_size)
 
-    def load(self, directory: Path) -> dict[str, Any]:
-        """Every rank reads its shard, or with ``"checkpoint": {"load_universal": true}`` its part of the converted one.
-
-        DeepSpeed's files are pickles: load only checkpoints you trust.
-        """
-        saved, universal = directory / _TAG, directory / _UNIVERSAL_TAG
-        convert = f"python -m arsg_dist.deepspeed.universal {saved} {universal}"
-        if not saved.is_dir() and not universal.is_dir():
-            raise ValueError(
-                f"{directory} was not written by DeepSpeed: resume it with the engine that wrote it"
-            )
-        by_universal = self.engine.load_universal_checkpoint()
-        shards = list(saved.glob("*zero_pp_rank_*_optim_states.pt"))
-        if by_universal and not universal.is_dir():
-            raise ValueError(f"the DeepSpeed config has checkpoint.load_universal: run '{convert}' first")
-        if not by_universal and shards and len(shards) != self.communicator.world_size:
-            raise ValueError(
-                f"{directory} was written by {len(shards)} ranks and this job has {self.communicator.world_size}: "
-                f"resume on {len(shards)} ranks; or run '{convert}' and set "
-                '"checkpoint": {"load_universal": true} in the DeepSpeed config'
-            )
-        path, client_state = self.engine.load_checkpoint(
-            str(directory), tag=_UNIVERSAL_TAG if by_universal else _TAG
-        )
-        if path is None:
-            raise ValueError(f"DeepSpeed could not load {directory}")
-        progress: dict[str, Any] = client_state["progress"]
-        return progress
+    def load_state(self, saved: SavedState) -> None:
+        """Every rank reads the pieces it holds, under any stage."""
+        self._refuse_at_base_iterate("load_state")
+        with self.communicator.fail_together():
+            check_saved(self.engine, saved, with_optimizer=True)
+        with self.communicator.fail_together():
+            fill(self.engine, saved, with_optimizer=True)
+        publish(self.engine)
+        for name in COUNTERS:
+            setattr(self.engine, name, saved.counters.get(name, 0))
+        # From here on updates may have another number of micro-batches.
+        self.engine.micro_steps = self.engine.global_steps * self.accumulation_steps
 
     def base_iterate(self) -> AbstractContextManager[None]:
         """Moves the parameters to θ and back; see `arsg_dist.deepspeed.base_iterate`."""
         return base_iterate(self.engine)
+
+    def _refuse_at_base_iterate(self, what: str) -> None:
+        if getattr(self.engine.basic_optimizer, "_at_base_iterate", False):
+            raise RuntimeError(
+                f"{what} inside base_iterate(): the parameters are not at the observation point x"
+            )

@@ -1,23 +1,21 @@
 """One safetensors file with the whole model, from a running engine or from a checkpoint directory."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import deepspeed
 import torch
 from torch import Tensor
 
+from arsg_dist.checkpoint.export import Layout, Point, check_arguments, export_saved, metadata_of
 from arsg_dist.checkpoint.safetensors_file import write_safetensors
 from arsg_dist.deepspeed.base_iterate import check_complete
 from arsg_dist.deepspeed.layout import Piece, read_piece
-from arsg_dist.deepspeed.saved import SavedCheckpoint, read_checkpoint
+from arsg_dist.deepspeed.saved import read_checkpoint
 from arsg_dist.deepspeed.shards import Shard, group_names, optimizer_of, shapes_of, shards_of
 from arsg_dist.engine import TorchCommunicator
 from arsg_dist.optim.base_iterate import base_iterate_point
-
-Point = Literal["x", "theta"]
-Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 def export(source: Any, path: str | Path, at: Point = "x", dtype: torch.dtype = torch.float32) -> None:
@@ -42,16 +40,11 @@ def export(source: Any, path: str | Path, at: Point = "x", dtype: torch.dtype = 
         OSError: rank 0 cannot write; from an engine, JobError on every rank.
         RuntimeError: θ is asked for and the optimizer's state is incomplete, or inside `base_iterate`.
     """
-    if at not in ("x", "theta"):
-        raise ValueError(f"at={at!r}: choose 'x' or 'theta'")
-    if not dtype.is_floating_point:
-        raise ValueError(f"dtype={dtype} is not floating-point")
     path = Path(path)
     if isinstance(source, str | Path):
-        saved = read_checkpoint(source)
-        layout, read = _saved_tensors(saved, at, dtype)
-        write_safetensors(path, layout, (read(name) for name in layout), _metadata(at))
+        export_saved(read_checkpoint(source), path, at, dtype)
         return
+    check_arguments(at, dtype)
     optimizer_of(source)._refuse_at_base_iterate("export")
     layout, tensors = _engine_tensors(source, at, dtype)
     communicator = TorchCommunicator(source.device)
@@ -59,7 +52,7 @@ def export(source: Any, path: str | Path, at: Point = "x", dtype: torch.dtype = 
         failed = None
         if communicator.rank == 0:
             try:
-                write_safetensors(path, layout, tensors, _metadata(at))
+                write_safetensors(path, layout, tensors, metadata_of(at))
             except OSError as error:
                 failed = OSError(f"cannot write {path}: {error.strerror or error}")
         for (
@@ -68,37 +61,6 @@ def export(source: Any, path: str | Path, at: Point = "x", dtype: torch.dtype = 
             pass
         if failed is not None:
             raise failed
-
-
-def _metadata(at: Point) -> dict[str, str]:
-    return {"format": "pt", "arsg_point": at}
-
-
-def _saved_tensors(
-    saved: SavedCheckpoint, at: Point, dtype: torch.dtype
-) -> tuple[Layout, Callable[[str], Tensor]]:
-    module = saved.module
-    trained = saved.trained
-    of = {name: name for name in trained} | module.aliases
-    layout: Layout = {name: (dtype, tuple(saved.master(of[name]).shape)) for name in of}
-    layout |= {name: (dtype, tuple(value.shape)) for name, value in module.frozen.items()}
-    layout |= {name: (value.dtype, tuple(value.shape)) for name, value in module.buffers.items()}
-
-    def read(name: str) -> Tensor:
-        if name in module.buffers:
-            return module.buffers[name]
-        if name in module.frozen:
-            return module.frozen[name].to(dtype)
-        x = saved.master(of[name])
-        keys = saved.keys(of[name]) if at == "theta" else set()
-        if not keys:
-            return x.to(dtype)
-        if saved.group_of is None:
-            raise ValueError(f"{saved.directory} does not tell the settings of each parameter: export at='x'")
-        state = {key: saved.state(of[name], key) for key in keys}
-        return base_iterate_point(x, state, saved.groups[saved.group_of[of[name]]]).to(dtype)
-
-    return layout, read
 
 
 def _engine_tensors(engine: Any, at: Point, dtype: torch.dtype) -> tuple[Layout, Iterator[Tensor]]:

@@ -1,8 +1,9 @@
 """DeepSpeed checkpoints of engines with ARSG, read without an engine and one parameter at a time."""
 
 import re
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,6 +24,7 @@ from arsg_dist.deepspeed.layout import (
     pieces_of_range,
     read_piece,
 )
+from arsg_dist.engine.state import BUFFER, PARAMETER, SavedState, TensorSpec, in_order
 
 ARSG_SECTION: Final = "arsg"
 """What every checkpoint of an engine with ARSG tells about itself, beside what DeepSpeed writes."""
@@ -61,36 +63,75 @@ class ModuleTensors:
     common: dict[str, Any] = field(default_factory=dict)
 
 
-class SavedCheckpoint(ABC):
-    """A checkpoint directory; tensors are read from the files when they are asked for.
+class SavedCheckpoint(SavedState):
+    """A checkpoint directory that DeepSpeed wrote, or a converter to its universal layout.
 
     Attributes:
-        directory: of the files, with the tag.
+        where: the directory, with the tag.
         module: buffers, frozen parameters and the rest.
-        groups: settings of the optimizer's parameter groups, without parameters.
-        trained: names of the parameters that the optimizer has.
-        group_of: trained parameter → its group; None where the files do not tell.
-        loss_scale: of dynamic loss scaling: cur_scale, cur_iter, last_overflow_iter, perhaps cur_hysteresis; or None.
     """
 
-    directory: Path
     module: ModuleTensors
-    groups: list[dict[str, Any]]
-    trained: list[str]
-    group_of: dict[str, int] | None
-    loss_scale: dict[str, Any] | None
+    _trained: list[str]
 
     @abstractmethod
-    def keys(self, name: str) -> set[str]:
-        """Names of a parameter's state entries, "step" too; empty before its first step, without the weights."""
+    def entries(self, name: str) -> set[str]:
+        """See `SavedState`."""
 
     @abstractmethod
     def master(self, name: str) -> Tensor:
-        """The whole parameter in fp32, in its shape."""
+        """The whole trained parameter in fp32, in its shape."""
 
     @abstractmethod
     def state(self, name: str, key: str) -> Any:
         """An entry of a parameter's state: the whole tensor in the parameter's shape, or the step count."""
+
+    @property
+    def trained(self) -> list[str]:
+        """See `SavedState`."""
+        return self._trained
+
+    @property
+    def parameters(self) -> list[str]:
+        """See `SavedState`."""
+        return [*self._trained, *self.module.frozen]
+
+    @property
+    def buffers(self) -> list[str]:
+        """See `SavedState`."""
+        return list(self.module.buffers)
+
+    def spec(self, entry: str, name: str) -> TensorSpec | None:
+        """See `SavedState`."""
+        tensor = self._tensor(entry, name)
+        return None if tensor is None else TensorSpec(tensor.dtype, tuple(tensor.shape))
+
+    def number(self, name: str, entry: str) -> int:
+        """See `SavedState`."""
+        return int(self.state(name, entry))
+
+    def read(
+        self, entry: str, name: str, start: int = 0, numel: int | None = None, order: tuple[int, ...] = ()
+    ) -> Tensor:
+        """See `SavedState`."""
+        tensor = self._tensor(entry, name)
+        if tensor is None:
+            raise ValueError(f"{self.where} has no {entry} of {name!r}")
+        flat = in_order(tensor.detach(), order)
+        return flat.narrow(0, start, flat.numel() - start if numel is None else numel)
+
+    def _tensor(self, entry: str, name: str) -> Tensor | None:
+        if entry == BUFFER:
+            return self.module.buffers.get(name)
+        if entry != PARAMETER:
+            return self.state(name, entry) if entry != "step" and entry in self.entries(name) else None
+        if name in self.module.frozen:
+            return self.module.frozen[name]
+        return self.master(name) if name in self._trained_set else None
+
+    @cached_property
+    def _trained_set(self) -> frozenset[str]:
+        return frozenset(self._trained)
 
 
 @dataclass
@@ -114,7 +155,7 @@ class ShardedCheckpoint(SavedCheckpoint):
     """
 
     def __init__(self, directory: Path) -> None:
-        self.directory = directory
+        self.where = directory
         shards = sorted(
             (int(match[1]), path)
             for path in directory.glob("*_optim_states.pt")
@@ -142,6 +183,7 @@ class ShardedCheckpoint(SavedCheckpoint):
         else:
             self._read_unsharded(models[0])
         self.module = module_tensors(models, self._shapes)
+        self.aliases = self.module.aliases
         group_of: dict[str, int] = {}
         self._parts: dict[str, list[tuple[_Flat, int, Piece]]] = {name: [] for name in self._shapes}
         for flat in self._flats:
@@ -149,10 +191,10 @@ class ShardedCheckpoint(SavedCheckpoint):
                 for piece in pieces:
                     self._parts[piece.name].append((flat, rank, piece))
                     group_of[piece.name] = flat.group
-        self.group_of, self.trained = group_of, list(self._shapes)
+        self.group_of, self._trained = group_of, list(self._shapes)
 
-    def keys(self, name: str) -> set[str]:
-        """See `SavedCheckpoint`."""
+    def entries(self, name: str) -> set[str]:
+        """See `SavedState`."""
         flat, rank, _ = self._parts[name][0]
         return set(flat.states[rank])
 
@@ -178,9 +220,9 @@ class ShardedCheckpoint(SavedCheckpoint):
         ]
         if not isinstance(inner[0], dict):
             raise ValueError(
-                f"{self.directory} was saved with zero_optimization.elastic_checkpoint, which is not read"
+                f"{self.where} was saved with zero_optimization.elastic_checkpoint, which is not read"
             )
-        self.groups = settings_of(inner[0]["param_groups"], self.directory)
+        self.groups = settings_of(inner[0]["param_groups"], self.where)
         self.loss_scale = _scale_of(first.get("loss_scaler"))
         stage_3 = _FP32_FLAT_GROUPS in first
         world_size = len(optimizers)
@@ -213,10 +255,10 @@ class ShardedCheckpoint(SavedCheckpoint):
         saved, section = model["optimizer"], model.get(ARSG_SECTION)
         half = OPTIMIZER_STATE_DICT in saved
         inner = saved[OPTIMIZER_STATE_DICT] if half else saved
-        self.groups = settings_of(inner["param_groups"], self.directory)
+        self.groups = settings_of(inner["param_groups"], self.where)
         if section is None:
             raise ValueError(
-                f"{self.directory} does not tell the parameters' names (it was saved without arsg_dist.deepspeed)"
+                f"{self.where} does not tell the parameters' names (it was saved without arsg_dist.deepspeed)"
             )
         if half and saved["dynamic_loss_scale"]:
             self.loss_scale = {key: saved[key] for key in ("cur_scale", "cur_iter", "last_overflow_iter")}
@@ -240,7 +282,7 @@ class UniversalCheckpoint(SavedCheckpoint):
     """
 
     def __init__(self, directory: Path) -> None:
-        self.directory = directory
+        self.where = directory
         path = directory / "zero" / "optimizer_state.pt"
         if not path.is_file():
             raise ValueError(f"{directory} is not in the universal layout: {path} does not exist")
@@ -258,12 +300,13 @@ class UniversalCheckpoint(SavedCheckpoint):
             trained = dict.fromkeys(self.group_of)
         for shapes in models[0].get("param_shapes") or []:
             trained |= dict.fromkeys(shapes)
-        self.trained = list(trained)
+        self._trained = list(trained)
         self.module = module_tensors(models, trained)
+        self.aliases = self.module.aliases
 
-    def keys(self, name: str) -> set[str]:
-        """See `SavedCheckpoint`."""
-        return {path.stem for path in (self.directory / "zero" / name).glob("*.pt")} - {_MASTER}
+    def entries(self, name: str) -> set[str]:
+        """See `SavedState`."""
+        return {path.stem for path in (self.where / "zero" / name).glob("*.pt")} - {_MASTER}
 
     def master(self, name: str) -> Tensor:
         """See `SavedCheckpoint`."""
@@ -275,7 +318,7 @@ class UniversalCheckpoint(SavedCheckpoint):
         return self._read(name, key)
 
     def _read(self, name: str, key: str) -> Any:
-        value = load_lazily(self.directory / "zero" / name / f"{key}.pt")
+        value = load_lazily(self.where / "zero" / name / f"{key}.pt")
         if key == "step":
             return int(value)
         # DeepSpeed's converter writes flat tensors for stage 3.

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import deepspeed
 import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.utils import all_gather_dp_groups, is_optimized_parameter
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
@@ -15,6 +16,10 @@ from torch import Tensor
 
 from arsg_dist.deepspeed.layout import Piece, pieces_of_each, pieces_of_range
 from arsg_dist.optim import ARSG
+
+SCALER_STATE: Final = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+LOSS_SCALER: Final = "DeepSpeed"
+"""The kind of the loss scale in a saved run."""
 
 
 @dataclass(frozen=True)
@@ -64,10 +69,9 @@ def shards_of(engine: Any) -> Iterator[Shard]:
     """This rank's shards, in the order of DeepSpeed's groups and sub-groups.
 
     Raises:
-        TypeError: not an engine with ARSG.
-        ValueError: experts, or NVMe.
+        ValueError: experts, NVMe, or a wrapper that keeps its masters in a way not known here.
     """
-    optimizer = optimizer_of(engine)
+    optimizer = engine.basic_optimizer
     if engine.has_moe_layers:
         raise ValueError("mixtures of experts are not supported here: their groups are cut up differently")
     if swaps_to_nvme(engine):
@@ -76,6 +80,11 @@ def shards_of(engine: Any) -> Iterator[Shard]:
             "offload to the CPU instead"
         )
     wrapper, names = engine.optimizer, engine.param_names
+    if isinstance(wrapper, FP16_Optimizer):
+        raise ValueError(
+            f"DeepSpeed's stage 0 keeps the fp32 masters of {type(optimizer).__name__} in a way that is not read here: "
+            "use stage 1, or ARSG"
+        )
 
     def shard(
         master: Tensor, copy: Tensor, group: dict[str, Any], pieces: list[Piece], process_group: Any
@@ -160,7 +169,7 @@ def group_positions(engine: Any) -> list[list[int]]:
 
 
 def _grouped(engine: Any) -> list[list[tuple[int, str]]]:
-    optimizer, wrapper, names = optimizer_of(engine), engine.optimizer, engine.param_names
+    optimizer, wrapper, names = engine.basic_optimizer, engine.optimizer, engine.param_names
     if isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3):
         groups: list[list[Any]] = [[] for _ in optimizer.param_groups]
         for index, parameters in enumerate(wrapper.fp16_groups):
@@ -185,3 +194,24 @@ def shapes_of(engine: Any) -> dict[str, torch.Size]:
         name: torch.Size(getattr(parameter, "ds_shape", parameter.shape))
         for parameter, name in engine.param_names.items()
     }
+
+
+def persistent_buffers(engine: Any) -> Iterator[tuple[str, Tensor]]:
+    """The buffers of the model's `state_dict`, by all their names."""
+    persistent = set(engine._get_buffer_names())
+    named = engine.module.named_buffers(remove_duplicate=False)
+    return ((name, buffer) for name, buffer in named if name in persistent)
+
+
+def frozen_pieces(parameter: Any, name: str) -> list[Piece]:
+    """Stage 3: which elements of a frozen parameter are in this rank's `ds_tensor`."""
+    group = parameter.ds_process_group
+    rank, size = deepspeed.comm.get_rank(group=group), deepspeed.comm.get_world_size(group=group)
+    return pieces_of_each([(name, parameter.ds_numel)], rank, size)
+
+
+def dynamic_scaler(wrapper: Any) -> Any:
+    """What keeps the dynamic loss scale of `engine.optimizer`, with the attributes `SCALER_STATE`; or None."""
+    scaler = getattr(wrapper, "loss_scale_config", None) or getattr(wrapper, "loss_scaler", None)
+    dynamic = getattr(scaler, "dynamic_loss_scale", getattr(scaler, "dynamic", False))
+    return scaler if dynamic else None

@@ -62,7 +62,7 @@ def convert(source: str | Path, target: str | Path) -> Path:
 def _write_parameter(directory: Path, saved: SavedCheckpoint, name: str) -> None:
     directory.mkdir(parents=True)
     _write(directory / "fp32.pt", {"param": saved.master(name), "cat_dim": 0})
-    for key in sorted(saved.keys(name)):
+    for key in sorted(saved.entries(name)):
         value = saved.state(name, key)
         _write(directory / f"{key}.pt", value if key == "step" else {"param": value, "cat_dim": 0})
 

@@ -16,12 +16,15 @@ from arsg_dist.engine.communicator import (
 from arsg_dist.engine.ranks import Ranks, discover_ranks
 from arsg_dist.engine.rendezvous import announce_to_torch, collective_timeout
 from arsg_dist.engine.single import SingleProcessEngine
+from arsg_dist.engine.state import EngineState, SavedState
 
 __all__ = [
     "Communicator",
     "Engine",
+    "EngineState",
     "JobError",
     "Ranks",
+    "SavedState",
     "SingleProcessCommunicator",
     "SingleProcessEngine",
     "TorchCommunicator",

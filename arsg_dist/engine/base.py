@@ -2,13 +2,12 @@
 
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from arsg_dist.engine.communicator import Communicator
+from arsg_dist.engine.state import EngineState, SavedState
 
 
 class Engine(ABC):
@@ -25,12 +24,14 @@ class Engine(ABC):
     accumulation_steps × world_size micro-batches (of equal size).
 
     Attributes:
+        kind: name of the kind of engine, for checkpoints and messages.
         communicator: collectives over the ranks of this engine.
         module: the model to call; its forward pass takes inputs of `input_dtype` on `device`.
         optimizer: the innermost `torch.optim.Optimizer`, whose `param_groups` hold lr, mu, ... and may be changed.
         accumulation_steps: micro-batches per update and rank.
     """
 
+    kind: str
     communicator: Communicator
     module: nn.Module
     optimizer: torch.optim.Optimizer
@@ -47,27 +48,28 @@ class Engine(ABC):
         """Ends a micro-batch; after the last of an update, changes the weights and clears the gradients."""
 
     @abstractmethod
-    def save(self, directory: Path, progress: dict[str, Any]) -> None:
-        """Writes model, optimizer and `progress` into `directory`, which exists. Every rank must call it.
+    def state(self) -> EngineState:
+        """What this rank contributes to a checkpoint of the run; for `arsg_dist.checkpoint` to write.
 
-        It need not wait for the other ranks.
+        Its pieces are views of the training's own memory as far as possible: write or copy them before the next update.
 
         Raises:
-            OSError: this rank could not write, and is not expected in a collective by the others.
+            ValueError: state of a kind that is not saved; on every rank alike.
         """
 
     @abstractmethod
-    def load(self, directory: Path) -> dict[str, Any]:
-        """Restores what `save` wrote and returns its `progress`. Every rank must call it.
+    def load_state(self, saved: SavedState) -> None:
+        """Goes to where a saved run stands, whichever engine and number of ranks saved it. Every rank must call it.
 
         Raises:
-            ValueError: the directory was written by another engine or number of ranks than this one can read.
+            JobError: on every rank: the saved run does not fit this model and optimizer, which is found before anything
+                changes; or a file of it is damaged, after which this engine is to be thrown away or to load another.
         """
 
     def base_iterate(self) -> AbstractContextManager[None]:
         """Evaluation at the base iterate θ: inside the context the model's parameters are θ, afterwards x again.
 
-        Every rank must enter and leave it. x returns bit by bit; `backward`, `step`, `save` and `load` raise
+        Every rank must enter and leave it. x returns bit by bit; `backward`, `step`, `state` and `load_state` raise
         RuntimeError inside, and so does nested use. See `arsg_dist.ARSG.base_iterate`.
 
         Raises:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,9 +9,11 @@ from torch import nn
 
 from arsg_dist.engine.base import Engine
 from arsg_dist.engine.communicator import Communicator, SingleProcessCommunicator
+from arsg_dist.engine.replicated_state import load_replicated, replicated_state
+from arsg_dist.engine.state import EngineState, SavedState
 from arsg_dist.optim import ARSG
 
-_FILE = "replicated.pt"
+_SCALER = "GradScaler"
 
 
 class SingleProcessEngine(Engine):
@@ -25,6 +26,8 @@ class SingleProcessEngine(Engine):
         clip_grad_norm: the gradient is scaled down to this norm if it is larger; 0 for never.
         loss_scaling: scale the loss dynamically, as fp16 autocast needs; updates whose gradients overflow are skipped.
     """
+
+    kind = "single"
 
     def __init__(
         self,
@@ -72,44 +75,39 @@ class SingleProcessEngine(Engine):
         self._grad_scaler.step(self.optimizer)
         self._grad_scaler.update()
 
-    def save(self, directory: Path, progress: dict[str, Any]) -> None:
-        """Rank 0 writes one file: every rank holds the same state."""
-        self._refuse_at_base_iterate("save")
-        if self.communicator.rank == 0:
-            self._write(directory, self.module.state_dict(), self.optimizer.state_dict(), progress)
+    def state(self) -> EngineState:
+        """This rank's share of what every rank holds alike."""
+        self._refuse_at_base_iterate("state")
+        state = replicated_state(
+            self.kind,
+            self.module,
+            self.optimizer,
+            self.communicator.rank,
+            self.communicator.world_size,
+        )
+        state.loss_scale = self._loss_scale()
+        return state
 
-    def _write(
-        self, directory: Path, model: dict[str, Any], optimizer: dict[str, Any], progress: dict[str, Any]
-    ) -> None:
-        try:
-            torch.save(
-                {
-                    "model": model,
-                    "optimizer": optimizer,
-                    "grad_scaler": self._grad_scaler.state_dict(),
-                    "progress": progress,
-                },
-                directory / _FILE,
-            )
-        except RuntimeError as error:  # how torch's writer says that the disk is full
-            raise OSError(f"cannot write {directory / _FILE}: {str(error).splitlines()[0]}") from error
+    def load_state(self, saved: SavedState) -> None:
+        """Every rank reads everything."""
+        self._refuse_at_base_iterate("load_state")
+        with self.communicator.fail_together():
+            load_replicated(self.module, self.optimizer, saved)
+        self._load_loss_scale(saved)
 
-    def load(self, directory: Path) -> dict[str, Any]:
-        """Every rank reads the one file, without executing anything in it; works on any number of ranks."""
-        self._refuse_at_base_iterate("load")
-        path = directory / _FILE
-        if not path.is_file():
-            raise ValueError(
-                f"{directory} holds no {_FILE}: it was not written by the single-process or Horovod engine; "
-                "resume it with the engine that wrote it"
-            )
-        state = torch.load(path, map_location=self.device, weights_only=True)
-        self.module.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self._grad_scaler.is_enabled() and state.get("grad_scaler"):
-            self._grad_scaler.load_state_dict(state["grad_scaler"])
-        progress: dict[str, Any] = state["progress"]
-        return progress
+    def _loss_scale(self) -> dict[str, Any] | None:
+        if not self._grad_scaler.is_enabled():
+            return None
+        own = self._grad_scaler.state_dict()
+        return {"kind": _SCALER, "scale": own["scale"], "since_overflow": own["_growth_tracker"]}
+
+    def _load_loss_scale(self, saved: SavedState) -> None:
+        if not self._grad_scaler.is_enabled() or saved.loss_scale is None:
+            return
+        loaded = self._grad_scaler.state_dict() | {"scale": saved.loss_scale["scale"]}
+        if saved.loss_scale["kind"] == _SCALER:
+            loaded["_growth_tracker"] = saved.loss_scale["since_overflow"]
+        self._grad_scaler.load_state_dict(loaded)
 
     @contextmanager
     def base_iterate(self) -> Iterator[None]:

@@ -20,6 +20,8 @@ class HorovodEngine(SingleProcessEngine):
         loss_scaling: scale the loss dynamically, as fp16 autocast needs; updates whose gradients overflow are skipped.
     """
 
+    kind = "horovod"
+
     def __init__(
         self,
         module: nn.Module,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from arsg_dist.horovod import sharded_arguments, sharded_state
+from arsg_dist.horovod.buckets import ParameterSpec
 from arsg_dist.horovod.clipping import clip_shards
 from arsg_dist.horovod.exchange import Started, choose_reduce_scatter
 from arsg_dist.horovod.inner_optimizer import InnerOptimizer
@@ -487,9 +488,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             RuntimeError: called by part of the ranks only, in `base_iterate` or in the middle of an update.
         """
         self._refuse_at_base_iterate("load_state_dict")
-        self._require_layout("load_state_dict()")
-        if any(p.gradients.under_way and not p.gradients.synchronized for p in self._partitions):
-            raise RuntimeError("load_state_dict() after backward() and before step()")
+        self.refuse_in_update("load_state_dict()")
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict  # type: ignore[arg-type]
         self._groups.world.meet("load_state_dict()")
@@ -497,6 +496,51 @@ class ShardedOptimizer(torch.optim.Optimizer):
         sharded_state.load_state(self, state_dict)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+    # Shard by shard, for checkpoints
+
+    @property
+    def partitions(self) -> Sequence[Partition]:
+        """The parameters in flat memory, and which part of it this rank owns."""
+        return self._partitions
+
+    @property
+    def specs(self) -> list[ParameterSpec]:
+        """Of all sharded parameters."""
+        return [spec for partition in self._partitions for spec in partition.layout.parameters]
+
+    @property
+    def writes_shards(self) -> bool:
+        """Whether this rank is in the first of several groups that hold the same shards (`shard_group`)."""
+        return self._groups.replicas is None or self._groups.replicas.rank == 0
+
+    def state_of(self, piece: Tensor) -> dict[str, Any]:
+        """The optimizer's state of a piece; empty before the first update."""
+        state: dict[str, Any] = self._inner.state.get(piece, {})
+        return state
+
+    def refuse_in_update(self, what: str) -> None:
+        """Raises RuntimeError after a backward pass and before `step`, and where there are no shards yet."""
+        self._require_layout(what)
+        if any(p.gradients.under_way and not p.gradients.synchronized for p in self._partitions):
+            raise RuntimeError(f"{what} after backward() and before step()")
+
+    def update_masters(self, what: str) -> None:
+        """Takes over into the pieces what has been written into the parameters. Every rank must call it."""
+        self._require_layout(what)
+        self._bring_masters_up_to_date()
+
+    def load_pieces(self, groups: list[dict[str, Any]], state: dict[Tensor, dict[str, Any]]) -> None:
+        """Takes over the settings of groups and the state of this rank's pieces, which are filled already."""
+        self._whole_state = {}
+        self._inner.load(groups, state)
+        for partition in self._partitions:
+            partition.take_gradients_back()
+
+    def publish_masters(self) -> None:
+        """Sends the pieces into the parameters of all ranks. Every rank must call it."""
+        self._gather_now()
+        self._started_equal = False
 
     def close(self) -> None:
         """Takes the hooks off the parameters and their modules; the parameters stay as they are, on this rank."""

@@ -2,22 +2,19 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from arsg_dist.engine import Communicator, SingleProcessEngine
+from arsg_dist.engine import Communicator, EngineState, SavedState, SingleProcessEngine
 from arsg_dist.horovod.broadcast import broadcast_parameters
 from arsg_dist.horovod.sharded import ShardedOptimizer
+from arsg_dist.horovod.sharded_checkpoint import load_sharded, sharded_engine_state
 
 
 class HorovodShardedEngine(SingleProcessEngine):
     """Every rank holds the model; optimizer state and fp32 masters are divided among the ranks.
-
-    Its checkpoint is the file of the single process and of the replicated `HorovodEngine`: each of them resumes from
-    any of the others', on any number of ranks.
 
     Args:
         module: the model, on this rank's device; rank 0's weights are broadcast.
@@ -29,6 +26,7 @@ class HorovodShardedEngine(SingleProcessEngine):
         sharding: further keyword arguments of `ShardedOptimizer`, such as `bucket_mb`.
     """
 
+    kind = "horovod-sharded"
     optimizer: ShardedOptimizer
 
     def __init__(
@@ -75,11 +73,19 @@ class HorovodShardedEngine(SingleProcessEngine):
             self._grad_scaler.unscale_(self.optimizer)
             self.optimizer.clip_grad_norm_(self._clip_grad_norm)
 
-    def save(self, directory: Path, progress: dict[str, Any]) -> None:
-        """Gathers the state on rank 0, which writes one file."""
-        self._refuse_at_base_iterate("save")
-        optimizer = self.optimizer.state_dict()
-        if self.communicator.rank == 0:
-            # Parameters lie in the memory of whole buckets, all of which a file of one of them would hold.
-            model = {name: tensor.clone() for name, tensor in self.module.state_dict().items()}
-            self._write(directory, model, optimizer, progress)
+    def state(self) -> EngineState:
+        """This rank's shards; of what every rank holds alike, its share."""
+        self._refuse_at_base_iterate("state")
+        state = sharded_engine_state(
+            self.module, self.optimizer, self.communicator.rank, self.communicator.world_size
+        )
+        state.loss_scale = self._loss_scale()
+        return state
+
+    def load_state(self, saved: SavedState) -> None:
+        """Every rank reads the pieces it owns."""
+        self._refuse_at_base_iterate("load_state")
+        with self.communicator.fail_together():
+            load_sharded(self.module, self.optimizer, saved)
+        self.optimizer.publish_masters()
+        self._load_loss_scale(saved)

@@ -11,6 +11,7 @@ import torch
 
 import arsg_dist.deepspeed
 from arsg_dist import ARSG
+from arsg_dist.checkpoint import CheckpointStore, SavedRun, save_run
 from arsg_dist.engine import SingleProcessEngine
 from tests.support import deepspeed_matrix as matrix
 from tests.support import toy
@@ -140,13 +141,16 @@ def test_the_single_process_engine_visits_theta_and_refuses_training_there(tmp_p
 
     update()
     x = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    path = save_run(
+        CheckpointStore(tmp_path, engine.communicator), 1, engine.state(), {}, engine.communicator
+    )
     with engine.base_iterate():
         assert all(not torch.equal(parameter, x[name]) for name, parameter in model.named_parameters())
         for call in (
             update,
             engine.step,
-            lambda: engine.save(tmp_path, {}),
-            lambda: engine.load(tmp_path),
+            engine.state,
+            lambda: engine.load_state(SavedRun(path)),
             lambda: engine.base_iterate().__enter__(),
         ):
             with pytest.raises(RuntimeError, match=r"inside base_iterate\(\)"):

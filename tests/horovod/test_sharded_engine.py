@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from arsg_dist import ARSG
-from arsg_dist.optim.base_iterate import base_iterate_point
+from arsg_dist.checkpoint import SavedRun
+from arsg_dist.checkpoint.export import export_saved
+from arsg_dist.engine.state import PARAMETER
 from tests.support import toy
 from tests.support.compare import assert_same_weights
 from tests.support.launchers import launch
@@ -29,24 +31,14 @@ def test_a_run_goes_on_from_engine_to_engine_as_if_never_interrupted(tmp_path: P
         job = launch(launcher, ranks, JOB, engine, tmp_path, update, update + 1)
         assert job.code == 0, f"{engine} on {ranks} ranks: {job.output[-5000:]}"
     start = {name: parameter.detach() for name, parameter in toy.build_model().named_parameters()}
-    files = [
-        torch.load(tmp_path / str(update) / "replicated.pt", weights_only=True)
-        for update in range(1, len(CHAIN) + 1)
-    ]
+    runs = [SavedRun(tmp_path / str(update) / f"step-{update:09d}") for update in range(1, len(CHAIN) + 1)]
     expected = toy.single_process_weights(len(CHAIN), clip_grad_norm=0.5)
-    assert_same_weights(files[-1]["model"], expected, started_from=start)
-    for file, update in zip(files, range(1, len(CHAIN) + 1), strict=True):
-        assert file.keys() == files[1].keys()  # the second was written by one process
-        assert file["optimizer"].keys() == {"state", "param_groups"}
-        for index, state in file["optimizer"]["state"].items():
-            assert state.keys() == files[1]["optimizer"]["state"][index].keys()
-            assert state["exp_avg"].untyped_storage().nbytes() == state["exp_avg"].nbytes
-        for name, tensor in file["model"].items():
-            assert tensor.untyped_storage().nbytes() == tensor.nbytes, f"{name} is stored with others' memory"
-        plain = ARSG(parameters := [tensor.clone() for tensor in file["model"].values()])
-        plain.load_state_dict(file["optimizer"])
+    assert_same_weights(
+        {name: runs[-1].whole(PARAMETER, name) for name in runs[-1].parameters}, expected, started_from=start
+    )
+    for update, run in enumerate(runs, start=1):
+        assert run.manifest.tensors.keys() == runs[1].manifest.tensors.keys()  # written by one process
         moved = torch.load(tmp_path / str(update) / "base_iterate.pt", weights_only=True)
-        for tensor, theta in zip(parameters, moved.values(), strict=True):
-            assert torch.allclose(
-                base_iterate_point(tensor, plain.state[tensor], plain.param_groups[0]), theta
-            )
+        export_saved(run, tmp_path / "theta.safetensors", at="theta")
+        for name, theta in load_file(tmp_path / "theta.safetensors").items():
+            assert torch.allclose(theta, moved[name])

@@ -12,8 +12,7 @@ import deepspeed
 import torch
 
 import arsg_dist.deepspeed
-from arsg_dist.deepspeed.universal import convert
-from arsg_dist.engine import discover_ranks, end_process
+from arsg_dist.engine import end_process
 from tests.support import deepspeed_checkpoints as checkpoints
 from tests.support import deepspeed_matrix as matrix
 from tests.support import toy
@@ -105,39 +104,8 @@ def refusals(folder: Path) -> dict[str, Any]:
             source.destroy()
         said[f"zero{other} into zero{stage}"] = error_of(engine, folder / "mine", tag=f"zero{other}")
         engine.destroy()
-    said |= engine_interface(folder / "interface")
     said |= other_optimizer(folder)
     said |= other_model(folder)
-    return said
-
-
-def engine_interface(folder: Path) -> dict[str, Any]:
-    """Saves and converts through the common engine interface, and loads under another stage."""
-    communicator = arsg_dist.deepspeed.connect(discover_ranks())
-    said: dict[str, Any] = {}
-
-    def made(stage: int, **sections: Any) -> arsg_dist.deepspeed.DeepSpeedEngine:
-        config = checkpoints.Kept(matrix.Case(stage, "fp32")).config(**sections)
-        return arsg_dist.deepspeed.DeepSpeedEngine(checkpoints.Everything(), config, communicator)
-
-    if communicator.rank == 0:
-        folder.mkdir()
-    communicator.barrier()
-    first = made(3)
-    first.save(folder, {"update": 5})
-    first.engine.destroy()
-    second = made(1, **UNIVERSAL)
-    try:
-        second.load(folder)
-    except ValueError as error:
-        said["interface, not converted"] = f"ValueError: {error}"
-    if communicator.rank == 0:
-        convert(folder / "deepspeed", folder / "universal")
-    communicator.barrier()
-    said["interface, loaded"] = second.load(folder)
-    with second.base_iterate():
-        pass
-    second.engine.destroy()
     return said
 
 

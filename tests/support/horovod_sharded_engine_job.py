@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from arsg_dist import ARSG
+from arsg_dist.checkpoint import CheckpointStore, SavedRun, save_run
 from arsg_dist.engine import Engine, SingleProcessEngine, discover_ranks, end_process
 from tests.support import toy
 
@@ -37,7 +38,9 @@ def main() -> None:
             engine = horovod.HorovodEngine(model, optimizer, communicator, **options)
     communicator = engine.communicator
     if first:
-        assert engine.load(directory / str(first)) == {"update": first}
+        saved = SavedRun(directory / str(first) / f"step-{first:09d}")
+        engine.load_state(saved)
+        assert saved.progress == {"update": first}
     micro_batch = toy.BATCH // (communicator.world_size * ACCUMULATION_STEPS)
     for update in range(first, last):
         inputs, targets = toy.batch(update)
@@ -52,10 +55,7 @@ def main() -> None:
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
     assert not any(torch.equal(moved[key], before[key]) for key in before)
     target = directory / str(last)
-    if communicator.rank == 0:
-        target.mkdir()
-    communicator.barrier()
-    engine.save(target, {"update": last})
+    save_run(CheckpointStore(target, communicator), last, engine.state(), {"update": last}, communicator)
     if communicator.rank == 0:
         torch.save(moved, target / "base_iterate.pt")
     communicator.barrier()

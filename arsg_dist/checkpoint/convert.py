@@ -1,0 +1,133 @@
+"""Saved runs of any kind as portable checkpoints, and portable checkpoints for plain torch."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from arsg_dist.checkpoint.durable import sync
+from arsg_dist.checkpoint.saved_run import SavedRun
+from arsg_dist.checkpoint.writer import write_manifest, write_part
+from arsg_dist.engine.state import (
+    BUFFER,
+    PARAMETER,
+    EngineState,
+    Group,
+    SavedState,
+    key_of,
+    plain_settings,
+    state_numbers,
+)
+
+
+def to_portable(saved: SavedState, target: Path, engine: str, progress: dict[str, Any]) -> None:
+    """Writes a portable checkpoint, as one process.
+
+    Args:
+        saved: any saved run that tells the group of each parameter.
+        target: a directory that does not exist; it appears when it is complete.
+        engine: name of the kind that saved the run.
+        progress: of the program; anything JSON knows.
+
+    Raises:
+        ValueError: the target exists, or the run lacks something.
+        OSError: it cannot be written.
+    """
+    _check_new(target)
+    if saved.group_of is None:
+        raise ValueError(f"{saved.where} does not tell the settings of each parameter: convert the original")
+    state = EngineState(
+        engine, aliases=saved.aliases, loss_scale=saved.loss_scale, counters=dict(saved.counters)
+    )
+    if state.loss_scale is not None and "kind" not in state.loss_scale:
+        scale = float(state.loss_scale["cur_scale"])
+        state.loss_scale = {"kind": "DeepSpeed", "scale": scale, **state.loss_scale}
+    members: list[list[str]] = [[] for _ in saved.groups]
+    for name, index in saved.group_of.items():
+        members[index].append(name)
+    state.groups = [
+        Group(plain_settings(group), names) for group, names in zip(saved.groups, members, strict=True)
+    ]
+    for name in saved.parameters:
+        state.add_whole(key_of(PARAMETER, name), saved.whole(PARAMETER, name))
+        numbers = {}
+        for entry in sorted(saved.entries(name)):
+            if saved.spec(entry, name) is None:
+                numbers[entry] = saved.number(name, entry)
+            else:
+                state.add_whole(key_of(entry, name), saved.whole(entry, name))
+        if numbers:
+            state.numbers[name] = state_numbers(name, numbers)
+    for name in saved.buffers:
+        state.add_whole(key_of(BUFFER, name), saved.whole(BUFFER, name))
+    partial = target.with_name(f".{target.name}.partial")
+    partial.mkdir(parents=True)
+    write_part(partial, 0, state)
+    write_manifest(partial, 1, state, progress)
+    partial.rename(target)
+    sync(target.parent)
+
+
+def to_torch(saved: SavedRun, target: Path) -> None:
+    """Writes one file for ``torch.load(target, weights_only=True)``: needs memory for the whole run.
+
+    Its keys: "model", a state dict with tied parameters under each name; "optimizer", a state dict whose parameters are
+    numbered in the order of the groups; "parameters", their names in this order; "progress".
+
+    Args:
+        saved: the run.
+        target: of the file, which must not exist.
+
+    Raises:
+        ValueError: the target exists, or a file of the run is damaged.
+        OSError: it cannot be written.
+    """
+    _check_new(target)
+    model = {name: saved.whole(PARAMETER, name) for name in saved.parameters}
+    model |= {alias: model[name] for alias, name in saved.aliases.items()}
+    model |= {name: saved.whole(BUFFER, name) for name in saved.buffers}
+    names = [name for group in saved.manifest.groups for name in group.parameters]
+    number = {name: index for index, name in enumerate(names)}
+    optimizer = {
+        "state": {
+            number[name]: {entry: _entry(saved, entry, name) for entry in sorted(saved.entries(name))}
+            for name in names
+            if saved.entries(name)
+        },
+        "param_groups": [
+            {**_for_torch(group.settings), "params": [number[name] for name in group.parameters]}
+            for group in saved.manifest.groups
+        ],
+    }
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        with partial.open("wb") as file:
+            torch.save(
+                {"model": model, "optimizer": optimizer, "parameters": names, "progress": saved.progress},
+                file,
+            )
+            file.flush()
+            os.fsync(file.fileno())
+        partial.rename(target)
+    except RuntimeError as error:  # how torch's writer says that the disk is full
+        raise OSError(f"cannot write {target}: {str(error).splitlines()[0]}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    sync(target.parent)
+
+
+def _for_torch(settings: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
+
+
+def _entry(saved: SavedRun, entry: str, name: str) -> Tensor | Any:
+    return saved.number(name, entry) if saved.spec(entry, name) is None else saved.whole(entry, name)
+
+
+def _check_new(target: Path) -> None:
+    if target.exists():
+        raise ValueError(f"{target} exists already: choose another name or remove it")
+    if not target.parent.is_dir():
+        raise ValueError(f"directory {target.parent} does not exist")

@@ -1,0 +1,93 @@
+"""One safetensors file with the whole model, from a saved run."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from arsg_dist.checkpoint.safetensors_file import write_safetensors
+from arsg_dist.engine.state import BUFFER, PARAMETER, SavedState, TensorSpec
+from arsg_dist.optim.base_iterate import base_iterate_point
+
+Point = Literal["x", "theta"]
+Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+
+
+def export_saved(saved: SavedState, path: Path, at: Point = "x", dtype: torch.dtype = torch.float32) -> None:
+    """Writes the parameters and buffers of a saved run into one safetensors file, one tensor at a time.
+
+    The keys are those of the module's `state_dict`; tied parameters are written under each of their names. The file
+    appears complete or not at all.
+
+    Args:
+        saved: the run.
+        path: of the file; an existing one is replaced. Its directory must exist.
+        at: "x", where the parameters are, or "theta", the base iterate.
+        dtype: of parameters; buffers keep theirs.
+
+    Raises:
+        ValueError: an argument, a damaged file, or θ of another optimizer than ARSG.
+        OSError: the file cannot be written.
+    """
+    check_arguments(at, dtype)
+    of = {name: name for name in saved.parameters} | saved.aliases
+    layout: Layout = {name: (dtype, _spec(saved, PARAMETER, of[name]).shape) for name in of}
+    for name in saved.buffers:
+        spec = _spec(saved, BUFFER, name)
+        layout[name] = spec.dtype, spec.shape
+    if at == "theta":
+        _check_arsg(saved)
+
+    def tensors() -> Iterator[Tensor]:
+        for name in layout:
+            if name not in of:
+                yield saved.whole(BUFFER, name)
+            elif at == "theta":
+                yield _theta(saved, of[name]).to(dtype)
+            else:
+                yield saved.whole(PARAMETER, of[name]).to(dtype)
+
+    write_safetensors(path, layout, tensors(), metadata_of(at))
+
+
+def check_arguments(at: str, dtype: torch.dtype) -> None:
+    """Raises ValueError for another point or a dtype that is not floating."""
+    if at not in ("x", "theta"):
+        raise ValueError(f"at={at!r}: choose 'x' or 'theta'")
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype={dtype} is not floating-point")
+
+
+def metadata_of(at: Point) -> dict[str, str]:
+    """What the file says about itself."""
+    return {"format": "pt", "arsg_point": at}
+
+
+def _check_arsg(saved: SavedState) -> None:
+    if saved.group_of is None:
+        raise ValueError(f"{saved.where} does not tell the settings of each parameter: export at='x'")
+    if any("base_iterate_scale" not in group for group in saved.groups):
+        raise ValueError(
+            f"{saved.where} was not trained by ARSG, which alone has a base iterate: export at='x'"
+        )
+
+
+def _theta(saved: SavedState, name: str) -> Tensor:
+    x, entries = saved.whole(PARAMETER, name), saved.entries(name)
+    if not entries:
+        return x
+    assert saved.group_of is not None
+    state = {
+        entry: saved.number(name, entry) if saved.spec(entry, name) is None else saved.whole(entry, name)
+        for entry in entries
+    }
+    settings = saved.groups[saved.group_of[name]]
+    return base_iterate_point(x, state, {"capturable": False, **settings})  # how to compute is not saved
+
+
+def _spec(saved: SavedState, entry: str, name: str) -> TensorSpec:
+    spec = saved.spec(entry, name)
+    assert spec is not None, name
+    return spec

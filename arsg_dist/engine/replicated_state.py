@@ -1,0 +1,156 @@
+"""The state of a model and optimizer that a rank holds whole, to and from a checkpoint."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from arsg_dist.engine.state import (
+    BUFFER,
+    PARAMETER,
+    EngineState,
+    Group,
+    SavedState,
+    key_of,
+    plain_settings,
+    restore_settings,
+    state_numbers,
+    state_tensors,
+)
+
+
+def parameter_names(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[Tensor, str]:
+    """Parameter → its name in the model, for all parameters of both.
+
+    Raises:
+        ValueError: the optimizer has a parameter that the model has not.
+    """
+    names: dict[Tensor, str] = {parameter: name for name, parameter in module.named_parameters()}
+    if any(parameter not in names for group in optimizer.param_groups for parameter in group["params"]):
+        raise ValueError(
+            "the optimizer has parameters that are not the model's: they have no name to save them by"
+        )
+    return names
+
+
+def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """The buffers of a module's `state_dict`, by all their names."""
+    kept = module.state_dict(keep_vars=True)
+    return {name: buffer for name, buffer in module.named_buffers(remove_duplicate=False) if name in kept}
+
+
+def aliases_of(module: nn.Module, names: Mapping[Tensor, str]) -> dict[str, str]:
+    """Further names of parameters → the name they are saved under."""
+    named = module.named_parameters(remove_duplicate=False)
+    return {name: names[parameter] for name, parameter in named if names[parameter] != name}
+
+
+def named_groups(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> list[Group]:
+    """The optimizer's groups by the names of their parameters."""
+    return [
+        Group(plain_settings(group), [names[parameter] for parameter in group["params"]])
+        for group in optimizer.param_groups
+    ]
+
+
+def replicated_state(
+    engine: str, module: nn.Module, optimizer: torch.optim.Optimizer, rank: int, world_size: int
+) -> EngineState:
+    """This rank's share of what every rank holds.
+
+    Args:
+        engine: name of the kind of engine.
+        module: the model.
+        optimizer: over (some of) its parameters.
+        rank: of this process.
+        world_size: ranks that share the writing.
+
+    Raises:
+        ValueError: state of a kind that is not saved.
+    """
+    names = parameter_names(module, optimizer)
+    state = EngineState(engine, groups=named_groups(optimizer, names), aliases=aliases_of(module, names))
+    tensors: dict[str, Tensor] = {key_of(PARAMETER, name): parameter for parameter, name in names.items()}
+    for parameter, held in optimizer.state.items():
+        name = names[parameter]
+        tensors |= {key_of(entry, name): value for entry, value in state_tensors(held)}
+        if numbers := state_numbers(name, held):
+            state.numbers[name] = numbers
+    state.add_replicated(tensors, rank, world_size)
+    if rank == 0:  # batch norm's differ between ranks
+        for name, buffer in persistent_buffers(module).items():
+            state.add_whole(key_of(BUFFER, name), buffer)
+    return state
+
+
+def check_model(module: nn.Module, saved: SavedState) -> None:
+    """Raises ValueError unless a saved run has the model's parameters and buffers, in their shapes, and no others."""
+    parameters, buffers = dict(module.named_parameters()), persistent_buffers(module)
+    for entry, wanted, present in (
+        (PARAMETER, parameters, saved.parameters),
+        (BUFFER, buffers, saved.buffers),
+    ):
+        for name, tensor in wanted.items():
+            saved.check_shape(entry, name, tensor.shape)
+        if unknown := sorted(set(present) - wanted.keys()):
+            raise ValueError(f"{saved.where} has a {entry} {unknown[0]!r}, which the model has not")
+
+
+def optimizer_state(
+    optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str], saved: SavedState
+) -> dict[str, Any]:
+    """The saved state as torch's `Optimizer.load_state_dict` takes it, on the CPU.
+
+    Settings of how the optimizer computes (foreach, fused, ...) are the optimizer's own.
+
+    Raises:
+        ValueError: it does not fit, or a file is damaged.
+    """
+    packed, count = optimizer.state_dict()["param_groups"], len(optimizer.param_groups)
+    state: dict[int, dict[str, Any]] = {}
+    for index, group in enumerate(optimizer.param_groups):
+        members = [names[parameter] for parameter in group["params"]]
+        settings = _as_in(group, saved.settings_for(members, index, count))
+        packed[index] = {**packed[index], **settings}
+        for number, name in zip(packed[index]["params"], members, strict=True):
+            entries = {entry: _entry(saved, entry, name) for entry in sorted(saved.entries(name))}
+            if entries:
+                state[number] = entries
+    return {"state": state, "param_groups": packed}
+
+
+def _as_in(group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
+    scratch = {key: value.clone() if isinstance(value, Tensor) else value for key, value in group.items()}
+    restore_settings(scratch, saved)
+    return {key: value for key, value in scratch.items() if key not in ("params", "param_names")}
+
+
+def _entry(saved: SavedState, entry: str, name: str) -> Any:
+    return saved.number(name, entry) if saved.spec(entry, name) is None else saved.whole(entry, name).clone()
+
+
+@torch.no_grad()
+def load_tensors(tensors: Iterable[tuple[str, str, Tensor]], saved: SavedState) -> None:
+    """Fills whole tensors in place.
+
+    Args:
+        tensors: entry, name and the tensor to fill.
+        saved: where from.
+    """
+    for entry, name, tensor in tensors:
+        tensor.copy_(saved.whole(entry, name))
+
+
+def load_replicated(module: nn.Module, optimizer: torch.optim.Optimizer, saved: SavedState) -> None:
+    """Fills model and optimizer; no other rank takes part.
+
+    Raises:
+        ValueError: the saved run does not fit, found before anything changes; or a file is damaged, found on the way.
+    """
+    names = parameter_names(module, optimizer)
+    check_model(module, saved)
+    loaded = optimizer_state(optimizer, names, saved)
+    load_tensors(((PARAMETER, name, parameter) for parameter, name in names.items()), saved)
+    load_tensors(((BUFFER, name, buffer) for name, buffer in persistent_buffers(module).items()), saved)
+    optimizer.load_state_dict(loaded)

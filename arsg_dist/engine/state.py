@@ -1,0 +1,358 @@
+"""The state of a training run as every engine offers it and takes it back, whoever holds which part of it.
+
+A run is a set of named tensors: each parameter's value, each entry of its optimizer state, buffers. Ranks offer
+*pieces* of them, consecutive elements in a stated order, and ask for other pieces when they load. Settings of groups
+go by the names of the parameters, and numbers (step counts) by parameter.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+PARAMETER: Final = "parameter"
+"""The entry of a parameter's value, in the highest precision the engine has: its fp32 master, if there is one."""
+
+BUFFER: Final = "buffer"
+
+EXTRA: Final = "extra"
+"""The entry of tensors that a program adds to what the engine offers."""
+
+# How an engine computes, rather than what: each keeps its own.
+_IMPLEMENTATION: Final = frozenset(
+    {"params", "param_names", "foreach", "fused", "capturable", "differentiable"}
+)
+
+_PIECE_NUMEL: Final = 1 << 24  # a loader that wants a part reads and checks whole pieces
+
+
+def key_of(entry: str, name: str) -> str:
+    """The name of a tensor of a run.
+
+    Args:
+        entry: `PARAMETER`, `BUFFER`, `EXTRA` or a key of the optimizer's state ("exp_avg").
+        name: of the parameter or buffer, as in the model.
+    """
+    return f"{entry}:{name}"
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What a whole tensor is.
+
+    Attributes:
+        dtype: of the elements.
+        shape: of the whole.
+        order: dimensions from the slowest to the fastest in which pieces count elements; empty for row by row.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    order: tuple[int, ...] = ()
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+def order_of(stride: Sequence[int], shape: Sequence[int]) -> tuple[int, ...]:
+    """The order of elements in dense memory; empty if row by row.
+
+    Args:
+        stride: of the tensor, in elements.
+        shape: of the tensor.
+    """
+    moving = [dim for dim in range(len(shape)) if shape[dim] > 1]
+    by_stride = sorted(moving, key=lambda dim: -stride[dim])
+    if by_stride == moving:
+        return ()
+    return tuple([dim for dim in range(len(shape)) if shape[dim] <= 1] + by_stride)
+
+
+def in_order(tensor: Tensor, order: tuple[int, ...]) -> Tensor:
+    """A tensor's elements in an order, 1-D; a view if its memory allows."""
+    return (tensor.permute(order) if order else tensor).reshape(-1)
+
+
+def from_order(flat: Tensor, shape: tuple[int, ...], order: tuple[int, ...]) -> Tensor:
+    """The tensor of a shape whose elements in an order are `flat`; shares its memory."""
+    if not order:
+        return flat.view(shape)
+    inverse = [order.index(dim) for dim in range(len(shape))]
+    return flat.view([shape[dim] for dim in order]).permute(inverse)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Consecutive elements of a tensor of the run, held by this rank.
+
+    Attributes:
+        key: of the tensor.
+        start: first element, counted in the order of its `TensorSpec`.
+        numel: how many.
+        source: a tensor that holds them, row by row from `offset`; may be the training's own.
+        offset: of the first element in `source`.
+    """
+
+    key: str
+    start: int
+    numel: int
+    source: Tensor
+    offset: int = 0
+
+    def values(self) -> Tensor:
+        """The elements, 1-D; a view if the memory of `source` allows."""
+        return self.source.detach().reshape(-1).narrow(0, self.offset, self.numel)
+
+
+@dataclass
+class Group:
+    """A parameter group.
+
+    Attributes:
+        settings: lr, betas, ...: numbers, strings, booleans, None and lists of them.
+        parameters: names.
+    """
+
+    settings: dict[str, Any]
+    parameters: list[str]
+
+
+@dataclass
+class EngineState:
+    """What one rank contributes to a checkpoint. Over all ranks, the pieces cover every element once.
+
+    Attributes:
+        engine: name of the kind of engine.
+        tensors: key → what it is; at least those this rank has pieces of.
+        pieces: of this rank.
+        groups: the same on every rank.
+        numbers: parameter → entry → number (steps); of the parameters that this rank knows it of.
+        aliases: further names of parameters → the name they are saved under.
+        loss_scale: of dynamic loss scaling: "kind", "scale" and what else the kind keeps; or None.
+        counters: of the engine, for one of the same kind.
+    """
+
+    engine: str
+    tensors: dict[str, TensorSpec] = field(default_factory=dict)
+    pieces: list[Piece] = field(default_factory=list)
+    groups: list[Group] = field(default_factory=list)
+    numbers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
+    loss_scale: dict[str, Any] | None = None
+    counters: dict[str, int] = field(default_factory=dict)
+
+    def add(self, key: str, spec: TensorSpec, start: int, numel: int, source: Tensor, offset: int) -> None:
+        """Adds a piece, in parts if it is large."""
+        self.tensors[key] = spec
+        for first in range(0, numel, _PIECE_NUMEL):
+            count = min(_PIECE_NUMEL, numel - first)
+            self.pieces.append(Piece(key, start + first, count, source, offset + first))
+
+    def add_whole(self, key: str, tensor: Tensor) -> None:
+        """Adds a tensor that this rank alone holds, or alone writes."""
+        self.add(key, TensorSpec(tensor.dtype, tuple(tensor.shape)), 0, tensor.numel(), tensor, 0)
+
+    def add_replicated(self, tensors: Mapping[str, Tensor], rank: int, world_size: int) -> None:
+        """Adds this rank's share of tensors that every rank holds alike: an equal run of all their bytes.
+
+        Args:
+            tensors: key → whole tensor; the same on every rank.
+            rank: of this process.
+            world_size: ranks that share the writing.
+        """
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        begin, end = total * rank // world_size, total * (rank + 1) // world_size
+        at = 0
+        for key, tensor in tensors.items():
+            self.tensors[key] = TensorSpec(tensor.dtype, tuple(tensor.shape))
+            size = tensor.element_size()
+            # Rounded down on both sides, so that neighbours agree on the element in between.
+            first = min(max((begin - at) // size, 0), tensor.numel())
+            last = min(max((end - at) // size, 0), tensor.numel())
+            if last > first:
+                self.add(key, self.tensors[key], first, last - first, tensor, first)
+            at += tensor.nbytes
+
+
+class SavedState(ABC):
+    """A saved run, of which any rank reads what it wants. Tensors come from the files when they are asked for.
+
+    Attributes:
+        where: what messages call it.
+        groups: settings of the parameter groups.
+        group_of: trained parameter → index in `groups`; None where the files do not tell.
+        aliases: further names of parameters → the name they are saved under.
+        loss_scale: as in `EngineState`.
+        counters: as in `EngineState`.
+    """
+
+    where: Path
+    groups: list[dict[str, Any]]
+    group_of: dict[str, int] | None
+    aliases: dict[str, str]
+    loss_scale: dict[str, Any] | None
+    counters: Mapping[str, int] = {}
+
+    @property
+    @abstractmethod
+    def parameters(self) -> list[str]:
+        """Names of all parameters, frozen ones too, without aliases."""
+
+    @property
+    @abstractmethod
+    def trained(self) -> list[str]:
+        """Names of the parameters that the optimizer has."""
+
+    @property
+    @abstractmethod
+    def buffers(self) -> list[str]:
+        """Names of persistent buffers."""
+
+    @abstractmethod
+    def entries(self, name: str) -> set[str]:
+        """Names of a parameter's state entries, numbers too; empty before its first step, without its value."""
+
+    @abstractmethod
+    def spec(self, entry: str, name: str) -> TensorSpec | None:
+        """What a tensor is; None if there is none, as for numbers."""
+
+    @abstractmethod
+    def number(self, name: str, entry: str) -> Any:
+        """A number of a parameter: int, float, None, or a 0-dim tensor where the optimizer had one."""
+
+    @abstractmethod
+    def read(
+        self, entry: str, name: str, start: int = 0, numel: int | None = None, order: tuple[int, ...] = ()
+    ) -> Tensor:
+        """Elements of a tensor, 1-D, on the CPU.
+
+        Args:
+            entry: `PARAMETER`, `BUFFER` or an entry of the state.
+            name: of the parameter or buffer.
+            start: first element, counted in `order`.
+            numel: how many; None for all.
+            order: dimensions from the slowest to the fastest; empty for row by row.
+
+        Raises:
+            ValueError: there is none, or its file is damaged; the message names the file.
+        """
+
+    def whole(self, entry: str, name: str) -> Tensor:
+        """A whole tensor in its shape, on the CPU; raises as `read`."""
+        spec = self.spec(entry, name)
+        if spec is None:
+            raise ValueError(f"{self.where} has no {entry} of {name!r}")
+        return self.read(entry, name).view(spec.shape)
+
+    def check_shape(self, entry: str, name: str, shape: Iterable[int]) -> None:
+        """Raises ValueError unless there is a parameter or buffer of this name and shape."""
+        spec, wanted = self.spec(entry, name), tuple(shape)
+        if spec is None:
+            raise ValueError(f"{self.where} has no {entry} {name!r}: it is of another model")
+        if spec.shape != wanted:
+            raise ValueError(f"{self.where} has {name!r} in shape {spec.shape}, the model in {wanted}")
+
+    def settings_for(self, names: Sequence[str], index: int, count: int) -> dict[str, Any]:
+        """The saved settings for a group of these parameters.
+
+        Args:
+            names: of the group's parameters.
+            index: of the group in the engine.
+            count: of groups in the engine.
+
+        Raises:
+            ValueError: they were in groups of different settings, or in none.
+        """
+        if self.group_of is None:
+            if len(self.groups) != count:
+                raise ValueError(
+                    f"{self.where} has {len(self.groups)} parameter groups and the engine has {count}"
+                )
+            return self.groups[index]
+        absent = [name for name in names if name not in self.group_of]
+        if absent:
+            raise ValueError(
+                f"{self.where} has no optimizer state for {absent[0]!r}: it is of another model, or the parameter "
+                "was frozen then"
+            )
+        sources = sorted({self.group_of[name] for name in names})
+        if not sources:
+            return self.groups[index] if len(self.groups) == count else {}
+        first, *others = (_settings(self.groups[source]) for source in sources)
+        if any(other != first for other in others):
+            raise ValueError(
+                f"the engine's parameter group {index} has parameters of groups {sources} of {self.where}, whose "
+                "settings differ: make the same groups"
+            )
+        return self.groups[sources[0]]
+
+
+def plain_settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A parameter group's settings as JSON knows them.
+
+    Raises:
+        ValueError: a setting of another kind.
+    """
+    return {key: _plain(key, value) for key, value in _settings(group).items()}
+
+
+def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key not in _IMPLEMENTATION}
+
+
+def _plain(key: str, value: Any) -> Any:
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return value.item()
+    if isinstance(value, list | tuple):
+        return [_plain(key, item) for item in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    raise ValueError(
+        f"the setting {key!r} of a parameter group is a {type(value).__name__}, which is not saved"
+    )
+
+
+@torch.no_grad()
+def restore_settings(group: dict[str, Any], saved: Mapping[str, Any]) -> None:
+    """Gives a parameter group saved settings, in the kinds it has them: tensors stay tensors, on their device."""
+    for key, value in _settings(saved).items():
+        present = group.get(key)
+        if isinstance(present, Tensor):
+            present.fill_(value)
+        elif isinstance(value, list):
+            group[key] = tuple(value)
+        else:
+            group[key] = value.item() if isinstance(value, Tensor) else value
+
+
+def state_tensors(state: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """The entries of a parameter's optimizer state that are tensors with elements, rather than numbers."""
+    return ((entry, value) for entry, value in state.items() if isinstance(value, Tensor) and value.dim())
+
+
+def state_numbers(name: str, state: Mapping[str, Any]) -> dict[str, Any]:
+    """The others: numbers, None, and tensors without dimensions.
+
+    Raises:
+        ValueError: an entry of another kind.
+    """
+    numbers = {
+        key: value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
+        for key, value in state.items()
+        if not (isinstance(value, Tensor) and value.dim())
+    }
+    for key, value in numbers.items():
+        if not (value is None or isinstance(value, bool | int | float | Tensor)):
+            raise ValueError(
+                f"the optimizer keeps {key!r} of {name!r} as a {type(value).__name__}, which is not saved"
+            )
+    return numbers

@@ -1,0 +1,131 @@
+"""The checkpoint format: what is written comes back, and what is damaged is named."""
+
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from arsg_dist.checkpoint import SavedRun
+from arsg_dist.engine import JobError
+from arsg_dist.engine.state import PARAMETER, TensorSpec, from_order, in_order, order_of
+from tests.checkpoint.runs import engine, saved, saved_by
+
+
+@pytest.mark.parametrize("world_size", [1, 3, 50])
+def test_any_number_of_writers_makes_the_same_run(tmp_path: Path, world_size: int) -> None:
+    """Catches elements lost or doubled where the parts of two ranks meet, and ranks with nothing to write."""
+    source = engine()
+    run = SavedRun(saved_by(tmp_path / "run", world_size, source))
+    assert run.damage() == []
+    assert len(run.manifest.shards) == world_size
+    assert run.aliases == {"last.weight": "first.weight"}
+    target = engine(seed=1)
+    target.load_state(run)
+    for name, tensor in source.module.state_dict().items():
+        assert torch.equal(target.module.state_dict()[name], tensor), name
+    for parameter, other in zip(target.module.parameters(), source.module.parameters(), strict=True):
+        for entry, value in source.optimizer.state[other].items():
+            loaded = target.optimizer.state[parameter][entry]
+            assert torch.equal(loaded, value)
+            assert loaded.untyped_storage().nbytes() == loaded.nbytes, "a view of the file"
+
+
+def test_elements_are_read_in_any_order(tmp_path: Path) -> None:
+    """Catches a channels_last parameter whose pieces are taken for rows."""
+    weight = engine().module.get_parameter("conv.weight").detach()
+    order = order_of(weight.stride(), weight.shape)
+    assert order == (0, 2, 3, 1)
+    assert order_of(weight.contiguous().stride(), weight.shape) == ()
+    assert torch.equal(from_order(in_order(weight, order), tuple(weight.shape), order), weight)
+    run = SavedRun(saved(tmp_path))
+    assert run.spec(PARAMETER, "conv.weight") == TensorSpec(torch.float32, (6, 4, 3, 3))
+    part = run.read(PARAMETER, "conv.weight", 10, 33, order)
+    assert torch.equal(part, in_order(weight, order)[10:43])
+
+
+def damage_of(path: Path) -> str:
+    try:
+        return "\n".join(SavedRun(path).damage())
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("what", ["flipped", "truncated", "grown", "missing", "mixed up", "pickle"])
+def test_a_damaged_shard_is_named(what: str, tmp_path: Path) -> None:
+    """Catches values of another run or of a broken disk that are trained on."""
+    path = saved_by(tmp_path / "run", 2, engine())
+    shard = path / "shard-00001.safetensors"
+    content = bytearray(shard.read_bytes())
+    if what == "flipped":
+        content[-1] ^= 1
+    elif what == "truncated":
+        del content[-7:]
+    elif what == "grown":
+        content += b"x"
+    elif what == "mixed up":
+        content = bytearray((saved_by(tmp_path / "other", 2, engine(seed=1)) / shard.name).read_bytes())
+    elif what == "pickle":
+        content = bytearray(pickle.dumps(print))
+    shard.write_bytes(content)
+    if what == "missing":
+        shard.unlink()
+    said = damage_of(path)
+    assert str(shard) in said
+    assert "missing" in said if what == "missing" else "is damaged" in said
+    with pytest.raises(JobError, match=shard.name):
+        engine(seed=1).load_state(SavedRun(path))
+
+
+def test_every_flipped_bit_of_a_manifest_is_seen(tmp_path: Path) -> None:
+    """Catches a step count or learning rate that changes unseen."""
+    path = saved(tmp_path) / "manifest.json"
+    good = path.read_bytes()
+    unseen = 0
+    for place in range(0, len(good), 97):
+        bad = bytearray(good)
+        bad[place] ^= 2
+        path.write_bytes(bad)
+        said = damage_of(path.parent)
+        if said:
+            assert str(path) in said
+        else:
+            unseen += 1
+            assert good[place : place + 1].isspace(), place
+    assert unseen < 5
+
+
+def test_what_is_no_checkpoint_is_refused_with_a_way_out(tmp_path: Path) -> None:
+    """Catches a traceback from json, and an old checkpoint that is taken for a broken new one."""
+    with pytest.raises(ValueError, match="does not exist"):
+        SavedRun(tmp_path / "nothing")
+    with pytest.raises(ValueError, match=r"holds no checkpoint: manifest\.json is missing"):
+        SavedRun(tmp_path)
+    (tmp_path / "deepspeed").mkdir()
+    with pytest.raises(ValueError, match=r"of an earlier version .* arsg-dist checkpoint convert"):
+        SavedRun(tmp_path)
+    (tmp_path / "manifest.json").write_text("[]")
+    with pytest.raises(ValueError, match="no manifest of a checkpoint"):
+        SavedRun(tmp_path)
+    (tmp_path / "manifest.json").write_text('{"format": "arsg_dist checkpoint", "version": 2}')
+    with pytest.raises(ValueError, match="format version 2, and this arsg-dist reads version 1"):
+        SavedRun(tmp_path)
+
+
+def test_a_run_of_another_model_changes_nothing(tmp_path: Path) -> None:
+    """Catches an engine that is half loaded when the message comes."""
+    path = saved(tmp_path)
+    other = engine(seed=1)
+    other.module.norm = torch.nn.BatchNorm2d(6)
+    other.module.register_parameter("added", torch.nn.Parameter(torch.zeros(2)))
+    before = {name: tensor.clone() for name, tensor in other.module.state_dict().items()}
+    with pytest.raises((JobError, ValueError), match=r"has no parameter 'added'|not the model's"):
+        other.load_state(SavedRun(path))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in other.module.state_dict().items())
+
+
+def test_a_copied_directory_is_the_same_checkpoint(tmp_path: Path) -> None:
+    """Catches absolute paths in the manifest."""
+    shutil.copytree(saved(tmp_path), tmp_path / "copy")
+    assert damage_of(tmp_path / "copy") == ""
