@@ -146,7 +146,14 @@ def _connected(arguments: list[str], engine: Any, ranks: Ranks, communicator: Co
         output = Path(
             options.output or f"runs/{config.model.replace(':', '-').replace('/', '-')}-{engine}-{started}"
         )
-        job = Job(engine, output, options.resume, options.deepspeed_config, options.max_updates)
+        job = Job(
+            engine,
+            output,
+            options.resume,
+            options.deepspeed_config,
+            options.max_updates,
+            options.skip_damaged,
+        )
         code = train(config, job, ranks, communicator)
     except JobError as error:
         if ranks.rank == 0:
@@ -181,6 +188,11 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--output", help="directory of the run (default: runs/MODEL-ENGINE-TIME)")
     parser.add_argument(
         "--resume", action="store_true", help="continue the run in --output from its last checkpoint"
+    )
+    parser.add_argument(
+        "--skip_damaged",
+        action="store_true",
+        help="with --resume: if the last checkpoint is damaged, continue from the newest one that is not",
     )
     parser.add_argument(
         "--max_updates",

@@ -261,6 +261,7 @@ class TrainConfig:
         wandb_project: also log to this project of Weights & Biases (needs the package wandb).
         checkpoint_every: updates between two checkpoints inside an epoch; 0 for one after each epoch only.
         keep_checkpoints: how many to keep besides the one with the best validation accuracy.
+        async_save: go on training while a checkpoint is written; takes a copy of the state in main memory meanwhile.
     """
 
     data: DataConfig = field(default_factory=DataConfig)
@@ -285,6 +286,7 @@ class TrainConfig:
     wandb_project: str | None = None
     checkpoint_every: int = 0
     keep_checkpoints: int = 2
+    async_save: bool = False
 
     def __post_init__(self) -> None:
         for name in (

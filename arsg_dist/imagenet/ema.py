@@ -1,7 +1,6 @@
 """A moving average of the weights, kept beside the training."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,13 +43,12 @@ class WeightAverage:
         """
         self._average.update_parameters(_Float32(model))  # type: ignore[arg-type]
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """The average and the number of updates in it."""
-        return self._average.state_dict()
+    def parameters(self) -> list[tuple[str, Tensor]]:
+        """The averaged parameters and the number of updates in them, by name, to save and to fill in place.
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues from a saved state."""
-        self._average.load_state_dict(state)
+        Buffers are not among them: they differ between ranks.
+        """
+        return [("updates", self._average.n_averaged), *self.module.named_parameters()]
 
 
 class _Float32:

@@ -2,17 +2,16 @@
 
 import random
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from arsg_dist.engine import Communicator
+from arsg_dist.checkpoint import SavedRun
+from arsg_dist.engine import Communicator, EngineState
+from arsg_dist.engine.state import EXTRA, key_of
 from arsg_dist.imagenet.seeding import seed_of
-
-_RANDOM, _BUFFERS = "random", "buffers"
 
 
 def seed_rank(seed: int, rank: int, update: int = 0) -> None:
@@ -23,39 +22,37 @@ def seed_rank(seed: int, rank: int, update: int = 0) -> None:
     np.random.seed(number % 2**32)
 
 
-def save_rank_state(directory: Path, modules: dict[str, nn.Module], rank: int) -> None:
-    """Writes this rank's file of a checkpoint.
+def add_rank_state(state: EngineState, modules: dict[str, nn.Module], rank: int) -> None:
+    """Adds what belongs to this rank alone to a checkpoint.
 
     Args:
-        directory: of the checkpoint.
+        state: of the engine on this rank.
         modules: name → module whose buffers differ between ranks.
         rank: of this process.
-
-    Raises:
-        OSError: it cannot be written.
     """
     version, words, gauss = random.getstate()
     legacy: Any = np.random.get_state()
-    state: dict[str, Any] = {
-        _RANDOM: {
-            "torch": torch.get_rng_state(),
-            "python": (version, list(words), gauss),
-            "numpy": (legacy[0], legacy[1].tolist(), *map(float, legacy[2:])),
-        },
-        _BUFFERS: {name: buffer.cpu() for name, buffer in _buffers(modules)},
+    name, key, position, has_gauss, cached = legacy
+    assert name == "MT19937"
+    tensors = {
+        "torch": torch.get_rng_state(),
+        "python": torch.tensor([version, *words]),
+        "python gauss": torch.tensor([] if gauss is None else [gauss], dtype=torch.float64),
+        "numpy": torch.tensor([*key.tolist(), position, has_gauss]),
+        "numpy gauss": torch.tensor([cached], dtype=torch.float64),
     }
     if torch.cuda.is_available():
-        state[_RANDOM]["cuda"] = torch.cuda.get_rng_state()
-    try:
-        torch.save(state, directory / _name(rank))
-    except RuntimeError as error:  # how torch's writer says that the disk is full
-        raise OSError(f"cannot write {directory / _name(rank)}: {str(error).splitlines()[0]}") from error
+        tensors["cuda"] = torch.cuda.get_rng_state()
+    for what, tensor in tensors.items():
+        state.add_whole(key_of(EXTRA, _random(rank, what)), tensor)
+    for what, buffer in _buffers(modules):
+        state.add_whole(key_of(EXTRA, _buffer(rank, what)), buffer)
 
 
 def load_rank_state(
-    directory: Path, modules: dict[str, nn.Module], communicator: Communicator, *, seed: int, update: int
+    saved: SavedRun, modules: dict[str, nn.Module], communicator: Communicator, *, seed: int, update: int
 ) -> bool:
-    """Restores what `save_rank_state` wrote.
+    """Restores what `add_rank_state` added.
 
     On another number of ranks there is no rank to continue: running statistics become the mean over the old ranks,
     and random states start from (seed, rank, update).
@@ -64,33 +61,37 @@ def load_rank_state(
         Whether the number of ranks is the same, so that the run goes on exactly.
 
     Raises:
-        ValueError: the checkpoint has no such files.
+        ValueError: the checkpoint does not have them, or a file is damaged.
     """
-    written = sorted(directory.glob("rank-*.pt"))
-    if not written:
-        raise ValueError(
-            f"{directory} holds no rank-*.pt: it was not written by this version of arsg-imagenet"
-        )
-    if len(written) != communicator.world_size:
+    if saved.manifest.world_size != communicator.world_size:
         seed_rank(seed, communicator.rank, update)
-        states = [torch.load(path, map_location="cpu", weights_only=True)[_BUFFERS] for path in written]
-        _set_buffers(modules, {name: _mean([state[name] for state in states]) for name in states[0]})
+        for what, buffer in _buffers(modules):
+            old = [saved.whole(EXTRA, _buffer(rank, what)) for rank in range(saved.manifest.world_size)]
+            _copy(buffer, _mean(old))
         return False
-    state = torch.load(directory / _name(communicator.rank), map_location="cpu", weights_only=True)
-    _set_buffers(modules, state[_BUFFERS])
-    saved = state[_RANDOM]
-    torch.set_rng_state(saved["torch"])
-    version, words, gauss = saved["python"]
-    random.setstate((version, tuple(words), gauss))
-    name, key, position, has_gauss, cached = saved["numpy"]
-    np.random.set_state((name, np.array(key, dtype=np.uint32), int(position), int(has_gauss), cached))
-    if torch.cuda.is_available() and "cuda" in saved:
-        torch.cuda.set_rng_state(saved["cuda"])
+    for what, buffer in _buffers(modules):
+        _copy(buffer, saved.whole(EXTRA, _buffer(communicator.rank, what)))
+
+    def stored(what: str) -> torch.Tensor:
+        return saved.whole(EXTRA, _random(communicator.rank, what)).clone()
+
+    torch.set_rng_state(stored("torch"))
+    version, *words = stored("python").tolist()
+    random.setstate((version, tuple(words), next(iter(stored("python gauss").tolist()), None)))
+    *key, position, has_gauss = stored("numpy").tolist()
+    cached = float(stored("numpy gauss"))
+    np.random.set_state(("MT19937", np.array(key, dtype=np.uint32), position, has_gauss, cached))
+    if torch.cuda.is_available() and _random(communicator.rank, "cuda") in saved.extras:
+        torch.cuda.set_rng_state(stored("cuda"))
     return True
 
 
-def _name(rank: int) -> str:
-    return f"rank-{rank:05d}.pt"
+def _random(rank: int, what: str) -> str:
+    return f"rank {rank}, random state of {what}"
+
+
+def _buffer(rank: int, what: str) -> str:
+    return f"rank {rank}, {what}"
 
 
 def _mean(values: list[torch.Tensor]) -> torch.Tensor:
@@ -106,6 +107,5 @@ def _buffers(modules: dict[str, nn.Module]) -> Iterator[tuple[str, torch.Tensor]
 
 
 @torch.no_grad()
-def _set_buffers(modules: dict[str, nn.Module], values: dict[str, torch.Tensor]) -> None:
-    for name, buffer in _buffers(modules):
-        buffer.copy_(values[name])
+def _copy(buffer: torch.Tensor, value: torch.Tensor) -> None:
+    buffer.copy_(value)

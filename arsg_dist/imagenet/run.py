@@ -49,7 +49,9 @@ class Run:
         seed_rank(config.seed, parts.communicator.rank)
         notes = list[str]()
         if self._job.resume:
-            self._at, notes = self._checkpoints.resume(num_images=self._at.num_images)
+            self._at, notes = self._checkpoints.resume(
+                num_images=self._at.num_images, skip_damaged=self._job.skip_damaged
+            )
         at = self._at
         log: RunLog | None = None
         with parts.communicator.fail_together(OSError, ImportError):
@@ -131,6 +133,7 @@ class Run:
                         files.save(EMA, ema_weights, {**about, "weights": "ema", "val_top1": ema.top1})
             if at.update == last_update and epoch + 1 < config.epochs:
                 break
+        self._checkpoints.finish()
         parts.stop.finish()
         if log:
             self._finished(log, evaluation, any_updates=at.update > first_update)
@@ -151,6 +154,7 @@ class Run:
     def _stopped(self, log: RunLog | None) -> int:
         """Ends the run, which has just been saved, so that it can be started again."""
         stop, communicator, update = self._parts.stop, self._parts.communicator, self._at.update
+        self._checkpoints.finish()
         stop.finish()
         received = sorted(set(filter(None, communicator.all_gather_object(stop.received))))
         checkpoint = self._checkpoints.latest()

@@ -4,9 +4,11 @@ from pathlib import Path
 
 from torch import nn
 
-from arsg_dist.checkpoint import CheckpointStore
+from arsg_dist.checkpoint import CheckpointStore, SavedRun, save_run
+from arsg_dist.engine import JobError
+from arsg_dist.engine.state import EXTRA, key_of
 from arsg_dist.imagenet.position import Position
-from arsg_dist.imagenet.rank_state import load_rank_state, save_rank_state
+from arsg_dist.imagenet.rank_state import add_rank_state, load_rank_state
 from arsg_dist.imagenet.run_parts import RunParts
 
 
@@ -35,24 +37,41 @@ class RunCheckpoints:
             at: where the run stands.
             score: validation accuracy at the end of an epoch, None inside one.
         """
-        parts = self._parts
+        parts, config = self._parts, self._parts.config
         progress = {
-            **at.as_dict(),
+            "position": at.as_dict(),
             "schedules": parts.schedules.state_dict(),
-            "ema": parts.average.state_dict() if parts.average else None,
+            "ema": parts.average is not None,
         }
+        state = parts.engine.state()
+        if parts.average:
+            averages = {key_of(EXTRA, _ema(name)): tensor for name, tensor in parts.average.parameters()}
+            state.add_replicated(averages, parts.communicator.rank, parts.communicator.world_size)
+        add_rank_state(state, self._stateful(), parts.communicator.rank)
+        save_run(
+            self._store,
+            at.update,
+            state,
+            progress,
+            parts.communicator,
+            score=score,
+            wait=not config.async_save,
+        )
 
-        def write(directory: Path) -> None:
-            parts.engine.save(directory, progress)
-            save_rank_state(directory, self._stateful(), parts.communicator.rank)
+    def finish(self) -> None:
+        """Waits until the last checkpoint is in place; every rank must call it.
 
-        self._store.save(at.update, write, score=score)
+        Raises:
+            JobError: it could not be written; raised on every rank.
+        """
+        self._store.finish()
 
-    def resume(self, *, num_images: int) -> tuple[Position, list[str]]:
+    def resume(self, *, num_images: int, skip_damaged: bool) -> tuple[Position, list[str]]:
         """Goes to where the last checkpoint stands; every rank must call it.
 
         Args:
             num_images: of the training split.
+            skip_damaged: take the newest checkpoint that is not damaged; else a damaged one is an error.
 
         Returns:
             Where the run stands, and what the user should know about it.
@@ -61,36 +80,76 @@ class RunCheckpoints:
             JobError: there is no checkpoint, or it does not fit this run; raised on every rank.
         """
         parts = self._parts
-        path = self.latest()
+        saved, notes = self._newest(skip_damaged=skip_damaged)
         with parts.communicator.fail_together():
-            if path is None:
-                raise ValueError(
-                    f"--resume: {self._output} has no complete checkpoint; start anew with another --output"
-                )
-            progress = parts.engine.load(path)
-            at = Position.from_dict(progress)
+            at = _position(saved)
             if at.num_images != num_images:
                 raise ValueError(
                     f"--resume: the training split had {at.num_images} images and has {num_images} now: "
                     "the order of images cannot be continued"
                 )
-            parts.schedules.load_state_dict(progress["schedules"])
-            if (progress["ema"] is None) != (parts.average is None):
+            if saved.progress.get("ema") != (parts.average is not None):
                 raise ValueError("--resume: ema_decay cannot be switched on or off within a run")
+        parts.engine.load_state(saved)
+        with parts.communicator.fail_together():
+            parts.schedules.load_state_dict(saved.progress["schedules"])
             if parts.average:
-                parts.average.load_state_dict(progress["ema"])
+                for name, tensor in parts.average.parameters():
+                    tensor.copy_(saved.whole(EXTRA, _ema(name)))
             same_ranks = load_rank_state(
-                path, self._stateful(), parts.communicator, seed=parts.config.seed, update=at.update
+                saved, self._stateful(), parts.communicator, seed=parts.config.seed, update=at.update
             )
-        notes = [
-            f"resuming from {path}: {at.update} updates, {at.images} training images in {at.epoch} whole epochs"
-        ]
+        notes.append(
+            f"resuming from {saved.where}: {at.update} updates, {at.images} training images in {at.epoch} whole epochs"
+        )
+        before, ranks = saved.manifest.engine, saved.manifest.world_size
+        if before != parts.engine.kind:
+            notes.append(f"saved by the engine {before}, going on with {parts.engine.kind}")
         if not same_ranks:
             notes.append(
-                "on another number of ranks: the same images in the same order, but other random numbers in the network"
+                f"on another number of ranks than {ranks}: the same images in the same order, but other random numbers "
+                "in the network"
             )
         return at, notes
+
+    def _newest(self, *, skip_damaged: bool) -> tuple[SavedRun, list[str]]:
+        """The newest checkpoint, every byte of it checked by one of the ranks; what was skipped. Collective."""
+        communicator = self._parts.communicator
+        complete = communicator.from_rank_0(self._store.complete())
+        notes: list[str] = []
+        for path in reversed(complete):
+            damage: list[str] = []
+            saved = None
+            try:
+                saved = SavedRun(path)
+                for shard in list(saved.manifest.shards)[communicator.rank :: communicator.world_size]:
+                    damage += saved.damage(shard)
+            except ValueError as error:
+                damage.append(str(error))
+            found = sorted({line for lines in communicator.all_gather_object(damage) for line in lines})
+            if not found:
+                assert saved is not None
+                return saved, notes
+            if not skip_damaged:
+                raise JobError(
+                    "--resume: "
+                    + "\n".join(found)
+                    + "\n(--skip_damaged goes on from the newest checkpoint that is not damaged)"
+                )
+            notes += [f"skipped {path}: {line}" for line in found]
+        nothing = f"--resume: {self._output} has no complete checkpoint; start anew with another --output"
+        raise JobError("\n".join([*notes, nothing]))
 
     def _stateful(self) -> dict[str, nn.Module]:
         parts = self._parts
         return {"model": parts.model, **({"ema": parts.average.module} if parts.average else {})}
+
+
+def _ema(name: str) -> str:
+    return f"ema {name}"
+
+
+def _position(saved: SavedRun) -> Position:
+    if "position" not in saved.progress or "schedules" not in saved.progress:
+        raise ValueError(f"--resume: {saved.where} was not saved by arsg-imagenet")
+    return Position.from_dict(saved.progress["position"])

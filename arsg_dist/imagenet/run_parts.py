@@ -26,6 +26,7 @@ class Job:
         engine: what distributes the training.
         output: the run's directory.
         resume: continue the run in `output`.
+        skip_damaged: with `resume`: continue from the newest checkpoint that is not damaged.
         deepspeed_config: path of a DeepSpeed JSON config, for the engine "deepspeed".
         max_updates: end after this many weight updates of the whole run, inside an epoch or not, without validation
             and checkpoint of an epoch that is not finished; None for the recipe's end.
@@ -36,6 +37,7 @@ class Job:
     resume: bool = False
     deepspeed_config: str | None = None
     max_updates: int | None = None
+    skip_damaged: bool = False
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,9 @@
 import argparse
 import sys
 
-from arsg_dist.launch import check_config, doctor, launch
+from arsg_dist.launch import check_config, checkpoint, doctor, launch
 
-_SUBCOMMANDS = {"check-config": check_config, "doctor": doctor, "launch": launch}
+_SUBCOMMANDS = {"check-config": check_config, "checkpoint": checkpoint, "doctor": doctor, "launch": launch}
 
 
 def main(arguments: list[str] | None = None) -> None:

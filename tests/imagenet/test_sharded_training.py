@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from arsg_dist.checkpoint import SavedRun
+from arsg_dist.engine.state import PARAMETER
 from tests.support.compare import assert_same_weights
 from tests.support.launchers import launch
 
@@ -21,8 +23,8 @@ def train(engine: str, *arguments: object) -> None:
 
 
 def model_at(checkpoint: Path) -> dict[str, torch.Tensor]:
-    state = torch.load(checkpoint / "replicated.pt", weights_only=True)["model"]
-    return {name: tensor for name, tensor in state.items() if name.endswith(("weight", "bias"))}
+    saved = SavedRun(checkpoint)
+    return {name: saved.whole(PARAMETER, name) for name in saved.parameters}
 
 
 def test_sharded_training_equals_replicated_and_resumes_its_checkpoint(
