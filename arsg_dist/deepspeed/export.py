@@ -40,11 +40,11 @@ def export(source: Any, path: str | Path, at: Point = "x", dtype: torch.dtype = 
         OSError: rank 0 cannot write; from an engine, JobError on every rank.
         RuntimeError: θ is asked for and the optimizer's state is incomplete, or inside `base_iterate`.
     """
+    check_arguments(at, dtype)
     path = Path(path)
     if isinstance(source, str | Path):
         export_saved(read_checkpoint(source), path, at, dtype)
         return
-    check_arguments(at, dtype)
     optimizer_of(source)._refuse_at_base_iterate("export")
     layout, tensors = _engine_tensors(source, at, dtype)
     communicator = TorchCommunicator(source.device)

@@ -195,6 +195,8 @@ class ShardedCheckpoint(SavedCheckpoint):
 
     def entries(self, name: str) -> set[str]:
         """See `SavedState`."""
+        if name not in self._parts:  # frozen
+            return set()
         flat, rank, _ = self._parts[name][0]
         return set(flat.states[rank])
 
