@@ -204,6 +204,8 @@ def test_host_lists_are_checked(tmp_path: Path) -> None:
         ("slurm", ["--through", "horovodrun"], "Horovod programs only"),
         ("horovodrun-elastic", ["--min-ranks", "9"], "--max-ranks 5"),
         ("mpijob", ["--job-name", "Up_per"], "lower-case"),
+        ("trainjob", ["--job-name", "1st"], "begin with a letter"),
+        ("pytorchjob", ["--job-name", "a" * 51], "at most 50"),
         ("local", ["--ranks-per-node", "0"], "at least 1"),
     ],
 )  # fmt: skip
@@ -260,9 +262,21 @@ def test_manifests_ask_for_the_right_number_of_pods_and_ranks() -> None:
     assert launcher["command"][launcher["command"].index("-np") + 1] == "8"
     assert mpi["spec"]["mpiReplicaSpecs"]["Worker"]["replicas"] == 2
     train = json.loads(texts(plan("trainjob")))["spec"]["trainer"]
-    assert train["numNodes"] == 2
+    assert (train["numNodes"], train["numProcPerNode"]) == (2, 4)
     assert train["resourcesPerNode"] == {"limits": {"nvidia.com/gpu": 4}}
     assert "resourcesPerNode" not in json.loads(texts(plan("trainjob", "--cpu")))["spec"]["trainer"]
+
+
+def test_a_trainjob_runs_in_the_directory_asked_for() -> None:
+    """Catches relative paths that are looked up in the image's own working directory: a TrainJob has no such field."""
+    command = json.loads(texts(plan("trainjob", "--directory", "/data/my job")))["spec"]["trainer"]["command"]
+    assert command[:2] == ["env", "--chdir=/data/my job"]
+
+
+def test_a_site_profile_adds_to_what_the_target_needs() -> None:
+    """Catches a job whose ranks lack their environment because a profile has mpiexec options of its own."""
+    script = texts(plan("pbs", "--profile", "polaris"))
+    assert "mpiexec --envall --cpu-bind depth -d 16 -n 8 --ppn 4" in script
 
 
 def test_a_command_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,8 +11,11 @@ from arsg_dist.launch.profiles import Profile
 from arsg_dist.launch.targets.base import Target, rank_environment
 from arsg_dist.launch.targets.mpirun import mpirun_options
 
-_NAME = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
-_NOT_RUN = "checked for its structure only; not applied to a cluster yet"
+_NAMESPACE = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
+# A TrainJob's name begins with a letter; all operators name pods and services after the job, NAME-worker-12, of at most
+# 63 characters.
+_NAME = re.compile(r"[a-z]([-a-z0-9]{0,48}[a-z0-9])?")
+_NOT_RUN = "compared with the operators' published types only; not applied to a cluster yet"
 
 
 class _Manifest(Target):
@@ -29,9 +32,15 @@ class _Manifest(Target):
 
     def plan(self, job: Job, profile: Profile, options: argparse.Namespace) -> Plan:
         """Plans `kubectl apply` of a manifest. JSON is YAML, and needs no quoting rules of its own."""
-        for option, value in (("--job-name", options.job_name), ("--namespace", options.namespace)):
-            if not _NAME.fullmatch(value):
-                raise ValueError(f"{option} {value!r} must be lower-case letters, digits and '-', at most 63")
+        if not _NAME.fullmatch(options.job_name):
+            raise ValueError(
+                f"--job-name {options.job_name!r} must be lower-case letters, digits and '-', begin with a letter, and "
+                "be at most 50 long: pods are named after it"
+            )
+        if not _NAMESPACE.fullmatch(options.namespace):
+            raise ValueError(
+                f"--namespace {options.namespace!r} must be lower-case letters, digits and '-', at most 63"
+            )
         path = job.directory / f"arsg_{self.name}.json"
         manifest = self.manifest(job, options)
         manifest["metadata"] = {"name": options.job_name, "namespace": options.namespace}
@@ -158,8 +167,17 @@ class TrainJob(_Manifest):
         """The TrainJob; the runtime's pod template holds volumes, so /dev/shm is set up there."""
         trainer: dict[str, Any] = {
             "image": options.image,
-            "command": [job.python, "-m", "torch.distributed.run", *job.program],
+            # A TrainJob has no working directory of its own.
+            "command": [
+                "env",
+                f"--chdir={job.directory}",
+                job.python,
+                "-m",
+                "torch.distributed.run",
+                *job.program,
+            ],
             "numNodes": job.nodes,
+            "numProcPerNode": job.ranks_per_node,  # else as many as there are GPUs, or CPUs
             "env": _variables(rank_environment(job)),
         }
         if job.gpus_per_rank:

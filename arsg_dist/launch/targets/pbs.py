@@ -42,7 +42,7 @@ class Pbs(Target):
         lines += exports(rank_environment(job))
         lines += first_host('head -n1 "$PBS_NODEFILE"', "${PBS_JOBID%%.*}")
         lines += program_lines(job)
-        mpiexec = [*profile.mpiexec] or ["--envall"]
+        mpiexec = ["--envall", *profile.mpiexec]
         mpiexec += ["-n", str(job.ranks), "--ppn", str(job.ranks_per_node)]
         lines += [f'mpiexec {shlex.join(mpiexec)} --hostfile="$PBS_NODEFILE" "${{program[@]}}"']
         return Plan(
