@@ -12,7 +12,7 @@ from tests.support.launchers import REPOSITORY, Finished
 
 NETWORK = "10.77.0"
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-_TOOLS = ("ip", "nsenter", "unshare", "sshd", "ssh", "ssh-keygen")
+_TOOLS = ("ip", "tc", "nsenter", "unshare", "sshd", "ssh", "ssh-keygen")
 
 
 def why_not() -> str | None:
@@ -129,6 +129,20 @@ class Cluster:
     def join(self, name: str) -> None:
         """Ends `cut`."""
         self._port(name, "up")
+
+    def limit(self, megabits: int) -> None:
+        """Lets every cable carry at most this many Mbit/s in each direction (a token bucket at either end); 0: any."""
+        # A bucket below a segment of the sender's (64 kB) or below what is due between two wake-ups loses throughput.
+        burst = 64 if megabits < 500 else 256
+        for number, name in enumerate(self.names, start=1):
+            for space, device in ((self._space(name), "eth0"), (f"{self._prefix}sw", f"p{number}")):
+                tc = ["tc", "-n", space, "qdisc"]
+                subprocess.run(
+                    [*tc, "del", "dev", device, "root"], capture_output=True, env={"PATH": SYSTEM_PATH}
+                )
+                if megabits:
+                    rate = ["rate", f"{megabits}mbit", "burst", f"{burst}kb", "latency", "50ms"]
+                    _run(*tc, "add", "dev", device, "root", "tbf", *rate)
 
     def write_hosts_file(self, name: str, extra: str = "") -> None:
         """Writes a host's /etc/hosts, with lines of `extra` before the ordinary ones."""
