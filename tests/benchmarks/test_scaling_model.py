@@ -106,9 +106,10 @@ def test_ranks_that_do_not_fill_nodes_are_refused() -> None:
         seconds(cluster(1, 1), Exchange("all_gather", 1, 1, "nothing"), 12)
 
 
-def test_calibration_finds_the_figures_that_made_the_data() -> None:
+@pytest.mark.parametrize("noise", [0.0, 0.01])
+def test_calibration_finds_the_figures_that_made_the_data(noise: float) -> None:
     """Catches a feature that is computed otherwise for fitting than for predicting, or a mixed-up column."""
-    noise = random.Random(0)
+    order = random.Random(0)
     true = {"all_reduce": Cost(5e-4, 1.1, 1.5e-9), "all_gather": Cost(2e-4, 1.4, 0.4e-9)}
     behaviour = Behaviour(0.02, 0.6)
     collectives, steps = [], []
@@ -118,18 +119,24 @@ def test_calibration_finds_the_figures_that_made_the_data() -> None:
                 for size in (1 << 14, 1 << 20, 1 << 23):
                     row = scaling_fit.Row("torch", hosts, 1, rate, f"{operation} {size}", 1.0)
                     time = seconds(scaling_fit.rehearsal(row, true), scaling_fit.exchange_of(row), row.ranks)
-                    collectives.append(dataclasses.replace(row, measured=time * noise.uniform(0.99, 1.01)))
+                    collectives.append(
+                        dataclasses.replace(row, measured=time * order.uniform(1 - noise, 1 + noise))
+                    )
             row = scaling_fit.Row("torch", hosts, 1, rate, "zero1", 1.0)
             time = step_seconds("zero1", scaling_fit.LOAD, scaling_fit.rehearsal(row, true), hosts, behaviour)
-            steps.append(dataclasses.replace(row, measured=time * noise.uniform(0.995, 1.005)))
+            steps.append(dataclasses.replace(row, measured=time * order.uniform(1 - noise, 1 + noise)))
     costs, behaviours = scaling_fit.calibrate(collectives, steps)
+    _, steps = scaling_fit.predicted(collectives, steps, costs, behaviours)
+    assert all(abs(row.error) <= 5 * noise + 1e-6 for row in steps)
+    slack = 20 * noise + 1e-6
     for operation, cost in true.items():
         found = costs["torch"][operation]
-        assert found.latency == pytest.approx(cost.latency, rel=0.1)
-        assert found.slowdown == pytest.approx(cost.slowdown, rel=0.05)
-        assert found.handling == pytest.approx(cost.handling, rel=0.3)
-    assert behaviours["torch zero1"].overhead == pytest.approx(0.02, rel=0.2)
-    assert behaviours["torch zero1"].overlap == pytest.approx(0.6, abs=0.1)
+        assert found.latency == pytest.approx(cost.latency, rel=slack)
+        assert found.slowdown == pytest.approx(cost.slowdown, rel=slack)
+        assert found.handling == pytest.approx(cost.handling, rel=2 * slack)
+    if not noise:  # overhead and overlap trade for one another as soon as the collectives are a little off
+        assert behaviours["torch zero1"].overhead == pytest.approx(behaviour.overhead, rel=1e-4)
+        assert behaviours["torch zero1"].overlap == pytest.approx(behaviour.overlap, rel=1e-4)
 
 
 def test_the_model_describes_the_measurements_it_was_not_fitted_to() -> None:
