@@ -17,11 +17,14 @@ FEATURES = [
     *("--optimizer.decay_norm_and_bias", "false", "--zero_init_gamma", "true", "--channels_last", "true"),
     *("--optimizer.params", "{lr: 0.002, mu: 0.05, weight_decay: 0.01}", "--boost.milestones", "[1]"),
     *("--data.progressive", "{start_size: 10, end_epoch: 1, multiple: 2}"),
+    # 120 images: the last of the five updates has 8 of 28. And the weights compared are θ.
+    *("--batch_size", "28", "--evaluate_at", "theta"),
 ]
 ENGINES = {
     "zero1": ("deepspeed", ["--deepspeed_config", "configs/deepspeed/zero1.json", "--ema_decay", "0.9"]),
     "zero3": ("deepspeed", ["--deepspeed_config", "configs/deepspeed/zero3.json"]),
     "horovod": ("mpirun", ["--engine", "horovod", "--ema_decay", "0.9"]),
+    "horovod-sharded": ("mpirun", ["--engine", "horovod-sharded", "--ema_decay", "0.9"]),
 }
 FP16 = [
     "--precision",
@@ -44,7 +47,8 @@ def parameters(path: Path) -> dict[str, torch.Tensor]:
 def test_two_ranks_train_as_one_process_does(
     engine: str, extra: list[str], recipe: list[str], tmp_path: Path
 ) -> None:
-    """Catches a feature lost on the way into an engine: parameter groups, μ after the boost, EMA, mixing, clipping."""
+    """Catches a feature lost on the way into an engine: parameter groups, μ after the boost, EMA, mixing, clipping, θ;
+    and a last batch that is not full with another weight than on one process."""
     launcher, options = ENGINES[engine]
     job = launch(launcher, 2, SCRIPT, *recipe, *FEATURES, *extra, *options)
     assert job.code == 0, job.output[-5000:]
