@@ -7,6 +7,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine as _Engine
 from deepspeed.runtime.zero import utils as zero_utils
 
@@ -33,6 +34,7 @@ def register() -> None:
     """
     if ARSG not in zero_utils.ZERO_SUPPORTED_OPTIMIZERS:
         zero_utils.ZERO_SUPPORTED_OPTIMIZERS.append(ARSG)
+    wrap_once(DeepSpeedConfig, "_initialize_params", _with_params_looked_at)
     wrap_once(_Engine, "_is_supported_optimizer", _with_arsg_known)
     wrap_once(_Engine, "_configure_basic_optimizer", _with_arsg_built)
     wrap_once(_Engine, "_do_sanity_check", _with_arsg_check)
@@ -51,9 +53,11 @@ def arsg_factory(params: Any, source: str) -> "functools.partial[ARSG]":
         source: what messages call the config.
 
     Raises:
-        ValueError: a value is still "auto".
+        ValueError: a value is still "auto", or `params` are no settings.
     """
     params = params or {}
+    if params != AUTO and not isinstance(params, dict):
+        raise ValueError(f"{source} has optimizer.params = {params!r}, which must be an object of settings")
     left = ["optimizer.params"] if params == AUTO else [key for key in params if params[key] == AUTO]
     if left:
         raise ValueError(
@@ -61,6 +65,18 @@ def arsg_factory(params: Any, source: str) -> "functools.partial[ARSG]":
             "eps and weight_decay, arsg-imagenet all of them): write a value, or leave it out for ARSG's default"
         )
     return functools.partial(ARSG, **params)
+
+
+def _with_params_looked_at(method: Method) -> Method:
+    """DeepSpeed looks for keys in whatever optimizer.params is, and fails without saying where."""
+
+    def _initialize_params(config: Any, param_dict: dict[str, Any]) -> None:
+        section = param_dict.get("optimizer") or {}
+        if section.get("type") == "ARSG" and not isinstance(section.get("params"), dict):
+            arsg_factory(section.get("params"), "the DeepSpeed config")
+        method(config, param_dict)
+
+    return _initialize_params
 
 
 def _with_arsg_known(method: Method) -> Method:

@@ -1,9 +1,6 @@
 """`arsg-dist launch TARGET ... -- SCRIPT ...`: starts a program on one or many machines."""
 
 import argparse
-import os
-import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,6 +8,7 @@ from arsg_dist.engine.exit_codes import BAD_INPUT
 from arsg_dist.launch.job import Host, Job, Plan, check_environment, parse_hosts, read_hostfile
 from arsg_dist.launch.profiles import load_profile, profile_names
 from arsg_dist.launch.targets import TARGETS, Target
+from arsg_dist.launch.watch import run_watched
 
 SUMMARY = "start a training on this machine, a list of hosts, or through a scheduler"
 
@@ -136,37 +134,8 @@ def _execute(plan: Plan, directory: Path) -> int:
     for note in plan.notes:
         print(f"note: {note}", file=sys.stderr)  # noqa: T201
     try:
-        code = _run(plan, directory)
+        return run_watched(plan.command, plan.failure_text, directory=directory, environment=plan.environment)
     except FileNotFoundError:
         raise ValueError(
             f"{plan.command[0]} is not on PATH here; --dry-run shows what would be executed"
         ) from None
-    return 128 - code if code < 0 else code
-
-
-def _run(plan: Plan, directory: Path) -> int:
-    """The command's exit code, or 1 for a 0 that is contradicted by what it said. Signals are passed on to it."""
-    sought, tail, failed = plan.failure_text.encode(), b"", False
-    watched = subprocess.PIPE if sought else None
-    with subprocess.Popen(
-        plan.command, cwd=directory, env=os.environ | plan.environment, stderr=watched
-    ) as process:
-        before = {
-            number: signal.signal(number, lambda received, frame: process.send_signal(received))
-            for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-        }
-        # A terminal sends ^C to both.
-        before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        try:
-            while process.stderr is not None and (chunk := os.read(process.stderr.fileno(), 65536)):
-                os.write(sys.stderr.fileno(), chunk)
-                failed = failed or sought in tail + chunk
-                tail = (tail + chunk)[-len(sought) :]
-            process.wait()
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-    if failed and process.returncode == 0:
-        print(f"error: {plan.command[0]} exited with 0, but {plan.failure_text}", file=sys.stderr)  # noqa: T201
-        return 1
-    return process.returncode

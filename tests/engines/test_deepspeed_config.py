@@ -3,6 +3,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from deepspeed.runtime.config import DeepSpeedConfig
 
 from arsg_dist.deepspeed import check_config, resolve_config
 from tests.support.launchers import REPOSITORY
@@ -126,3 +127,13 @@ def test_what_cannot_work_with_arsg_is_refused_with_the_reason(config: dict[str,
 def test_what_works_is_not_refused(config: dict[str, Any]) -> None:
     """Catches a check that minds more than it should."""
     check_config(config)
+
+
+@pytest.mark.parametrize(
+    ("params", "message"), [("auto", 'has "auto" for optimizer.params'), ([0.1], "must be an object")]
+)
+def test_params_that_are_no_settings_are_refused_by_deepspeed(params: Any, message: str) -> None:
+    """Catches a config straight to DeepSpeed that dies of an AttributeError inside it."""
+    with pytest.raises(ValueError, match=message):
+        DeepSpeedConfig({"train_batch_size": 1, "optimizer": {"type": "ARSG", "params": params}})
+    DeepSpeedConfig({"train_batch_size": 1, "optimizer": {"type": "ARSG"}})

@@ -337,3 +337,31 @@ def test_a_lost_host_is_a_failure_whatever_mpirun_says(
     assert f"PRTE has {text}\n" in captured.err
     assert captured.out == "out\n"
     assert ("error: mpirun exited with 0" in captured.err) == bool(code)
+
+
+@pytest.mark.parametrize("target", ["slurm --through mpirun", "lsf", "pbs"])
+def test_a_lost_host_is_a_failure_of_a_batch_job(target: str, tmp_path: Path) -> None:
+    """Catches a batch script that calls Open MPI 5 without the check, so that the scheduler counts the job as done."""
+    fakes = {
+        "mpirun": "echo 'PRTE has lost communication with a remote daemon' >&2",
+        "scontrol": "echo node1",
+    }
+    for name, body in (fakes | {"mpiexec": fakes["mpirun"]}).items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "hosts").write_text("node1\n")
+    options = parse(
+        *target.split(), "--engine", "horovod", "--nodes", "1", "--ranks-per-node", "2", "--directory", str(tmp_path),
+        "--", *PROGRAM,
+    )  # fmt: skip
+    (script,) = launch.make_plan(options).files.values()
+    variables = {
+        "SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "node1", "LSB_JOBID": "1", "PBS_JOBID": "1.server",
+        "LSB_DJOB_HOSTFILE": str(tmp_path / "hosts"), "PBS_NODEFILE": str(tmp_path / "hosts"),
+        "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(REPOSITORY),
+    }  # fmt: skip
+    done = subprocess.run(
+        ["bash", "-c", script], env=os.environ | variables, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "exited with 0, but lost communication" in done.stderr

@@ -12,7 +12,8 @@ from arsg_dist.launch.job import Host, Job, Plan, hostfile
 from arsg_dist.launch.profiles import Profile
 from arsg_dist.launch.quoting import for_pdsh, require_plain
 from arsg_dist.launch.targets.base import Target, rank_environment
-from arsg_dist.launch.targets.mpirun import LOST_HOST, add_meeting_point, meeting_point, mpirun_options
+from arsg_dist.launch.targets.mpirun import add_meeting_point, meeting_point, mpirun_options
+from arsg_dist.launch.watch import LOST_HOST
 
 HOSTFILE = "arsg_hosts"
 ENVIRONMENT = "arsg_deepspeed_env"

@@ -9,7 +9,14 @@ from arsg_dist.launch.job import Job, Plan
 from arsg_dist.launch.profiles import Profile
 from arsg_dist.launch.targets.base import Target, rank_environment
 from arsg_dist.launch.targets.mpirun import INHERITED, mpirun_options
-from arsg_dist.launch.targets.script import add_batch_arguments, exports, first_host, program_lines, word
+from arsg_dist.launch.targets.script import (
+    add_batch_arguments,
+    exports,
+    first_host,
+    program_lines,
+    watched,
+    word,
+)
 
 SCRIPT = "arsg_job.lsf"
 
@@ -67,7 +74,7 @@ class Lsf(Target):
             lines += [
                 *exports(detection.open_mpi_daemons(job.detect_seconds)),
                 f"hosts=$({hosts} | sed 's/$/:{job.ranks_per_node}/' | paste -sd,)",
-                f'mpirun {flags} -H "$hosts" -np {job.ranks} "${{program[@]}}"',
+                f'{watched(job, "mpirun")} {flags} -H "$hosts" -np {job.ranks} "${{program[@]}}"',
             ]
         return Plan(
             command=("sh", "-c", f"bsub < {shlex.quote(str(path))}"),

@@ -8,13 +8,10 @@ from arsg_dist.launch import detection
 from arsg_dist.launch.job import Host, Job, Plan
 from arsg_dist.launch.profiles import Profile
 from arsg_dist.launch.targets.base import Target, rank_environment
+from arsg_dist.launch.watch import LOST_HOST
 
 # What ranks on other hosts need of the launcher's own environment, if it is set.
 INHERITED = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH")
-
-
-# Open MPI 5.0.11 exits with 0 when it has lost a host; seen on rehearsal hosts whose network was cut.
-LOST_HOST = "lost communication with a remote daemon"
 
 
 def mpirun_options(as_root: bool) -> list[str]:

@@ -7,7 +7,14 @@ from typing import ClassVar
 from arsg_dist.launch.job import Job, Plan
 from arsg_dist.launch.profiles import Profile
 from arsg_dist.launch.targets.base import Target, rank_environment
-from arsg_dist.launch.targets.script import add_batch_arguments, exports, first_host, program_lines, word
+from arsg_dist.launch.targets.script import (
+    add_batch_arguments,
+    exports,
+    first_host,
+    program_lines,
+    watched,
+    word,
+)
 
 SCRIPT = "arsg_job.pbs"
 
@@ -44,7 +51,9 @@ class Pbs(Target):
         lines += program_lines(job)
         mpiexec = ["--envall", *profile.mpiexec]
         mpiexec += ["-n", str(job.ranks), "--ppn", str(job.ranks_per_node)]
-        lines += [f'mpiexec {shlex.join(mpiexec)} --hostfile="$PBS_NODEFILE" "${{program[@]}}"']
+        lines += [
+            f'{watched(job, "mpiexec")} {shlex.join(mpiexec)} --hostfile="$PBS_NODEFILE" "${{program[@]}}"'
+        ]
         return Plan(
             command=("qsub", str(path)),
             files={path: "\n".join(lines) + "\n"},

@@ -4,6 +4,7 @@ import argparse
 import re
 import shlex
 
+from arsg_dist.launch import watch
 from arsg_dist.launch.job import Job
 
 _WORD = re.compile(r"[A-Za-z0-9_@%+=:,./\[\]*-]+")
@@ -40,6 +41,11 @@ def word(value: str, option: str) -> str:
 def exports(environment: dict[str, str]) -> list[str]:
     """`export` lines."""
     return [f"export {name}={shlex.quote(value)}" for name, value in sorted(environment.items())]
+
+
+def watched(job: Job, launcher: str) -> str:
+    """`launcher` with the exit code of a failure when it lost a host, which Open MPI 5's own is not."""
+    return f"{shlex.quote(job.python)} -m {watch.__name__} {launcher}"
 
 
 def program_lines(job: Job) -> list[str]:

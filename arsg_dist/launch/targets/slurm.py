@@ -15,6 +15,7 @@ from arsg_dist.launch.targets.script import (
     exports,
     first_host,
     program_lines,
+    watched,
     word,
 )
 
@@ -109,7 +110,7 @@ class Slurm(Target):
             return [
                 *exports(detection.open_mpi_daemons(job.detect_seconds)),
                 'as_root=(); [ "$(id -u)" != 0 ] || as_root=(--allow-run-as-root)',
-                f'mpirun "${{as_root[@]}}" {flags} -np {job.ranks} "${{program[@]}}" &',
+                f'{watched(job, "mpirun")} "${{as_root[@]}}" {flags} -np {job.ranks} "${{program[@]}}" &',
             ]
         return [
             f'hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed "s/$/:{job.ranks_per_node}/" | paste -sd,)',
