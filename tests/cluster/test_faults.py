@@ -14,10 +14,12 @@ pytestmark = [pytest.mark.cluster, pytest.mark.ranks, pytest.mark.slow]
 
 JOB = str(REPOSITORY / "tests/support/endless_job.py")
 # Each on hosts of its own pair would need more cores; sharing the hosts, all see the same fault.
-STACKS = {
-    "deepspeed-pdsh": ("deepspeed", []),
-    "mpirun": ("horovod", ["--engine", "horovod"]),
-    "horovodrun": ("horovod", []),
+STACKS = {  # name: target, engine, options
+    "deepspeed-pdsh": ("deepspeed-pdsh", "deepspeed", []),
+    "deepspeed-openmpi": ("deepspeed-openmpi", "deepspeed", ["--master-port", "29501"]),
+    "mpirun-deepspeed": ("mpirun", "deepspeed", ["--engine", "deepspeed", "--master-port", "29502"]),
+    "mpirun-horovod": ("mpirun", "horovod", ["--engine", "horovod"]),
+    "horovodrun": ("horovodrun", "horovod", []),
 }
 
 
@@ -25,17 +27,17 @@ def started(cluster: Cluster, tmp_path: Path) -> dict[str, Running]:
     """One job of every stack, with a rank on node1 and one on node4, all working."""
     jobs: dict[str, Running] = {}
     try:
-        for target, (engine, options) in STACKS.items():
-            folder = tmp_path / target
+        for stack, (target, engine, options) in STACKS.items():
+            folder = tmp_path / stack
             folder.mkdir()
             program = [JOB, engine, str(folder)]
             hosts = ["--hosts", "node1:1,node4:1"]
-            jobs[target] = start(cluster, target, *hosts, *options, program=program, directory=folder)
-        for target, job in jobs.items():
+            jobs[stack] = start(cluster, target, *hosts, *options, program=program, directory=folder)
+        for stack, job in jobs.items():
             end = time.monotonic() + 240
-            while len([path for path in (tmp_path / target).iterdir() if path.name in ("0", "1")]) < 2:
+            while len([path for path in (tmp_path / stack).iterdir() if path.name in ("0", "1")]) < 2:
                 if job.ended() or time.monotonic() > end:
-                    pytest.fail(f"{target} did not come up:\n{job.stop()[-5000:]}")
+                    pytest.fail(f"{stack} did not come up:\n{job.stop()[-5000:]}")
                 time.sleep(0.2)
     except BaseException:
         restart(cluster, jobs, ["node1", "node4"])
@@ -65,14 +67,14 @@ def ends(jobs: dict[str, Running], cluster: Cluster, seconds: float) -> None:
     since = time.monotonic()
     running = dict(jobs)
     while running and time.monotonic() < since + seconds:
-        for target in [target for target, job in running.items() if job.ended()]:
-            finished = running.pop(target).wait(10)
-            print(f"{target}: ended {time.monotonic() - since:.0f} s after the fault")
-            assert finished.code != 0, f"{target} ended as if all were well:\n{finished.output[-3000:]}"
+        for stack in [stack for stack, job in running.items() if job.ended()]:
+            finished = running.pop(stack).wait(10)
+            print(f"{stack}: ended {time.monotonic() - since:.0f} s after the fault")
+            assert finished.code != 0, f"{stack} ended as if all were well:\n{finished.output[-3000:]}"
         time.sleep(0.5)
-    still = {target: job.stop() for target, job in running.items()}
+    still = {stack: job.stop() for stack, job in running.items()}
     assert not still, "\n".join(
-        f"{target} was still running:\n{output[-3000:]}" for target, output in still.items()
+        f"{stack} was still running:\n{output[-3000:]}" for stack, output in still.items()
     )
     end = time.monotonic() + 30
     while left := left_on(cluster, "node1"):

@@ -8,6 +8,7 @@ import pytest
 from tests.cluster.rehearsal import NETWORK, Cluster
 from tests.cluster.starts import start
 from tests.cluster.test_launchers import assert_weights_of_one_process, program
+from tests.support.launchers import REPOSITORY
 
 pytestmark = [pytest.mark.cluster, pytest.mark.ranks, pytest.mark.slow]
 
@@ -50,3 +51,17 @@ def test_gloo_works_once_told_the_interface(ill_configured: Cluster, tmp_path: P
     ).wait(240)
     assert job.code == 0, job.output[-5000:]
     assert_weights_of_one_process(output, job.output)
+
+
+def test_the_doctor_names_both(ill_configured: Cluster, tmp_path: Path) -> None:
+    """Catches a diagnosis that cannot be made on the hosts that need it, or that does not see what is wrong there."""
+    doctor = [str(REPOSITORY / "arsg_dist/launch/cli.py"), "doctor", "--max-mib", "1"]
+    remedy = ["--env", f"OMPI_MCA_btl_tcp_if_include={NETWORK}.0/24"]
+    job = start(
+        ill_configured, "mpirun", "--engine", "horovod", *HOSTS, *remedy,
+        program=doctor, directory=tmp_path, on="node2",
+    ).wait(240)  # fmt: skip
+    said = " ".join(job.output.split())
+    assert job.code == 1, job.output[-5000:]
+    assert "docker0 has the same address 172.17.0.1 on node2, node3" in said, job.output[-5000:]
+    assert "node2, node3: the own name resolves to 127.0.1.1" in said, job.output[-5000:]

@@ -18,6 +18,28 @@ pytestmark = [pytest.mark.cluster, pytest.mark.ranks, pytest.mark.slow]
 NODES = ["--nodes", "2", "--ranks-per-node", "1", "--engine", "deepspeed", "--time", "10"]
 
 
+def small_training(tmp_path: Path, epochs: int) -> list[str]:
+    """arsg-imagenet under DeepSpeed on a few digits, three updates per epoch."""
+    if not (tmp_path / "small").exists():
+        digits_tree(tmp_path / "digits")
+        for split, count in (("train", 12), ("val", 4)):
+            for digit in "036":
+                target = tmp_path / "small" / split / digit
+                target.mkdir(parents=True)
+                for path in sorted((tmp_path / "digits" / split / digit).iterdir())[:count]:
+                    shutil.copy(path, target)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"data: {{root: {tmp_path}/small, augmentation: crop, image_size: 16, crop_size: 14, workers: 0}}\n"
+        "model: resnet20\nbatch_size: 12\nval_batch_size: 4\nlog_every: 1\n"
+        "optimizer: {type: ARSG, params: {lr: 0.01, mu: 0.1}}\n"
+    )
+    return [
+        str(REPOSITORY / "launch/train_imagenet.py"), "--config", str(recipe), "--epochs", str(epochs),
+        "--deepspeed_config", str(REPOSITORY / "configs/deepspeed/zero1.json"), "--output", str(tmp_path / "run"),
+    ]  # fmt: skip
+
+
 def submit_preemptible(cluster: Cluster, tmp_path: Path, steps: int) -> tuple[str, Path]:
     output = tmp_path / "run"
     output.mkdir()
@@ -136,25 +158,9 @@ def test_ranks_that_would_each_be_alone_are_refused(cluster: Cluster, tmp_path: 
 
 def test_the_training_program_goes_on_when_submitted_again(cluster: Cluster, tmp_path: Path) -> None:
     """Catches a recipe that works under the deepspeed launcher only, and a second submission that starts anew."""
-    digits_tree(tmp_path / "digits")
-    for split, count in (("train", 12), ("val", 4)):
-        for digit in "036":
-            target = tmp_path / "small" / split / digit
-            target.mkdir(parents=True)
-            for path in sorted((tmp_path / "digits" / split / digit).iterdir())[:count]:
-                shutil.copy(path, target)
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(
-        f"data: {{root: {tmp_path}/small, augmentation: crop, image_size: 16, crop_size: 14, workers: 0}}\n"
-        "model: resnet20\nbatch_size: 12\nval_batch_size: 4\nlog_every: 1\n"
-        "optimizer: {type: ARSG, params: {lr: 0.01, mu: 0.1}}\n"
-    )
     outputs = []
-    for epochs in ("1", "2"):
-        program = [
-            str(REPOSITORY / "launch/train_imagenet.py"), "--config", str(recipe), "--epochs", epochs,
-            "--deepspeed_config", str(REPOSITORY / "configs/deepspeed/zero1.json"), "--output", str(tmp_path / "run"),
-        ]  # fmt: skip
+    for epochs in (1, 2):
+        program = small_training(tmp_path, epochs)
         submitted = start(cluster, "slurm", *NODES, program=program, directory=tmp_path).wait(240)
         outputs.append(wait_for_batch_job(cluster, submitted, tmp_path))
         assert outputs[-1].code == 0, outputs[-1].output[-5000:]
@@ -162,3 +168,71 @@ def test_the_training_program_goes_on_when_submitted_again(cluster: Cluster, tmp
     assert [record["epoch"] for record in records if record["kind"] == "epoch"] == [1, 2]
     assert "resuming from" not in outputs[0].output
     assert ": 3 updates, 36 training images in 1 whole epochs" in outputs[1].output.replace("\n", " ")
+
+
+def test_the_training_program_saves_is_requeued_and_goes_on(cluster: Cluster, tmp_path: Path) -> None:
+    """Catches a signal that arsg-imagenet does not get through srun, and an exit code that does not requeue."""
+    epochs = 40
+    program = small_training(tmp_path, epochs)
+    submitted = start(cluster, "slurm", *NODES, program=program, directory=tmp_path).wait(240)
+    assert submitted.code == 0, submitted.output
+    job = submitted.output.split()[-1]
+    log, metrics = tmp_path / f"arsg-{job}.out", tmp_path / "run" / "metrics.jsonl"
+    end = time.monotonic() + 180
+    while not metrics.exists() or metrics.read_text().count("\n") < 5:
+        assert time.monotonic() < end, log.read_text()[-5000:] if log.exists() else "the job did not start"
+        time.sleep(0.2)
+    assert cluster.run_on("node1", ["scancel", "--batch", "--signal=USR1", job], timeout=60).code == 0
+    start_now(cluster, job)
+    finished = wait_for_batch_job(cluster, submitted, tmp_path)
+    assert finished.code == 0, finished.output[-5000:]
+    assert "saved: requeueing" in finished.output
+    assert "start 2" in finished.output
+    assert "resuming from" in finished.output
+    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert [r["epoch"] for r in records if r["kind"] == "epoch"] == list(range(1, epochs + 1))
+
+
+def test_a_host_lost_to_mpirun_fails_the_job(cluster: Cluster, tmp_path: Path) -> None:
+    """Catches a job that Slurm counts as done because Open MPI 5's mpirun exits with 0 after the loss of a host."""
+    nodes = [
+        "--nodes",
+        "2",
+        "--ranks-per-node",
+        "1",
+        "--engine",
+        "horovod",
+        "--time",
+        "10",
+        "--through",
+        "mpirun",
+    ]
+    program = [str(REPOSITORY / "tests/support/endless_job.py"), "horovod", str(tmp_path)]
+    submitted = start(
+        cluster,
+        "slurm",
+        *nodes,
+        "--sbatch=--no-requeue",
+        "--sbatch=--no-kill",
+        program=program,
+        directory=tmp_path,
+    ).wait(120)
+    assert submitted.code == 0, submitted.output
+    job = submitted.output.split()[-1]
+    end = time.monotonic() + 180
+    while not ((tmp_path / "0").exists() and (tmp_path / "1").exists()):
+        assert time.monotonic() < end, "".join(path.read_text() for path in tmp_path.glob("*.out"))[-5000:]
+        time.sleep(0.2)
+    shown = cluster.run_on("node1", ["scontrol", "show", "job", "-o", job], timeout=60).output
+    held = next(part for part in shown.split() if part.startswith("NodeList=")).partition("=")[2]
+    lost = cluster.run_on("node1", ["scontrol", "show", "hostnames", held]).output.split()[-1]
+    cluster.cut(lost)
+    try:
+        finished = wait_for_batch_job(cluster, submitted, tmp_path)
+        assert finished.code != 0, finished.output[-5000:]
+    finally:
+        cluster.run_on("node1", ["scancel", job], timeout=60)
+        cluster.join(lost)
+        cluster.kill(lost)
+        cluster.boot(lost)
+        slurm.restore(cluster, lost)

@@ -122,7 +122,7 @@ def run_as_batch_script(script: str, tmp_path: Path, launcher: str) -> list[str]
         "LSB_DJOB_HOSTFILE": str(tmp_path / "nodes"),
         "LSB_JOBID": "12",
     }
-    environment |= {"LD_LIBRARY_PATH": "", "PYTHONPATH": ""}
+    environment |= {"LD_LIBRARY_PATH": "", "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(["bash"], input=script, text=True, env=environment, capture_output=True, timeout=60)
     assert done.returncode == 0, done.stdout + done.stderr
     return list(json.loads(record.read_text()))
