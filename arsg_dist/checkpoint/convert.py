@@ -10,12 +10,12 @@ from torch import Tensor
 from arsg_dist.checkpoint.durable import sync
 from arsg_dist.checkpoint.saved_run import SavedRun
 from arsg_dist.checkpoint.writer import write_manifest, write_part
+from arsg_dist.engine.saved_state import SavedState
 from arsg_dist.engine.state import (
     BUFFER,
     PARAMETER,
     EngineState,
     Group,
-    SavedState,
     key_of,
     plain_settings,
     state_numbers,

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from arsg_dist.checkpoint.safetensors_file import write_safetensors
-from arsg_dist.engine.state import BUFFER, PARAMETER, SavedState, TensorSpec
+from arsg_dist.engine.saved_state import SavedState
+from arsg_dist.engine.state import BUFFER, PARAMETER, TensorSpec
 from arsg_dist.optim.base_iterate import base_iterate_point
 
 Point = Literal["x", "theta"]

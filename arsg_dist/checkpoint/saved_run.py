@@ -10,16 +10,8 @@ from torch import Tensor
 
 from arsg_dist.checkpoint.manifest import Manifest, StoredPiece, StoredTensor
 from arsg_dist.checkpoint.writer import digest_of, piece_name
-from arsg_dist.engine.state import (
-    BUFFER,
-    EXTRA,
-    PARAMETER,
-    SavedState,
-    TensorSpec,
-    from_order,
-    in_order,
-    key_of,
-)
+from arsg_dist.engine.saved_state import SavedState
+from arsg_dist.engine.state import BUFFER, EXTRA, PARAMETER, TensorSpec, from_order, in_order, key_of
 
 
 class SavedRun(SavedState):

@@ -19,13 +19,8 @@ from arsg_dist.deepspeed.load_saved import (
     publish,
 )
 from arsg_dist.deepspeed.repairs import Method, wrap_once
-from arsg_dist.deepspeed.saved import (
-    ARSG_SECTION,
-    UniversalCheckpoint,
-    load_lazily,
-    model_files,
-    settings_of,
-)
+from arsg_dist.deepspeed.saved import UniversalCheckpoint
+from arsg_dist.deepspeed.saved_files import ARSG_SECTION, load_lazily, model_files, settings_of
 from arsg_dist.deepspeed.shards import group_names, group_positions, swaps_to_nvme
 from arsg_dist.engine import TorchCommunicator
 from arsg_dist.optim import ARSG

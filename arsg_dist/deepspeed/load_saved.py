@@ -29,7 +29,8 @@ from arsg_dist.deepspeed.shards import (
     shapes_of,
     shards_of,
 )
-from arsg_dist.engine.state import BUFFER, PARAMETER, SavedState, restore_settings
+from arsg_dist.engine.saved_state import SavedState
+from arsg_dist.engine.state import BUFFER, PARAMETER, restore_settings
 from arsg_dist.optim import ARSG
 from arsg_dist.optim.state import MOMENTS, needs_step, restore_loaded
 

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from arsg_dist.deepspeed.saved import ARSG_SECTION, SavedCheckpoint, ShardedCheckpoint, resolve_tag
+from arsg_dist.deepspeed.saved import ShardedCheckpoint
+from arsg_dist.deepspeed.saved_files import ARSG_SECTION, SavedCheckpoint, resolve_tag
 
 FORMAT_VERSION = 1
 

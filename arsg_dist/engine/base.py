@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from arsg_dist.engine.communicator import Communicator
-from arsg_dist.engine.state import EngineState, SavedState
+from arsg_dist.engine.saved_state import SavedState
+from arsg_dist.engine.state import EngineState
 
 
 class Engine(ABC):

@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from arsg_dist.engine.saved_state import SavedState
 from arsg_dist.engine.state import (
     BUFFER,
     PARAMETER,
     EngineState,
     Group,
-    SavedState,
     key_of,
     plain_settings,
     restore_settings,

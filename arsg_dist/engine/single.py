@@ -10,7 +10,8 @@ from torch import nn
 from arsg_dist.engine.base import Engine
 from arsg_dist.engine.communicator import Communicator, SingleProcessCommunicator
 from arsg_dist.engine.replicated_state import load_replicated, replicated_state
-from arsg_dist.engine.state import EngineState, SavedState
+from arsg_dist.engine.saved_state import SavedState
+from arsg_dist.engine.state import EngineState
 from arsg_dist.optim import ARSG
 
 _SCALER = "GradScaler"

@@ -14,11 +14,11 @@ from arsg_dist.engine.replicated_state import (
     parameter_names,
     persistent_buffers,
 )
+from arsg_dist.engine.saved_state import SavedState
 from arsg_dist.engine.state import (
     BUFFER,
     PARAMETER,
     EngineState,
-    SavedState,
     TensorSpec,
     key_of,
     order_of,
