@@ -140,6 +140,10 @@ class Manifest:
         for name in self.shards:
             if not _SHARD.fullmatch(name):
                 raise ValueError(f"{name!r} is no name of a shard")
+        if self.loss_scale is not None and not (
+            isinstance(self.loss_scale.get("kind"), str) and isinstance(self.loss_scale.get("scale"), float)
+        ):
+            raise ValueError(f"the loss scale is {self.loss_scale}")
         for key, tensor in self.tensors.items():
             end = 0
             for piece in tensor.pieces:
