@@ -8,12 +8,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from torch import Tensor
+
 from arsg_dist.checkpoint.durable import sync
 from arsg_dist.engine import Communicator
 
 _NAME = re.compile(r"step-(\d{9,})$")
 _SCORE = "score.json"
 _POLL_SECONDS = 0.1
+
+Memory = dict[tuple[str, int], Tensor]
+"""Piece (key, first element) → its copy."""
 
 
 class CheckpointStore:
@@ -27,6 +32,9 @@ class CheckpointStore:
         communicator: of all ranks of the job.
         keep: how many checkpoints to keep, at least 1; older ones are removed after a new one is in place. The one with
             the highest score is kept besides.
+
+    Attributes:
+        memory: of the last copy of a state that was saved in the background; for `save_run`.
     """
 
     def __init__(self, directory: Path, communicator: Communicator, *, keep: int = 2) -> None:
@@ -36,6 +44,7 @@ class CheckpointStore:
         self._communicator = communicator
         self._keep = keep
         self._saving: _Saving | None = None
+        self.memory: Memory = {}
 
     def complete(self) -> list[Path]:
         """Paths of the complete checkpoints, oldest first."""

@@ -23,7 +23,7 @@ from arsg_dist.checkpoint.manifest import (
     merge_tensors,
 )
 from arsg_dist.checkpoint.safetensors_file import write_safetensors
-from arsg_dist.checkpoint.store import CheckpointStore
+from arsg_dist.checkpoint.store import CheckpointStore, Memory
 from arsg_dist.engine import Communicator, EngineState, package_versions
 from arsg_dist.engine.state import Piece
 
@@ -56,8 +56,8 @@ def save_run(
     Raises:
         JobError: on every rank, when it, or the one before, failed on any; older checkpoints are untouched.
     """
-    store.finish()  # before the copy: its memory is free again
-    kept = state if wait else snapshot(state)
+    store.finish()  # before the copy, which goes into the memory of the last one
+    kept = state if wait else snapshot(state, store.memory)
     progress = json.loads(json.dumps(progress))
     return store.save(
         step,
@@ -68,12 +68,22 @@ def save_run(
     )
 
 
-def snapshot(state: EngineState) -> EngineState:
-    """A copy in main memory, which the training does not change any more."""
+def snapshot(state: EngineState, memory: Memory) -> EngineState:
+    """A copy in main memory, which the training does not change any more.
+
+    Args:
+        state: of this rank.
+        memory: of the last copy, which is no longer needed; fresh memory would take the system as long to provide as
+            the copying takes. Holds this copy's afterwards.
+    """
     copies = []
     for piece in state.pieces:
         values = piece.values()
-        copy = torch.empty(piece.numel, dtype=values.dtype, pin_memory=values.is_cuda)
+        place = (piece.key, piece.start)
+        copy = memory.get(place)
+        if copy is None or copy.shape != values.shape or copy.dtype != values.dtype:
+            copy = torch.empty(piece.numel, dtype=values.dtype, pin_memory=values.is_cuda)
+        memory[place] = copy
         copies.append(Piece(piece.key, piece.start, piece.numel, copy.copy_(values, non_blocking=True)))
     if torch.cuda.is_available():
         torch.cuda.synchronize()
