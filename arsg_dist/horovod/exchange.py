@@ -26,6 +26,7 @@ from horovod.torch import mpi_ops
 from torch import Tensor
 
 from arsg_dist.engine import JobError
+from arsg_dist.horovod.buffer_pool import BufferPool
 
 T = TypeVar("T")
 ReduceScatterPath = Literal["auto", "alltoall", "reducescatter"]
@@ -172,22 +173,35 @@ class AllToAllReduceScatter:
     def __init__(self, group: Group) -> None:
         self.group = group
 
-    def start(self, wire: Tensor, decode: Callable[[Tensor], Tensor], name: str) -> Started:
+    def start(self, wire: Tensor, decode: Callable[[Tensor], Tensor], name: str, pool: BufferPool) -> Started:
         """Begins the exchange of a bucket.
 
         Args:
             wire: 1-D, world_size shards; must not be changed until the end.
             decode: undoes a compression.
             name: of the bucket, the same on all ranks.
+            pool: where the memory comes from of what arrives, and of the result, which is the caller's to give back.
         """
-
-        def summed(received: tuple[Tensor, Tensor]) -> Tensor:
-            parts = decode(received[0].view(wire.dtype)).view(self.group.size, -1)
-            return torch.sum(parts, 0, dtype=sum_dtype(parts.dtype))
-
-        handle = hvd.alltoall_async(
-            bits(wire), name=f"{self.group.name}.alltoall.{name}", process_set=self.group.process_set
+        received = pool.take(wire.numel(), wire.dtype, wire.device)
+        shard_numel = wire.numel() // self.group.size
+        # Horovod's public form allocates its output. It resizes one of the wrong size without a word.
+        handle = mpi_ops._alltoall_async(
+            bits(wire),
+            torch.full((self.group.size,), shard_numel, dtype=torch.int32),
+            bits(received),
+            torch.empty(self.group.size, dtype=torch.int32),
+            f"{self.group.name}.alltoall.{name}",
+            self.group.process_set,
         )
+
+        def summed(_: Any) -> Tensor:
+            parts = decode(received).view(self.group.size, -1)
+            dtype = sum_dtype(parts.dtype)
+            shard = pool.take(shard_numel, dtype, parts.device)
+            torch.sum(parts, 0, dtype=dtype, out=shard)
+            pool.give_back(received)
+            return shard
+
         return Started(handle, summed)
 
 
@@ -197,10 +211,10 @@ class NativeReduceScatter:
     def __init__(self, group: Group) -> None:
         self.group = group
 
-    def start(self, wire: Tensor, decode: Callable[[Tensor], Tensor], name: str) -> Started:
+    def start(self, wire: Tensor, decode: Callable[[Tensor], Tensor], name: str, pool: BufferPool) -> Started:
         """As `AllToAllReduceScatter.start`."""
         if wire.dtype == torch.bfloat16:
-            return AllToAllReduceScatter(self.group).start(wire, decode, name)
+            return AllToAllReduceScatter(self.group).start(wire, decode, name, pool)
 
         def decoded(shard: Tensor) -> Tensor:
             shard = decode(shard)
@@ -242,13 +256,43 @@ def choose_reduce_scatter(path: str, group: Group, device: str) -> ReduceScatter
     return AllToAllReduceScatter(group)
 
 
-def start_all_gather(group: Group, shard: Tensor, bucket: Tensor, name: str) -> Started:
-    """Begins to fill `bucket` (1-D, world_size shards) in place with every rank's `shard`; returns `bucket`."""
-    # Horovod's public form allocates its output. It resizes one of the wrong size without a word.
+# Horovod joins all-gathers of one dtype that are asked for together, and then copies everything into a buffer and out
+# of it again. These all move as they are over MPI, Gloo and NCCL, so neighbouring buckets travel as different ones.
+_MOVED_AS = (
+    torch.float32,
+    torch.int32,
+    torch.float16,
+    torch.uint8,
+    torch.int64,
+    torch.float64,
+    torch.int8,
+)
+
+
+def start_all_gather(
+    group: Group, shard: Tensor, bucket: Tensor, name: str, number: int, pool: BufferPool
+) -> Started:
+    """Begins to fill `bucket` (1-D, world_size shards) in place with every rank's part of it.
+
+    Args:
+        group: the ranks.
+        shard: what goes into this rank's part, converted to the dtype of `bucket`; may be that part itself.
+        bucket: the result.
+        name: of the bucket, the same on all ranks.
+        number: of the bucket among those that are started together, the same on all ranks.
+        pool: for a copy of the shard, which MPI wants apart from the result.
+    """
+    outgoing = pool.take(shard.numel(), bucket.dtype, bucket.device)
+    outgoing.copy_(shard)
+    moved_as = _MOVED_AS[number % len(_MOVED_AS)]
     assert bucket.is_contiguous()
     assert bucket.numel() == shard.numel() * group.size
-    assert bucket.dtype == shard.dtype
     handle = mpi_ops._allgather_async(
-        bits(shard), bits(bucket), f"{group.name}.allgather.{name}", group.process_set
+        outgoing.view(moved_as), bucket.view(moved_as), f"{group.name}.allgather.{name}", group.process_set
     )
-    return Started(handle, lambda _: bucket)
+
+    def filled(_: Any) -> Tensor:
+        pool.give_back(outgoing)
+        return bucket
+
+    return Started(handle, filled)

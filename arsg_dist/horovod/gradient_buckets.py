@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from arsg_dist.horovod.buckets import Layout
+from arsg_dist.horovod.buffer_pool import BufferPool
 from arsg_dist.horovod.exchange import Group, ReduceScatter, Started
 
 
@@ -74,6 +75,7 @@ class GradientBuckets:
         prescale: factor before the sum over the ranks.
         postscale: factor after it.
         sparse_as_dense: accept sparse gradients and make them dense.
+        pool: memory of buckets and shards.
         label: precedes the names of buckets.
     """
 
@@ -90,9 +92,10 @@ class GradientBuckets:
         prescale: float,
         postscale: float,
         sparse_as_dense: bool,
+        pool: BufferPool,
         label: str,
     ) -> None:
-        self.label = label
+        self.label, self._pool = label, pool
         self.layout, self.parameters, self.group, self.replicas = layout, parameters, group, replicas
         self.reduce_scatter, self.compression, self.passes = reduce_scatter, compression, passes
         self.prescale, self.postscale, self.sparse_as_dense = prescale, postscale, sparse_as_dense
@@ -100,6 +103,11 @@ class GradientBuckets:
         """Once `synchronized`: this rank's part of every bucket's gradient, in fp32 (fp64 for fp64)."""
         self.synchronized = False
         self._segments = [layout.segments_of_parameter(index) for index in range(len(parameters))]
+        self._used = [0] * len(layout.buckets)
+        for segment in layout.segments:
+            self._used[segment.bucket] += segment.numel
+        self._flat: dict[int, Tensor] = {}
+        self._sent: dict[int, Tensor] = {}
         self._started: dict[int, Started] = {}
         self._found_inf: Tensor | None = None
         self._reset_counts()
@@ -112,7 +120,9 @@ class GradientBuckets:
         ]
 
     def _reset_counts(self) -> None:
-        self._flat: dict[int, Tensor] = {}
+        for flat in self._flat.values():
+            self._pool.give_back(flat)
+        self._flat = {}
         self._seen = [0] * len(self.parameters)
         self._missing = [0] * len(self.layout.buckets)
         for segment in self.layout.segments:
@@ -125,9 +135,11 @@ class GradientBuckets:
 
     def reset(self) -> None:
         """Forgets the gradients of this update; waits for exchanges under way, since the other ranks take part."""
-        for started in self._started.values():
-            started.finish()
-        self._started = {}
+        for bucket in list(self._started):
+            self._finish(bucket)
+        for shard in self.shards:
+            if shard is not None:
+                self._pool.give_back(shard)
         self.shards = [None] * len(self.layout.buckets)
         self.synchronized = False
         self._found_inf = None
@@ -178,26 +190,32 @@ class GradientBuckets:
             gradient = spec.flat(gradient.detach())
         for segment in self._segments[index]:
             if segment.bucket not in self._flat:
-                bucket = self.layout.buckets[segment.bucket]
-                self._flat[segment.bucket] = torch.zeros(
-                    bucket.numel, dtype=parameter.dtype, device=parameter.device
-                )
-            if gradient is not None:
-                part = gradient.narrow(0, segment.parameter_start, segment.numel)
-                self._flat[segment.bucket].narrow(0, segment.start, segment.numel).copy_(part)
+                numel = self.layout.buckets[segment.bucket].numel
+                self._flat[segment.bucket] = flat = self._pool.take(numel, parameter.dtype, parameter.device)
+                flat[self._used[segment.bucket] :].zero_()  # padding must not look like an overflow
+            place = self._flat[segment.bucket].narrow(0, segment.start, segment.numel)
+            if gradient is None:
+                place.zero_()
+            else:
+                place.copy_(gradient.narrow(0, segment.parameter_start, segment.numel))
             self._missing[segment.bucket] -= 1
         parameter.grad = ReleasedGradient(parameter, self._unscale)
 
     def _start(self, bucket: int) -> None:
-        flat = self._flat.pop(bucket)
+        self._sent[bucket] = flat = self._flat.pop(bucket)
         if self.prescale != 1.0:
             flat.mul_(self.prescale)
         wire, context = self.compression.compress(flat)
         decode = functools.partial(self.compression.decompress, ctx=context)
-        self._started[bucket] = self.reduce_scatter.start(wire, decode, f"{self.label}.gradient{bucket}")
+        self._started[bucket] = self.reduce_scatter.start(
+            wire, decode, f"{self.label}.gradient{bucket}", self._pool
+        )
 
     def _finish(self, bucket: int) -> None:
-        self.shards[bucket] = self._started.pop(bucket).finish()
+        self.shards[bucket] = shard = self._started.pop(bucket).finish()
+        self._pool.give_back(self._sent.pop(bucket))
+        if self.postscale != 1.0:
+            shard.mul_(self.postscale)
 
     def synchronize(self) -> None:
         """Exchanges what is left and waits until this rank has its shard of every bucket."""
@@ -214,10 +232,6 @@ class GradientBuckets:
                 self._finish(bucket)
         if self.replicas is not None:
             self._add_replicas(self.replicas)
-        for shard in self.shards:
-            assert shard is not None
-            if self.postscale != 1.0:
-                shard.mul_(self.postscale)
         self.synchronized = True
 
     def _add_replicas(self, replicas: Group) -> None:

@@ -12,6 +12,7 @@ import torch._dynamo.utils
 from torch import Tensor, nn
 
 from arsg_dist.horovod.buckets import Layout
+from arsg_dist.horovod.buffer_pool import BufferPool
 from arsg_dist.horovod.exchange import Group, Started, start_all_gather
 
 GatherMode = Literal["lazy", "eager"]
@@ -34,6 +35,7 @@ class ParameterGather:
         arenas: the flat memory of the parameters.
         group: the ranks.
         mode: see above.
+        pool: memory of what is sent.
         label: precedes the names of buckets.
     """
 
@@ -44,9 +46,10 @@ class ParameterGather:
         arenas: Sequence[Tensor],
         group: Group,
         mode: GatherMode,
+        pool: BufferPool,
         label: str,
     ) -> None:
-        self.label = label
+        self.label, self._pool = label, pool
         self.layout, self.group, self.lazy = layout, group, mode == "lazy"
         self.started: dict[int, Started] = {}
         """Exchanges under way, by bucket."""
@@ -70,13 +73,18 @@ class ParameterGather:
         return self._targets[bucket]
 
     def start(self, shards: Sequence[Tensor]) -> None:
-        """Begins the exchange of every bucket; `shards` (one per bucket) must not be changed until its end."""
+        """Begins to send this rank's shards, one per bucket, which may lie in the parameters' memory."""
         assert not self.started
         for bucket in reversed(
             range(len(shards))
         ):  # the first layers' parameters, needed first, are in the last
             self.started[bucket] = start_all_gather(
-                self.group, shards[bucket], self._targets[bucket], f"{self.label}.parameters{bucket}"
+                self.group,
+                shards[bucket],
+                self._targets[bucket],
+                f"{self.label}.parameters{bucket}",
+                bucket,
+                self._pool,
             )
         self._wait_for(list(self.started) if not self.lazy else self._unwatched)
 

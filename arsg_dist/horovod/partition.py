@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from arsg_dist.horovod.buckets import Layout, Segment
+from arsg_dist.horovod.buffer_pool import BufferPool
 from arsg_dist.horovod.exchange import Group, ReduceScatter, Started, sum_dtype
 from arsg_dist.horovod.gradient_buckets import GradientBuckets
 from arsg_dist.horovod.parameter_gather import GatherMode, ParameterGather
@@ -87,7 +88,10 @@ class Partition:
             flat.copy_(spec.flat(parameter.detach()))
             parameter.data = spec.shaped(flat) if spec.numel else parameter.data
             self._homes.append((parameter.data_ptr(), parameter.stride()))
-        self.gather = ParameterGather(layout, parameters, self.arenas, groups.shard, exchange.gather, label)
+        pool = BufferPool()
+        self.gather = ParameterGather(
+            layout, parameters, self.arenas, groups.shard, exchange.gather, pool, label
+        )
         self.gradients = GradientBuckets(
             layout,
             parameters,
@@ -99,13 +103,17 @@ class Partition:
             prescale=exchange.prescale,
             postscale=exchange.postscale,
             sparse_as_dense=exchange.sparse_as_dense,
+            pool=pool,
             label=label,
         )
         self.masters = [
-            self._owned(bucket).to(sum_dtype(self._owned(bucket).dtype), copy=True)
+            self._owned(bucket).to(sum_dtype(self._owned(bucket).dtype))
             for bucket in range(len(layout.buckets))
         ]
-        """This rank's part of every bucket, in fp32 (fp64 for fp64): what the optimizer updates."""
+        """This rank's part of every bucket, in fp32 (fp64 for fp64): what the optimizer updates.
+
+        The parameters' own memory where they have that dtype.
+        """
         self.pieces: list[tuple[Segment, Tensor]] = [
             (segment, self.masters[segment.bucket].narrow(0, segment.start, segment.numel))
             for segment in layout.pieces(self.rank)
@@ -140,9 +148,7 @@ class Partition:
                 )
         for bucket, master in enumerate(self.masters):
             written = self._owned(bucket)
-            if written.dtype == master.dtype:
-                master.copy_(written)
-            else:
+            if written.dtype != master.dtype:
                 untouched = master.to(written.dtype) == written
                 master.copy_(torch.where(untouched, master, written.to(master.dtype)))
 
@@ -161,9 +167,7 @@ class Partition:
 
     def start_gather(self) -> None:
         """Begins to send the masters into the parameters of all ranks."""
-        self.gather.start(
-            [master.to(self._owned(bucket).dtype) for bucket, master in enumerate(self.masters)]
-        )
+        self.gather.start(self.masters)
 
     def checksums(self) -> list[int]:
         """One number per arena, which differs if any element does."""

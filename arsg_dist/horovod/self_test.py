@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from arsg_dist.horovod.buffer_pool import BufferPool
 from arsg_dist.horovod.exchange import Group, ReduceScatter, start_all_gather, sum_dtype
 
 
@@ -28,19 +29,22 @@ def check_exchanges(
     """
     prepared = [_Numbers(*size, group) for size in sizes for _ in range(2)]
     wrong = 0
+    pool = BufferPool()
     for turn in range(rounds):
         shift = turn % _SHIFTS
-        # Every round in new memory, as in training.
+        # From the second round on in memory that was used before, as in training.
         started = [
-            reduce_scatter.start(numbers.mine + shift, lambda received: received, f"test{index}")
+            reduce_scatter.start(numbers.mine + shift, lambda received: received, f"test{index}", pool)
             for index, numbers in enumerate(prepared)
         ]
         for numbers, exchange in zip(prepared, started, strict=True):
-            wrong += int((exchange.finish() != numbers.sums + shift * group.size).sum())
+            sums = exchange.finish()
+            wrong += int((sums != numbers.sums + shift * group.size).sum())
+            pool.give_back(sums)
         shards = [numbers.mine.view(group.size, -1)[group.rank] + shift for numbers in prepared]
         gathered = [torch.zeros_like(numbers.mine) for numbers in prepared]
         started = [
-            start_all_gather(group, shard, target, f"test{index}")
+            start_all_gather(group, shard, target, f"test{index}", index, pool)
             for index, (shard, target) in enumerate(zip(shards, gathered, strict=True))
         ]
         for numbers, target, exchange in zip(prepared, gathered, started, strict=True):

@@ -19,6 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from arsg_dist import ARSG
 from arsg_dist.engine import JobError, end_process
 from arsg_dist.horovod import ShardedOptimizer, exchange, parameter_gather, self_test
+from arsg_dist.horovod.buffer_pool import BufferPool
 from arsg_dist.horovod.exchange import AllToAllReduceScatter, Group, choose_reduce_scatter
 from tests.support import toy
 
@@ -69,9 +70,11 @@ def assert_equal(actual: nn.Module | dict[str, Tensor], expected: nn.Module | di
 def late_exchange() -> Iterator[None]:
     start = parameter_gather.start_all_gather
 
-    def late(group: Group, shard: Tensor, bucket: Tensor, name: str) -> exchange.Started:
+    def late(
+        group: Group, shard: Tensor, bucket: Tensor, name: str, number: int, pool: BufferPool
+    ) -> exchange.Started:
         arrived = torch.empty_like(bucket)
-        started = start(group, shard, arrived, name)
+        started = start(group, shard, arrived, name, number, pool)
         return exchange.Started(started.handle, lambda output: bucket.copy_(started.result(output)))
 
     parameter_gather.start_all_gather = late
@@ -503,8 +506,8 @@ class OneWrongNumber(AllToAllReduceScatter):
 
     count = 0
 
-    def start(self, wire: Tensor, decode: Any, name: str) -> exchange.Started:
-        started = super().start(wire, decode, name)
+    def start(self, wire: Tensor, decode: Any, name: str, pool: BufferPool) -> exchange.Started:
+        started = super().start(wire, decode, name, pool)
         OneWrongNumber.count += 1
         if OneWrongNumber.count == 4 and self.group.rank == self.group.size - 1:
             right = started.result
