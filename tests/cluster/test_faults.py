@@ -32,10 +32,10 @@ def started(cluster: Cluster, tmp_path: Path) -> dict[str, Running]:
             folder.mkdir()
             program = [JOB, engine, str(folder)]
             hosts = ["--hosts", "node1:1,node4:1"]
-            jobs[stack] = start(cluster, target, *hosts, *options, program=program, directory=folder)
-        for stack, job in jobs.items():
-            end = time.monotonic() + 240
-            while len([path for path in (tmp_path / stack).iterdir() if path.name in ("0", "1")]) < 2:
+            jobs[stack] = job = start(cluster, target, *hosts, *options, program=program, directory=folder)
+            # One after the other: daemons of Open MPI that start on a host at the same time are not always well.
+            end = time.monotonic() + 120
+            while len([path for path in folder.iterdir() if path.name in ("0", "1")]) < 2:
                 if job.ended() or time.monotonic() > end:
                     pytest.fail(f"{stack} did not come up:\n{job.stop()[-5000:]}")
                 time.sleep(0.2)

@@ -217,6 +217,44 @@ def check_sparse_gradients() -> None:
         optimizer.close()
 
 
+# Memory
+
+
+def check_exchange_memory_is_lent_once_and_comes_back() -> None:
+    """No memory of an exchange is given to two at once, and after an update all of it can be used again."""
+    for dtype in (torch.float32, torch.bfloat16):
+        model, optimizer = build(toy.build_model().to(dtype))
+        pool, lent = optimizer._partitions[0].gradients._pool, set[int]()
+        take, give_back = pool.take, pool.give_back
+
+        def watched_take(*arguments: Any, take: Any = take, lent: set[int] = lent) -> Tensor:
+            tensor: Tensor = take(*arguments)
+            assert tensor.data_ptr() not in lent
+            lent.add(tensor.data_ptr())
+            return tensor
+
+        def watched_give_back(tensor: Tensor, give_back: Any = give_back, lent: set[int] = lent) -> None:
+            lent.remove(tensor.data_ptr())
+            give_back(tensor)
+
+        pool.take, pool.give_back = watched_take, watched_give_back  # type: ignore[method-assign]
+        for number in range(3):
+            update(model, optimizer, number)
+            optimizer.synchronize_parameters()
+            assert not lent
+        optimizer.zero_grad()
+        toy.loss_of(model(toy.batch(0)[0].to(dtype)), toy.batch(0)[1].to(dtype)).backward()
+        optimizer.synchronize()
+        assert lent
+        optimizer.zero_grad()  # an update thrown away
+        assert not lent
+        if dtype == torch.float32:
+            arenas = {arena.untyped_storage().data_ptr() for arena in optimizer._partitions[0].arenas}
+            masters = {master.untyped_storage().data_ptr() for master in optimizer._partitions[0].masters}
+            assert masters == arenas, "fp32 parameters are there twice"
+        optimizer.close()
+
+
 # Parameters written by others
 
 
