@@ -370,8 +370,10 @@ def _load_partition(
 
     named: dict[tuple[str, torch.dtype], list[int]] = {}
     for parameter, known in kinds.items():
+        own_dtype = layout.parameters[parameter].dtype
         for name, (kind, dtype) in known.items():
-            if kind == "tensor":
+            # Full-precision parameters are their own masters, and are loaded with the model.
+            if kind == "tensor" and (name != _MASTER or sum_dtype(own_dtype) != own_dtype):
                 named.setdefault((name, dtype), []).append(parameter)
     for (name, dtype), parameters in sorted(named.items(), key=lambda item: (item[0][0], str(item[0][1]))):
         wanted = set(parameters)

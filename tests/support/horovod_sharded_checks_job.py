@@ -258,6 +258,20 @@ def check_exchange_memory_is_lent_once_and_comes_back() -> None:
 # Parameters written by others
 
 
+def check_masters_of_a_half_precision_run_leave_fp32_parameters_alone() -> None:
+    """Loading them moves no parameter, and above all not this rank's part only."""
+    half, optimizer = build(toy.build_model().to(torch.bfloat16))
+    update(half, optimizer)
+    state = optimizer.state_dict()
+    optimizer.close()
+    for given in (state, hvd.broadcast_object(state, root_rank=0)):
+        model, optimizer = build()
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        optimizer.load_state_dict(given)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+        optimizer.close()
+
+
 def check_written_parameters_are_kept() -> None:
     """Loaded, broadcast and clamped parameters are trained on; the rest keeps its master's precision."""
     for dtype in (torch.float32, torch.bfloat16):
