@@ -191,6 +191,8 @@ class _Saving:
         try:
             self.write(self.directory)
             (self.directory / _written(self.rank)).touch()
+        except OSError as error:
+            self._failed = OSError(f"cannot write the checkpoint {self.directory}: {error}")
         except BaseException as error:
             self._failed = error
         finally:

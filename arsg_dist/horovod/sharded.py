@@ -540,7 +540,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def publish_masters(self) -> None:
         """Sends the pieces into the parameters of all ranks. Every rank must call it."""
         self._gather_now()
-        self._started_equal = False
 
     def close(self) -> None:
         """Takes the hooks off the parameters and their modules; the parameters stay as they are, on this rank."""
