@@ -1,0 +1,99 @@
+"""Tables, pictures and numbers of the studies; renews the generated parts of a document."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.convergence.curves import Curve, read_curves
+from benchmarks.convergence.figures import draw
+from benchmarks.convergence.study import Study
+from benchmarks.convergence.tables import TABLES
+
+
+def write_report(
+    studies: list[Study], output: Path, device: str, results: Path, command: str, document: Path | None = None
+) -> None:
+    """Writes `STUDY.md`, `STUDY.png` and `STUDY.json` for every study with a finished run.
+
+    Args:
+        studies: to report.
+        output: directory of the curves.
+        device: "cpu" or "cuda": which curves.
+        results: directory to write to.
+        command: that makes the runs; stands under every table.
+        document: Markdown file; what is between `<!-- study NAME -->` and `<!-- end -->` is replaced.
+
+    Raises:
+        ValueError: the document has a part for no study.
+    """
+    results.mkdir(parents=True, exist_ok=True)
+    parts = {}
+    for study in studies:
+        curves = read_curves(study, output, device)
+        if not curves:
+            continue
+        name = study.name if device == "cpu" else f"{study.name}_{device}"
+        draw(study, curves, results / f"{name}.png")
+        (results / f"{name}.json").write_text(
+            json.dumps(_numbers(study, curves, command), ensure_ascii=False)
+        )
+        where = f"{curves[0].device}, torch {torch.__version__}"
+        done = (
+            f"{len(curves)} of {len(study.members)} runs" if len(curves) < len(study.members) else "all runs"
+        )
+        text = (
+            f"{TABLES[study.kind](study, curves)}\n\n{done}; {where}:\n\n    {command} --only {study.name}\n"
+        )
+        (results / f"{name}.md").write_text(f"# {study.title}\n\n{text}\n![{study.title}]({name}.png)\n")
+        if document is not None:
+            picture = Path(os.path.relpath(results / f"{name}.png", document.parent)).as_posix()
+            parts[name] = f"{text}\n![{study.title}]({picture})\n"
+    if document is not None:
+        document.write_text(renewed(document.read_text(), parts))
+
+
+def renewed(text: str, parts: dict[str, str]) -> str:
+    """The text with its generated parts replaced; parts without new content stay as they are."""
+    return re.sub(
+        r"(<!-- study (\w+) -->\n).*?(<!-- end -->)",
+        lambda found: f"{found[1]}\n{parts[found[2]]}\n{found[3]}" if found[2] in parts else found[0],
+        text,
+        flags=re.DOTALL,
+    )
+
+
+def _numbers(study: Study, curves: list[Curve], command: str) -> dict[str, Any]:
+    """What tables and pictures can be checked with: every run's settings and its losses per epoch."""
+    return {
+        "title": study.title,
+        "device": curves[0].device,
+        "torch": torch.__version__,
+        "command": f"{command} --only {study.name}",
+        "runs": [
+            {
+                "label": curve.label,
+                "seed": curve.run.seed,
+                "batch_size": curve.run.batch,
+                "engine": curve.run.engine,
+                "ranks": curve.run.ranks,
+                "settings": curve.run.optimizer_settings(),
+                "updates": len(curve.losses),
+                "diverged": curve.diverged,
+                "train_loss": [
+                    round(sum(part) / len(part), 5)
+                    for start in range(0, len(curve.losses), curve.updates_per_epoch)
+                    for part in [curve.losses[start : start + curve.updates_per_epoch]]
+                ],
+                "val_loss": [round(record["val_loss"], 5) for record in curve.epochs],
+                "val_accuracy": [record["val_accuracy"] for record in curve.epochs],
+                "seconds": round(curve.epochs[-1]["seconds"], 1),
+            }
+            for curve in curves
+        ],
+    }
