@@ -31,6 +31,10 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.processes < 1:
         parser.error(f"--processes must be at least 1, got {arguments.processes}")
+    if arguments.device not in ("cpu", "cuda"):
+        parser.error(f"--device must be cpu or cuda, got {arguments.device}")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: this torch sees no GPU")
     torch.set_num_threads(1)
     device = torch.device(arguments.device)
     try:

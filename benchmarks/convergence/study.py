@@ -91,6 +91,9 @@ def _study(name: str, settings: dict[str, Any]) -> Study:
     if wrong:
         raise ValueError(f"study {name}: unknown optimizers {sorted(wrong)}; known: {', '.join(NAMES)}")
     members = tuple(_members(settings))
+    foreign = {m.run.optimizer for m in members if m.run.engine == "zero2"} - {"ARSG", "ARSGB", "RSG"}
+    if foreign:
+        raise ValueError(f"study {name}: zero2 runs ARSG, ARSGB and RSG, not {', '.join(sorted(foreign))}")
     if not members:
         raise ValueError(f"study {name}: no runs; give optimizers or variants")
     return Study(name, settings["kind"], settings.get("title", name), members, settings)

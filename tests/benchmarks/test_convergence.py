@@ -167,6 +167,7 @@ def test_parts_without_results_stay() -> None:
             "a: {kind: engines, task: digits_logistic, optimizers: [ARSG], engines: [zero9]}",
             "unknown engines",
         ),
+        ("a: {kind: engines, task: digits_logistic, optimizers: [ADAM], engines: [zero2]}", "not ADAM"),
         ("a: {kind: table, task: digits_logistic}", "no runs"),
     ],
 )
