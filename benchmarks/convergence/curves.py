@@ -69,15 +69,17 @@ def first_at_or_below(smoothed: Sequence[float], loss: float, window: int) -> in
 
 
 def read_curves(study: Study, output: Path, device: str) -> list[Curve]:
-    """Those of the study that are there, in the order of its members."""
+    """Those of the seeds that are complete, in the order of the study's members: equals are compared."""
     curves = []
+    missing = {m.run.seed for m in study.members if not (output / m.run.file_name(device)).is_file()}
     for member in study.members:
+        if member.run.seed in missing:
+            continue
         path = output / member.run.file_name(device)
-        if path.is_file():
-            head, *records = (json.loads(line) for line in path.read_text().splitlines())
-            losses = [loss for record in records for loss in record.pop("batch_losses")]
-            diverged = any(record.get("diverged") for record in records)
-            curves.append(Curve(member.label, member.run, head["device"], records, losses, diverged))
+        head, *records = (json.loads(line) for line in path.read_text().splitlines())
+        losses = [loss for record in records for loss in record.pop("batch_losses")]
+        diverged = any(record.get("diverged") for record in records)
+        curves.append(Curve(member.label, member.run, head["device"], records, losses, diverged))
     return curves
 
 

@@ -19,7 +19,7 @@ from benchmarks.convergence.tables import TABLES
 def write_report(
     studies: list[Study], output: Path, device: str, results: Path, command: str, document: Path | None = None
 ) -> None:
-    """Writes `STUDY.md`, `STUDY.png` and `STUDY.json` for every study with a finished run.
+    """Writes `STUDY.md`, `STUDY.png` and `STUDY.json` for every study with a seed of which all runs are there.
 
     Args:
         studies: to report.
