@@ -30,7 +30,11 @@ def check_config(config: dict[str, Any], source: str = "the DeepSpeed config") -
     Raises:
         ValueError: with the setting and the reason.
     """
+    for key in ("optimizer", "scheduler", "zero_optimization", "fp16", "bf16", "bfloat16", "torch_autocast"):
+        _require_object(config, key, source)
     section = config.get("optimizer") or {}
+    if section.get("params") != AUTO:
+        _require_object(section, "params", f"{source}'s optimizer")
     name = section.get("type")
     check_sections(config, source)
     if isinstance(name, str) and name.lower() == "arsg":
@@ -39,6 +43,11 @@ def check_config(config: dict[str, Any], source: str = "the DeepSpeed config") -
         zero, params = config.get("zero_optimization"), section.get("params") or {}
         if isinstance(zero, dict) and isinstance(params, dict):
             check_nvme(zero, [params], source)
+
+
+def _require_object(section: dict[str, Any], key: str, source: str) -> None:
+    if section.get(key) is not None and not isinstance(section[key], dict):
+        raise ValueError(f"{source} has {key} = {section[key]!r}: it must be a JSON object")
 
 
 def _check_optimizer(section: dict[str, Any], source: str) -> None:
@@ -101,7 +110,7 @@ def resolve_config(
             raise ValueError(f"DeepSpeed config {path} does not exist")
         try:
             config = json.loads(path.read_text())
-        except json.JSONDecodeError as error:
+        except (UnicodeDecodeError, RecursionError, json.JSONDecodeError) as error:
             raise ValueError(f"DeepSpeed config {path} is not JSON: {error}") from None
         if not isinstance(config, dict):
             raise ValueError(f"DeepSpeed config {path} must hold a JSON object")

@@ -1,6 +1,7 @@
 """DeepSpeed's ZeRO engine behind the common `Engine` interface."""
 
 import logging
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -64,6 +65,8 @@ class DeepSpeedEngine(Engine):
         config: a complete DeepSpeed config with an optimizer section (`resolve_config` makes one).
         communicator: from `connect`.
         parameter_groups: as torch optimizers take them; default one group of all trainable parameters.
+        skip_nonfinite: leave out updates whose gradient is not finite; DeepSpeed does in any case at stage 3, under
+            loss scaling, and at stages 1 and 2 in fp32.
     """
 
     kind = "deepspeed"
@@ -75,6 +78,7 @@ class DeepSpeedEngine(Engine):
         communicator: Communicator,
         *,
         parameter_groups: list[dict[str, Any]] | None = None,
+        skip_nonfinite: bool = False,
     ) -> None:
         groups = parameter_groups or [{"params": [p for p in module.parameters() if p.requires_grad]}]
         self.engine, *_ = deepspeed.initialize(model=module, model_parameters=groups, config=config)
@@ -88,6 +92,12 @@ class DeepSpeedEngine(Engine):
             self.input_dtype = torch.bfloat16
         elif self.engine.fp16_enabled():
             self.input_dtype = torch.float16
+        self.loss_scaling = self.engine.fp16_enabled()
+        self._skip_nonfinite = skip_nonfinite and not self.loss_scaling
+        if self._skip_nonfinite and hasattr(self.engine.optimizer, "check_grad_overflow"):
+            self.engine.optimizer.check_grad_overflow = (
+                True  # off in fp32, where DeepSpeed expects no overflow
+            )
 
     def backward(self, loss: torch.Tensor) -> None:
         """Adds the gradient; DeepSpeed divides by the number of micro-batches and averages over the ranks."""
@@ -95,7 +105,26 @@ class DeepSpeedEngine(Engine):
 
     def step(self) -> None:
         """Ends a micro-batch; DeepSpeed updates the weights after the last one."""
+        before = self.engine.skipped_steps
+        if self._skip_nonfinite and self.engine.optimizer is self.engine.basic_optimizer:
+            self._leave_out_nonfinite()
         self.engine.step()
+        self.skipped_updates += self.engine.skipped_steps - before
+
+    def _leave_out_nonfinite(self) -> None:
+        """Stage 0 in fp32 has no check of its own; without gradients its step changes nothing."""
+        if not self.engine.is_gradient_accumulation_boundary():
+            return
+        gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
+        if gradients and not torch.stack(torch._foreach_norm(gradients, torch.inf)).isfinite().all():
+            self.engine.module.zero_grad(set_to_none=True)
+            self.skipped_updates += 1
+
+    def replicated_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The parameters, at stages 0 to 2."""
+        if self.engine.zero_optimization_stage() == 3:
+            raise NotImplementedError("under ZeRO stage 3 no rank holds whole weights to compare")
+        yield from self.engine.module.named_parameters()
 
     def state(self) -> EngineState:
         """This rank's shards; of what every rank holds alike, its share."""

@@ -5,8 +5,10 @@ import importlib.metadata
 import json
 import platform
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import arsg_dist
 from arsg_dist.engine.communicator import Communicator, JobError
 
 PACKAGES = ("arsg-dist", "torch", "deepspeed", "horovod", "numpy", "torchvision")
@@ -23,10 +25,21 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
+def code_digest() -> str:
+    """A digest of the Python files of this package: versions do not tell one edited checkout from another."""
+    root = Path(arsg_dist.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        digest.update(f"{path.relative_to(root)}\0".encode())
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
 def check_agreement(communicator: Communicator, **values: Any) -> None:
     """Stops every rank if one has another value, instead of training something nobody asked for.
 
-    World size and package versions are always compared. Every rank must call it, with the same names.
+    World size, package versions and the source of this package are always compared. Every rank must call it, with
+    the same names.
 
     Args:
         communicator: of the job.
@@ -35,7 +48,12 @@ def check_agreement(communicator: Communicator, **values: Any) -> None:
     Raises:
         JobError: on every rank, naming each difference and the ranks that have it.
     """
-    compared = {"world size": communicator.world_size, "version": package_versions(), **values}
+    compared = {
+        "world size": communicator.world_size,
+        "version": package_versions(),
+        "code of arsg-dist": code_digest(),
+        **values,
+    }
     flat = _flatten(compared)
     digest = hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()
     if len(set(communicator.all_gather_object(digest))) == 1:

@@ -1,6 +1,7 @@
 """The interface between a training loop and whatever distributes it."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 
 import torch
@@ -30,6 +31,8 @@ class Engine(ABC):
         module: the model to call; its forward pass takes inputs of `input_dtype` on `device`.
         optimizer: the innermost `torch.optim.Optimizer`, whose `param_groups` hold lr, mu, ... and may be changed.
         accumulation_steps: micro-batches per update and rank.
+        loss_scaling: whether updates whose scaled gradient overflows are left out as a matter of course (fp16).
+        skipped_updates: updates left out so far, since their gradient was not finite; the same on every rank.
     """
 
     kind: str
@@ -39,6 +42,8 @@ class Engine(ABC):
     accumulation_steps: int
     device: torch.device
     input_dtype: torch.dtype = torch.float32
+    loss_scaling: bool = False
+    skipped_updates: int = 0
 
     @abstractmethod
     def backward(self, loss: torch.Tensor) -> None:
@@ -66,6 +71,24 @@ class Engine(ABC):
             JobError: on every rank: the saved run does not fit this model and optimizer, which is found before anything
                 changes; or a file of it is damaged, after which this engine is to be thrown away or to load another.
         """
+
+    def replicated_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Name → tensor of what every rank holds and must hold the same, bit for bit, between updates.
+
+        Raises:
+            NotImplementedError: an engine of which no rank holds whole weights.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no replicated weights")
+
+    def check_next_sums(self) -> None:  # noqa: B027
+        """Has the sums of the next update's gradients computed twice, where a wrong one would reach all ranks alike.
+
+        That is so where one rank updates a part of the weights for all. Every rank must call it.
+        """
+
+    def faulty_sums(self) -> list[str]:
+        """What `check_next_sums` has found, the same on every rank. Every rank must call it."""
+        return []
 
     def base_iterate(self) -> AbstractContextManager[None]:
         """Evaluation at the base iterate θ: inside the context the model's parameters are θ, afterwards x again.

@@ -26,6 +26,7 @@ class SingleProcessEngine(Engine):
         accumulation_steps: micro-batches per update.
         clip_grad_norm: the gradient is scaled down to this norm if it is larger; 0 for never.
         loss_scaling: scale the loss dynamically, as fp16 autocast needs; updates whose gradients overflow are skipped.
+        skip_nonfinite: leave out updates whose gradient is not finite; under loss scaling they are in any case.
     """
 
     kind = "single"
@@ -38,6 +39,7 @@ class SingleProcessEngine(Engine):
         accumulation_steps: int = 1,
         clip_grad_norm: float = 0.0,
         loss_scaling: bool = False,
+        skip_nonfinite: bool = False,
     ) -> None:
         self.communicator: Communicator = SingleProcessCommunicator()
         self.module = module
@@ -45,6 +47,9 @@ class SingleProcessEngine(Engine):
         self.accumulation_steps = accumulation_steps
         self.device = next(module.parameters()).device
         self._clip_grad_norm = clip_grad_norm
+        self.loss_scaling = loss_scaling
+        self.skipped_updates = 0
+        self._skip_nonfinite = skip_nonfinite and not loss_scaling
         self._grad_scaler = torch.amp.GradScaler(self.device.type, enabled=loss_scaling)
         self._micro_batches = 0
         self._at_base_iterate = False
@@ -64,8 +69,17 @@ class SingleProcessEngine(Engine):
             self.optimizer.zero_grad()
 
     def _update(self) -> None:
+        if self._skip_nonfinite and not self._gradient_is_finite():
+            self.skipped_updates += 1
+            return
         self._clip()
         self._step()
+
+    def _gradient_is_finite(self) -> bool:
+        """Of the averaged gradient, so that all ranks say the same."""
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        largest = torch._foreach_norm(gradients, torch.inf)
+        return bool(torch.stack([value.float() for value in largest]).isfinite().all()) if largest else True
 
     def _clip(self) -> None:
         if self._clip_grad_norm:
@@ -109,6 +123,14 @@ class SingleProcessEngine(Engine):
         if saved.loss_scale["kind"] == _SCALER:
             loaded["_growth_tracker"] = saved.loss_scale["since_overflow"]
         self._grad_scaler.load_state_dict(loaded)
+
+    def replicated_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Parameters and optimizer state."""
+        for name, parameter in self.module.named_parameters():
+            yield name, parameter
+            for entry, value in self.optimizer.state.get(parameter, {}).items():
+                if isinstance(value, torch.Tensor):
+                    yield f"{name}'s {entry}", value
 
     @contextmanager
     def base_iterate(self) -> Iterator[None]:

@@ -18,6 +18,7 @@ class HorovodEngine(SingleProcessEngine):
         accumulation_steps: micro-batches per update and rank.
         clip_grad_norm: the averaged gradient is scaled down to this norm if it is larger; 0 for never.
         loss_scaling: scale the loss dynamically, as fp16 autocast needs; updates whose gradients overflow are skipped.
+        skip_nonfinite: leave out updates whose gradient is not finite; under loss scaling they are in any case.
     """
 
     kind = "horovod"
@@ -31,6 +32,7 @@ class HorovodEngine(SingleProcessEngine):
         accumulation_steps: int = 1,
         clip_grad_norm: float = 0.0,
         loss_scaling: bool = False,
+        skip_nonfinite: bool = False,
     ) -> None:
         broadcast_parameters(module.state_dict())
         distributed = DistributedOptimizer(
@@ -44,15 +46,15 @@ class HorovodEngine(SingleProcessEngine):
             accumulation_steps=accumulation_steps,
             clip_grad_norm=clip_grad_norm,
             loss_scaling=loss_scaling,
+            skip_nonfinite=skip_nonfinite,
         )
         self.communicator = communicator
 
     def _update(self) -> None:
-        if not self._clip_grad_norm and not self._grad_scaler.is_enabled():
+        if not (self._clip_grad_norm or self._grad_scaler.is_enabled() or self._skip_nonfinite):
             self.optimizer.step()
             return
         # Clip the average, and look for overflow in it: not in this rank's part.
         self.optimizer.synchronize()  # type: ignore[attr-defined]
-        self._clip()
         with self.optimizer.skip_synchronize():  # type: ignore[attr-defined]
-            self._step()
+            super()._update()

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from arsg_dist.horovod.buckets import Layout
 from arsg_dist.horovod.buffer_pool import BufferPool
-from arsg_dist.horovod.exchange import Group, ReduceScatter, Started
+from arsg_dist.horovod.exchange import Group, Started
+from arsg_dist.horovod.second_sum import CheckedReduceScatter
 
 
 class ReleasedGradient(Tensor):
@@ -85,7 +86,7 @@ class GradientBuckets:
         parameters: Sequence[Tensor],
         group: Group,
         replicas: Group | None,
-        reduce_scatter: ReduceScatter,
+        reduce_scatter: CheckedReduceScatter,
         *,
         compression: Any,
         passes: int,

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from arsg_dist.horovod.buckets import Layout, Segment
 from arsg_dist.horovod.buffer_pool import BufferPool
-from arsg_dist.horovod.exchange import Group, ReduceScatter, Started, sum_dtype
+from arsg_dist.horovod.exchange import Group, Started, sum_dtype
 from arsg_dist.horovod.gradient_buckets import GradientBuckets
 from arsg_dist.horovod.parameter_gather import GatherMode, ParameterGather
+from arsg_dist.horovod.second_sum import CheckedReduceScatter
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Exchange:
         gather: when parameters are waited for.
     """
 
-    reduce_scatter: ReduceScatter
+    reduce_scatter: CheckedReduceScatter
     compression: Any
     prescale: float
     postscale: float

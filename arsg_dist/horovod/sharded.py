@@ -18,6 +18,7 @@ from arsg_dist.horovod.exchange import Started, choose_reduce_scatter
 from arsg_dist.horovod.inner_optimizer import InnerOptimizer
 from arsg_dist.horovod.parameter_gather import GatherMode
 from arsg_dist.horovod.partition import Exchange, Partition, ShardGroups, shard_groups
+from arsg_dist.horovod.second_sum import CheckedReduceScatter
 from arsg_dist.horovod.sharded_layout import lay_out
 
 _number = (
@@ -110,7 +111,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
             sharded_arguments.check_parameters(named)
             sharded_state.check_state(named, optimizer)
             self._exchange_between: Callable[[ShardGroups], Exchange] = lambda groups: Exchange(
-                choose_reduce_scatter(reduce_scatter, groups.shard, named[0][1].device.type),
+                CheckedReduceScatter(
+                    choose_reduce_scatter(reduce_scatter, groups.shard, named[0][1].device.type)
+                ),
                 compression,
                 prescale=1.0 / gradient_predivide_factor,
                 postscale=gradient_predivide_factor / (groups.world.size if op == hvd.Average else 1),
@@ -295,6 +298,24 @@ class ShardedOptimizer(torch.optim.Optimizer):
             error_if_nonfinite=error_if_nonfinite,
             parameters=parameters,
         )
+
+    def gradient_is_finite(self) -> bool:
+        """Whether the reduced gradient is finite in every element, the same on all ranks; every rank calls it."""
+        self.synchronize()
+        shards = [shard for p in self._partitions for shard in p.gradients.shards if shard is not None]
+        bad = torch.zeros(1)
+        if shards:
+            largest = torch.stack([value.float() for value in torch._foreach_norm(shards, torch.inf)])
+            bad += float(not largest.isfinite().all())
+        return not self._groups.shard.max(bad, "nonfinite").item()
+
+    def check_sums(self, on: bool) -> None:
+        """Whether gradients are summed up twice from the next backward pass on (`second_sum`); on all ranks alike."""
+        self._exchange.reduce_scatter.checking = on
+
+    def faulty_sums(self) -> list[str]:
+        """What `check_sums` has found since the last call, the same on every rank; every rank calls it."""
+        return self._exchange.reduce_scatter.faults()
 
     # The update
 

@@ -23,6 +23,7 @@ class HorovodShardedEngine(SingleProcessEngine):
         accumulation_steps: micro-batches per update and rank.
         clip_grad_norm: the averaged gradient is scaled down to this norm if it is larger; 0 for never.
         loss_scaling: scale the loss dynamically, as fp16 autocast needs; updates whose gradients overflow are skipped.
+        skip_nonfinite: leave out updates whose gradient is not finite; under loss scaling they are in any case.
         sharding: further keyword arguments of `ShardedOptimizer`, such as `bucket_mb`.
     """
 
@@ -38,6 +39,7 @@ class HorovodShardedEngine(SingleProcessEngine):
         accumulation_steps: int = 1,
         clip_grad_norm: float = 0.0,
         loss_scaling: bool = False,
+        skip_nonfinite: bool = False,
         **sharding: Any,
     ) -> None:
         broadcast_parameters(module.state_dict())
@@ -53,6 +55,7 @@ class HorovodShardedEngine(SingleProcessEngine):
             accumulation_steps=accumulation_steps,
             clip_grad_norm=clip_grad_norm,
             loss_scaling=loss_scaling,
+            skip_nonfinite=skip_nonfinite,
         )
         self.communicator = communicator
 
@@ -66,6 +69,23 @@ class HorovodShardedEngine(SingleProcessEngine):
                 yield
             finally:
                 self._at_base_iterate = False
+
+    def _gradient_is_finite(self) -> bool:
+        return self.optimizer.gradient_is_finite()
+
+    def replicated_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The parameters."""
+        self.optimizer.synchronize_parameters()
+        yield from self.module.named_parameters()
+
+    def check_next_sums(self) -> None:
+        """Every bucket's sum is computed by the next rank too, from the same gradients."""
+        self.optimizer.check_sums(True)
+
+    def faulty_sums(self) -> list[str]:
+        """The buckets whose two sums differ."""
+        self.optimizer.check_sums(False)
+        return self.optimizer.faulty_sums()
 
     def _clip(self) -> None:
         if self._clip_grad_norm:

@@ -82,4 +82,4 @@ def _check_exchanges(optimizer: "ShardedOptimizer", layout: Layout, parameter: T
     sizes = {
         (bucket.numel, layout.arenas[bucket.arena][0], parameter.device): None for bucket in layout.buckets
     }
-    check_exchanges(optimizer._groups.shard, optimizer._exchange.reduce_scatter, list(sizes))
+    check_exchanges(optimizer._groups.shard, optimizer._exchange.reduce_scatter.exchange, list(sizes))

@@ -258,6 +258,13 @@ class TrainConfig:
         label_smoothing: of the training loss.
         seed: of initial weights, order of images and augmentation.
         log_every: updates between two records of training loss and learning rate.
+        on_nonfinite: what a loss or gradient with NaN or infinity on any rank does: "stop" ends the run on all ranks,
+            at the next record or checkpoint; "skip" leaves the update out on all of them, which costs looking at every
+            gradient. fp16 has its own skipping, with the loss scale.
+        max_skipped_updates: with on_nonfinite "skip", how many one after another do not end the run.
+        straggler_factor: warn of a rank that takes more than this times as long as most others for its own part of an
+            update, loading and forward pass; 0 for never.
+        check_replicas_every: updates between two comparisons, bit by bit, of the ranks' weights; 0 for none.
         wandb_project: also log to this project of Weights & Biases (needs the package wandb).
         checkpoint_every: updates between two checkpoints inside an epoch; 0 for one after each epoch only.
         keep_checkpoints: how many to keep besides the one with the best validation accuracy.
@@ -283,6 +290,10 @@ class TrainConfig:
     boost: BoostConfig = field(default_factory=BoostConfig)
     seed: int = 0
     log_every: int = 20
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    max_skipped_updates: int = 10
+    straggler_factor: float = 2.0
+    check_replicas_every: int = 0
     wandb_project: str | None = None
     checkpoint_every: int = 0
     keep_checkpoints: int = 2
@@ -296,6 +307,7 @@ class TrainConfig:
             "val_batch_size",
             "log_every",
             "keep_checkpoints",
+            "max_skipped_updates",
         ):
             _require(getattr(self, name) >= 1, f"{name} must be at least 1, not {getattr(self, name)}")
         _require(
@@ -305,8 +317,11 @@ class TrainConfig:
         _require(
             0 <= self.label_smoothing < 1, f"label_smoothing must be in [0, 1), not {self.label_smoothing}"
         )
+        for name in ("checkpoint_every", "check_replicas_every"):
+            _require(getattr(self, name) >= 0, f"{name} must be at least 0, not {getattr(self, name)}")
         _require(
-            self.checkpoint_every >= 0, f"checkpoint_every must be at least 0, not {self.checkpoint_every}"
+            self.straggler_factor == 0 or 1 < self.straggler_factor < math.inf,
+            f"straggler_factor must be more than 1, or 0 for no warning, not {self.straggler_factor}",
         )
         _require(self.seed >= 0, f"seed must be at least 0, not {self.seed}")
         _require(

@@ -82,7 +82,11 @@ def deepspeed_settings(config: TrainConfig, path: str, world_size: int) -> dict[
     _settle_precision(resolved, config.precision, path)
     zero = resolved.get("zero_optimization") or {}
     if zero.get("stage", 0) == 3:
-        for wanted, name in ((config.ema_decay > 0, "ema_decay"), (config.compile, "compile")):
+        for wanted, name in (
+            (config.ema_decay > 0, "ema_decay"),
+            (config.compile, "compile"),
+            (config.check_replicas_every > 0, "check_replicas_every"),
+        ):
             if wanted:
                 raise ValueError(
                     f"{name} does not work with ZeRO stage 3, under which no rank holds the whole weights: "
@@ -138,12 +142,15 @@ def build_engine(
     """The engine over `module`, on this rank's device."""
     if config.compile:
         module.compile()
+    skip_nonfinite = config.on_nonfinite == "skip"
     if name == "deepspeed":
         from arsg_dist.deepspeed import DeepSpeedEngine
 
         assert deepspeed_config is not None
         groups = parameter_groups(module, config.optimizer)
-        return DeepSpeedEngine(module, deepspeed_config, communicator, parameter_groups=groups)
+        return DeepSpeedEngine(
+            module, deepspeed_config, communicator, parameter_groups=groups, skip_nonfinite=skip_nonfinite
+        )
     if torch.cuda.is_available():
         torch.cuda.set_device(ranks.local_rank % torch.cuda.device_count())
         module = module.cuda()
@@ -154,6 +161,7 @@ def build_engine(
         "accumulation_steps": config.accumulation_steps,
         "clip_grad_norm": config.clip_grad_norm,
         "loss_scaling": precision_of(config, name) == "fp16",
+        "skip_nonfinite": skip_nonfinite,
     }
     if name == "horovod":
         from arsg_dist.horovod import HorovodEngine

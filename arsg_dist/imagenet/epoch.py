@@ -14,6 +14,7 @@ from arsg_dist.imagenet.position import Position
 from arsg_dist.imagenet.progress import Progress
 from arsg_dist.imagenet.run_checkpoint import RunCheckpoints
 from arsg_dist.imagenet.run_parts import RunParts
+from arsg_dist.imagenet.watch import RunWatch
 
 
 class EpochLoop:
@@ -39,13 +40,14 @@ class EpochLoop:
         self._parts, self._checkpoints = parts, checkpoints
         self._at, self._progress, self._last_update = at, progress, last_update
         self._micro_batch_size = parts.config.micro_batch_size(parts.communicator.world_size)
+        self._watch = RunWatch(parts.config, parts.engine)
         parts.train_order.position = at.images
         self._batches: Iterator[Batch] = progress.waiting(batches(parts.train_loader))
 
     def train(self, epoch: int) -> dict[str, float] | None:
         """What is left of an epoch, or its part up to an update; returns its speed, None if a signal ended it."""
         parts, progress, order, at = self._parts, self._progress, self._parts.train_order, self._at
-        engine, config = parts.engine, parts.config
+        engine, config, watch = parts.engine, parts.config, self._watch
         engine.module.train()
         left = order.updates_until(epoch, at.images)
         progress.begin_epoch(f"epoch {epoch + 1}/{config.epochs}", left)
@@ -53,19 +55,23 @@ class EpochLoop:
         images, bad = 0, list[str]()
         for _ in range(min(left, self._last_update - at.update)):
             weight = order.weight(at.images) / self._micro_batch_size
+            watch.before_update(at.update + 1)
             for _ in range(config.accumulation_steps):
-                batch = next(self._batches)
-                inputs, labels = parts.to_device(batch)
-                bad += batch.bad
-                images += int((batch.labels != IGNORED).sum())
-                inputs, targets = parts.mixing(inputs, labels, at.update)
-                # The sum over what counts, divided by the nominal size: bad images drop out without weighing others up.
-                loss = cross_entropy_sum(parts.forward(engine.module, inputs), targets)
+                with watch.own_time():
+                    batch = next(self._batches)
+                    inputs, labels = parts.to_device(batch)
+                    bad += batch.bad
+                    images += int((batch.labels != IGNORED).sum())
+                    inputs, targets = parts.mixing(inputs, labels, at.update)
+                    # The sum over what counts, divided by the nominal size: bad images drop out without weighing
+                    # others up.
+                    loss = cross_entropy_sum(parts.forward(engine.module, inputs), targets)
                 engine.backward(loss * weight)
                 engine.step()
-                loss_sum += loss.detach()
+                loss_sum += watch.finite(loss, at.update + 1)
             at.update += 1
             at.images = order.after(at.images)
+            watch.after_update(at.update)
             parts.schedules.after_update()
             if parts.average:
                 parts.average.update(parts.model)
@@ -82,7 +88,9 @@ class EpochLoop:
                 images, bad = 0, []
             if record:
                 shown = shown_hyperparameters(engine.optimizer)
-                progress.record(at.update, at.take_recent(), shown, waited)
+                progress.record(at.update, at.take_recent(), shown, waited, skipped=engine.skipped_updates)
+            if save or ended:
+                watch.require_finite_weights()
             if save:
                 self._checkpoints.save(at)
             if stop:
@@ -108,15 +116,15 @@ class EpochLoop:
 
     def _exchange(self, loss_sum: float, images: int, bad: list[str]) -> tuple[float, int, list[float]]:
         """Adds up over the ranks; images that could not be decoded end the run on every rank, or are counted."""
-        mine = (loss_sum, images, bad, self._progress.waited_share())
+        mine = (loss_sum, images, bad, self._progress.waited_share(), self._watch.report())
         of_ranks = self._parts.communicator.all_gather_object(mine)
-        all_bad = [message for _, _, messages, _ in of_ranks for message in messages]
+        losses, counts, messages, waited, reports = zip(*of_ranks, strict=True)
+        all_bad = [message for of_rank in messages for message in of_rank]
         if all_bad and self._parts.config.data.on_bad_image == "error":
             raise JobError(
                 "\n".join(all_bad) + "\n(--data.on_bad_image skip leaves such images out and counts them)"
             )
         self._at.bad_images += len(all_bad)
-        for message in all_bad:
+        for message in [*all_bad, *self._watch.judge(list(reports))]:
             self._progress.say(message)
-        losses, counts, _, waited = zip(*of_ranks, strict=True)
         return sum(losses), sum(counts), list(waited)

@@ -104,7 +104,13 @@ class Progress:
         return self._recent.waited / max(self._recent.seconds(), 1e-9)
 
     def record(
-        self, update: int, loss: float, hyperparameters: dict[str, float], waited: list[float]
+        self,
+        update: int,
+        loss: float,
+        hyperparameters: dict[str, float],
+        waited: list[float],
+        *,
+        skipped: int = 0,
     ) -> None:
         """Writes a training record and refreshes the bar.
 
@@ -113,8 +119,11 @@ class Progress:
             loss: mean training loss since the last record, over all ranks.
             hyperparameters: lr, mu, as shown.
             waited: `waited_share()` of every rank; the largest is recorded.
+            skipped: updates of this start that were left out, since their gradient was not finite.
         """
         values = {"loss": loss, **self._speed(self._recent), "data_wait_share": max(waited)}
+        if skipped:
+            values["skipped_updates"] = skipped
         if self.log:
             self.log.write("train", update, {**values, **hyperparameters})
         self._bar.set_postfix(

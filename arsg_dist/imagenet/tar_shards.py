@@ -44,12 +44,15 @@ class TarShards:
         try:
             description: dict[str, Any] = json.loads((directory / DESCRIPTION).read_text())
             index_bytes = (directory / INDEX).read_bytes()
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"shards in {directory} cannot be used: {error}") from None
+        if not isinstance(description, dict):
+            raise ValueError(f"shards in {directory} cannot be used: {DESCRIPTION} holds no JSON object")
         if description.get("version") != VERSION:
             raise ValueError(
                 f"shards in {directory} have version {description.get('version')} and this program reads {VERSION}"
             )
+        _require_description(directory, description)
         if hashlib.sha256(index_bytes).hexdigest() != description["index_sha256"]:
             raise ValueError(
                 f"{directory / INDEX} does not belong to {DESCRIPTION} or is damaged: shard again"
@@ -67,7 +70,7 @@ class TarShards:
                 f"copy them again ('sha256sum -c {CHECKSUMS}' in that directory shows which)"
             )
         self._digest: str = description["index_sha256"]
-        self._index: np.ndarray[Any, Any] = np.load(directory / INDEX, mmap_mode="r")
+        self._index = _index_of(directory, len(self.classes), [s["bytes"] for s in description["shards"]])
         self._directory = directory
         self._descriptors: dict[int, int] = {}
 
@@ -109,6 +112,51 @@ class TarShards:
     def __del__(self) -> None:
         for descriptor in self.__dict__.get("_descriptors", {}).values():
             os.close(descriptor)
+
+
+def _require_description(directory: Path, description: dict[str, Any]) -> None:
+    classes, shards = description.get("classes"), description.get("shards")
+    good = (
+        isinstance(classes, list)
+        and all(isinstance(name, str) for name in classes)
+        and isinstance(shards, list)
+        and all(
+            isinstance(shard, dict)
+            # No path: a description from elsewhere must not make the program read other files.
+            and isinstance(shard.get("name"), str)
+            and Path(shard["name"]).name == shard["name"]
+            and isinstance(shard.get("bytes"), int)
+            for shard in shards
+        )
+        and isinstance(description.get("index_sha256"), str)
+    )
+    if not good:
+        raise ValueError(
+            f"shards in {directory} cannot be used: {DESCRIPTION} is not as 'arsg-imagenet shard' writes it"
+        )
+
+
+def _index_of(directory: Path, num_classes: int, sizes: list[int]) -> "np.ndarray[Any, Any]":
+    """The records, never a pickle, each within its shard."""
+    refused = f"shards in {directory} cannot be used: {INDEX}"
+    try:
+        index: np.ndarray[Any, Any] = np.load(directory / INDEX, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, SyntaxError, TypeError, EOFError) as error:
+        raise ValueError(f"{refused} is no array of records: {str(error).splitlines()[0]}") from None
+    if index.dtype != RECORD or index.ndim != 1:
+        raise ValueError(f"{refused} is no array of records")
+    end_of = np.array(sizes, dtype=np.int64)
+    if len(index) and not (
+        (index["shard"] >= 0).all()
+        and (index["shard"] < len(sizes)).all()
+        and (index["offset"] >= 0).all()
+        and (index["size"] >= 0).all()
+        and (index["offset"] <= end_of[index["shard"]] - index["size"]).all()
+        and (index["label"] >= 0).all()
+        and (index["label"] < num_classes).all()
+    ):
+        raise ValueError(f"{refused} leads outside the shards or classes")
+    return index
 
 
 def _wrong_size(path: Path, expected: int) -> str | None:

@@ -66,7 +66,7 @@ def read_config(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} does not exist")
     try:
         config = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except (UnicodeDecodeError, RecursionError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(config, dict):
         raise ValueError(f"{path} must hold a JSON object")

@@ -1,0 +1,52 @@
+"""The comparison of what every rank must hold alike."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from arsg_dist.engine import JobError, SingleProcessCommunicator, check_replicas
+from arsg_dist.engine.replica_check import fingerprint, fingerprints
+
+
+class _Ranks(SingleProcessCommunicator):
+    """Rank 0; the others hold what is given."""
+
+    def __init__(self, *others: dict[str, Tensor]) -> None:
+        self.world_size = 1 + len(others)
+        self._others = others
+
+    def all_gather_object(self, value):  # type: ignore[no-untyped-def]
+        return [value, *(fingerprints(other.values()) for other in self._others)]
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex64, torch.int64, torch.bool],
+)
+def test_every_bit_and_place_counts(dtype: torch.dtype) -> None:
+    """Catches a fingerprint that forgets bits of a dtype, later chunks or the order of elements."""
+    tensor = torch.arange(200_000).to(dtype)
+    first = fingerprint(tensor)
+    assert fingerprint(tensor.clone()) == first
+    assert fingerprint(tensor.view(1000, 200).t().contiguous().t()) == first
+    for place in (0, 65_535, 65_536, 199_999):
+        changed = tensor.clone()
+        changed.view(torch.uint8)[place * dtype.itemsize] ^= 1
+        assert fingerprint(changed) != first, place
+    assert dtype == torch.bool or fingerprint(tensor.flip(0)) != first
+    assert fingerprint(tensor[:0]) == 0
+
+
+def test_the_rank_in_the_minority_is_named() -> None:
+    """Catches a message that blames rank 0's peers for what rank 0 has."""
+    good = {"w": torch.ones(3), "b": torch.zeros(2)}
+    bad = {"w": torch.ones(3), "b": torch.tensor([0.0, 1e-30])}
+    check_replicas(_Ranks(good, good), iter(good.items()))
+    with pytest.raises(
+        JobError, match=r"rank 2 differs from the 2 others, which agree; in 1 of 2 tensors: b\."
+    ):
+        check_replicas(_Ranks(good, bad), iter(good.items()))
+    with pytest.raises(JobError, match=r"rank 0 differs from the 2 others"):
+        check_replicas(_Ranks(good, good), iter(bad.items()))
+    with pytest.raises(JobError, match="the 2 ranks differ, and no majority"):
+        check_replicas(_Ranks(bad), iter(good.items()))
