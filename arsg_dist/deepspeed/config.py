@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any, Final
 
-from arsg_dist.deepspeed.refusals import AUTO, check_nvme, check_sections
+from arsg_dist.deepspeed.refusals import AUTO, check_nvme, check_sections, require_object
 from arsg_dist.deepspeed.schedules import check_scheduler
 from arsg_dist.optim import ARSG
 
@@ -31,10 +31,11 @@ def check_config(config: dict[str, Any], source: str = "the DeepSpeed config") -
         ValueError: with the setting and the reason.
     """
     for key in ("optimizer", "scheduler", "zero_optimization", "fp16", "bf16", "bfloat16", "torch_autocast"):
-        _require_object(config, key, source)
+        require_object(config, key, source)
     section = config.get("optimizer") or {}
     if section.get("params") != AUTO:
-        _require_object(section, "params", f"{source}'s optimizer")
+        require_object(section, "params", f"{source}'s optimizer")
+    require_object(config.get("scheduler") or {}, "params", f"{source}'s scheduler")
     name = section.get("type")
     check_sections(config, source)
     if isinstance(name, str) and name.lower() == "arsg":
@@ -43,11 +44,6 @@ def check_config(config: dict[str, Any], source: str = "the DeepSpeed config") -
         zero, params = config.get("zero_optimization"), section.get("params") or {}
         if isinstance(zero, dict) and isinstance(params, dict):
             check_nvme(zero, [params], source)
-
-
-def _require_object(section: dict[str, Any], key: str, source: str) -> None:
-    if section.get(key) is not None and not isinstance(section[key], dict):
-        raise ValueError(f"{source} has {key} = {section[key]!r}: it must be a JSON object")
 
 
 def _check_optimizer(section: dict[str, Any], source: str) -> None:

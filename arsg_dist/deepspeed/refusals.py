@@ -11,6 +11,16 @@ AUTO = "auto"
 _DEFAULT_BUFFER_COUNT = 4  # runtime/zero/offload_config.py
 
 
+def require_object(section: Mapping[str, Any], key: str, source: str) -> None:
+    """Refuses another value than an object, or none, for a key.
+
+    Raises:
+        ValueError: naming `source` and the key.
+    """
+    if section.get(key) is not None and not isinstance(section[key], dict):
+        raise ValueError(f"{source} has {key} = {section[key]!r}: it must be a JSON object")
+
+
 def check_sections(config: dict[str, Any], source: str) -> None:
     """Refuses settings outside the optimizer section.
 
@@ -21,6 +31,9 @@ def check_sections(config: dict[str, Any], source: str) -> None:
     Raises:
         ValueError: with the setting and the reason.
     """
+    zero = config.get("zero_optimization")
+    for key in ("offload_optimizer", "offload_param"):
+        require_object(zero if isinstance(zero, dict) else {}, key, f"{source}'s zero_optimization")
     for key, (present, reason) in {**_of_zero(config), **_of_precision(config)}.items():
         if present:
             raise ValueError(f"{source} sets {key}, which does not work with ARSG: {reason}")

@@ -1,4 +1,5 @@
 import threading
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
@@ -97,3 +98,24 @@ def test_ranks_with_different_settings_stop_in_seconds() -> None:
     job: Finished = launch("deepspeed", 2, "tests/support/disagreeing_job.py")
     assert job.code != 0
     assert job.output.count("the config lr of rank 1 differs from rank 0's: 0.2 and 0.1") == 2
+
+
+def test_another_source_with_the_same_version_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a host with another checkout of the same version."""
+    digests = iter(["one", "two"])
+    monkeypatch.setattr(agreement, "code_digest", lambda: next(digests))
+    for message in messages({}, {}):
+        assert message is not None
+        assert message.startswith("the code of arsg-dist of rank 1 differs from rank 0's")
+
+
+def test_the_digest_of_the_code_sees_every_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a digest that stays the same when a file deep in the package is edited."""
+    package = tmp_path / "arsg_dist"
+    (package / "deep").mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "deep" / "code.py").write_text("x = 1")
+    monkeypatch.setattr(agreement.arsg_dist, "__file__", str(package / "__init__.py"))
+    before = agreement.code_digest()
+    (package / "deep" / "code.py").write_text("x = 2")
+    assert agreement.code_digest() != before
