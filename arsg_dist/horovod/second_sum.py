@@ -23,6 +23,11 @@ class _Twice(Started):
     second: Started
     compare: Callable[[Tensor, Tensor], None]
 
+    def discard(self) -> None:
+        """Frees what both hold."""
+        super().discard()
+        self.second.discard()
+
     def finish(self) -> Tensor:
         """Waits for both; returns the first's result."""
         first = super().finish()

@@ -144,7 +144,7 @@ class RunWatch:
 
     def _stragglers(self, reports: list[RankReport]) -> list[str]:
         factor, notes = self._config.straggler_factor, list[str]()
-        if not factor or len(reports) == 1:
+        if not factor or len(reports) == 1 or not any(report.own_seconds for report in reports):
             return notes
         for rank, report in enumerate(reports):
             others = statistics.median(r.own_seconds for other, r in enumerate(reports) if other != rank)

@@ -64,7 +64,8 @@ def _raise_memory_error(fault: dict[str, Any]) -> None:
 def _fill_memory(fault: dict[str, Any]) -> None:
     import resource
 
-    resource.setrlimit(resource.RLIMIT_AS, (2**31, resource.RLIM_INFINITY))
+    held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (held + 2**28, resource.RLIM_INFINITY))
     torch.ones(2**33)
 
 
@@ -89,10 +90,10 @@ def _read_only(fault: dict[str, Any]) -> None:
 
 
 def _corrupt_weight(fault: dict[str, Any]) -> None:
-    """Flips the lowest bit of one weight, as a memory fault does."""
+    """Flips a bit of one weight's fraction, as a memory fault does."""
     with torch.no_grad():
         parameter = _trained[0].view(-1)
-        parameter.view(torch.int32)[5] ^= 1
+        parameter.view(torch.int32)[5] ^= 1 << 12
 
 
 def _skew_clock(fault: dict[str, Any]) -> None:
