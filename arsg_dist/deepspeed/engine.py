@@ -65,8 +65,8 @@ class DeepSpeedEngine(Engine):
         config: a complete DeepSpeed config with an optimizer section (`resolve_config` makes one).
         communicator: from `connect`.
         parameter_groups: as torch optimizers take them; default one group of all trainable parameters.
-        skip_nonfinite: leave out updates whose gradient is not finite; DeepSpeed does in any case at stage 3, under
-            loss scaling, and at stages 1 and 2 in fp32.
+        skip_nonfinite: leave out updates whose gradient is not finite; DeepSpeed does in any case, but at stage 0 in
+            fp32.
     """
 
     kind = "deepspeed"

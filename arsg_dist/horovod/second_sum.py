@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from arsg_dist.engine.replica_check import fingerprint
+from arsg_dist.horovod.buffer_pool import BufferPool
 from arsg_dist.horovod.exchange import AllToAllReduceScatter, ReduceScatter, Started
 
 _TOLERANCE = 1e-3
@@ -51,17 +52,18 @@ class CheckedReduceScatter:
         self._second = AllToAllReduceScatter(exchange.group)
         self._sums: dict[str, tuple[Any, Any]] = {}
 
-    def start(self, wire: Tensor, decode: Callable[[Tensor], Tensor], name: str) -> Started:
+    def start(self, wire: Tensor, decode: Callable[[Tensor], Tensor], name: str, pool: BufferPool) -> Started:
         """As `AllToAllReduceScatter.start`."""
-        started = self.exchange.start(wire, decode, name)
+        started = self.exchange.start(wire, decode, name, pool)
         if not self.checking or self.group.size == 1:
             return started
         shifted = wire.view(self.group.size, -1).roll(-1, 0).view(-1)
 
         def compare(mine: Tensor, next_rank: Tensor) -> None:
             self._sums[name] = self._summary(mine), self._summary(next_rank)
+            pool.give_back(next_rank)
 
-        second = self._second.start(shifted, decode, f"{name}.second")
+        second = self._second.start(shifted, decode, f"{name}.second", pool)
         return _Twice(started.handle, started.result, second, compare)
 
     def _summary(self, total: Tensor) -> Any:
