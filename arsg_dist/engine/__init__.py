@@ -15,8 +15,8 @@ from arsg_dist.engine.communicator import (
 )
 from arsg_dist.engine.ranks import Ranks, discover_ranks
 from arsg_dist.engine.rendezvous import announce_to_torch, collective_timeout
-from arsg_dist.engine.saved_state import SavedState
 from arsg_dist.engine.replica_check import check_replicas
+from arsg_dist.engine.saved_state import SavedState
 from arsg_dist.engine.single import SingleProcessEngine
 from arsg_dist.engine.state import EngineState
 

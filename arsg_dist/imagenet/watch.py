@@ -14,6 +14,7 @@ from arsg_dist.engine import Engine, JobError, check_replicas
 from arsg_dist.imagenet.config import TrainConfig
 
 _NEVER = 2**62
+_NOTICEABLE = 0.2  # seconds between two records; less than that is chance, whatever the ratio
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ class RunWatch:
             return notes
         for rank, report in enumerate(reports):
             others = statistics.median(r.own_seconds for other, r in enumerate(reports) if other != rank)
-            slow = report.own_seconds > factor * others
+            slow = report.own_seconds > max(factor * others, others + _NOTICEABLE)
             if slow and rank not in self._slow:
                 notes.append(
                     f"warning: rank {rank} on {report.host} is slow: it took {report.own_seconds:.2f} s for loading "

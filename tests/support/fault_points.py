@@ -251,8 +251,8 @@ def _spoil(what: str, number: int, strike: Callable[[], None]) -> None:
 def _compare_around_step(engine: Any) -> None:
     """Says whether the engine's next step changes anything."""
     real = engine.step
-    held = [*engine.module.parameters()]
-    held += [getattr(p, "ds_tensor", p) for p in held]
+    # Under ZeRO stage 3 this rank's part; a parameter itself comes and goes.
+    held = [getattr(p, "ds_tensor", p) for p in engine.module.parameters()]
 
     def state() -> list[int]:
         optimizer = [v for s in engine.optimizer.state.values() for v in s.values() if isinstance(v, Tensor)]
