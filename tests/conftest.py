@@ -9,4 +9,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--record-detection", metavar="FILE", help="append what injected faults cost (JSON lines)"
     )
-    parser.addoption("--kills", type=int, default=200, help="kill points of the slow test, per engine")
+    parser.addoption(
+        "--kills",
+        type=int,
+        default=12,
+        help="kill points of the slow test, per engine; hundreds take half an hour",
+    )

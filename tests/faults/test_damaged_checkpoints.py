@@ -94,4 +94,4 @@ def test_random_damage(checkpoint: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_much_random_damage(checkpoint: Path, tmp_path: Path) -> None:
     """As above."""
-    read_damaged(checkpoint, tmp_path, 2000)
+    read_damaged(checkpoint, tmp_path, 400)
