@@ -140,7 +140,11 @@ def _connected(arguments: list[str], engine: Any, ranks: Ranks, communicator: Co
     try:
         with communicator.fail_together(ValueError, argparse.ArgumentError):
             parser = _parser()
-            options = parser.instantiate(parser.parse_args(arguments))
+            parsed = parser.parse_args(arguments)
+            for section in ("data", "data.progressive", "optimizer", "schedule", "boost"):
+                if parsed.get(section) is None:  # which jsonargparse answers with a TypeError
+                    raise ValueError(f"{section} must not be null: leave it out, or give its settings")
+            options = parser.instantiate(parsed)
             config = TrainConfig(**{name: options[name] for name in TrainConfig.__dataclass_fields__})
         started = communicator.from_rank_0(time.strftime("%Y%m%d-%H%M%S"))
         output = Path(

@@ -1,13 +1,22 @@
 """Every setting of a training run. The fields are the keys of a recipe's YAML and, with dots, the CLI flags."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
+
+
+def _require_values(section: Any, prefix: str) -> None:
+    """A `null` in YAML is no setting, but where it is the default."""
+    for known in fields(section):
+        _require(
+            getattr(section, known.name) is not None or known.default is None,
+            f"{prefix}{known.name} must not be null",
+        )
 
 
 @dataclass(kw_only=True)
@@ -27,6 +36,7 @@ class ProgressiveConfig:
     multiple: int = 32
 
     def __post_init__(self) -> None:
+        _require_values(self, "data.progressive.")
         _require(
             self.start_size >= 0, f"data.progressive.start_size must be at least 0, not {self.start_size}"
         )
@@ -93,6 +103,7 @@ class DataConfig:
     on_bad_image: Literal["error", "skip"] = "error"
 
     def __post_init__(self) -> None:
+        _require_values(self, "data.")
         _require(self.image_size >= 1, f"data.image_size must be at least 1, not {self.image_size}")
         _require(
             1 <= self.crop_size <= self.image_size or self.augmentation != "crop",
@@ -158,6 +169,9 @@ class OptimizerConfig:
     params: dict[str, Any] = field(default_factory=dict)
     decay_norm_and_bias: bool = True
 
+    def __post_init__(self) -> None:
+        _require_values(self, "optimizer.")
+
 
 @dataclass(kw_only=True)
 class ScheduleConfig:
@@ -180,6 +194,7 @@ class ScheduleConfig:
     linear_scaling_from: int = 0
 
     def __post_init__(self) -> None:
+        _require_values(self, "schedule.")
         _require(
             self.linear_scaling_from >= 0,
             f"schedule.linear_scaling_from must be at least 0, not {self.linear_scaling_from}",
@@ -219,6 +234,7 @@ class BoostConfig:
     threshold: float = 0.01
 
     def __post_init__(self) -> None:
+        _require_values(self, "boost.")
         _require(not (self.milestones and self.plateau), "boost takes milestones or plateau, not both")
         _require(
             self.milestones == sorted(set(self.milestones)) and all(m > 0 for m in self.milestones),
@@ -300,6 +316,7 @@ class TrainConfig:
     async_save: bool = False
 
     def __post_init__(self) -> None:
+        _require_values(self, "")
         for name in (
             "epochs",
             "batch_size",

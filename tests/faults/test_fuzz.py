@@ -86,6 +86,7 @@ def check_recipe(recipe: object, directory: Path, capsys: pytest.CaptureFixture[
     path = directory / "recipe.yaml"
     path.write_text(recipe if isinstance(recipe, str) else yaml.safe_dump(recipe))
     before = sorted(directory.rglob("*"))
+    capsys.readouterr()  # of an example that failed
     code = cli.train_command(["--config", str(path), "--output", str(directory / "run")])
     shown = capsys.readouterr()
     assert code in (0, 2), shown.err
@@ -101,6 +102,17 @@ def test_recipes(
 ) -> None:
     """Catches a recipe that ends in a traceback, or whose YAML makes Python objects."""
     check_recipe(recipe, tmp_path, capsys)
+
+
+def test_null_is_no_value(tmp_path: Path, no_training: None, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a setting left empty in YAML that ends in a traceback (found by the test below)."""
+    for recipe in (
+        {"batch_size": None},
+        {"schedule": {"warmup_epochs": None}},
+        {"optimizer": None},
+        {"data": None},
+    ):
+        check_recipe(recipe, tmp_path, capsys)
 
 
 @pytest.mark.slow
