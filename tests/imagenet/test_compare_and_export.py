@@ -9,6 +9,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from arsg_dist.imagenet.augmentation import normalised
 from arsg_dist.imagenet.cli import compare_command, export_command, train_command
 from arsg_dist.imagenet.config import DataConfig
 from arsg_dist.imagenet.data import open_splits
@@ -61,7 +62,7 @@ def test_exported_weights_load_in_plain_torchvision_and_score_as_the_card_says(
     images = torch.stack([val[(0, index)][0] for index in range(len(val))])
     labels = torch.tensor([0] * 5 + [1] * 5)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        logits = model.eval()(images.to(memory_format=torch.channels_last)).float()
+        logits = model.eval()(normalised(images).to(memory_format=torch.channels_last)).float()
     assert f"{(logits.argmax(dim=1) == labels).float().mean().item():.2%}" in card
     if weights != "best":
         loss = torch.nn.functional.cross_entropy(logits, labels).item()
