@@ -7,7 +7,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import PositiveInt
 
 from arsg_dist.engine import Communicator, JobError, Ranks, discover_ranks, end_process
@@ -126,8 +126,8 @@ _SPELLINGS = {"--print-config": "--print_config"}
 def _show(arguments: list[str]) -> int:
     """Help or the resolved settings: nothing that ranks need to be connected for."""
     try:
-        _parser().parse_args(arguments)
-    except (argparse.ArgumentError, ValueError) as error:
+        _parse(_parser(), arguments)
+    except ValueError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return BAD_INPUT
     except SystemExit as end:
@@ -135,15 +135,24 @@ def _show(arguments: list[str]) -> int:
     return BAD_INPUT
 
 
+def _parse(parser: ArgumentParser, arguments: list[str]) -> Namespace:
+    try:
+        return parser.parse_args(arguments)
+    except (argparse.ArgumentError, ValueError) as error:
+        raise ValueError(" ".join(str(error).split())) from None  # jsonargparse's have several lines
+
+
 def _connected(arguments: list[str], engine: Any, ranks: Ranks, communicator: Communicator) -> int:
     code = 0
     try:
-        with communicator.fail_together(ValueError, argparse.ArgumentError):
+        with communicator.fail_together():
             parser = _parser()
-            parsed = parser.parse_args(arguments)
+            parsed = _parse(parser, arguments)
             for section in ("data", "data.progressive", "optimizer", "schedule", "boost"):
-                if parsed.get(section) is None:  # which jsonargparse answers with a TypeError
-                    raise ValueError(f"{section} must not be null: leave it out, or give its settings")
+                given = parsed.get(section)
+                if not isinstance(given, Namespace):  # which jsonargparse answers with a TypeError
+                    shown = "null" if given is None else repr(given)
+                    raise ValueError(f"{section} must be a mapping of its settings, or left out, not {shown}")
             options = parser.instantiate(parsed)
             config = TrainConfig(**{name: options[name] for name in TrainConfig.__dataclass_fields__})
         started = communicator.from_rank_0(time.strftime("%Y%m%d-%H%M%S"))

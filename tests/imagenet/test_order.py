@@ -59,7 +59,7 @@ def test_updates_hold_the_same_images_on_any_number_of_ranks(
     per_part=st.integers(1, 4),
     epochs=st.integers(1, 4),
 )
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_every_epoch_holds_every_image_exactly_once(
     images: int, parts: tuple[int, int], per_part: int, epochs: int
 ) -> None:

@@ -14,8 +14,6 @@ from arsg_dist import ARSG
 
 QUICK = settings(
     max_examples=40,
-    deadline=None,
-    derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 

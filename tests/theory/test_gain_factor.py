@@ -52,7 +52,7 @@ def test_gain_factor_is_the_spectral_radius_in_both_branches(beta: float, mu: fl
     )
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(st.floats(0.0, 50.0), unit, unit)
 def test_gain_factor_of_any_coefficients(tau: float, beta: float, mu: float) -> None:
     """Catches a branch that only fails outside the usual settings (β or μ of 0, both near 1)."""
@@ -60,7 +60,7 @@ def test_gain_factor_of_any_coefficients(tau: float, beta: float, mu: float) -> 
     assert theory.gain_factor(tau, beta, mu) == pytest.approx(expected, rel=1e-6, abs=1e-6)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(unit, unit)
 def test_convergence_bound_separates_convergence_from_divergence(beta: float, mu: float) -> None:
     """Catches a bound that is too high or too low by a millionth."""
@@ -151,7 +151,7 @@ def test_boost_ratio_keeps_the_fastest_curvature_where_it_was(beta: float, mu: f
     assert searched == pytest.approx(fastest, rel=2e-4)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(unit, unit, st.floats(1e-3, 1e3))
 def test_largest_safe_step_balances_the_eigenvalues_below_the_bound(
     beta: float, mu: float, lambda_max: float
