@@ -12,6 +12,9 @@ from tests.support.launchers import REPOSITORY, Finished
 
 NETWORK = "10.77.0"
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+# Each host's own, and empty at each start: Open MPI's daemons keep files under names that only have their pid, which
+# repeat from host to host and after a restart, and end with 213 where they find those of another.
+_TEMPORARY = "/run"
 _TOOLS = ("ip", "tc", "nsenter", "unshare", "sshd", "ssh", "ssh-keygen")
 
 
@@ -58,7 +61,7 @@ class Cluster:
         (self.directory / "sshd_config").write_text(
             f"Port 22\nHostKey {self.directory}/host_key\nPermitRootLogin prohibit-password\nUsePAM no\nUseDNS no\n"
             "StrictModes no\nPidFile none\nMaxStartups 100:30:200\n"
-            f"SetEnv PATH={self._path} OMP_NUM_THREADS=1\n"
+            f"SetEnv PATH={self._path} OMP_NUM_THREADS=1 TMPDIR={_TEMPORARY}\n"
         )
         _run("ip", "netns", "add", f"{self._prefix}sw")
         _run("ip", "-n", f"{self._prefix}sw", "link", "add", "br0", "type", "bridge")
@@ -162,7 +165,7 @@ class Cluster:
             "HOME": os.environ.get("HOME", "/root"),
             "USER": "root",
             "LANG": "C.UTF-8",
-            "TMPDIR": "/var/local",
+            "TMPDIR": _TEMPORARY,
             "PYTHONPATH": str(REPOSITORY),
             "PYTHONUNBUFFERED": "1",
             "OMP_NUM_THREADS": "1",
