@@ -131,7 +131,8 @@ def check_readers_wait() -> None:
             assert torch.equal(read(model), read(twin)), name
             lazy.synchronize_parameters()
             fresh = torch.cat([a.view(-1) for p in lazy._partitions for a in p.arenas])
-            assert not torch.equal(stale, fresh), f"{name}: the update was already there"
+            # The parts a rank owns are its fp32 masters, updated in place: alone it waits for no data.
+            assert hvd.size() == 1 or not torch.equal(stale, fresh), f"{name}: the update was already there"
         update(model, lazy, 9)
         assert not any(partition.gather.started for partition in lazy._partitions), (
             "not awaited under torch.compile"
