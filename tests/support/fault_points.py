@@ -47,7 +47,10 @@ def _once(
 ) -> Callable[[], None]:
     def strike() -> None:
         if not record.exists():
-            record.write_text(str(time.monotonic()))
+            # Whole or not at all: the process may end by itself at this moment.
+            part = record.with_suffix(f".{os.getpid()}")
+            part.write_text(str(time.monotonic()))
+            part.replace(record)
         action(fault)
 
     return strike
