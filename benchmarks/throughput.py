@@ -13,6 +13,7 @@ medians over rounds of ratios within a round. Examples:
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import random
 import shlex
@@ -26,6 +27,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from machine import device_name
 from torch import Tensor, nn
@@ -143,21 +145,45 @@ def plain_batches(tree: Path, arguments: argparse.Namespace) -> Iterator[tuple[T
     return endless(lambda: ((images.to(device, non_blocking=True), labels) for images, labels in batches))
 
 
+@dataclasses.dataclass
+class Loading:
+    """Loading alone, of one loader in one round.
+
+    Attributes:
+        rate: images/s.
+        workers: CPU time of the loader processes per image, ms.
+        here: CPU time of the training process per image, ms.
+    """
+
+    rate: float
+    workers: float
+    here: float
+
+
 def loading_rates(
     loaders: dict[str, Iterator[Any]], count: int, arguments: argparse.Namespace
-) -> dict[str, list[float]]:
-    """Images/s of each loader per round, over `count` batches."""
-    rates: dict[str, list[float]] = {name: [] for name in loaders}
+) -> dict[str, list[Loading]]:
+    """Each loader per round, over `count` batches."""
+    results: dict[str, list[Loading]] = {name: [] for name in loaders}
     order = random.Random(0)
     for number in range(1 + arguments.rounds):
         for name in order.sample(list(loaders), len(loaders)):
-            begin = time.perf_counter()
+            time.sleep(1)  # until the other loader's queue is full, and its processes rest
+            begin = time.perf_counter(), cpu_of_children(), time.process_time()
             for _ in islice(loaders[name], count):
                 pass
-            rate = count * arguments.batch / (time.perf_counter() - begin)
+            end = time.perf_counter(), cpu_of_children(), time.process_time()
+            whole, workers, here = (b - a for a, b in zip(begin, end, strict=True))
+            images = count * arguments.batch
             if number:  # the first round starts the workers and fills their queues
-                rates[name].append(rate)
-    return rates
+                results[name].append(Loading(images / whole, 1000 * workers / images, 1000 * here / images))
+    return results
+
+
+def cpu_of_children() -> float:
+    """CPU time so far of all processes that this one started, seconds."""
+    times = [child.cpu_times() for child in psutil.Process().children(recursive=True)]
+    return sum(each.user + each.system for each in times)
 
 
 # Training ------------------------------------------------------------------------------------------------------------
@@ -238,8 +264,17 @@ def spread(values: list[float]) -> str:
     return f"{statistics.median(values):,.1f} ({min(values):,.1f} to {max(values):,.1f})"
 
 
+def loading_line(name: str, rounds: list[Loading], peer: list[Loading]) -> str:
+    """A line of the table about loading."""
+    ratio = statistics.median(a.rate / b.rate for a, b in zip(rounds, peer, strict=True))
+    workers, here = (
+        statistics.median(getattr(each, kind) for each in rounds) for kind in ("workers", "here")
+    )
+    return f"| {name} | {spread([each.rate for each in rounds])} | {ratio:.2f} | {workers:.2f} | {here:.2f} |"
+
+
 def report(
-    loading: dict[str, list[float]],
+    loading: dict[str, list[Loading]],
     training: dict[tuple[str, str], list[tuple[float, float]]],
     files: int,
     load: str,
@@ -260,11 +295,10 @@ def report(
         "",
         "## Loading alone: decode, RandomResizedCrop, flip, normalise, on the device",
         "",
-        "| | images/s | × torchvision |",
-        "|---|---|---|",
-        f"| arsg-imagenet's loader | {spread(ours)} "
-        f"| {statistics.median(a / b for a, b in zip(ours, plain, strict=True)):.2f} |",
-        f"| torchvision ImageFolder in a DataLoader | {spread(plain)} | 1 |",
+        "| | images/s | × torchvision | CPU ms per image: loader processes | training process |",
+        "|---|---|---|---|---|",
+        loading_line("arsg-imagenet's loader", ours, plain),
+        loading_line("torchvision ImageFolder in a DataLoader", plain, plain),
         "",
         "## Training, one process",
         "",
@@ -297,7 +331,7 @@ def main() -> None:
         files = sum(1 for path in tree.rglob("*") if path.is_file())
         ours, num_classes = our_batches(tree, arguments)
         loaders = {"ours": ours, "plain": plain_batches(tree, arguments)}
-        loading = loading_rates(loaders, files // arguments.batch, arguments)
+        loading = loading_rates(loaders, 2 * files // arguments.batch, arguments)
         loaders["plain"].close()  # type: ignore[attr-defined]  # its workers would take cores from what comes next
         generator = torch.Generator().manual_seed(0)
         batch = (

@@ -124,7 +124,7 @@ def resolve_config(
     }
     _fill(resolved, program, source, prefix="")
     section = dict(resolved.get("optimizer") or {})
-    unknown = set(section) - {"type", "params", "legacy_fusion"}
+    unknown = {key for key, value in section.items() if value or key != "legacy_fusion"} - {"type", "params"}
     if unknown:
         raise ValueError(
             f"{source} has unknown optimizer keys {sorted(unknown)}; DeepSpeed knows type and params"
@@ -144,6 +144,7 @@ def resolve_config(
     _fill(params, optimizer["params"], source, prefix="optimizer.params.")
     section["params"] = params
     resolved["optimizer"] = section
+    check_config(resolved, source)  # again: now the optimizer has a name
     return resolved
 
 

@@ -1,7 +1,7 @@
 """DeepSpeed's ZeRO engine behind the common `Engine` interface."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -62,9 +62,11 @@ class DeepSpeedEngine(Engine):
 
     Args:
         module: the model; DeepSpeed moves it to this rank's device and casts it as the config says.
-        config: a complete DeepSpeed config with an optimizer section (`resolve_config` makes one).
+        config: a complete DeepSpeed config (`resolve_config` makes one).
         communicator: from `connect`.
         parameter_groups: as torch optimizers take them; default one group of all trainable parameters.
+        optimizer: makes the optimizer from these groups, in place of the config's optimizer section, which DeepSpeed
+            reads in its own way ("Adam" is AdamW there). Default: what the section says.
         skip_nonfinite: leave out updates whose gradient is not finite; DeepSpeed does in any case, but at stage 0 in
             fp32.
     """
@@ -78,10 +80,16 @@ class DeepSpeedEngine(Engine):
         communicator: Communicator,
         *,
         parameter_groups: list[dict[str, Any]] | None = None,
+        optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer] | None = None,
         skip_nonfinite: bool = False,
     ) -> None:
         groups = parameter_groups or [{"params": [p for p in module.parameters() if p.requires_grad]}]
-        self.engine, *_ = deepspeed.initialize(model=module, model_parameters=groups, config=config)
+        if optimizer is not None:
+            config = {key: value for key, value in config.items() if key != "optimizer"}
+            config |= {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+        self.engine, *_ = deepspeed.initialize(
+            model=module, model_parameters=groups, optimizer=optimizer, config=config
+        )
         self.communicator = communicator
         self.module = self.engine
         # The ZeRO wrapper is no torch Optimizer, which schedulers insist on; the inner one shares its groups.

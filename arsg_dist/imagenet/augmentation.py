@@ -32,7 +32,13 @@ def normalised(images: Tensor) -> Tensor:
     if images.is_floating_point():
         return images
     mean, std = _constants(images.device)
-    return images.float().mul_(1 / 255).sub_(mean).div_(std)
+    values = images.float().mul_(1 / 255)
+    if values.is_contiguous(memory_format=torch.channels_last):
+        # A row of pixels at a time: on a CPU an operation over 3 values at a time takes nine times as long.
+        rows, width = values.permute(0, 2, 3, 1).flatten(2), values.shape[3]
+        rows.sub_(mean.flatten().repeat(width)).div_(std.flatten().repeat(width))
+        return values
+    return values.sub_(mean).div_(std)
 
 
 def train_size(config: DataConfig, epoch: int) -> int:

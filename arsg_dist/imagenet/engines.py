@@ -1,6 +1,7 @@
 """Chooses and builds the engine a run was launched for; the only place of the application that tells engines apart."""
 
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -81,6 +82,12 @@ def deepspeed_settings(config: TrainConfig, path: str, world_size: int) -> dict[
     )
     _settle_precision(resolved, config.precision, path)
     zero = resolved.get("zero_optimization") or {}
+    kind, half = config.optimizer.type, _precision_on(resolved)
+    if not zero.get("stage", 0) and kind != "ARSG" and half:
+        raise ValueError(
+            f"optimizer.type {kind} does not work with ZeRO stage 0 in {half}, where "
+            "DeepSpeed makes an update before the first batch: use stage 1, 2 or 3, or fp32"
+        )
     if zero.get("stage", 0) == 3:
         for wanted, name in (
             (config.ema_decay > 0, "ema_decay"),
@@ -101,12 +108,8 @@ def _settle_precision(resolved: dict[str, Any], precision: str, path: str) -> No
     Raises:
         ValueError: the two contradict each other.
     """
-    on = [
-        name
-        for name in ("bf16", "bfloat16", "fp16", "torch_autocast")
-        if (resolved.get(name) or {}).get("enabled", False) is True
-    ]
-    given = on[0].replace("bfloat16", "bf16") if on else None
+    on = _precision_on(resolved)
+    given = on.replace("bfloat16", "bf16") if on else None
     if precision == "auto":
         return
     if given is None:
@@ -114,9 +117,17 @@ def _settle_precision(resolved: dict[str, Any], precision: str, path: str) -> No
             resolved[precision] = {**(resolved.get(precision) or {}), "enabled": True}
     elif given != precision:
         raise ValueError(
-            f"{path} has {on[0]} enabled but this run has precision: {precision}: "
+            f"{path} has {on} enabled but this run has precision: {precision}: "
             "make them equal, or write precision: auto in the recipe"
         )
+
+
+def _precision_on(resolved: dict[str, Any]) -> str | None:
+    """The section of a DeepSpeed config that turns fp32 off."""
+    for name in ("bf16", "bfloat16", "fp16", "torch_autocast"):
+        if (resolved.get(name) or {}).get("enabled", False) is True:
+            return name
+    return None
 
 
 def precision_of(config: TrainConfig, name: EngineName) -> str:
@@ -147,9 +158,14 @@ def build_engine(
         from arsg_dist.deepspeed import DeepSpeedEngine
 
         assert deepspeed_config is not None
-        groups = parameter_groups(module, config.optimizer)
         return DeepSpeedEngine(
-            module, deepspeed_config, communicator, parameter_groups=groups, skip_nonfinite=skip_nonfinite
+            module,
+            deepspeed_config,
+            communicator,
+            parameter_groups=parameter_groups(module, config.optimizer),
+            # ARSG is left to its name in the config, as in any script with DeepSpeed.
+            optimizer=None if config.optimizer.type == "ARSG" else partial(build_optimizer, config.optimizer),
+            skip_nonfinite=skip_nonfinite,
         )
     if torch.cuda.is_available():
         torch.cuda.set_device(ranks.local_rank % torch.cuda.device_count())

@@ -6,7 +6,15 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
-from arsg_dist.imagenet.augmentation import BatchMixing, TrainTransform, ValTransform, cross_entropy_sum
+from arsg_dist.imagenet.augmentation import (
+    MEAN,
+    STD,
+    BatchMixing,
+    TrainTransform,
+    ValTransform,
+    cross_entropy_sum,
+    normalised,
+)
 from arsg_dist.imagenet.config import DataConfig, ProgressiveConfig
 from arsg_dist.imagenet.data import IGNORED, SampleKey, open_splits
 
@@ -105,3 +113,15 @@ def test_validation_is_the_centre_of_the_resized_image() -> None:
     assert tensor.unique(dim=None).numel() <= 3 + 3 * 4  # black, and at most a seam of interpolation
     assert tensor[0, 4:].unique().numel() == 1
     assert TrainTransform(DataConfig())(Image.fromarray(pixels), 0).shape == (3, 224, 224)
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 7, 9), (1, 3, 1, 1), (2, 3, 5, 1)])
+def test_the_layout_of_images_does_not_change_a_bit(shape: tuple[int, ...]) -> None:
+    """Catches channels that get each other's mean where rows of pixels are normalised at a time."""
+    images = torch.randint(256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    expected = images.float().mul(1 / 255).sub(mean).div(std)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        found = normalised(images.to(memory_format=layout))
+        assert torch.equal(found, expected)
+        assert found.is_contiguous(memory_format=layout)

@@ -2,7 +2,8 @@
 
 Environment: ARSG_TEST_SIGNAL="UPDATES RANK SIGNAL TARGET" sends SIGNAL after so many updates of this start from RANK
 to TARGET ("self", "self-twice": again when it is another keystroke, "launcher": the process the test started,
-"group": that process's group); ARSG_TEST_KEYS is a directory for the images of every micro-batch, one file per rank.
+"group": that process's group); ARSG_TEST_KEYS is a directory for the images of every micro-batch, one file per rank;
+ARSG_TEST_COMPILE_BACKEND is the backend of torch.compile.
 """
 
 import json
@@ -11,9 +12,11 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from functools import partialmethod
 from pathlib import Path
 
 import psutil
+from torch import nn
 
 from arsg_dist.engine import discover_ranks, end_process
 from arsg_dist.imagenet.cli import train_command
@@ -73,4 +76,8 @@ if __name__ == "__main__":
             send_at(int(updates), signal.Signals[name], target)
     if "ARSG_TEST_KEYS" in os.environ:
         record(Path(os.environ["ARSG_TEST_KEYS"]) / f"rank-{ranks.rank}.jsonl")
+    if "ARSG_TEST_COMPILE_BACKEND" in os.environ:
+        nn.Module.compile = partialmethod(  # type: ignore[method-assign, assignment]
+            nn.Module.compile, backend=os.environ["ARSG_TEST_COMPILE_BACKEND"]
+        )
     end_process(train_command(sys.argv[1:]))
