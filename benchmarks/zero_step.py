@@ -5,6 +5,7 @@ optimizer in turn, in random order, several rounds of them, so that a load on th
 over rounds of ratios within a round. Examples:
 
     python benchmarks/zero_step.py --ranks 1 2
+    python benchmarks/zero_step.py --ranks 4 --stages 1    # more rows for the same table
     python benchmarks/zero_step.py --device cuda --precision bf16 --batch 32 --side 224 --workloads resnet50
 """
 
@@ -27,11 +28,10 @@ from typing import Any
 import torch
 from machine import PeakMemory, device_name
 from workloads import WORKLOADS, mean_loss
+from zero_step_report import BASELINE, PEERS, report_of
 
-BASELINE = "DeepSpeed Adam"
-PEERS = ["ARSG", BASELINE, "torch AdamW", "torch Adam(amsgrad)"]
-BYTES = {"ARSG": 36, BASELINE: 28, "torch AdamW": 28, "torch Adam(amsgrad)": 36}
-"""Least memory traffic of the update, per fp32 parameter: x, g and the state read, x and the state written."""
+SETTINGS = ("device", "offload", "precision", "batch", "side", "rounds", "steps")
+"""What all measurements of a table have in common."""
 
 
 def parsed() -> argparse.Namespace:
@@ -41,6 +41,7 @@ def parsed() -> argparse.Namespace:
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--workloads", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
+    parser.add_argument("--peers", nargs="+", choices=list(PEERS), default=["ARSG", BASELINE, "torch AdamW"])
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2, 3, 4])
     parser.add_argument("--stages", nargs="+", type=int, choices=range(4), default=[0, 1, 2, 3])
     parser.add_argument("--offload", action="store_true", help="optimizer state on the CPU (stages 1 to 3)")
@@ -49,7 +50,9 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--side", type=int, default=32, help="image side, or tokens per sample")
     parser.add_argument("--rounds", type=int, default=3, help="engines made for every optimizer")
     parser.add_argument("--steps", type=int, default=5, help="timed steps per engine")
-    parser.add_argument("--output", type=Path, help="Markdown file (default: benchmarks/results/...)")
+    parser.add_argument(
+        "--output", type=Path, help="Markdown file (default: benchmarks/results/...), with .json"
+    )
     parser.add_argument("--job", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -77,22 +80,27 @@ def engine_config(peer: str, stage: int, arguments: argparse.Namespace) -> dict[
         config["zero_force_ds_cpu_optimizer"] = False
     if peer == "ARSG":
         config["optimizer"] = {"type": "ARSG", "params": {"lr": 1e-6}}
+    elif peer == "ARSG, plain torch":
+        config["optimizer"] = {"type": "ARSG", "params": {"lr": 1e-6, "foreach": False}}
     elif peer == BASELINE:
         config["optimizer"] = {"type": "Adam", "params": {"lr": 1e-6}}
     return config
 
 
 def client_optimizer(peer: str, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer | None:
-    """torch's fused ones, which DeepSpeed gets no type name for."""
+    """torch's, which DeepSpeed gets no type name for."""
     if peer == "torch AdamW":
         return torch.optim.AdamW(parameters, 1e-6, fused=True)
+    if peer == "torch AdamW, plain":
+        return torch.optim.AdamW(parameters, 1e-6, foreach=False)
     if peer == "torch Adam(amsgrad)":
         return torch.optim.Adam(parameters, 1e-6, amsgrad=True, fused=True)
     return None
 
 
 def measure(peer: str, workload: str, stage: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """One engine: median milliseconds of the update and of the whole step, and what this rank holds and sends."""
+    """One engine: median milliseconds of the update, of the optimizer in it and of the whole step, and what this rank
+    holds and sends."""
     import deepspeed
     from deepspeed.comm import comm
 
@@ -110,7 +118,8 @@ def measure(peer: str, workload: str, stage: int, arguments: argparse.Namespace)
     inputs, labels = (t.to(engine.device) for t in WORKLOADS[workload].batch(arguments.batch, arguments.side))
     if arguments.precision == "bf16" and inputs.is_floating_point():
         inputs = inputs.bfloat16()
-    update, whole = [], []
+    optimizer = StepTimer(engine.basic_optimizer, arguments)
+    alone, update, whole = [], [], []
     for step in range(2 + arguments.steps):
         comm.comms_logger.comms_dict.clear()
         comm.comms_logger.prof_all = step == 1  # it waits for each operation, which would spoil a timed step
@@ -118,6 +127,7 @@ def measure(peer: str, workload: str, stage: int, arguments: argparse.Namespace)
         begin = time.perf_counter()
         engine.backward(mean_loss(engine(inputs), labels))
         synchronize(arguments)
+        optimizer.seconds = 0.0
         middle = time.perf_counter()
         engine.step()
         synchronize(arguments)
@@ -128,6 +138,7 @@ def measure(peer: str, workload: str, stage: int, arguments: argparse.Namespace)
                 for name, sizes in comm.comms_logger.comms_dict.items()
             }
         if step > 1:
+            alone.append(1e3 * optimizer.seconds)
             update.append(1e3 * (end - middle))
             whole.append(1e3 * (end - begin))
     state = sum(
@@ -137,6 +148,7 @@ def measure(peer: str, workload: str, stage: int, arguments: argparse.Namespace)
         if isinstance(value, torch.Tensor)
     )
     result = {
+        "optimizer": statistics.median(alone),
         "update": statistics.median(update),
         "whole": statistics.median(whole),
         "state": state,
@@ -144,12 +156,39 @@ def measure(peer: str, workload: str, stage: int, arguments: argparse.Namespace)
         "peak": memory.peak() - held,
         "class": type(engine.basic_optimizer).__name__,
     }
+    optimizer.remove()
     engine.destroy()
-    del engine, model, parameters
+    del engine, optimizer, model, parameters
     gc.collect()
     if arguments.device == "cuda":
         torch.cuda.empty_cache()
     return result
+
+
+class StepTimer:
+    """Adds up the time of an optimizer's own `step`, without what DeepSpeed does around it.
+
+    Attributes:
+        seconds: so far.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, arguments: argparse.Namespace) -> None:
+        self.seconds, self._optimizer, step = 0.0, optimizer, optimizer.step
+        wait = torch.cuda.synchronize if arguments.device == "cuda" else bool
+
+        def timed(*positional: Any, **keywords: Any) -> Any:
+            wait()
+            begin = time.perf_counter()
+            result = step(*positional, **keywords)
+            wait()
+            self.seconds += time.perf_counter() - begin
+            return result
+
+        optimizer.step = timed  # type: ignore[method-assign]
+
+    def remove(self) -> None:
+        """Gives the optimizer its own `step` back."""
+        del self._optimizer.step
 
 
 def synchronize(arguments: argparse.Namespace) -> None:
@@ -177,7 +216,7 @@ def job(arguments: argparse.Namespace) -> None:
     for workload in arguments.workloads:
         for stage in arguments.stages:
             for _ in range(arguments.rounds):
-                for peer in order.sample(PEERS, len(PEERS)):
+                for peer in order.sample(arguments.peers, len(arguments.peers)):
                     result = measure(peer, workload, stage, arguments)
                     results.setdefault(f"{workload}/{stage}/{peer}", []).append(result)
                     if torch.distributed.get_rank() == 0:
@@ -191,69 +230,39 @@ def job(arguments: argparse.Namespace) -> None:
 # The driver ----------------------------------------------------------------------------------------------------------
 
 
-def ratio(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], key: str) -> float:
-    """Median over rounds."""
-    return statistics.median(a[key] / b[key] for a, b in zip(ours, theirs, strict=True))
-
-
-def table(workload: str, results: dict[int, dict[str, Any]], arguments: argparse.Namespace) -> list[str]:
-    """Rows of Markdown for one model."""
-    lines = [
-        "| stage | ranks | optimizer | update ms | × DeepSpeed Adam | of that by bytes | whole step ms "
-        "| × DeepSpeed Adam | state MB/rank | sent MB/rank and step | peak MB/rank |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for stage in arguments.stages:
-        for ranks, all_peers in results.items():
-            baseline = all_peers.get(f"{workload}/{stage}/{BASELINE}", [])
-            for peer in PEERS:
-                rounds = all_peers.get(f"{workload}/{stage}/{peer}", [])
-                if not baseline or len(rounds) != len(baseline):
-                    continue
-                last = rounds[-1]
-                lines.append(
-                    f"| {stage} | {ranks} | {peer} ({last['class']}) "
-                    f"| {statistics.median(r['update'] for r in rounds):.1f} "
-                    f"| {ratio(rounds, baseline, 'update'):.2f} | {BYTES[peer] / BYTES[BASELINE]:.2f} "
-                    f"| {statistics.median(r['whole'] for r in rounds):.0f} "
-                    f"| {ratio(rounds, baseline, 'whole'):.2f} "
-                    f"| {last['state'] / 1e6:.1f} | {sum(last['sent'].values()) / 1e6:.1f} "
-                    f"| {statistics.median(r['peak'] for r in rounds) / 1e6:.0f} |"
-                )
-    return lines
-
-
 def driver(arguments: argparse.Namespace) -> None:
-    """Starts the jobs and writes the report."""
-    results: dict[int, dict[str, Any]] = {}
+    """Starts the jobs, adds what they measured to earlier results and writes the report."""
+    name = f"zero_step_{arguments.device}_{arguments.precision}{'_offload' if arguments.offload else ''}"
+    output = arguments.output or Path(__file__).parent / "results" / f"{name}.md"
+    raw = output.with_suffix(".json")
+    settings = {key: getattr(arguments, key) for key in SETTINGS} | {"torch": torch.__version__}
+    settings["machine"] = device_name(arguments.device)
+    everything: dict[str, Any] = {"settings": settings, "commands": [], "results": {}}
+    if raw.exists():
+        everything = json.loads(raw.read_text())
+        if everything["settings"] != settings:
+            sys.exit(
+                f"{raw} was measured with {everything['settings']}: choose another --output, or remove it"
+            )
     for ranks in arguments.ranks:
         with tempfile.TemporaryDirectory() as directory:
-            output = Path(directory) / "results.json"
+            measured = Path(directory) / "results.json"
             launcher = [Path(sys.executable).with_name("deepspeed")]
             launcher += (
                 ["--num_accelerators", str(ranks)]
                 if arguments.device == "cpu"
                 else ["--num_gpus", str(ranks)]
             )
-            subprocess.run([*launcher, __file__, *sys.argv[1:], "--job", output], check=True)
-            results[ranks] = json.loads(output.read_text())
-    name = f"zero_step_{arguments.device}_{arguments.precision}{'_offload' if arguments.offload else ''}"
-    report = [
-        f"# Training step under ZeRO on {arguments.device}, {arguments.precision}"
-        + (", optimizer state offloaded to the CPU" if arguments.offload else ""),
-        "",
-        f"- device: {device_name(arguments.device)}",
-        f"- torch {torch.__version__}; {arguments.batch} samples of side/length {arguments.side} per rank",
-        f"- {arguments.rounds} engines per optimizer, {arguments.steps} timed steps each; medians",
-        "- update: `engine.step()`, with the communication that belongs to it; of that by bytes: the ratio of the "
-        "least memory traffic of the two updates; sent: sizes that DeepSpeed's communication log counts in one step; "
-        "peak: largest memory beyond what the process held before the model",
-        f"- command: `{shlex.join(['python', 'benchmarks/zero_step.py', *sys.argv[1:]])}`",
-        "",
-    ]
-    for workload in arguments.workloads:
-        report += [f"## {WORKLOADS[workload].title}", "", *table(workload, results, arguments), ""]
-    output = arguments.output or Path(__file__).parent / "results" / f"{name}.md"
+            subprocess.run([*launcher, __file__, *sys.argv[1:], "--job", measured], check=True)
+            new = json.loads(measured.read_text())
+        replaced = {name.rpartition("/")[0] for name in new}  # ratios are taken within a run
+        old = everything["results"].get(str(ranks), {})
+        kept = {name: rounds for name, rounds in old.items() if name.rpartition("/")[0] not in replaced}
+        everything["results"][str(ranks)] = kept | new
+    command = shlex.join(["python", "benchmarks/zero_step.py", *sys.argv[1:]])
+    everything["commands"] = [c for c in everything["commands"] if c != command] + [command]
+    raw.write_text(json.dumps(everything, indent=1) + "\n")
+    report = report_of(everything)
     output.write_text("\n".join(report))
     print("\n".join(report), f"\nwritten to {output}")
 

@@ -1,0 +1,82 @@
+"""The tables of zero_step.py."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from workloads import WORKLOADS
+
+BASELINE = "DeepSpeed Adam"
+PEERS = {
+    "ARSG": 36,
+    "ARSG, plain torch": 36,
+    BASELINE: 28,
+    "torch AdamW": 28,
+    "torch AdamW, plain": 28,
+    "torch Adam(amsgrad)": 36,
+}
+"""Least memory traffic of the update, in bytes per fp32 parameter: x, g and the state read, x and the state written."""
+
+
+def ratio(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], key: str) -> float:
+    """Median over rounds."""
+    return statistics.median(a[key] / b[key] for a, b in zip(ours, theirs, strict=True))
+
+
+def table(workload: str, results: dict[str, dict[str, Any]]) -> list[str]:
+    """Rows of Markdown for one model."""
+    lines = [
+        "| stage | ranks | optimizer | its own step ms | × DeepSpeed Adam | by bytes | update ms | × DeepSpeed Adam "
+        "| whole step ms | × DeepSpeed Adam | state MB/rank | sent MB/rank and step | peak MB/rank |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for stage in range(4):
+        for ranks in sorted(results, key=int):
+            baseline = results[ranks].get(f"{workload}/{stage}/{BASELINE}", [])
+            for peer in PEERS:
+                rounds = results[ranks].get(f"{workload}/{stage}/{peer}", [])
+                if baseline and len(rounds) == len(baseline):
+                    cells = [str(stage), ranks, *row(peer, rounds, baseline)]
+                    lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def row(peer: str, rounds: list[dict[str, Any]], baseline: list[dict[str, Any]]) -> list[str]:
+    """The cells of one optimizer."""
+    last = rounds[-1]
+    cells = [f"{peer} ({last['class']})"]
+    for key in ("optimizer", "update", "whole"):
+        cells += [f"{statistics.median(r[key] for r in rounds):.1f}", f"{ratio(rounds, baseline, key):.2f}"]
+        if key == "optimizer":
+            cells.append(f"{PEERS[peer] / PEERS[BASELINE]:.2f}")
+    cells += [f"{last['state'] / 1e6:.1f}", f"{sum(last['sent'].values()) / 1e6:.1f}"]
+    return [*cells, f"{statistics.median(r['peak'] for r in rounds) / 1e6:.0f}"]
+
+
+def report_of(everything: dict[str, Any]) -> list[str]:
+    """Lines of Markdown.
+
+    Args:
+        everything: "settings", "commands" and "results" as zero_step.py keeps them.
+    """
+    settings = everything["settings"]
+    lines = [
+        f"# Training step under ZeRO on {settings['device']}, {settings['precision']}"
+        + (", optimizer state offloaded to the CPU" if settings["offload"] else ""),
+        "",
+        f"- device: {settings['machine']}",
+        f"- torch {settings['torch']}; {settings['batch']} samples of side/length {settings['side']} per rank",
+        f"- {settings['rounds']} engines per optimizer, {settings['steps']} timed steps each; medians; ratios are "
+        "medians over rounds of ratios within a round",
+        "- its own step: the optimizer's `step()` inside the update; by bytes: the ratio of the least memory traffic "
+        "of the two; update: `engine.step()`, with the communication that belongs to it; sent: sizes that DeepSpeed's "
+        "communication log counts in one step; peak: largest memory beyond what the process held before the model",
+        *(f"- command: `{command}`" for command in everything["commands"]),
+        "",
+    ]
+    for workload, description in WORKLOADS.items():
+        rows = table(workload, everything["results"])
+        if len(rows) > 2:
+            lines += [f"## {description.title}", "", *rows, ""]
+    return lines
