@@ -16,8 +16,13 @@ _ADAM_ONLY: Final = {
     "amsgrad": "choose with preconditioner",
     "bias_correction": "only preconditioner 'adam' corrects the bias, always",
     "fp32_optimizer_states": "choose with state_dtype",
+    **dict.fromkeys(
+        ("freeze_step", "var_freeze_step", "comm_backend_name", "cuda_aware", "local_step_scaler"),
+        "it belongs to DeepSpeed's 1-bit optimizers, which send a compressed momentum and keep v as it is after some "
+        "steps, where ARSG's v̂ goes on growing",
+    ),
 }
-"""Settings of DeepSpeed's Adam that a config changed from Adam to ARSG may still have."""
+"""Settings of DeepSpeed's Adam and its 1-bit forms that a config changed from them to ARSG may still have."""
 
 
 def check_config(config: dict[str, Any], source: str = "the DeepSpeed config") -> None:

@@ -86,6 +86,10 @@ def _offload(**settings: Any) -> dict[str, Any]:
             "torch_adam, which ARSG does not have",
         ),
         (
+            {"optimizer": {"type": "ARSG", "params": {"freeze_step": 400}}},
+            "freeze_step, which ARSG does not have: .*1-bit optimizers",
+        ),
+        (
             {"optimizer": {"type": "ARSG", "params": {"nu": 0.1}}},
             "nu, which ARSG does not have; it has .*'mu'",
         ),
