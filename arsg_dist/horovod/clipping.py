@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from arsg_dist.horovod.exchange import Group
+from arsg_dist.horovod.group import Group
 from arsg_dist.horovod.partition import Partition
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from arsg_dist.horovod.buckets import Layout
 from arsg_dist.horovod.buffer_pool import BufferPool
-from arsg_dist.horovod.exchange import Group, Started
+from arsg_dist.horovod.exchange import Started
+from arsg_dist.horovod.group import Group
 from arsg_dist.horovod.second_sum import CheckedReduceScatter
 
 

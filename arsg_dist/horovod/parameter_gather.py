@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from arsg_dist.horovod.buckets import Layout
 from arsg_dist.horovod.buffer_pool import BufferPool
-from arsg_dist.horovod.exchange import Group, Started, start_all_gather
+from arsg_dist.horovod.exchange import Started, start_all_gather
+from arsg_dist.horovod.group import Group
 
 GatherMode = Literal["lazy", "eager"]
 

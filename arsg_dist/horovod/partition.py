@@ -10,8 +10,9 @@ from torch import Tensor
 
 from arsg_dist.horovod.buckets import Layout, Segment
 from arsg_dist.horovod.buffer_pool import BufferPool
-from arsg_dist.horovod.exchange import Group, Started, sum_dtype
+from arsg_dist.horovod.exchange import Started, sum_dtype
 from arsg_dist.horovod.gradient_buckets import GradientBuckets
+from arsg_dist.horovod.group import Group
 from arsg_dist.horovod.parameter_gather import GatherMode, ParameterGather
 from arsg_dist.horovod.second_sum import CheckedReduceScatter
 

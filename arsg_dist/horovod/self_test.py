@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from arsg_dist.horovod.buffer_pool import BufferPool
-from arsg_dist.horovod.exchange import Group, ReduceScatter, start_all_gather, sum_dtype
+from arsg_dist.horovod.exchange import ReduceScatter, start_all_gather, sum_dtype
+from arsg_dist.horovod.group import Group
 
 
 def check_exchanges(

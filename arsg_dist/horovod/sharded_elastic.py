@@ -6,8 +6,9 @@ import horovod.torch as hvd
 import torch
 from horovod.torch.elastic.state import StateHandler
 
-from arsg_dist.horovod import sharded_arguments, sharded_state
+from arsg_dist.horovod import sharded_arguments
 from arsg_dist.horovod.broadcast import broadcast_parameters
+from arsg_dist.horovod.gather_state import outline_of, own_state, tensors_of
 from arsg_dist.horovod.sharded import ShardedOptimizer
 
 
@@ -29,7 +30,7 @@ class ShardedHandler(StateHandler):  # type: ignore[misc]
         super().__init__(optimizer)
         self.label = "elastic"
         """Precedes the names of exchanges; differs between the optimizers of a state."""
-        self._saved: dict[str, Any] = {} if optimizer.laid_out else sharded_state.own_state(optimizer)
+        self._saved: dict[str, Any] = {} if optimizer.laid_out else own_state(optimizer)
         self._staged: dict[str, Any] | None = None
 
     @property
@@ -67,12 +68,12 @@ class ShardedHandler(StateHandler):  # type: ignore[misc]
 def _broadcast(state: dict[str, Any], label: str) -> dict[str, Any]:
     """Rank 0's state on every rank, bit by bit. Collective."""
     first = hvd.rank() == 0
-    outline = sharded_state.outline_of(state) if first else None
+    outline = outline_of(state) if first else None
     received: dict[str, Any] = hvd.broadcast_object(outline, root_rank=0, name=f"{label}.outline")
     if first:
         received = state
     tensors = []
-    for number, (holder, key) in enumerate(sharded_state.tensors_of(received)):
+    for number, (holder, key) in enumerate(tensors_of(received)):
         if not first:
             holder[key] = torch.empty_like(holder[key], device="cpu")
         tensors.append((f"{label}.commit{number}", holder[key]))

@@ -4,16 +4,16 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from arsg_dist.horovod import sharded_state
 from arsg_dist.horovod.buckets import Layout, ParameterSpec, plan
 from arsg_dist.horovod.partition import Partition
 from arsg_dist.horovod.self_test import check_exchanges
+from arsg_dist.horovod.state_entries import adopt_state
 
 if TYPE_CHECKING:
-    from arsg_dist.horovod.sharded import ShardedOptimizer
+    from arsg_dist.horovod.shards import Shards
 
 
-def lay_out(optimizer: "ShardedOptimizer") -> None:
+def lay_out(optimizer: "Shards") -> None:
     """Lays out parameters that are not yet, checks the exchanges at their sizes and takes over state. Collective.
 
     Raises:
@@ -57,10 +57,10 @@ def lay_out(optimizer: "ShardedOptimizer") -> None:
         for parameter in frozen:
             parameter.requires_grad_(False)
         optimizer._partitions.append(partition)
-        sharded_state.adopt_state(optimizer, partition)
+        adopt_state(optimizer, partition)
 
 
-def _compare_ranks(optimizer: "ShardedOptimizer", layouts: list[Layout], indices: list[list[int]]) -> None:
+def _compare_ranks(optimizer: "Shards", layouts: list[Layout], indices: list[list[int]]) -> None:
     described: Any = (
         [layout.fingerprint() for layout in layouts],
         indices,
@@ -78,7 +78,7 @@ def _compare_ranks(optimizer: "ShardedOptimizer", layouts: list[Layout], indices
             )
 
 
-def _check_exchanges(optimizer: "ShardedOptimizer", layout: Layout, parameter: Tensor) -> None:
+def _check_exchanges(optimizer: "Shards", layout: Layout, parameter: Tensor) -> None:
     sizes = {
         (bucket.numel, layout.arenas[bucket.arena][0], parameter.device): None for bucket in layout.buckets
     }

@@ -22,7 +22,7 @@ from arsg_dist import ARSG, ObservationBoost
 from arsg_dist.engine import discover_ranks, end_process
 from arsg_dist.horovod import DistributedOptimizer, ShardedOptimizer, connect
 from arsg_dist.horovod.elastic import TorchState, run
-from arsg_dist.horovod.exchange import Group
+from arsg_dist.horovod.group import Group
 from tests.support import toy
 
 UPDATES = 8

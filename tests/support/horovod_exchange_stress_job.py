@@ -9,7 +9,8 @@ import horovod.torch as hvd
 import torch
 
 from arsg_dist.engine import end_process
-from arsg_dist.horovod.exchange import AllToAllReduceScatter, Group, NativeReduceScatter
+from arsg_dist.horovod.exchange import AllToAllReduceScatter, NativeReduceScatter
+from arsg_dist.horovod.group import Group
 from arsg_dist.horovod.self_test import check_exchanges
 
 ROUNDS = {8: 60, 2: 200, 1: 200, 16: 20, 64: 4}  # by MB; two buckets are under way in each

@@ -18,9 +18,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from arsg_dist import ARSG
 from arsg_dist.engine import JobError, end_process
-from arsg_dist.horovod import ShardedOptimizer, exchange, parameter_gather, self_test
+from arsg_dist.horovod import ShardedOptimizer, exchange, group, parameter_gather, self_test
 from arsg_dist.horovod.buffer_pool import BufferPool
-from arsg_dist.horovod.exchange import AllToAllReduceScatter, Group, choose_reduce_scatter
+from arsg_dist.horovod.exchange import AllToAllReduceScatter, choose_reduce_scatter
+from arsg_dist.horovod.group import Group
 from tests.support import toy
 
 SETTINGS = toy.HYPERPARAMETERS
@@ -295,8 +296,8 @@ def check_written_parameters_are_kept() -> None:
         with torch.no_grad():
             model[0].bias.clamp_(0.0, 0.1)
         clamped = model[0].bias.detach().clone()
-        for group in optimizer.param_groups:
-            group["lr"] = 0.0
+        for settings in optimizer.param_groups:
+            settings["lr"] = 0.0
         update(model, optimizer)
         assert torch.equal(model[0].bias, clamped)
         optimizer.close()
@@ -395,13 +396,13 @@ def check_state_is_collective() -> None:
         return
     model, optimizer = build()
     update(model, optimizer)
-    before, exchange.MEETING_TIMEOUT = exchange.MEETING_TIMEOUT, 1.0
+    before, group.MEETING_TIMEOUT = group.MEETING_TIMEOUT, 1.0
     try:
         if hvd.rank() == 0:
             with refused(RuntimeError, "outside 'if hvd.rank() == 0'"):
                 optimizer.state_dict()
     finally:
-        exchange.MEETING_TIMEOUT = before
+        group.MEETING_TIMEOUT = before
     hvd.allgather_object(None, name="rank 0 has given up")
     if hvd.rank():
         optimizer._groups.world.meet("state_dict()")  # what rank 0 still waits for
