@@ -112,7 +112,7 @@ class Run:
                 return self._stopped(log)
             train_loss = at.end_epoch()
             parts.schedules.after_epoch(train_loss)
-            # The record first: a resume drops records that are newer than the checkpoint, but cannot make missing ones.
+            # Record and weights first: a resume makes those newer than the checkpoint again, but no missing ones.
             self._progress.epoch(
                 at.update,
                 epoch=epoch + 1,
@@ -124,13 +124,13 @@ class Run:
                 bad_images=at.bad_images,
                 image_size=train_size(config.data, epoch),
             )
-            self._checkpoints.save(at, score=evaluation.top1)
             with parts.communicator.fail_together(OSError):
                 if parts.leader:
                     about = {"epoch": epoch + 1, "weights": config.evaluate_at, "val_top1": evaluation.top1}
                     files.save(LAST, weights, about)
                     if ema:
                         files.save(EMA, ema_weights, {**about, "weights": "ema", "val_top1": ema.top1})
+            self._checkpoints.save(at, score=evaluation.top1)
             if at.update == last_update and epoch + 1 < config.epochs:
                 break
         self._checkpoints.finish()
@@ -142,8 +142,9 @@ class Run:
     def _finished(self, log: RunLog, evaluation: Evaluation | None, *, any_updates: bool) -> None:
         say, output = self._progress.say, self._job.output
         curve = log.close()
-        if evaluation:
+        if evaluation or not any_updates:  # done already, perhaps by a start that was killed before this line
             write_model_card(output)
+        if evaluation:
             say(f"validation accuracy {evaluation.top1:.2%} over all {evaluation.images} images")
         elif not any_updates:
             say("nothing left to do: this run is already done")

@@ -126,6 +126,20 @@ def test_a_rank_killed_at_named_points(
         assert torch.equal(finished[name], tensor), name
 
 
+def test_a_rank_killed_before_it_writes_the_last_weights(
+    warm: WarmRanks, recipe: list[str], tmp_path: Path
+) -> None:
+    """Catches weights/ and its card left as an epoch before had them, since the last checkpoint says all is done."""
+    expected = uninterrupted(warm, "horovod", recipe, tmp_path)
+    run = KilledRun(warm, "horovod", recipe, tmp_path / "killed")
+    run.kill({"rank": 0, "point": "weights", "at": 4})
+    run.finish()
+    finished = weights(run.directory)
+    for name, tensor in expected.items():
+        assert torch.equal(finished[name], tensor), name
+    assert (run.directory / "weights" / "README.md").is_file()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("engine", ENGINES)

@@ -20,7 +20,7 @@ from arsg_dist.imagenet.optimization import Schedules
 from arsg_dist.imagenet.run_parts import RunParts
 from arsg_dist.optim import ARSG
 
-POINTS = ("forward", "backward", "reduce", "step", "after step", "write", "sync", "rename")
+POINTS = ("forward", "backward", "reduce", "step", "after step", "write", "sync", "rename", "weights")
 ENGINE_CLASSES = (SingleProcessEngine, DeepSpeedEngine)
 
 
@@ -183,6 +183,8 @@ def _at_point(strike: Callable[[], None], point: str, number: int) -> None:
         _before(os, "fsync", passed)
     elif point == "rename":
         _before(os, "rename", passed, lambda source, *_: "step-" in str(source))
+    elif point == "weights":
+        _before(os, "rename", passed, lambda source, *_: Path(source).name == ".last.safetensors.partial")
     elif point in ("loss", "gradient"):
         _spoil(point, number, strike)
     elif point == "reduce-scatter":
