@@ -1,5 +1,8 @@
 """Horovod's replicated data parallelism behind the common `Engine` interface."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -11,6 +14,8 @@ from arsg_dist.horovod.distributed import DistributedOptimizer
 class HorovodEngine(SingleProcessEngine):
     """Every rank holds model and optimizer; Horovod averages the gradients while they are computed.
 
+    Subclasses distribute the optimizer in another way.
+
     Args:
         module: the model, on this rank's device; rank 0's weights are broadcast.
         optimizer: over the model's parameters.
@@ -19,9 +24,11 @@ class HorovodEngine(SingleProcessEngine):
         clip_grad_norm: the averaged gradient is scaled down to this norm if it is larger; 0 for never.
         loss_scaling: scale the loss dynamically, as fp16 autocast needs; updates whose gradients overflow are skipped.
         skip_nonfinite: leave out updates whose gradient is not finite; under loss scaling they are in any case.
+        distribution: further keyword arguments of `DistributedOptimizer`, such as `compression`.
     """
 
     kind = "horovod"
+    _distribute: Callable[..., torch.optim.Optimizer] = staticmethod(DistributedOptimizer)
 
     def __init__(
         self,
@@ -33,12 +40,14 @@ class HorovodEngine(SingleProcessEngine):
         clip_grad_norm: float = 0.0,
         loss_scaling: bool = False,
         skip_nonfinite: bool = False,
+        **distribution: Any,
     ) -> None:
         broadcast_parameters(module.state_dict())
-        distributed = DistributedOptimizer(
+        distributed = self._distribute(
             optimizer,
             named_parameters=module.named_parameters(),
             backward_passes_per_step=accumulation_steps,
+            **distribution,
         )
         super().__init__(
             module,

@@ -2,62 +2,24 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-from torch import nn
 
-from arsg_dist.engine import Communicator, EngineState, SavedState, SingleProcessEngine
-from arsg_dist.horovod.broadcast import broadcast_parameters
+from arsg_dist.engine import EngineState, SavedState
+from arsg_dist.horovod.engine import HorovodEngine
 from arsg_dist.horovod.sharded import ShardedOptimizer
 from arsg_dist.horovod.sharded_checkpoint import load_sharded, sharded_engine_state
 
 
-class HorovodShardedEngine(SingleProcessEngine):
+class HorovodShardedEngine(HorovodEngine):
     """Every rank holds the model; optimizer state and fp32 masters are divided among the ranks.
 
-    Args:
-        module: the model, on this rank's device; rank 0's weights are broadcast.
-        optimizer: over the model's parameters.
-        communicator: from `connect`.
-        accumulation_steps: micro-batches per update and rank.
-        clip_grad_norm: the averaged gradient is scaled down to this norm if it is larger; 0 for never.
-        loss_scaling: scale the loss dynamically, as fp16 autocast needs; updates whose gradients overflow are skipped.
-        skip_nonfinite: leave out updates whose gradient is not finite; under loss scaling they are in any case.
-        sharding: further keyword arguments of `ShardedOptimizer`, such as `bucket_mb`.
+    Arguments as of `HorovodEngine`, the further ones of `ShardedOptimizer`, such as `bucket_mb`.
     """
 
     kind = "horovod-sharded"
     optimizer: ShardedOptimizer
-
-    def __init__(
-        self,
-        module: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        communicator: Communicator,
-        *,
-        accumulation_steps: int = 1,
-        clip_grad_norm: float = 0.0,
-        loss_scaling: bool = False,
-        skip_nonfinite: bool = False,
-        **sharding: Any,
-    ) -> None:
-        broadcast_parameters(module.state_dict())
-        sharded = ShardedOptimizer(
-            optimizer,
-            named_parameters=module.named_parameters(),
-            backward_passes_per_step=accumulation_steps,
-            **sharding,
-        )
-        super().__init__(
-            module,
-            sharded,
-            accumulation_steps=accumulation_steps,
-            clip_grad_norm=clip_grad_norm,
-            loss_scaling=loss_scaling,
-            skip_nonfinite=skip_nonfinite,
-        )
-        self.communicator = communicator
+    _distribute = staticmethod(ShardedOptimizer)
 
     @contextmanager
     def base_iterate(self) -> Iterator[None]:
