@@ -56,6 +56,7 @@ def notes_on(config: dict[str, Any], stage: int, zero: DeepSpeedZeroConfig, para
     if scheduler:
         yield f"schedule: {_described(scheduler)}, stepped once per weight update"
     auto = [key for key in sorted(config) if config[key] == AUTO]
+    auto += [f"optimizer.{key}" for key in ("type", "params") if section.get(key) == AUTO]
     if auto:
         yield f"the program has to fill in: {', '.join(auto)}"
 

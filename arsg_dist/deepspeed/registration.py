@@ -72,6 +72,11 @@ def _with_params_looked_at(method: Method) -> Method:
 
     def _initialize_params(config: Any, param_dict: dict[str, Any]) -> None:
         section = param_dict.get("optimizer") or {}
+        if section.get("type") == AUTO:
+            raise ValueError(
+                'the DeepSpeed config has optimizer.type = "auto", which nothing has filled in (arsg-imagenet does, '
+                'from its recipe): write "ARSG" and its params'
+            )
         if section.get("type") == "ARSG" and not isinstance(section.get("params"), dict):
             arsg_factory(section.get("params"), "the DeepSpeed config")
         method(config, param_dict)

@@ -137,6 +137,7 @@ def test_the_helper_has_deepspeeds_signature() -> None:
         ("two optimizers", "remove one"),
         ("auto", '"auto" for lr, which nothing has filled in'),
         ("auto, plain", '"auto" for eps'),
+        ("auto type, plain", 'optimizer.type = "auto", which nothing has filled in'),
         ("zenflow, by a callable", "ZenFlow"),
     ],
 )

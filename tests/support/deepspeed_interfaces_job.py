@@ -219,6 +219,7 @@ def refusals() -> dict[str, Any]:
         "two optimizers": attempt(config=config(1, optimizer=arsg), optimizer=ARSG),
         "auto": attempt(config=config(1, optimizer={"type": "ARSG", "params": {"lr": "auto", "mu": 0.1}})),
         "auto, plain": plain(optimizer={"type": "ARSG", "params": {"eps": "auto"}}),
+        "auto type, plain": plain(optimizer={"type": "auto", "params": "auto"}),
         "zenflow, by a callable": refusal(
             lambda: deepspeed.initialize(
                 model=model,
