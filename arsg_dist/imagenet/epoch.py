@@ -76,10 +76,11 @@ class EpochLoop:
             if parts.average:
                 parts.average.update(parts.model)
             progress.updated()
-            ended = at.update == self._last_update or not order.updates_until(epoch, at.images)
+            epoch_ended = not order.updates_until(epoch, at.images)
+            ended = at.update == self._last_update or epoch_ended
             stop = parts.stop.agreed()
-            every = config.checkpoint_every
-            save = stop or (every > 0 and at.update % every == 0 and not ended)
+            due = config.checkpoint_every > 0 and at.update % config.checkpoint_every == 0
+            save = stop or (due and not epoch_ended)  # after a whole epoch the caller saves
             record = ended or at.update % config.log_every == 0
             if save or record:
                 loss_total, images_total, waited = self._exchange(float(loss_sum), images, bad)

@@ -10,6 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from arsg_dist.checkpoint.durable import sync
+
 DIRECTORY = "weights"
 LAST, BEST, EMA = "last", "best", "ema"
 
@@ -80,7 +82,9 @@ class WeightFiles:
             save_file(weights, partial, metadata={"format": "pt", "arsg_dist": json.dumps(metadata)})
         except Exception as error:  # safetensors' own class of errors, also for a full disk
             raise OSError(f"cannot write {partial}: {error}") from error
+        sync(partial)
         partial.rename(self._directory / f"{name}.safetensors")
+        sync(self._directory)
 
 
 def read_metadata(path: Path) -> dict[str, Any]:

@@ -153,3 +153,12 @@ def test_another_number_of_ranks_goes_on_with_the_same_images(
     job = alone.start("single", "--resume")
     assert job.code == 0, job.output[-5000:]
     assert run.seen(0, updates=3) + alone.seen(0) == EVERYTHING
+
+
+def test_a_checkpoint_due_at_the_last_update_asked_for(
+    recipe: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches `--max_updates 6 --checkpoint_every 2` that ends inside an epoch and throws updates 5 and 6 away."""
+    run = Run(monkeypatch, recipe, tmp_path / "run")
+    assert run.start("single", "--max_updates", "6").code == 0
+    assert run.checkpoints()[-1] == 6
