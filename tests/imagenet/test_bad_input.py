@@ -125,15 +125,46 @@ def test_bad_input_on_two_ranks(
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_full_disk_ends_the_job_and_leaves_no_half_checkpoint(
+def test_a_full_disk_while_checkpointing_leaves_the_checkpoint_before(
     engine: str, recipe: list[str], tmp_path: Path
 ) -> None:
-    """Catches ranks that wait for one that failed to write, and a resume from half a checkpoint."""
+    """Catches ranks that wait for one that failed to write, half a checkpoint that a resume takes, and an old one that
+    is removed before the new one is in place."""
     launcher, options = ENGINES[engine]
-    job = launch(launcher, 2, SCRIPT, *options, *recipe, timeout=90, largest_file=500_000)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    command = [launcher, 2, SCRIPT, *options, *recipe, "--checkpoint_every", "2", "--keep_checkpoints", "1"]
+    assert launch(*command, "--max_updates", "2").code == 0
+    before = contents(checkpoints)
+    assert {name.split("/")[0] for name in before} == {"step-000000002"}
+    job = launch(*command, "--resume", timeout=90, largest_file=500_000)
     assert job.code != 0
-    assert "write" in job.output
-    assert not list(tmp_path.glob("run/checkpoints/step-*"))
+    assert f"cannot write the checkpoint {checkpoints}" in job.output, job.output[-5000:]
+    assert "Traceback" not in job.output
+    after = contents(checkpoints)
+    assert {name: content for name, content in after.items() if name.startswith("step-")} == before
+    job = launch(*command, "--resume")
+    assert job.code == 0, job.output[-5000:]
+    assert "2 updates" in next(line for line in job.output.splitlines() if "resuming from" in line)
+    assert "validation accuracy" in job.output
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    """Path → content of every file; those behind the link `best` once."""
+    return {
+        str(path.relative_to(directory)): path.read_bytes()
+        for path in directory.rglob("*")
+        if path.is_file() and "best" not in path.parts
+    }
+
+
+@pytest.mark.ranks
+def test_a_full_disk_while_weights_are_written_is_said(recipe: list[str], tmp_path: Path) -> None:
+    """Catches a traceback instead of the file's name, and half a file under the name of a whole one."""
+    job = launch("alone", 1, SCRIPT, *recipe, timeout=90, largest_file=500_000)
+    assert job.code == 2, job.output[-5000:]
+    assert f"cannot write {tmp_path / 'run' / 'weights'}" in job.output
+    assert "Traceback" not in job.output
+    assert not list(tmp_path.glob("run/weights/*.safetensors"))
 
 
 @pytest.mark.ranks
