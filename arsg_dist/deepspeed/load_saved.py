@@ -70,6 +70,8 @@ def check_saved(engine: Any, saved: SavedState, with_optimizer: bool) -> None:
     if not with_optimizer:
         return
     for index, names in enumerate(grouped):
+        if not names:
+            continue  # stage 0 in fp32 keeps groups whose parameters are all frozen
         group = saved.settings_for(names, index, len(grouped))
         entries = saved.entries(representative(saved, names))
         for name in names:

@@ -9,6 +9,7 @@ import deepspeed
 import torch
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine as _Engine
+from deepspeed.runtime.utils import is_optimized_parameter
 from deepspeed.runtime.zero import utils as zero_utils
 
 from arsg_dist.deepspeed.config import check_config
@@ -113,16 +114,32 @@ def _with_arsg_check(method: Method) -> Method:
 
 
 def _with_built_arsg_check(method: Method) -> Method:
-    """For callables of which only the result tells that they make an ARSG."""
+    """For callables of which only the result tells that they make an ARSG; and groups without anything to train."""
 
     def check(engine: Any, basic_optimizer: Any) -> Any:
         client = engine.client_optimizer
         known = client is None or isinstance(client, ARSG) or _makes_arsg(client)
         if isinstance(basic_optimizer, ARSG) and not known:
             _check(engine, from_config=False)
-        return method(engine, basic_optimizer)
+        wrapper = method(engine, basic_optimizer)
+        if isinstance(basic_optimizer, ARSG) and wrapper is not None:  # None: stage 0 in fp32
+            _drop_frozen_groups(basic_optimizer)
+        return wrapper
 
     return check
+
+
+def _drop_frozen_groups(optimizer: ARSG) -> None:
+    """Groups whose parameters are all frozen go the way of empty ones, which DeepSpeed drops.
+
+    Stages 1 and 2 fail on them with an IndexError. A group is dropped at every stage and precision where DeepSpeed makes
+    masters, so that an engine has the same groups in all of them, and with them the same schedules.
+    """
+    groups = optimizer.param_groups
+    trained = [group for group in groups if any(map(is_optimized_parameter, group["params"]))]
+    if not trained:
+        raise ValueError("every parameter of the optimizer is frozen: give it some with requires_grad=True")
+    groups[:] = trained
 
 
 def _makes_arsg(client: Any) -> bool:

@@ -121,7 +121,7 @@ def transfers(selection: str) -> Iterator[tuple[Kept, Kept]]:
 def scheduled(optimizer: Any, update: int) -> None:
     """A schedule of its own for each group, so that no two have the settings of the config."""
     for index, group in enumerate(optimizer.param_groups):
-        group["lr"] = (0.02, 0.005, 0.01)[index] * (1 + 0.1 * index - 0.05 * update)
+        group["lr"] = (0.02, 0.005, 0.01, 0.1)[index] * (1 + 0.1 * index - 0.05 * update)
 
 
 def loss_of(model: Any, config: Kept, update: int, part: slice) -> Tensor:

@@ -67,9 +67,9 @@ class Case:
         precision: key of `DTYPES`, or "fp16-fp32grads"; "-fp32grads" accumulates the gradient in fp32.
         accumulation: micro-batches per update and rank.
         clip: largest norm of the gradient, 0 for none.
-        groups: "one" group of all parameters; "several" groups of different settings, one of them empty, of a model
-            with frozen parameters, parameters without gradient and parameters with a gradient in some updates, or in
-            some of an update's micro-batches, only.
+        groups: "one" group of all parameters; "several" groups of different settings, one of them empty and one all
+            frozen, of a model with frozen parameters, parameters without gradient and parameters with a gradient in
+            some updates, or in some of an update's micro-batches, only.
         overflow: the gradient of one update is infinite: it has to be skipped. The loss scale is dynamic then, and
             grows after every other update.
         offload: key of `OFFLOAD`.
@@ -208,7 +208,7 @@ def grouped(case: Case, named: dict[str, Any]) -> list[dict[str, Any]]:
         return [{"params": list(named.values())}]
     adam = [name for name in named if name == "used.2.weight"]
     biases = [name for name in named if name.endswith("bias")]
-    weights = [name for name in named if name not in adam and name not in biases]
+    weights = [name for name in named if name not in adam and name not in biases and name != "frozen.weight"]
     return [
         {"params": [named[name] for name in weights]},
         {"params": []},
@@ -221,6 +221,7 @@ def grouped(case: Case, named: dict[str, Any]) -> list[dict[str, Any]]:
             "weight_decay": 0.0,
         },
         {"params": [named[name] for name in biases], "lr": 0.01, "weight_decay": 1e-2, "mu": 0.3},
+        {"params": [named["frozen.weight"]], "lr": 0.1},
     ]
 
 
