@@ -10,6 +10,7 @@ import yaml
 from arsg_dist.imagenet.models import TIMM
 from arsg_dist.imagenet.run_directory import CLASSES, CONFIG, METRICS, read_environments, read_metrics
 from arsg_dist.imagenet.weights import BEST, DIRECTORY, EMA, LAST, read_metadata
+from arsg_dist.imagenet.whole_file import write_whole
 
 WEIGHTS = "model.safetensors"
 CARD = "README.md"
@@ -53,7 +54,7 @@ def write_model_card(run: Path) -> Path:
     """Writes the card of a run's weights beside them; returns its path."""
     files = {f"{name}.safetensors": run / DIRECTORY / f"{name}.safetensors" for name in (BEST, LAST, EMA)}
     path = run / DIRECTORY / CARD
-    path.write_text(_card(run, {name: file for name, file in files.items() if file.is_file()}))
+    write_whole(path, _card(run, {name: file for name, file in files.items() if file.is_file()}))
     return path
 
 

@@ -38,7 +38,8 @@ class TrainingOrder(Sampler[list[SampleKey]]):
     not count.
 
     An epoch ends with the first update at or after its last image. The state of the order is one number, `position`:
-    nothing has to be read to resume, and neither the number of ranks nor the batch size has to be the same.
+    nothing has to be read to resume, and the number of ranks need not be the same. (A run keeps its batch size, since
+    schedules count updates, and its seed, without which the place means nothing.)
 
     Args:
         num_images: length of the split.

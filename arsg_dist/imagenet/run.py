@@ -96,7 +96,9 @@ class Run:
             if speed is None:
                 return self._stopped(log)
             if parts.train_order.updates_until(epoch, at.images):
-                say(f"ended after {at.update} updates, inside epoch {epoch + 1}, as asked by --max_updates")
+                say(
+                    f"ended after {at.update} updates, before the end of epoch {epoch + 1}, as asked by --max_updates"
+                )
                 break
             average_buffers(parts.model, parts.communicator)
             with parts.engine.base_iterate() if config.evaluate_at == "theta" else nullcontext():
@@ -136,17 +138,18 @@ class Run:
         self._checkpoints.finish()
         parts.stop.finish()
         if log:
-            self._finished(log, evaluation, any_updates=at.update > first_update)
+            self._finished(log, evaluation)
         return 0
 
-    def _finished(self, log: RunLog, evaluation: Evaluation | None, *, any_updates: bool) -> None:
+    def _finished(self, log: RunLog, evaluation: Evaluation | None) -> None:
         say, output = self._progress.say, self._job.output
         curve = log.close()
-        if evaluation or not any_updates:  # done already, perhaps by a start that was killed before this line
+        done = self._at.epoch >= self._parts.config.epochs
+        if evaluation or done:  # done already, perhaps by a start that was killed before this line
             write_model_card(output)
         if evaluation:
             say(f"validation accuracy {evaluation.top1:.2%} over all {evaluation.images} images")
-        elif not any_updates:
+        elif done:
             say("nothing left to do: this run is already done")
         if self._at.bad_images:
             say(f"left out {self._at.bad_images} images that could not be decoded")

@@ -40,6 +40,7 @@ class RunCheckpoints:
         parts, config = self._parts, self._parts.config
         progress = {
             "position": at.as_dict(),
+            **self._fixed(),
             "schedules": parts.schedules.state_dict(),
             "ema": parts.average is not None,
         }
@@ -77,7 +78,8 @@ class RunCheckpoints:
             Where the run stands, and what the user should know about it.
 
         Raises:
-            JobError: there is no checkpoint, or it does not fit this run; raised on every rank.
+            JobError: there is no checkpoint, or it does not fit this run (other images, another seed or batch size); raised
+                on every rank.
         """
         parts = self._parts
         saved, notes = self._newest(skip_damaged=skip_damaged)
@@ -90,6 +92,17 @@ class RunCheckpoints:
                 )
             if saved.progress.get("ema") != (parts.average is not None):
                 raise ValueError("--resume: ema_decay cannot be switched on or off within a run")
+            for name, value in self._fixed().items():
+                saved_value = saved.progress.get(name)
+                if saved_value is None:
+                    notes.append(
+                        f"{saved.where} does not say with which {name} it was made: it must be {value}"
+                    )
+                elif saved_value != value:
+                    raise ValueError(
+                        f"--resume: this run was made with {name}={saved_value}, not {value}, and {_WHY_FIXED[name]}: "
+                        f"resume with --{name} {saved_value}, or start a new run in another --output"
+                    )
         parts.engine.load_state(saved)
         with parts.communicator.fail_together():
             parts.schedules.load_state_dict(saved.progress["schedules"])
@@ -140,9 +153,19 @@ class RunCheckpoints:
         nothing = f"--resume: {self._output} has no complete checkpoint; start anew with another --output"
         raise JobError("\n".join([*notes, nothing]))
 
+    def _fixed(self) -> dict[str, int]:
+        """Settings that what follows in a run has to share with what came before."""
+        return {name: getattr(self._parts.config, name) for name in _WHY_FIXED}
+
     def _stateful(self) -> dict[str, nn.Module]:
         parts = self._parts
         return {"model": parts.model, **({"ema": parts.average.module} if parts.average else {})}
+
+
+_WHY_FIXED = {
+    "seed": "with another one images of this epoch would be seen twice or never",
+    "batch_size": "schedules count its updates (accumulation_steps and the number of ranks may change)",
+}
 
 
 def _ema(name: str) -> str:

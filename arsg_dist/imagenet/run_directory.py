@@ -1,12 +1,14 @@
 """What a run writes: its resolved config, JSON lines, TensorBoard events, a learning-curve picture, checkpoints."""
 
-import hashlib
 import json
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from arsg_dist.imagenet.whole_file import write_whole
 
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"
@@ -48,7 +50,8 @@ class RunLog:
             dropped, since they will be made again.
         environment: of this start, as `environment.describe` gives it; added to those of earlier starts.
         classes: names of the classes in the order of the network's outputs.
-        wandb_project: also log to this project of Weights & Biases.
+        wandb_project: also log to this project of Weights & Biases. The id of the run there is kept in `ENVIRONMENT`:
+            a resumed run continues its own, and a new one in the same place does not.
 
     Attributes:
         changed: settings that differ from those the resumed run had so far, as "key: old → new".
@@ -73,7 +76,8 @@ class RunLog:
         purge_step = None
         self.changed: list[str] = []
         if resumed_updates is not None:
-            before = _flat(yaml.safe_load((directory / CONFIG).read_text()))
+            # Empty where a start of an earlier version met a full disk.
+            before = _flat(yaml.safe_load((directory / CONFIG).read_text()) or {})
             now = _flat(config)
             self.changed = [
                 f"{key}: {before.get(key)} → {now.get(key)}"
@@ -81,20 +85,23 @@ class RunLog:
                 if before.get(key) != now.get(key)
             ]
             kept = [record for record in read_metrics(directory) if record["update"] <= resumed_updates]
-            self._metrics.write_text("".join(json.dumps(record) + "\n" for record in kept))
+            write_whole(self._metrics, "".join(json.dumps(record) + "\n" for record in kept))
             purge_step = resumed_updates + 1
             self._seconds_before = kept[-1].get("seconds", 0.0) if kept else 0.0
-        starts = [*read_environments(directory), environment]
-        (directory / ENVIRONMENT).write_text(yaml.safe_dump(starts, sort_keys=False))
-        (directory / CLASSES).write_text("".join(f"{name}\n" for name in classes))
-        (directory / CONFIG).write_text(yaml.safe_dump(config, sort_keys=False))
+        starts = read_environments(directory)
+        if wandb_project:
+            known = [start["wandb_id"] for start in starts if "wandb_id" in start]
+            environment = {**environment, "wandb_id": known[-1] if known else uuid.uuid4().hex[:16]}
+        write_whole(directory / ENVIRONMENT, yaml.safe_dump([*starts, environment], sort_keys=False))
+        write_whole(directory / CLASSES, "".join(f"{name}\n" for name in classes))
+        write_whole(directory / CONFIG, yaml.safe_dump(config, sort_keys=False))
         self._board = SummaryWriter(str(directory / "tensorboard"), purge_step=purge_step)
         self._wandb: Any = None
         if wandb_project:
             self._wandb = import_wandb().init(
                 project=wandb_project,
                 name=directory.name,
-                id=hashlib.sha256(str(directory.resolve()).encode()).hexdigest()[:16],
+                id=environment["wandb_id"],
                 resume="allow",
                 config=config,
                 dir=str(directory),
@@ -149,7 +156,7 @@ def _flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def read_environments(directory: Path) -> list[dict[str, Any]]:
     """What was saved at each start of a run, the first first; empty if nothing was."""
     path = directory / ENVIRONMENT
-    return list(yaml.safe_load(path.read_text())) if path.is_file() else []
+    return list(yaml.safe_load(path.read_text()) or []) if path.is_file() else []
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ import pytest
 
 from arsg_dist.checkpoint import SavedRun
 from arsg_dist.imagenet.cli import train_command
+from arsg_dist.imagenet.run_checkpoint import RunCheckpoints
 from tests.support.launchers import Finished, launch
 
 SCRIPT = "launch/train_imagenet.py"
@@ -65,6 +66,51 @@ def test_settings_changed_at_a_resume_are_said(
     assert train_command([*recipe, "--epochs", "2", "--schedule.warmup_epochs", "0", "--resume"]) == 0
     assert "settings changed since the run was started: epochs: 1 → 2\n" in capsys.readouterr().out
     assert "epochs: 2\n" in (tmp_path / "run" / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize("updates", ["2", "5"])  # in the first epoch, and at its end
+def test_a_resume_with_nothing_left_to_do_is_not_a_finished_run(
+    updates: str, recipe: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches `--max_updates N --resume` given twice that ends in a traceback for want of weights to describe, or calls
+    a run done that has epochs left."""
+    stopped = [*recipe, "--checkpoint_every", "2", "--max_updates", updates]
+    assert train_command(stopped) == 0
+    assert train_command([*stopped, "--resume"]) == 0
+    shown = capsys.readouterr().out
+    assert "already done" not in shown
+    assert f"ended after {updates} updates" in shown
+    assert (tmp_path / "run" / "weights" / "README.md").exists() == (updates == "5")
+    assert train_command([*recipe, "--resume"]) == 0
+    assert "already done" not in capsys.readouterr().out
+    assert train_command([*recipe, "--resume"]) == 0
+    assert "already done" in capsys.readouterr().out
+
+
+def test_a_resume_keeps_seed_and_batch_size(
+    recipe: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches images of the epoch under way that are seen twice or never, and a schedule that begins to rise again."""
+    assert train_command([*recipe, "--checkpoint_every", "2", "--max_updates", "2"]) == 0
+    for name, before, now in (("seed", 0, 1), ("batch_size", 12, 24)):
+        assert train_command([*recipe, "--resume", f"--{name}", str(now)]) == 2
+        error = capsys.readouterr().err
+        assert f"this run was made with {name}={before}, not {now}" in error
+        assert f"resume with --{name} {before}" in error
+    assert train_command([*recipe, "--resume", "--accumulation_steps", "2"]) == 0
+
+
+def test_a_checkpoint_that_does_not_say_its_seed_is_resumed(
+    recipe: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches checkpoints of an earlier version that end in a traceback."""
+    with monkeypatch.context() as patch:
+        patch.setattr(RunCheckpoints, "_fixed", lambda self: {})
+        assert train_command([*recipe, "--checkpoint_every", "2", "--max_updates", "2"]) == 0
+    assert train_command([*recipe, "--resume"]) == 0
+    shown = capsys.readouterr().out
+    assert "does not say with which seed it was made: it must be 0" in shown
+    assert "does not say with which batch_size it was made: it must be 12" in shown
 
 
 @pytest.mark.ranks
