@@ -2,33 +2,48 @@
 
 Started plainly, this starts one job per transport and number of ranks (mpirun, or horovodrun over Gloo). A job makes
 every optimizer in turn, in random order, several rounds of them, so that a load on the machine meets all; ratios are
-medians over rounds of ratios within a round. Examples:
+medians over rounds of ratios within a round. Steps are timed in rows, one after another as in training: what a step
+leaves under way may go on behind the next forward pass. Examples:
 
     python benchmarks/horovod_step.py --ranks 2 4
+    python benchmarks/horovod_step.py --ranks 3 --transports gloo      # more rows for the same table
     python benchmarks/horovod_step.py --device cuda --transports gloo --batch 32 --side 224 --workloads resnet50
+
+The workload "asleep" has passes that sleep, and so leave the cores to the exchange, as an accelerator does.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
 import random
-import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from emulated import SleepingLayer
+from kept_results import KeptResults
 from machine import PeakMemory, device_name
-from workloads import WORKLOADS, mean_loss
+from torch import Tensor
+from workloads import WORKLOADS, Workload, mean_loss
 
+ASLEEP = Workload(
+    "24 layers whose passes sleep 4 ms forward and 8 ms backward, 25.2 M parameters",
+    lambda: torch.nn.Sequential(*(SleepingLayer(1024, 0.004, 0.008) for _ in range(24))),
+    lambda size, side: torch.randn(size, 1024),
+    1024,
+)
+ALL = {**WORKLOADS, "asleep": ASLEEP}
 BASELINE = "ARSG replicated"
+SETTINGS = ("device", "batch", "side", "rounds", "rows", "steps")
+"""What all measurements of a table have in common."""
 PEERS = ["ARSG sharded", BASELINE, "hvd.DistributedOptimizer, torch Adam(amsgrad) fused"]
 
 
@@ -38,14 +53,17 @@ def parsed() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--workloads", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
+    parser.add_argument("--workloads", nargs="+", choices=list(ALL), default=list(ALL))
     parser.add_argument("--transports", nargs="+", choices=["mpi", "gloo"], default=["mpi", "gloo"])
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2, 3, 4])
     parser.add_argument("--batch", type=int, default=2, help="samples per rank")
     parser.add_argument("--side", type=int, default=32, help="image side, or tokens per sample")
     parser.add_argument("--rounds", type=int, default=3, help="how often every optimizer is made")
-    parser.add_argument("--steps", type=int, default=5, help="timed steps each time")
-    parser.add_argument("--output", type=Path, help="Markdown file (default: benchmarks/results/...)")
+    parser.add_argument("--rows", type=int, default=3, help="rows of steps timed each time")
+    parser.add_argument("--steps", type=int, default=3, help="steps in a row")
+    parser.add_argument(
+        "--output", type=Path, help="Markdown file (default: benchmarks/results/...), with .json"
+    )
     parser.add_argument("--job", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -70,71 +88,70 @@ def make(peer: str, model: torch.nn.Module) -> Any:
 
 
 def wait_for_parameters(optimizer: Any) -> None:
-    """Gathered parameters are awaited by the next forward pass; a timed step has to end with them."""
+    """Gathered parameters are awaited by the next forward pass; the last of a row of steps has to end with them."""
     if hasattr(optimizer, "synchronize_parameters"):
         optimizer.synchronize_parameters()
 
 
 def measure(peer: str, workload: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Median milliseconds of the parts of a step, and what this rank holds."""
+    """Median milliseconds of a step and of its parts, and what this rank holds."""
     import horovod.torch as hvd
 
     memory = PeakMemory(arguments.device)
     torch.manual_seed(0)
     held = memory.start()
     device = torch.device(arguments.device, hvd.local_rank() if arguments.device == "cuda" else None)
-    model = WORKLOADS[workload].model().to(device)
+    model = ALL[workload].model().to(device)
     optimizer = make(peer, model)
-    inputs, labels = (t.to(device) for t in WORKLOADS[workload].batch(arguments.batch, arguments.side))
+    inputs, labels = (t.to(device) for t in ALL[workload].batch(arguments.batch, arguments.side))
+    gradients: list[Tensor] = []
+
+    def passes() -> None:
+        """Forward and backward passes without any exchange."""
+        gradients[:] = torch.autograd.grad(mean_loss(model(inputs), labels), list(model.parameters()))
+
+    def step() -> None:
+        """In which the exchange may hide behind the passes."""
+        mean_loss(model(inputs), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def exchange_and_update() -> None:
+        """With the gradients at hand, so that nothing can hide."""
+        for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+            parameter.grad = gradient
+        optimizer.step()
+        wait_for_parameters(optimizer)
 
     def now() -> float:
         if arguments.device == "cuda":
             torch.cuda.synchronize()
         return 1e3 * time.perf_counter()
 
-    compute, whole, apart = [], [], []
-    for step in range(2 + arguments.steps):
-        # Forward and backward passes of the same model without any exchange.
-        loss = mean_loss(model(inputs), labels)
+    def row_of(kind: Callable[[], None]) -> float:
         hvd.barrier()
         begin = now()
-        grads = torch.autograd.grad(mean_loss(model(inputs), labels), list(model.parameters()))
-        computed = now() - begin
-        # A whole step, in which the exchange may hide behind the backward pass.
-        del loss
+        for _ in range(arguments.steps):
+            kind()
+        wait_for_parameters(optimizer)
+        return (now() - begin) / arguments.steps
+
+    kinds = {"compute": passes, "whole": step, "apart": exchange_and_update}
+    times: dict[str, list[float]] = {name: [] for name in kinds}
+    for number in range(1 + arguments.rows):
+        for name, kind in kinds.items():
+            duration = row_of(kind)
+            if number:  # the first row warms up
+                times[name].append(duration)
         optimizer.zero_grad()
-        hvd.barrier()
-        begin = now()
-        mean_loss(model(inputs), labels).backward()
-        optimizer.step()
-        wait_for_parameters(optimizer)
-        stepped = now() - begin
-        # The same exchange and update with the gradients at hand, so that nothing can hide.
-        for parameter, grad in zip(model.parameters(), grads, strict=True):
-            parameter.grad = grad
-        hvd.barrier()
-        begin = now()
-        optimizer.step()
-        wait_for_parameters(optimizer)
-        if step > 1:
-            apart.append(now() - begin)
-            compute.append(computed)
-            whole.append(stepped)
     state = sum(
         value.numel() * value.element_size()
         for state in getattr(optimizer, "_inner", optimizer).state.values()
         for value in state.values()
-        if isinstance(value, torch.Tensor)
+        if isinstance(value, Tensor)
     )
-    medians = {
-        "compute": statistics.median(compute),
-        "whole": statistics.median(whole),
-        "apart": statistics.median(apart),
-    }
-    result = {**medians, "state": state, "peak": memory.peak() - held}
-    del optimizer, model, grads
-    gc.collect()
-    return result
+    medians = {name: statistics.median(found) for name, found in times.items()}
+    return {**medians, "state": state, "peak": memory.peak() - held}
 
 
 def job(arguments: argparse.Namespace) -> None:
@@ -149,13 +166,13 @@ def job(arguments: argparse.Namespace) -> None:
         torch.cuda.set_device(hvd.local_rank())
     else:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // hvd.size()))
-    results: dict[str, list[dict[str, Any]]] = {}
+    results: dict[str, dict[str, list[dict[str, Any]]]] = {}
     order = random.Random(0)  # the same on every rank
     for workload in arguments.workloads:
         for _ in range(arguments.rounds):
             for peer in order.sample(PEERS, len(PEERS)):
                 result = measure(peer, workload, arguments)
-                results.setdefault(f"{workload}/{peer}", []).append(result)
+                results.setdefault(workload, {}).setdefault(peer, []).append(result)
                 if hvd.rank() == 0:
                     print(workload, peer, json.dumps(result), flush=True)
                     arguments.job.write_text(json.dumps(results))
@@ -203,62 +220,77 @@ def wire_bytes(workload: str, ranks: int) -> float:
     memory and work, not traffic.
     """
     with torch.device("meta"):
-        size = sum(p.numel() for p in WORKLOADS[workload].model().parameters())
+        size = sum(p.numel() for p in ALL[workload].model().parameters())
     return 2 * 4 * size * (ranks - 1) / ranks
 
 
-def table(workload: str, results: dict[tuple[str, int], dict[str, Any]]) -> list[str]:
+def table(workload: str, results: dict[str, dict[str, Any]]) -> list[str]:
     """Rows of Markdown for one model."""
     lines = [
         "| transport | ranks | optimizer | whole step ms | × ARSG replicated | exchange and update alone ms "
         "| × ARSG replicated | exposed ms | overlapped share | state MB/rank | sent MB/rank and step | peak MB/rank |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for (transport, ranks), all_peers in results.items():
-        baseline = all_peers[f"{workload}/{BASELINE}"]
+    for name, all_peers in sorted(results.items(), key=lambda row: row[0].split("/")[1:]):
+        of_workload, transport, ranks = name.split("/")
+        if of_workload != workload:
+            continue
+        baseline = all_peers[BASELINE]
         for peer in PEERS:
-            rounds = all_peers[f"{workload}/{peer}"]
+            rounds = all_peers[peer]
             lines.append(
                 f"| {transport} | {ranks} | {peer} | {statistics.median(r['whole'] for r in rounds):.0f} "
                 f"| {ratio(rounds, baseline, 'whole'):.2f} | {statistics.median(r['apart'] for r in rounds):.0f} "
                 f"| {ratio(rounds, baseline, 'apart'):.2f} | {statistics.median(map(exposed, rounds)):.0f} "
                 f"| {overlapped(rounds)} "
-                f"| {rounds[-1]['state'] / 1e6:.1f} | {wire_bytes(workload, ranks) / 1e6:.1f} "
+                f"| {rounds[-1]['state'] / 1e6:.1f} | {wire_bytes(workload, int(ranks)) / 1e6:.1f} "
                 f"| {statistics.median(r['peak'] for r in rounds) / 1e6:.0f} |"
             )
     return lines
 
 
+def report_of(kept: KeptResults) -> list[str]:
+    """Lines of Markdown."""
+    settings = kept.settings
+    lines = [
+        f"# Training step under Horovod on {settings['device']}",
+        "",
+        f"- device: {settings['machine']}",
+        f"- torch {settings['torch']}; {settings['batch']} samples of side/length {settings['side']} per rank",
+        f"- every optimizer made {settings['rounds']} times, {settings['rows']} rows of {settings['steps']} steps each "
+        "time; medians; ratios are medians over rounds of ratios within a round",
+        "- whole step: forward, backward, step and wait for the parameters, in rows of steps; exposed: whole step - "
+        "forward and backward passes of the same model without exchange; overlapped share: 1 - exposed / (exchange and "
+        "update alone), 'none' where exchange and update cost more inside a step than alone",
+        "- sent: of a ring, computed from the sizes; peak: largest memory beyond what the process held before the "
+        "model",
+        *(f"- command: `{command}`" for command in kept.commands),
+        "",
+    ]
+    for workload, description in ALL.items():
+        rows = table(workload, kept.results)
+        if len(rows) > 2:
+            lines += [f"## {description.title}", "", *rows, ""]
+    return lines
+
+
 def driver(arguments: argparse.Namespace) -> None:
-    """Starts the jobs and writes the report."""
-    results: dict[tuple[str, int], dict[str, Any]] = {}
+    """Starts the jobs, adds what they measured to earlier results and writes the report."""
+    output = arguments.output or Path(__file__).parent / "results" / f"horovod_step_{arguments.device}.md"
+    settings = {key: getattr(arguments, key) for key in SETTINGS}
+    kept = KeptResults(
+        output, settings | {"torch": torch.__version__, "machine": device_name(arguments.device)}
+    )
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     for transport in arguments.transports:
         for ranks in arguments.ranks:
             with tempfile.TemporaryDirectory() as directory:
-                output = Path(directory) / "results.json"
-                command = [*launcher(transport, ranks), __file__, *sys.argv[1:], "--job", str(output)]
+                measured = Path(directory) / "results.json"
+                command = [*launcher(transport, ranks), __file__, *sys.argv[1:], "--job", str(measured)]
                 subprocess.run(command, check=True, env=environment)
-                results[transport, ranks] = json.loads(output.read_text())
-    report = [
-        f"# Training step under Horovod on {arguments.device}",
-        "",
-        f"- device: {device_name(arguments.device)}",
-        f"- torch {torch.__version__}; {arguments.batch} samples of side/length {arguments.side} per rank",
-        f"- every optimizer made {arguments.rounds} times, {arguments.steps} timed steps each; medians",
-        "- whole step: forward, backward, step and wait for the parameters; exposed: whole step - forward and "
-        "backward passes of the same model without exchange; overlapped share: 1 - exposed / (exchange and update "
-        "alone), 'none' where exchange and update cost more inside a step than alone",
-        "- sent: of a ring, computed from the sizes; peak: largest memory beyond what the process held before the "
-        "model",
-        f"- command: `{shlex.join(['python', 'benchmarks/horovod_step.py', *sys.argv[1:]])}`",
-        "",
-    ]
-    for workload in arguments.workloads:
-        report += [f"## {WORKLOADS[workload].title}", "", *table(workload, results), ""]
-    output = arguments.output or Path(__file__).parent / "results" / f"horovod_step_{arguments.device}.md"
-    output.write_text("\n".join(report))
-    print("\n".join(report), f"\nwritten to {output}")
+                new = json.loads(measured.read_text())
+            kept.add({f"{workload}/{transport}/{ranks}": peers for workload, peers in new.items()})
+    kept.write_table(report_of(kept))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from benchmarks.emulated import SleepingLayer
+
 RATES = (2000, 1000, 100)
 """Mbit/s of a cable."""
 SIZES = (1 << 14, 1 << 20, 1 << 23)
@@ -29,34 +31,10 @@ BUCKET = 1 << 21
 """Bytes that travel together; small beside the model, as usual."""
 
 
-class Sleep(torch.autograd.Function):
-    """The identity, which takes its time without a core."""
-
-    @staticmethod
-    def forward(context: Any, inputs: torch.Tensor) -> torch.Tensor:
-        """Sleeps."""
-        time.sleep(FORWARD)
-        return inputs.view_as(inputs)
-
-    @staticmethod
-    def backward(context: Any, gradient: torch.Tensor) -> torch.Tensor:
-        """Sleeps."""
-        time.sleep(BACKWARD)
-        return gradient
-
-
-class Layer(torch.nn.Linear):
-    """A product whose gradient is there only after the emulated time."""
-
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Shape (batch, WIDTH) to the same."""
-        return Sleep.apply(super().forward(inputs))
-
-
 def model() -> torch.nn.Sequential:
     """The same 2.1 M parameters on every rank."""
     torch.manual_seed(0)
-    return torch.nn.Sequential(*(Layer(WIDTH, WIDTH, bias=False) for _ in range(LAYERS)))
+    return torch.nn.Sequential(*(SleepingLayer(WIDTH, FORWARD, BACKWARD) for _ in range(LAYERS)))
 
 
 Steps = dict[str, Callable[[], None]]

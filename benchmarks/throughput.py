@@ -1,4 +1,4 @@
-"""Images per second of training a classifier: loading, training on images in memory, and both together.
+"""Images per second of training a classifier: loading, training on synthetic images, and both together.
 
 Everything is measured in rounds, in random order within each, so that a load on the machine meets all; ratios are
 medians over rounds of ratios within a round. Examples:
@@ -7,7 +7,8 @@ medians over rounds of ratios within a round. Examples:
     python benchmarks/throughput.py --images DIR/train --device cuda --precision bf16 --channels-last --batch 256 \
         --side 224 --workers 12 --steps 30
 
---images takes an ImageFolder tree (one directory per class) or a tar file with one in it.
+--images takes an ImageFolder tree (one directory per class) or a tar file with one in it; without it training on
+synthetic images alone is measured.
 """
 
 from __future__ import annotations
@@ -36,18 +37,19 @@ from torch.nn import functional
 from arsg_dist import ARSG
 from arsg_dist.imagenet.augmentation import normalised
 from arsg_dist.imagenet.config import DataConfig
-from arsg_dist.imagenet.data import loader, open_splits
+from arsg_dist.imagenet.data import SampleKey, loader, open_splits
 from arsg_dist.imagenet.models import build_model
 from arsg_dist.imagenet.torchvision_compat import torchvision, v2
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
-    "ARSG": lambda parameters: ARSG(parameters, lr=1e-6, mu=0.1, weight_decay=1e-4),
+    "ARSG(fused)": lambda parameters: ARSG(parameters, lr=1e-6, mu=0.1, weight_decay=1e-4, fused=True),
     "SGD(momentum, fused)": lambda parameters: torch.optim.SGD(
         parameters, lr=1e-6, momentum=0.9, weight_decay=1e-4, fused=True
     ),
     "Adam(amsgrad, fused)": lambda parameters: torch.optim.Adam(
         parameters, lr=1e-6, weight_decay=1e-4, amsgrad=True, fused=True
     ),
+    "AdamW(fused)": lambda parameters: torch.optim.AdamW(parameters, lr=1e-6, weight_decay=1e-4, fused=True),
 }
 
 
@@ -56,16 +58,17 @@ def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--images", type=Path, required=True)
+    parser.add_argument("--images", type=Path)
     parser.add_argument("--model", default="resnet50")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--side", type=int, default=64, help="of the images the network sees, pixels")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--loading-batches", type=int, default=25, help="timed batches per loader and round")
     parser.add_argument("--steps", type=int, default=5, help="timed steps per optimizer and round")
     parser.add_argument("--output", type=Path, help="Markdown file (default: benchmarks/results/...)")
     return parser.parse_args()
@@ -95,16 +98,24 @@ def endless(one_pass: Callable[[], Iterator[Any]]) -> Iterator[Any]:
         yield from one_pass()
 
 
+def one_order(images: int, batches: int, batch: int) -> list[int]:
+    """Indices for whole batches, permutation after permutation, the same for both loaders."""
+    random_order, indices = random.Random(0), list[int]()
+    while len(indices) < batches * batch:
+        indices += random_order.sample(range(images), images)
+    return indices[: batches * batch]
+
+
 def our_batches(tree: Path, arguments: argparse.Namespace) -> tuple[Iterator[tuple[Tensor, Tensor]], int]:
     """What `arsg-imagenet train` trains on, and the number of classes."""
     config = DataConfig(
         train_split=tree.name, val_split=tree.name, image_size=arguments.side, workers=arguments.workers
     )
     split, _ = open_splits(tree.parent, config, seed=0)
-    indices = random.Random(0).sample(range(len(split)), len(split))
+    indices = one_order(len(split), arguments.loading_batches, arguments.batch)
     order = [
-        [(0, index) for index in indices[start : start + arguments.batch]]
-        for start in range(0, len(indices) - arguments.batch + 1, arguments.batch)
+        [SampleKey(0, index) for index in indices[start : start + arguments.batch]]
+        for start in range(0, len(indices), arguments.batch)
     ]
     batches = loader(
         split,
@@ -131,11 +142,10 @@ def plain_batches(tree: Path, arguments: argparse.Namespace) -> Iterator[tuple[T
             v2.Normalize(mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225]),
         ]
     )
+    images = torchvision.datasets.ImageFolder(str(tree), transform)
     batches = torch.utils.data.DataLoader(
-        torchvision.datasets.ImageFolder(str(tree), transform),
+        torch.utils.data.Subset(images, one_order(len(images), arguments.loading_batches, arguments.batch)),
         batch_size=arguments.batch,
-        shuffle=True,
-        drop_last=True,
         num_workers=arguments.workers,
         multiprocessing_context="forkserver" if arguments.workers else None,
         persistent_workers=arguments.workers > 0,
@@ -152,37 +162,46 @@ class Loading:
     Attributes:
         rate: images/s.
         workers: CPU time of the loader processes per image, ms.
+        idle: share of the time in which the loader processes did not compute.
         here: CPU time of the training process per image, ms.
     """
 
     rate: float
     workers: float
+    idle: float
     here: float
 
 
 def loading_rates(
-    loaders: dict[str, Iterator[Any]], count: int, arguments: argparse.Namespace
+    loaders: dict[str, Iterator[Any]], arguments: argparse.Namespace
 ) -> dict[str, list[Loading]]:
-    """Each loader per round, over `count` batches."""
+    """Each loader per round."""
     results: dict[str, list[Loading]] = {name: [] for name in loaders}
+    processes: dict[str, list[psutil.Process]] = {}
+    for name, batches in loaders.items():
+        before = set(psutil.Process().children(recursive=True))
+        next(batches)  # starts the processes
+        processes[name] = list(set(psutil.Process().children(recursive=True)) - before)
     order = random.Random(0)
-    for number in range(1 + arguments.rounds):
+    count, images = arguments.loading_batches, arguments.loading_batches * arguments.batch
+    for _ in range(arguments.rounds):
         for name in order.sample(list(loaders), len(loaders)):
-            time.sleep(1)  # until the other loader's queue is full, and its processes rest
-            begin = time.perf_counter(), cpu_of_children(), time.process_time()
+            # What lies ready since the last round would count as made in no time; torch keeps 2 batches per process.
+            for _ in islice(loaders[name], 2 * arguments.workers):
+                pass
+            begin = time.perf_counter(), cpu_of(processes[name]), time.process_time()
             for _ in islice(loaders[name], count):
                 pass
-            end = time.perf_counter(), cpu_of_children(), time.process_time()
+            end = time.perf_counter(), cpu_of(processes[name]), time.process_time()
             whole, workers, here = (b - a for a, b in zip(begin, end, strict=True))
-            images = count * arguments.batch
-            if number:  # the first round starts the workers and fills their queues
-                results[name].append(Loading(images / whole, 1000 * workers / images, 1000 * here / images))
+            idle = 1 - workers / (whole * arguments.workers) if arguments.workers else 0.0
+            results[name].append(Loading(images / whole, 1000 * workers / images, idle, 1000 * here / images))
     return results
 
 
-def cpu_of_children() -> float:
-    """CPU time so far of all processes that this one started, seconds."""
-    times = [child.cpu_times() for child in psutil.Process().children(recursive=True)]
+def cpu_of(processes: list[psutil.Process]) -> float:
+    """CPU time so far of all of them, seconds."""
+    times = [process.cpu_times() for process in processes]
     return sum(each.user + each.system for each in times)
 
 
@@ -202,8 +221,8 @@ class Trainer:
             self.model.compile()
         self.optimizer = OPTIMIZERS[name](self.model.parameters())
         self.layout = layout
-        dtype = torch.float16 if arguments.precision == "fp16" else torch.bfloat16
-        self.autocast = torch.autocast(arguments.device, dtype=dtype, enabled=arguments.precision != "fp32")
+        enabled = arguments.precision == "bf16"
+        self.autocast = torch.autocast(arguments.device, dtype=torch.bfloat16, enabled=enabled)
 
     def steps(self, batches: Iterator[tuple[Tensor, Tensor]], count: int) -> tuple[float, float]:
         """Seconds of `count` steps, and of the optimizer in them."""
@@ -216,9 +235,8 @@ class Trainer:
             with self.autocast:
                 logits = self.model(images)
             functional.cross_entropy(logits.float(), labels.to(self.device, non_blocking=True)).backward()
-            if (
-                self.arguments.device == "cuda"
-            ):  # events: waiting for the GPU here would slow the whole step down
+            # Events on a GPU: waiting for it here would slow the whole step down.
+            if self.arguments.device == "cuda":
                 pair = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
                 pair[0].record()
                 self.optimizer.step()
@@ -267,10 +285,11 @@ def spread(values: list[float]) -> str:
 def loading_line(name: str, rounds: list[Loading], peer: list[Loading]) -> str:
     """A line of the table about loading."""
     ratio = statistics.median(a.rate / b.rate for a, b in zip(rounds, peer, strict=True))
-    workers, here = (
-        statistics.median(getattr(each, kind) for each in rounds) for kind in ("workers", "here")
+    workers, idle, here = (
+        statistics.median(getattr(each, kind) for each in rounds) for kind in ("workers", "idle", "here")
     )
-    return f"| {name} | {spread([each.rate for each in rounds])} | {ratio:.2f} | {workers:.2f} | {here:.2f} |"
+    rates = spread([each.rate for each in rounds])
+    return f"| {name} | {rates} | {ratio:.2f} | {workers:.2f} | {idle:.0%} | {here:.2f} |"
 
 
 def report(
@@ -281,7 +300,6 @@ def report(
     arguments: argparse.Namespace,
 ) -> str:
     """The Markdown report."""
-    ours, plain = loading.values()
     lines = [
         f"# Training throughput on {arguments.device}: {arguments.model}, {arguments.side} × {arguments.side}, "
         f"batch {arguments.batch}, {arguments.precision}",
@@ -289,35 +307,46 @@ def report(
         f"- device: {device_name(arguments.device)}; {load}",
         f"- torch {torch.__version__}; {torch.get_num_threads()} threads; {arguments.workers} loader workers; "
         f"channels_last {arguments.channels_last}, compile {arguments.compile}",
-        f"- {files:,} JPEG files, read again in every pass and so from the page cache",
         f"- {arguments.rounds} rounds; medians (range); ratios: median over rounds of the ratio within a round",
         f"- command: `{shlex.join(['python', 'benchmarks/throughput.py', *sys.argv[1:]])}`",
         "",
-        "## Loading alone: decode, RandomResizedCrop, flip, normalise, on the device",
-        "",
-        "| | images/s | × torchvision | CPU ms per image: loader processes | training process |",
-        "|---|---|---|---|---|",
-        loading_line("arsg-imagenet's loader", ours, plain),
-        loading_line("torchvision ImageFolder in a DataLoader", plain, plain),
-        "",
+    ]
+    if loading:
+        ours, plain = loading.values()
+        lines += [
+            "## Loading alone: decode, RandomResizedCrop, flip, normalise, on the device",
+            "",
+            f"{files:,} JPEG files, read again and again and so from the page cache.",
+            "",
+            "| | images/s | × torchvision | loader processes: CPU ms per image | idle "
+            "| training process: CPU ms per image |",
+            "|---|---|---|---|---|---|",
+            loading_line("arsg-imagenet's loader", ours, plain),
+            loading_line("torchvision ImageFolder in a DataLoader", plain, plain),
+            "",
+        ]
+    others = list(OPTIMIZERS)[1:]
+    lines += [
         "## Training, one process",
         "",
-        "| images from | optimizer | images/s | × SGD | × Adam(amsgrad) | optimizer's share of the step |",
-        "|---|---|---|---|---|---|",
+        f"| images | optimizer | images/s | {' | '.join(f'× {name}' for name in others)} "
+        "| optimizer's share of the step |",
+        "|---|---|---|" + "---|" * (len(others) + 1),
     ]
     for (source, name), rounds in training.items():
         ratios = [
             statistics.median(a[0] / b[0] for a, b in zip(rounds, training[(source, peer)], strict=True))
-            for peer in list(OPTIMIZERS)[1:]
+            for peer in others
         ]
         lines.append(
-            f"| {source} | {name} | {spread([rate for rate, _ in rounds])} | {ratios[0]:.2f} | {ratios[1]:.2f} "
+            f"| {source} | {name} | {spread([rate for rate, _ in rounds])} "
+            f"| {' | '.join(f'{ratio:.2f}' for ratio in ratios)} "
             f"| {statistics.median(share for _, share in rounds):.1%} |"
         )
     lines += [
         "",
-        "Memory: the same batch in every step. Files: the whole pipeline, waiting for the loader included. "
-        "The optimizer's share is that of `optimizer.step()`.",
+        "Synthetic: the same batch in every step, on the device. From files: the whole pipeline, waiting for the "
+        "loader included. The optimizer's share is that of `optimizer.step()`.",
     ]
     return "\n".join(lines) + "\n"
 
@@ -326,20 +355,25 @@ def main() -> None:
     """Measures everything and writes the report."""
     arguments = parsed()
     before = os.getloadavg()[0]
+    torch.backends.cudnn.benchmark = True  # as in a training with images of one size
+    loading: dict[str, list[Loading]] = {}
+    sources: dict[str, Iterator[Any]] = {}
+    files, num_classes = 0, 1000
     with tempfile.TemporaryDirectory() as scratch:
-        tree = tree_in(arguments.images, Path(scratch))
-        files = sum(1 for path in tree.rglob("*") if path.is_file())
-        ours, num_classes = our_batches(tree, arguments)
-        loaders = {"ours": ours, "plain": plain_batches(tree, arguments)}
-        loading = loading_rates(loaders, 2 * files // arguments.batch, arguments)
-        loaders["plain"].close()  # type: ignore[attr-defined]  # its workers would take cores from what comes next
+        if arguments.images:
+            tree = tree_in(arguments.images, Path(scratch))
+            files = sum(1 for path in tree.rglob("*") if path.is_file())
+            ours, num_classes = our_batches(tree, arguments)
+            loaders = {"ours": ours, "plain": plain_batches(tree, arguments)}
+            loading = loading_rates(loaders, arguments)
+            loaders["plain"].close()  # type: ignore[attr-defined]  # its workers would take cores from what follows
+            sources["from files"] = ours
+        layout = torch.channels_last if arguments.channels_last else torch.contiguous_format
         generator = torch.Generator().manual_seed(0)
-        batch = (
-            torch.randn(arguments.batch, 3, arguments.side, arguments.side, generator=generator),
-            torch.randint(num_classes, (arguments.batch,), generator=generator),
-        )
-        batch = tuple(tensor.to(arguments.device) for tensor in batch)  # type: ignore[assignment]
-        sources = {"memory": endless(lambda: iter([batch])), "files": ours}
+        images = torch.randn(arguments.batch, 3, arguments.side, arguments.side, generator=generator)
+        labels = torch.randint(num_classes, (arguments.batch,), generator=generator)
+        batch = images.to(arguments.device, memory_format=layout), labels.to(arguments.device)
+        sources = {"synthetic": endless(lambda: iter([batch]))} | sources
         training = training_rates(sources, num_classes, arguments)
     load = f"other load on the machine: 1-minute load average {before:.1f} before the start"
     text = report(loading, training, files, load, arguments)

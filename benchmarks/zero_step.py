@@ -16,7 +16,6 @@ import gc
 import json
 import os
 import random
-import shlex
 import statistics
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from kept_results import KeptResults
 from machine import PeakMemory, device_name
 from workloads import WORKLOADS, mean_loss
 from zero_step_report import BASELINE, PEERS, report_of
@@ -55,7 +55,10 @@ def parsed() -> argparse.Namespace:
     )
     parser.add_argument("--job", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if BASELINE not in arguments.peers:
+        parser.error(f"--peers must name {BASELINE}, with which the others are compared")
+    return arguments
 
 
 # The job on every rank -----------------------------------------------------------------------------------------------
@@ -211,14 +214,14 @@ def job(arguments: argparse.Namespace) -> None:
     arsg_dist.deepspeed.release_shared_memory()
     if arguments.device == "cpu":
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // torch.distributed.get_world_size()))
-    results: dict[str, list[dict[str, Any]]] = {}
+    results: dict[str, dict[str, list[dict[str, Any]]]] = {}
     order = random.Random(0)  # the same on every rank
     for workload in arguments.workloads:
         for stage in arguments.stages:
             for _ in range(arguments.rounds):
                 for peer in order.sample(arguments.peers, len(arguments.peers)):
                     result = measure(peer, workload, stage, arguments)
-                    results.setdefault(f"{workload}/{stage}/{peer}", []).append(result)
+                    results.setdefault(f"{workload}/{stage}", {}).setdefault(peer, []).append(result)
                     if torch.distributed.get_rank() == 0:
                         print(workload, stage, peer, json.dumps(result), flush=True)
                         arguments.job.write_text(json.dumps(results))
@@ -234,16 +237,10 @@ def driver(arguments: argparse.Namespace) -> None:
     """Starts the jobs, adds what they measured to earlier results and writes the report."""
     name = f"zero_step_{arguments.device}_{arguments.precision}{'_offload' if arguments.offload else ''}"
     output = arguments.output or Path(__file__).parent / "results" / f"{name}.md"
-    raw = output.with_suffix(".json")
-    settings = {key: getattr(arguments, key) for key in SETTINGS} | {"torch": torch.__version__}
-    settings["machine"] = device_name(arguments.device)
-    everything: dict[str, Any] = {"settings": settings, "commands": [], "results": {}}
-    if raw.exists():
-        everything = json.loads(raw.read_text())
-        if everything["settings"] != settings:
-            sys.exit(
-                f"{raw} was measured with {everything['settings']}: choose another --output, or remove it"
-            )
+    settings = {key: getattr(arguments, key) for key in SETTINGS}
+    kept = KeptResults(
+        output, settings | {"torch": torch.__version__, "machine": device_name(arguments.device)}
+    )
     for ranks in arguments.ranks:
         with tempfile.TemporaryDirectory() as directory:
             measured = Path(directory) / "results.json"
@@ -255,16 +252,8 @@ def driver(arguments: argparse.Namespace) -> None:
             )
             subprocess.run([*launcher, __file__, *sys.argv[1:], "--job", measured], check=True)
             new = json.loads(measured.read_text())
-        replaced = {name.rpartition("/")[0] for name in new}  # ratios are taken within a run
-        old = everything["results"].get(str(ranks), {})
-        kept = {name: rounds for name, rounds in old.items() if name.rpartition("/")[0] not in replaced}
-        everything["results"][str(ranks)] = kept | new
-    command = shlex.join(["python", "benchmarks/zero_step.py", *sys.argv[1:]])
-    everything["commands"] = [c for c in everything["commands"] if c != command] + [command]
-    raw.write_text(json.dumps(everything, indent=1) + "\n")
-    report = report_of(everything)
-    output.write_text("\n".join(report))
-    print("\n".join(report), f"\nwritten to {output}")
+        kept.add({f"{row}/{ranks}": peers for row, peers in new.items()})
+    kept.write_table(report_of(kept))
 
 
 if __name__ == "__main__":

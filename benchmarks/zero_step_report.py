@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
+from kept_results import KeptResults
 from workloads import WORKLOADS
 
 BASELINE = "DeepSpeed Adam"
@@ -31,13 +32,12 @@ def table(workload: str, results: dict[str, dict[str, Any]]) -> list[str]:
         "| whole step ms | × DeepSpeed Adam | state MB/rank | sent MB/rank and step | peak MB/rank |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for stage in range(4):
-        for ranks in sorted(results, key=int):
-            baseline = results[ranks].get(f"{workload}/{stage}/{BASELINE}", [])
+    for name, peers in sorted(results.items()):
+        of_workload, stage, ranks = name.split("/")
+        if of_workload == workload:
             for peer in PEERS:
-                rounds = results[ranks].get(f"{workload}/{stage}/{peer}", [])
-                if baseline and len(rounds) == len(baseline):
-                    cells = [str(stage), ranks, *row(peer, rounds, baseline)]
+                if peer in peers:
+                    cells = [stage, ranks, *row(peer, peers[peer], peers[BASELINE])]
                     lines.append(f"| {' | '.join(cells)} |")
     return lines
 
@@ -54,13 +54,9 @@ def row(peer: str, rounds: list[dict[str, Any]], baseline: list[dict[str, Any]])
     return [*cells, f"{statistics.median(r['peak'] for r in rounds) / 1e6:.0f}"]
 
 
-def report_of(everything: dict[str, Any]) -> list[str]:
-    """Lines of Markdown.
-
-    Args:
-        everything: "settings", "commands" and "results" as zero_step.py keeps them.
-    """
-    settings = everything["settings"]
+def report_of(kept: KeptResults) -> list[str]:
+    """Lines of Markdown."""
+    settings = kept.settings
     lines = [
         f"# Training step under ZeRO on {settings['device']}, {settings['precision']}"
         + (", optimizer state offloaded to the CPU" if settings["offload"] else ""),
@@ -72,11 +68,11 @@ def report_of(everything: dict[str, Any]) -> list[str]:
         "- its own step: the optimizer's `step()` inside the update; by bytes: the ratio of the least memory traffic "
         "of the two; update: `engine.step()`, with the communication that belongs to it; sent: sizes that DeepSpeed's "
         "communication log counts in one step; peak: largest memory beyond what the process held before the model",
-        *(f"- command: `{command}`" for command in everything["commands"]),
+        *(f"- command: `{command}`" for command in kept.commands),
         "",
     ]
     for workload, description in WORKLOADS.items():
-        rows = table(workload, everything["results"])
+        rows = table(workload, kept.results)
         if len(rows) > 2:
             lines += [f"## {description.title}", "", *rows, ""]
     return lines
