@@ -12,7 +12,9 @@
 #
 # Horovod 0.28.1 is patched in two places: it declares C++14 and torch needs C++20; and under Gloo its stall check knows
 # of no ranks (a vector is reserved, not resized) and never fires. DeepSpeed gets its CPU operators compiled in: its
-# run-time compiler would take minutes at the first start and leaves a lock when killed.
+# run-time compiler would take minutes at the first start and leaves a lock when killed. Those for NVMe are among them
+# where libaio and its headers are installed and no GPU is used; DeepSpeed 0.19.8 is patched in one place for it: its
+# builder for CPUs forgets an operator's linker flags.
 set -euo pipefail
 cache=$1 output=$2
 horovod=0.28.1 deepspeed=0.19.8
@@ -46,6 +48,12 @@ if [ "$gpu" = cuda ]; then
     fi
 fi
 
+nvme=0
+if [ "$gpu" = none ] && printf '#include <libaio.h>\nint main() { return io_queue_init(1, 0); }' |
+    g++ -x c++ - -laio -o /dev/null 2>/dev/null; then
+    nvme=1
+fi
+
 built_against="$(python -c 'import sys, sysconfig, torch
 print(sys.version, sysconfig.get_platform(), torch.__version__, torch.version.cuda)')
 $(mpirun --version | head -1)
@@ -56,10 +64,11 @@ $(env | grep -E '^HOROVOD_(GPU|CUDA|NCCL|BUILD|WITH|ROCM|CCL|MPICXX|ALLOW)' | so
 
 work=$(mktemp -d); trap 'wait; rm -rf "$work"' EXIT
 
-# cached NAME BUILD_FUNCTION: BUILD_FUNCTION leaves one wheel in $work/NAME; its output goes to a log shown on failure.
+# cached NAME BUILD_FUNCTION [WITH]: BUILD_FUNCTION leaves one wheel in $work/NAME; its output goes to a log shown on
+# failure. WITH is what that wheel alone depends on.
 cached() {
     local name=$1 build=$2 made_of key shelf
-    made_of="$built_against"$'\n'"$name ${!1}"$'\n'"$(declare -f "$build")"
+    made_of="$built_against"$'\n'"$name ${!1}${3:+ $3}"$'\n'"$(declare -f "$build")"
     key=$(printf '%s' "$made_of" | sha256sum | cut -c1-16)
     shelf="$cache/$name-$key"
     if ! compgen -G "$shelf/*.whl" >/dev/null; then
@@ -94,10 +103,15 @@ build_horovod() {
 }
 
 build_deepspeed() {
-    DS_BUILD_OPS=0 DS_BUILD_SHM_COMM=1 DS_BUILD_CPU_ADAM=1 \
-        python -m pip wheel --no-build-isolation --no-deps --no-binary deepspeed --wheel-dir "$1" "deepspeed==$deepspeed"
+    python -m pip download --no-deps --no-build-isolation --no-binary :all: "deepspeed==$deepspeed" || return
+    tar xzf "deepspeed-$deepspeed.tar.gz" && cd "deepspeed-$deepspeed" || return
+    sed -i 's/^\( *\)extra_compile_args=compile_args)/\1extra_compile_args=compile_args,\n\1extra_link_args=self.strip_empty_entries(self.extra_ldflags()))/' \
+        op_builder/cpu/builder.py
+    grep -q 'extra_link_args' op_builder/cpu/builder.py || return
+    DS_BUILD_OPS=0 DS_BUILD_SHM_COMM=1 DS_BUILD_CPU_ADAM=1 DS_BUILD_AIO=$nvme DS_BUILD_PIN_MEMORY=$nvme \
+        DS_ENABLE_NINJA=1 MAX_JOBS=$(nproc) python -m pip wheel --no-build-isolation --no-deps --wheel-dir "$1" .
 }
 
-cached horovod build_horovod & horovod_build=$!   # side by side: DeepSpeed compiles on one core
-cached deepspeed build_deepspeed & deepspeed_build=$!
+cached horovod build_horovod & horovod_build=$!   # side by side: each has parts that run on one core
+cached deepspeed build_deepspeed nvme=$nvme & deepspeed_build=$!
 wait "$horovod_build" && wait "$deepspeed_build"

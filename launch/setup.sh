@@ -23,7 +23,8 @@ PYTHON=${PYTHON:-$(find_python)}
 [ -n "$PYTHON" ] || die "no python3 found; install Python 3.11 with its venv module and headers, or set PYTHON=/path/to/python3.11"
 inputs=(constraints.txt pyproject.toml setup.py launch/setup.sh launch/build_engines.sh)
 [ -d arsg_dist/optim/csrc ] && inputs+=(arsg_dist/optim/csrc/*)
-state="$(cat "${inputs[@]}" | sha256sum | cut -d' ' -f1) $("$PYTHON" -V 2>&1) gpu=${ARSG_GPU:-none} $PWD"
+libaio=$([ -e /usr/include/libaio.h ] && echo yes || echo no)  # installed later, DeepSpeed is built anew with its operators for NVMe
+state="$(cat "${inputs[@]}" | sha256sum | cut -d' ' -f1) $("$PYTHON" -V 2>&1) gpu=${ARSG_GPU:-none} libaio=$libaio $PWD"
 stamp=.venv/.setup-complete
 if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$state" ]; then exit 0; fi
 

@@ -7,6 +7,9 @@ default. On CUDA with NCCL as the only backend, NCCL's own reduce-scatter is the
 
 **All-gather** writes into the parameters' own memory.
 
+Between two ranks both are a swap: each sends the other what it lacks, from where it lies and to where it belongs. Through
+Horovod's operations a rank's own part would be copied on its way to itself, which takes as long as the message.
+
 bf16 is unknown to Horovod: its bits travel as fp16, and sums are made here.
 """
 
@@ -70,27 +73,48 @@ class AllToAllReduceScatter:
             name: of the bucket, the same on all ranks.
             pool: where the memory comes from of what arrives, and of the result, which is the caller's to give back.
         """
-        received = pool.take(wire.numel(), wire.dtype, wire.device)
-        shard_numel = wire.numel() // self.group.size
-        # Horovod's public form allocates its output. It resizes one of the wrong size without a word.
-        handle = mpi_ops._alltoall_async(
-            bits(wire),
-            torch.full((self.group.size,), shard_numel, dtype=torch.int32),
-            bits(received),
-            torch.empty(self.group.size, dtype=torch.int32),
-            f"{self.group.name}.alltoall.{name}",
-            self.group.process_set,
-        )
+        name = f"{self.group.name}.alltoall.{name}"
+        shards = wire.view(self.group.size, -1)
+        if self.group.size == 2:
+            received = pool.take(shards[0].numel(), wire.dtype, wire.device)
+            handle = _swap(self.group, shards[1 - self.group.rank], received, name)
+        else:
+            received = pool.take(wire.numel(), wire.dtype, wire.device)
+            splits = torch.full((self.group.size,), shards[0].numel(), dtype=torch.int32)
+            handle = _all_to_all(self.group, wire, splits, received, name)
 
         def summed(_: Any) -> Tensor:
-            parts = decode(received).view(self.group.size, -1)
-            dtype = sum_dtype(parts.dtype)
-            shard = pool.take(shard_numel, dtype, parts.device)
-            torch.sum(parts, 0, dtype=dtype, out=shard)
+            arrived = decode(received)
+            dtype = sum_dtype(arrived.dtype)
+            shard = pool.take(shards[0].numel(), dtype, arrived.device)
+            if self.group.size == 2:
+                torch.add(decode(shards[self.group.rank]).to(dtype), arrived.to(dtype), out=shard)
+            else:
+                torch.sum(arrived.view(self.group.size, -1), 0, dtype=dtype, out=shard)
             pool.give_back(received)
             return shard
 
         return Started(handle, summed)
+
+
+def _all_to_all(group: Group, sent: Tensor, splits: Tensor, received: Tensor, name: str) -> int:
+    """Horovod's public form allocates its output. This one resizes an output of the wrong size without a word."""
+    handle: int = mpi_ops._alltoall_async(
+        bits(sent),
+        splits,
+        bits(received),
+        torch.empty(group.size, dtype=torch.int32),
+        name,
+        group.process_set,
+    )
+    return handle
+
+
+def _swap(group: Group, sent: Tensor, received: Tensor, name: str) -> int:
+    """Begins to exchange tensors of one size between the two ranks of a group."""
+    splits = torch.zeros(2, dtype=torch.int32)
+    splits[1 - group.rank] = sent.numel()
+    return _all_to_all(group, sent, splits, received, name)
 
 
 class NativeReduceScatter:
@@ -129,12 +153,12 @@ def choose_reduce_scatter(path: str, group: Group, device: str) -> ReduceScatter
         device: type of the device the gradients are on.
 
     Raises:
-        ValueError: an unknown path, or "reducescatter" where its data may be processed by Gloo.
+        ValueError: an unknown path, or "reducescatter" in a job with Gloo, whichever backends Horovod has besides.
     """
     if path not in ("auto", "alltoall", "reducescatter"):
         raise ValueError(f"reduce_scatter={path!r} is not known; use 'auto', 'alltoall' or 'reducescatter'")
     on_nccl = device == "cuda" and bool(hvd.nccl_built())
-    if path == "reducescatter" and hvd.gloo_enabled() and not on_nccl:
+    if path == "reducescatter" and hvd.gloo_enabled():
         raise ValueError(
             "reduce_scatter='reducescatter' is refused over Gloo: Horovod's implementation there was seen to return "
             "wrong sums without an error; use 'auto'"
@@ -165,18 +189,24 @@ def start_all_gather(
     Args:
         group: the ranks.
         shard: what goes into this rank's part, converted to the dtype of `bucket`; may be that part itself.
-        bucket: the result.
+        bucket: the result; must not be written until the end.
         name: of the bucket, the same on all ranks.
         number: of the bucket among those that are started together, the same on all ranks.
-        pool: for a copy of the shard, which MPI wants apart from the result.
+        pool: for a copy of the shard, which MPI wants apart from the result of an all-gather.
     """
+    assert bucket.is_contiguous()
+    assert bucket.numel() == shard.numel() * group.size
+    name = f"{group.name}.allgather.{name}"
+    if group.size == 2:
+        parts = bucket.view(2, -1)
+        if parts[group.rank].data_ptr() != shard.data_ptr():
+            parts[group.rank].copy_(shard)
+        return Started(_swap(group, parts[group.rank], parts[1 - group.rank], name), lambda _: bucket)
     outgoing = pool.take(shard.numel(), bucket.dtype, bucket.device)
     outgoing.copy_(shard)
     moved_as = _MOVED_AS[number % len(_MOVED_AS)]
-    assert bucket.is_contiguous()
-    assert bucket.numel() == shard.numel() * group.size
     handle = mpi_ops._allgather_async(
-        outgoing.view(moved_as), bucket.view(moved_as), f"{group.name}.allgather.{name}", group.process_set
+        outgoing.view(moved_as), bucket.view(moved_as), name, group.process_set
     )
 
     def filled(_: Any) -> Tensor:

@@ -23,7 +23,7 @@ def why_not() -> str | None:
     if os.geteuid() != 0:
         return "rehearsal hosts need root"
     if missing := [tool for tool in _TOOLS if shutil.which(tool, path=SYSTEM_PATH) is None]:
-        return f"{', '.join(missing)} not installed (tests/cluster/install.sh)"
+        return f"{', '.join(missing)} not installed (tests/install_system_packages.sh)"
     probe = subprocess.run(
         ["unshare", "-m", "-u", "-i", "-p", "-n", "-f", "true"], capture_output=True, text=True
     )

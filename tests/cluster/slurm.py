@@ -12,7 +12,7 @@ FAKE_GPUS = 2
 def why_not() -> str | None:
     """The reason why there can be no Slurm here, or None."""
     missing = [tool for tool in _TOOLS if shutil.which(tool, path=SYSTEM_PATH) is None]
-    return f"{', '.join(missing)} not installed (tests/cluster/install.sh)" if missing else None
+    return f"{', '.join(missing)} not installed (tests/install_system_packages.sh)" if missing else None
 
 
 def configure(cluster: Cluster) -> None:
