@@ -71,6 +71,36 @@ def parsed() -> argparse.Namespace:
 # The job on every rank -----------------------------------------------------------------------------------------------
 
 
+class Waiting:
+    """Adds up the time in which this process stands still until Horovod has done something.
+
+    Attributes:
+        seconds: so far.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def watch(self) -> None:
+        """Replaces `synchronize` in every module of Horovod that has it."""
+        import horovod.torch as hvd
+        from horovod.torch import mpi_ops, optimizer
+
+        plain = mpi_ops.synchronize
+
+        def timed(handle: int) -> Any:
+            begin = time.perf_counter()
+            result = plain(handle)
+            self.seconds += time.perf_counter() - begin
+            return result
+
+        for module in (hvd, mpi_ops, optimizer):
+            module.synchronize = timed
+
+
+WAITING = Waiting()
+
+
 def make(peer: str, model: torch.nn.Module) -> Any:
     """A wrapped optimizer."""
     import horovod.torch as hvd
@@ -137,12 +167,14 @@ def measure(peer: str, workload: str, arguments: argparse.Namespace) -> dict[str
         return (now() - begin) / arguments.steps
 
     kinds = {"compute": passes, "whole": step, "apart": exchange_and_update}
-    times: dict[str, list[float]] = {name: [] for name in kinds}
+    found: dict[str, list[float]] = {}
     for number in range(1 + arguments.rows):
         for name, kind in kinds.items():
+            WAITING.seconds = 0.0
             duration = row_of(kind)
             if number:  # the first row warms up
-                times[name].append(duration)
+                found.setdefault(name, []).append(duration)
+                found.setdefault(f"waited, {name}", []).append(1e3 * WAITING.seconds / arguments.steps)
         optimizer.zero_grad()
     state = sum(
         value.numel() * value.element_size()
@@ -150,7 +182,7 @@ def measure(peer: str, workload: str, arguments: argparse.Namespace) -> dict[str
         for value in state.values()
         if isinstance(value, Tensor)
     )
-    medians = {name: statistics.median(found) for name, found in times.items()}
+    medians = {name: statistics.median(values) for name, values in found.items()}
     return {**medians, "state": state, "peak": memory.peak() - held}
 
 
@@ -162,6 +194,7 @@ def job(arguments: argparse.Namespace) -> None:
     from arsg_dist.horovod import connect
 
     communicator = connect(discover_ranks())
+    WAITING.watch()
     if arguments.device == "cuda":
         torch.cuda.set_device(hvd.local_rank())
     else:
@@ -199,17 +232,11 @@ def ratio(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], key: str) ->
     return statistics.median(a[key] / b[key] for a, b in zip(ours, theirs, strict=True))
 
 
-def exposed(result: dict[str, Any]) -> float:
-    """Milliseconds that exchange and update add to the forward and backward passes of a whole step."""
-    return result["whole"] - result["compute"]
-
-
-def overlapped(rounds: list[dict[str, Any]]) -> str:
-    """Share of exchange and update that does not show in the whole step; none if they add more than they take alone.
-
-    They do where the exchange takes cores from the passes: then a percentage of what is hidden has no meaning.
-    """
-    share = statistics.median(1 - exposed(result) / result["apart"] for result in rounds)
+def hidden(rounds: list[dict[str, Any]]) -> str:
+    """Share of the waiting for messages that goes away when passes run beside them; none if it grows."""
+    share = statistics.median(
+        1 - each["waited, whole"] / each["waited, apart"] if each["waited, apart"] else 0.0 for each in rounds
+    )
     return f"{share:.0%}" if share > 0 else "none"
 
 
@@ -228,8 +255,9 @@ def table(workload: str, results: dict[str, dict[str, Any]]) -> list[str]:
     """Rows of Markdown for one model."""
     lines = [
         "| transport | ranks | optimizer | whole step ms | × ARSG replicated | exchange and update alone ms "
-        "| × ARSG replicated | exposed ms | overlapped share | state MB/rank | sent MB/rank and step | peak MB/rank |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| × ARSG replicated | waits alone ms | waits in a step ms | hidden | state MB/rank | sent MB/rank and step "
+        "| peak MB/rank |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, all_peers in sorted(results.items(), key=lambda row: row[0].split("/")[1:]):
         of_workload, transport, ranks = name.split("/")
@@ -241,8 +269,9 @@ def table(workload: str, results: dict[str, dict[str, Any]]) -> list[str]:
             lines.append(
                 f"| {transport} | {ranks} | {peer} | {statistics.median(r['whole'] for r in rounds):.0f} "
                 f"| {ratio(rounds, baseline, 'whole'):.2f} | {statistics.median(r['apart'] for r in rounds):.0f} "
-                f"| {ratio(rounds, baseline, 'apart'):.2f} | {statistics.median(map(exposed, rounds)):.0f} "
-                f"| {overlapped(rounds)} "
+                f"| {ratio(rounds, baseline, 'apart'):.2f} "
+                f"| {statistics.median(r['waited, apart'] for r in rounds):.0f} "
+                f"| {statistics.median(r['waited, whole'] for r in rounds):.0f} | {hidden(rounds)} "
                 f"| {rounds[-1]['state'] / 1e6:.1f} | {wire_bytes(workload, int(ranks)) / 1e6:.1f} "
                 f"| {statistics.median(r['peak'] for r in rounds) / 1e6:.0f} |"
             )
@@ -259,9 +288,9 @@ def report_of(kept: KeptResults) -> list[str]:
         f"- torch {settings['torch']}; {settings['batch']} samples of side/length {settings['side']} per rank",
         f"- every optimizer made {settings['rounds']} times, {settings['rows']} rows of {settings['steps']} steps each "
         "time; medians; ratios are medians over rounds of ratios within a round",
-        "- whole step: forward, backward, step and wait for the parameters, in rows of steps; exposed: whole step - "
-        "forward and backward passes of the same model without exchange; overlapped share: 1 - exposed / (exchange and "
-        "update alone), 'none' where exchange and update cost more inside a step than alone",
+        "- whole step: forward, backward, step and wait for the parameters, in rows of steps; alone: with gradients at "
+        "hand; waits: time in which rank 0's program stands still until messages have arrived; hidden: the share of "
+        "it that goes away when forward and backward passes run beside the messages",
         "- sent: of a ring, computed from the sizes; peak: largest memory beyond what the process held before the "
         "model",
         *(f"- command: `{command}`" for command in kept.commands),

@@ -24,12 +24,13 @@ def test_what_is_hidden_is_what_does_not_show(modules: Any) -> None:
     """Catches a share of the exchange that is negative, above 1, or of the whole step."""
     step = modules("horovod_step")
 
-    def round_of(whole: float) -> dict[str, float]:
-        return {"compute": 200.0, "whole": whole, "apart": 100.0}
+    def round_of(waited: float) -> dict[str, float]:
+        return {"waited, apart": 100.0, "waited, whole": waited}
 
-    assert step.overlapped([round_of(225.0), round_of(250.0), round_of(300.0)]) == "50%"
-    assert step.overlapped([round_of(200.0)]) == "100%"
-    assert step.overlapped([round_of(320.0)]) == "none"
+    assert step.hidden([round_of(25.0), round_of(50.0), round_of(90.0)]) == "50%"
+    assert step.hidden([round_of(0.0)]) == "100%"
+    assert step.hidden([round_of(120.0)]) == "none"
+    assert step.hidden([{"waited, apart": 0.0, "waited, whole": 0.0}]) == "none"
 
 
 def test_ratios_are_taken_within_a_round(modules: Any) -> None:
