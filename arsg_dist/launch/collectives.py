@@ -111,28 +111,28 @@ class HorovodCollectives(Collectives):
         return received
 
     def reducescatter(self, tensor: Tensor) -> Tensor | None:
-        """`hvd.reducescatter`, except over Gloo on the CPU."""
-        if self._over_gloo(tensor.device):
+        """`hvd.reducescatter`, except over Gloo."""
+        if self._over_gloo():
             return None
         part: Tensor = self._hvd.reducescatter(tensor, op=self._hvd.Sum, name=f"doctor.s{tensor.numel()}")
         return part
 
-    def _over_gloo(self, device: torch.device) -> bool:
-        return bool(self._hvd.gloo_enabled()) and not (device.type == "cuda" and self._hvd.nccl_built())
+    def _over_gloo(self) -> bool:
+        # As the sharded optimizer decides: whatever Horovod has besides.
+        return bool(self._hvd.gloo_enabled())
 
     def notes(self, max_mib: float) -> list[Finding]:
         """The controller and what ran over it."""
         controller = "Gloo" if self._hvd.gloo_enabled() else "MPI"
         tested = "allreduce, allgather, alltoall, broadcast"
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        if not self._over_gloo(device):
+        if not self._over_gloo():
             tested += ", reducescatter"
         notes = [
             Finding(
                 "good", f"Horovod over {controller}: {tested} tested with known answers up to {max_mib:g} MiB"
             )
         ]
-        if self._over_gloo(device):
+        if self._over_gloo():
             notes.append(
                 Finding(
                     "good",

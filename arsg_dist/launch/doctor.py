@@ -98,8 +98,8 @@ def _print_text(of_ranks: list[dict[str, Any]], findings: list[Finding]) -> None
     say("ranks", f"{len(of_ranks)} on {len(hosts)} host(s), started by {first['launcher']}")
     for name, version in first["versions"].items():
         say(name, version or "not installed")
-    for name in ("cpu_kernel", "horovod_backends", "mpi", "nccl", "gpus"):
-        say(name.replace("_", " "), first[name] or "none")
+    for name, label in facts.LABELS.items():
+        say(label, first[name] or "none")
     for rank in of_ranks:
         if rank["local_rank"] == 0:
             addresses = ", ".join(
@@ -107,7 +107,8 @@ def _print_text(of_ranks: list[dict[str, Any]], findings: list[Finding]) -> None
             )
             say(f"host {rank['host']}", f"{addresses}; /dev/shm {rank['shm_free_mib']} MiB free")
     for rank in of_ranks:
-        say(f"rank {rank['rank']} may use", f"{len(rank['cores'])} of {rank['cpu_count']} cores")
+        usable = f"{len(rank['cpus'])} of {rank['cpu_count']} logical CPUs, on {rank['cores']} core(s)"
+        say(f"rank {rank['rank']} may use", usable)
     lines.append("")
     marks = {"wrong": "WRONG ", "warning": "careful", "good": "good  "}
     lines += [f"{marks[finding.level]} {finding.text}" for finding in findings]

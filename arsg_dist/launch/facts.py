@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import socket
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,16 @@ import arsg_dist
 from arsg_dist.engine import Ranks
 
 _PACKAGES = ("torch", "deepspeed", "horovod", "mpi4py")
+
+CPUS = Path("/sys/devices/system/cpu")
+LABELS = {
+    "cpu_kernel": "CPU kernel",
+    "horovod_backends": "Horovod's backends",
+    "mpi": "MPI of mpi4py",
+    "nccl": "NCCL of torch",
+    "gpus": "GPUs",
+}
+"""How reports call facts that have one value per rank."""
 
 
 def gather(ranks: Ranks, device: torch.device) -> dict[str, Any]:
@@ -41,7 +52,8 @@ def gather(ranks: Ranks, device: torch.device) -> dict[str, Any]:
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "device": str(device),
         "interfaces": _interfaces(),
-        "cores": sorted(os.sched_getaffinity(0)),
+        "cpus": sorted(os.sched_getaffinity(0)),
+        "cores": physical_cores(sorted(os.sched_getaffinity(0))),
         "cpu_count": os.cpu_count(),
         "shm_free_mib": shutil.disk_usage("/dev/shm").free >> 20 if os.path.isdir("/dev/shm") else 0,
     }
@@ -91,6 +103,17 @@ def mpi_library() -> str:
     except (ImportError, OSError, RuntimeError):
         return ""
     return str(MPI.Get_library_version()).split(",")[0].strip("\0 \n")
+
+
+def physical_cores(cpus: list[int]) -> int:
+    """How many cores these logical CPUs are: with hyper-threading two of them are one."""
+    siblings = set()
+    for cpu in cpus:
+        try:
+            siblings.add((CPUS / f"cpu{cpu}/topology/thread_siblings_list").read_text())
+        except OSError:  # some containers hide it
+            siblings.add(str(cpu))
+    return len(siblings)
 
 
 def _interfaces() -> dict[str, list[str]]:

@@ -4,6 +4,8 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from arsg_dist.launch.facts import LABELS
+
 SHM_MIB_PER_RANK = 66  # what DeepSpeed's CPU collectives take
 
 
@@ -36,7 +38,7 @@ def _differences(of_ranks: list[dict[str, Any]]) -> list[Finding]:
     compared = {
         **{name: [rank["versions"][name] for rank in of_ranks] for name in of_ranks[0]["versions"]},
         **{
-            name: [rank[name] for rank in of_ranks]
+            LABELS[name]: [rank[name] for rank in of_ranks]
             for name in ("cpu_kernel", "horovod_backends", "mpi", "nccl")
         },
     }
@@ -46,9 +48,7 @@ def _differences(of_ranks: list[dict[str, Any]]) -> list[Finding]:
             for rank, value in enumerate(values):
                 ranks_of[value or "none"].append(str(rank))
             listed = "; ".join(f"{value} on rank {', '.join(ranks)}" for value, ranks in ranks_of.items())
-            findings.append(
-                Finding("wrong", f"{name.replace('_', ' ')} differs: {listed}; install the same everywhere")
-            )
+            findings.append(Finding("wrong", f"{name} differs: {listed}; install the same everywhere"))
     if not findings and len(of_ranks) > 1:
         findings.append(Finding("good", "every rank has the same versions"))
     return findings
@@ -76,7 +76,9 @@ def _installation(first: dict[str, Any]) -> list[Finding]:
 
 
 def _pinning(of_ranks: list[dict[str, Any]]) -> list[Finding]:
-    pinned = [str(rank["rank"]) for rank in of_ranks if len(rank["cores"]) == 1 and rank["cpu_count"] > 1]
+    pinned = [
+        str(rank["rank"]) for rank in of_ranks if rank["cores"] == 1 and rank["cpu_count"] > len(rank["cpus"])
+    ]
     if pinned:
         return [
             Finding(
@@ -94,10 +96,11 @@ def _shared_memory(of_ranks: list[dict[str, Any]]) -> list[Finding]:
         free, needed = ranks[0]["shm_free_mib"], SHM_MIB_PER_RANK * len(ranks)
         if free < needed:
             findings.append(
+                # Others use little of it, and containers have 64 MiB by default.
                 Finding(
-                    "wrong",
-                    f"{host} has {free} MiB free in /dev/shm and its ranks may need {needed}: remove what dead "
-                    "jobs left, or give a container --shm-size",
+                    "wrong" if ranks[0]["launcher"].startswith("deepspeed") else "warning",
+                    f"{host} has {free} MiB free in /dev/shm and under DeepSpeed its ranks may need {needed}: remove "
+                    "what dead jobs left, or give a container --shm-size",
                 )
             )
     return findings

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,7 +24,9 @@ def healthy() -> list[dict[str, Any]]:
         "host": "node0",
         "own_address": "10.0.0.1",
         "interfaces": {"lo": ["127.0.0.1"], "eth0": ["10.0.0.1"]},
-        "cores": [0, 1],
+        "launcher": "mpirun",
+        "cpus": [0, 1],
+        "cores": 2,
         "cpu_count": 2,
         "shm_free_mib": 1000,
         "cpu_kernel": "compiled",
@@ -42,10 +46,21 @@ def test_a_healthy_job_is_called_so() -> None:
     ("changed", "level", "text"),
     [
         ({"versions": {"torch": "2.12.0"}}, "wrong", "torch differs: .* on rank 0; 2.12.0 on rank 1"),
-        ({"mpi": "MPICH 4"}, "wrong", "mpi differs"),
-        ({"horovod_backends": "Gloo"}, "wrong", "horovod backends differs"),
-        ({"cores": [1]}, "warning", "rank 1 and all its threads are pinned to one core: .*--bind-to none"),
-        ({"shm_free_mib": 3}, "wrong", "node1 has 3 MiB free in /dev/shm"),
+        ({"mpi": "MPICH 4"}, "wrong", "MPI of mpi4py differs"),
+        ({"horovod_backends": "Gloo"}, "wrong", "Horovod's backends differs"),
+        (
+            {"cpus": [1], "cores": 1},
+            "warning",
+            "rank 1 and all its threads are pinned to one core: .*--bind-to none",
+        ),
+        # mpirun --bind-to core with hyper-threading.
+        ({"cpus": [1, 3], "cores": 1, "cpu_count": 4}, "warning", "rank 1 and all its threads are pinned"),
+        ({"shm_free_mib": 64}, "warning", "node1 has 64 MiB free in /dev/shm and under DeepSpeed"),
+        (
+            {"shm_free_mib": 64, "launcher": "deepspeed or torchrun"},
+            "wrong",
+            "node1 has 64 MiB free in /dev/shm",
+        ),
         (
             {"interfaces": {"docker0": ["172.17.0.1"]}},
             "warning",
@@ -128,3 +143,32 @@ def test_under_a_real_launcher(launcher: str, ranks: int, tested: str) -> None:
     assert all(rank["interfaces"] for rank in report["ranks"])
     assert any(tested in finding["text"] for finding in report["findings"])
     assert text.count('"findings"') == 1
+
+
+def test_two_hyper_threads_are_one_core(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a count of logical CPUs that is called cores."""
+    for cpu, siblings in enumerate(("0,2", "1,3", "0,2", "1,3")):
+        (tmp_path / f"cpu{cpu}" / "topology").mkdir(parents=True)
+        (tmp_path / f"cpu{cpu}" / "topology" / "thread_siblings_list").write_text(siblings)
+    monkeypatch.setattr(facts, "CPUS", tmp_path)
+    assert facts.physical_cores([0, 2]) == 1
+    assert facts.physical_cores([0, 1, 2]) == 2
+    assert facts.physical_cores([0, 7]) == 2
+
+
+@pytest.mark.ranks
+def test_the_report_for_people_has_everything_it_promises() -> None:
+    """Catches a line that is missing, empty or without its label, and a second rank that is not reported."""
+    job = launch("horovodrun", 2, "arsg_dist/launch/cli.py", "doctor", "--max-mib", "1", timeout=150)
+    assert job.code == 0, job.output[-3000:]
+    for line in (
+        r"ranks +2 on 1 host\(s\), started by horovodrun",
+        *(rf"{name} +\S+" for name in ("python", "arsg_dist", "torch", "deepspeed", "horovod", "mpi4py")),
+        *(rf"{label} +\S+" for label in facts.LABELS.values()),
+        r"Horovod's backends +MPI Gloo",
+        r"host \S+ +.*lo 127\.0\.0\.1.*; /dev/shm \d+ MiB free",
+        *(rf"rank {rank} may use +\d+ of \d+ logical CPUs, on \d+ core\(s\)" for rank in (0, 1)),
+        "good +every rank has the same versions",
+        "good +Horovod over Gloo: allreduce, .*tested with known answers",
+    ):
+        assert re.search(rf"^(\[\d+\]<stdout>:)?{line}", job.output, re.MULTILINE), (line, job.output)
