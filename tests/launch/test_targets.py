@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -68,13 +69,18 @@ def texts(plan: Plan) -> str:
 def test_a_plan_has_the_program_and_a_timeout_on_every_stack(target: str, tmp_path: Path) -> None:
     """Catches a target that drops arguments, or whose job waits for ever for a host that is gone."""
     for engine in TARGETS[target].engines:
-        made = plan(target, "--directory", str(tmp_path), engine=engine)
+        made = plan(target, "--directory", str(tmp_path), "--detect-seconds", "37", engine=engine)
         everything = str(made)
         assert "train.py" in everything
         assert "0.1" in everything
-        assert (
-            "DEEPSPEED_TIMEOUT" if engine == "deepspeed" else "HOROVOD_GLOO_TIMEOUT_SECONDS"
-        ) in everything
+        if engine == "deepspeed":
+            assert "DEEPSPEED_TIMEOUT" in everything
+        else:
+            assert "HOROVOD_GLOO_TIMEOUT_SECONDS" in everything
+            # A rank that is alive and does not come: shell text, or JSON.
+            assert re.search(
+                r'STALL_SHUTDOWN_TIME_SECONDS(=|",\s*"value": ")37\b', f"{texts(made)} {everything}"
+            )
         assert not any(path.exists() for path in made.files), "planning must write nothing"
         assert all(path.parent == tmp_path for path in made.files)
 
