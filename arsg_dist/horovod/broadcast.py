@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from arsg_dist.horovod.distributed import ReplicatedOptimizer
+from arsg_dist.horovod.guards import join
 from arsg_dist.optim import ARSG
 
 _horovod_parameters: Callable[..., None] = functions.broadcast_parameters
@@ -21,15 +22,17 @@ _CARRIERS = {1: torch.uint8, 2: torch.float16, 4: torch.int32, 8: torch.int64}
 
 
 def register() -> None:
-    """Puts `broadcast_parameters` and `broadcast_optimizer_state` of this module in the place of Horovod's.
+    """Puts `broadcast_parameters` and `broadcast_optimizer_state`, and `join`, in the place of Horovod's.
 
-    Horovod's (0.28.1) refuse bfloat16 and tensors that are not contiguous, and make a real step where an optimizer
-    has no state yet. Names imported from Horovod before (`from horovod.torch import broadcast_optimizer_state`) stay
-    Horovod's. Calling this again changes nothing.
+    Horovod's broadcasts (0.28.1) refuse bfloat16 and tensors that are not contiguous, and make a real step where an
+    optimizer has no state yet; after its `join` a `ShardedOptimizer` crashes (`guards.join`). Names imported from
+    Horovod before (`from horovod.torch import broadcast_optimizer_state`) stay Horovod's. Calling this
+    again changes nothing.
     """
     for module in (hvd, functions, elastic_state):
         module.broadcast_parameters = broadcast_parameters
         module.broadcast_optimizer_state = broadcast_optimizer_state
+    hvd.join = join
 
 
 def broadcast_parameters(params: Any, root_rank: int = 0) -> None:

@@ -182,4 +182,5 @@ def _gather_entry(
                 flat.narrow(0, segment.parameter_start, segment.numel).copy_(
                     received.narrow(0, segment.start, segment.numel)
                 )
+        del received  # before the next bucket's arrives
     return whole

@@ -15,6 +15,9 @@ from arsg_dist.horovod.exchange import Started
 from arsg_dist.horovod.group import Group
 from arsg_dist.horovod.second_sum import CheckedReduceScatter
 
+Unscale = Callable[[Tensor, Tensor], None]
+"""Given (found_inf, inv_scale) it multiplies all reduced gradients by inv_scale, and sets found_inf if one is bad."""
+
 
 class ReleasedGradient(Tensor):
     """Stands in a parameter's `.grad` once the gradient is on its way to its owner: no memory, and no values.
@@ -24,11 +27,11 @@ class ReleasedGradient(Tensor):
     unscales the shards.
     """
 
-    _unscale: Callable[[Tensor, Tensor], None]
+    _unscale: Unscale
 
     @staticmethod
-    def __new__(cls, parameter: Tensor, unscale: Callable[[Tensor, Tensor], None]) -> "ReleasedGradient":
-        """A placeholder of a parameter's shape; `unscale(found_inf, inv_scale)` serves GradScaler."""
+    def __new__(cls, parameter: Tensor, unscale: Unscale) -> "ReleasedGradient":
+        """A placeholder of a parameter's shape; `unscale` serves GradScaler."""
         placeholder: ReleasedGradient = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls,
             parameter.shape,
@@ -48,6 +51,7 @@ class ReleasedGradient(Tensor):
     ) -> Any:
         """Refuses everything but GradScaler's operation."""
         if func is torch.ops.aten._amp_foreach_non_finite_check_and_unscale_.default:
+            # Once per device and dtype, with the gradients of every partition: one placeholder speaks for all.
             gradients, found_inf, inv_scale = args
             next(g for g in gradients if isinstance(g, cls))._unscale(found_inf, inv_scale)
             return None
@@ -74,6 +78,7 @@ class GradientBuckets:
         reduce_scatter: the exchange.
         compression: Horovod's compressor.
         passes: backward passes per update.
+        unscale: of all gradients of the optimizer, for GradScaler.
         prescale: factor before the sum over the ranks.
         postscale: factor after it.
         sparse_as_dense: accept sparse gradients and make them dense.
@@ -91,13 +96,14 @@ class GradientBuckets:
         *,
         compression: Any,
         passes: int,
+        unscale: Unscale,
         prescale: float,
         postscale: float,
         sparse_as_dense: bool,
         pool: BufferPool,
         label: str,
     ) -> None:
-        self.label, self._pool = label, pool
+        self.label, self._pool, self._unscale_all = label, pool, unscale
         self.layout, self.parameters, self.group, self.replicas = layout, parameters, group, replicas
         self.reduce_scatter, self.compression, self.passes = reduce_scatter, compression, passes
         self.prescale, self.postscale, self.sparse_as_dense = prescale, postscale, sparse_as_dense
@@ -201,7 +207,7 @@ class GradientBuckets:
             else:
                 place.copy_(gradient.narrow(0, segment.parameter_start, segment.numel))
             self._missing[segment.bucket] -= 1
-        parameter.grad = ReleasedGradient(parameter, self._unscale)
+        parameter.grad = ReleasedGradient(parameter, self._unscale_all)
 
     def _start(self, bucket: int) -> None:
         self._sent[bucket] = flat = self._flat.pop(bucket)
@@ -255,7 +261,8 @@ class GradientBuckets:
         assert shard is not None
         return shard
 
-    def _unscale(self, found_inf: Tensor, inv_scale: Tensor) -> None:
+    def unscale(self, found_inf: Tensor, inv_scale: Tensor) -> None:
+        """Unscales this rank's shards, once per update, and adds to `found_inf` what any rank found. Collective."""
         # GradScaler asks once per dtype of gradient, and looks at this rank's answer only.
         if self._found_inf is None:
             self.synchronize()

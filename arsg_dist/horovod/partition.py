@@ -11,10 +11,11 @@ from torch import Tensor
 from arsg_dist.horovod.buckets import Layout, Segment
 from arsg_dist.horovod.buffer_pool import BufferPool
 from arsg_dist.horovod.exchange import Started, sum_dtype
-from arsg_dist.horovod.gradient_buckets import GradientBuckets
+from arsg_dist.horovod.gradient_buckets import GradientBuckets, Unscale
 from arsg_dist.horovod.group import Group
 from arsg_dist.horovod.parameter_gather import GatherMode, ParameterGather
 from arsg_dist.horovod.second_sum import CheckedReduceScatter
+from arsg_dist.horovod.sharded_arguments import in_elastic_job
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class Partition:
         groups: the ranks.
         exchange: settings.
         passes: backward passes per update.
+        unscale: serves torch's GradScaler.
         label: distinguishes the exchanges of this partition from those of others.
     """
 
@@ -74,6 +76,7 @@ class Partition:
         groups: ShardGroups,
         exchange: Exchange,
         passes: int,
+        unscale: Unscale,
         label: str,
     ) -> None:
         self.layout, self.parameters, self.group_of = layout, list(parameters), list(group_of)
@@ -102,6 +105,7 @@ class Partition:
             exchange.reduce_scatter,
             compression=exchange.compression,
             passes=passes,
+            unscale=unscale,
             prescale=exchange.prescale,
             postscale=exchange.postscale,
             sparse_as_dense=exchange.sparse_as_dense,
@@ -211,7 +215,7 @@ _PROCESS_SETS: dict[tuple[int, ...], Any] = {}
 
 
 def shard_groups(shard_group: str | int, process_set: Any, label: str) -> ShardGroups:
-    """Makes the groups of ranks; every rank must call this alike.
+    """Makes the groups of ranks. Collective, except in an elastic job, where all ranks share the shards.
 
     Args:
         shard_group: "job": shards over all ranks. "node": over the ranks of a host, with an all-reduce of the shards
@@ -220,22 +224,26 @@ def shard_groups(shard_group: str | int, process_set: Any, label: str) -> ShardG
         label: precedes the names of all exchanges.
 
     Raises:
-        ValueError: a setting that does not fit the job.
+        ValueError: a setting that does not fit the job, on every rank.
     """
-    if not process_set.included():
-        raise ValueError(
-            f"rank {hvd.rank()} is not in process_set {process_set}: construct ShardedOptimizer on its ranks only"
-        )
     world = Group(process_set, label)
+    if in_elastic_job():
+        return ShardGroups(world, None, world)
+    places = world.all_gather_object((shard_group, hvd.cross_rank()), "shard_group")
+    if any(other != places[0][0] for other, _ in places):
+        raise ValueError(
+            f"shard_group differs between the ranks: {', '.join(repr(other) for other, _ in places)}; give every rank "
+            "the same"
+        )
     if shard_group == "job":
         return ShardGroups(world, None, world)
     if process_set.process_set_id != 0:
         raise ValueError("shard_group must be 'job' where a process_set is given")
     if shard_group == "node":
         size = hvd.local_size()
-        node = hvd.cross_rank()
+        node_of = [cross_rank for _, cross_rank in places]
     elif isinstance(shard_group, int) and not isinstance(shard_group, bool) and shard_group > 0:
-        size, node = shard_group, hvd.rank() // shard_group
+        size, node_of = shard_group, [rank // shard_group for rank in range(hvd.size())]
         if hvd.size() % size:
             raise ValueError(f"shard_group={size} does not divide the number of ranks, {hvd.size()}")
     else:
@@ -243,8 +251,8 @@ def shard_groups(shard_group: str | int, process_set: Any, label: str) -> ShardG
     if size == hvd.size():
         return ShardGroups(world, None, world)
     nodes: dict[int, list[int]] = {}
-    for rank, number in enumerate(world.all_gather_object(node, "nodes")):
-        nodes.setdefault(number, []).append(rank)
+    for rank, node in enumerate(node_of):
+        nodes.setdefault(node, []).append(rank)
     if {len(ranks) for ranks in nodes.values()} != {size}:
         counts = [len(ranks) for ranks in nodes.values()]
         raise ValueError(
@@ -259,6 +267,8 @@ def _process_set_of(rank: int, all_ranks: list[list[int]]) -> Any:
     mine = None
     for ranks in all_ranks:
         key = tuple(ranks)
+        if len(ranks) == hvd.size():
+            _PROCESS_SETS[key] = hvd.global_process_set  # of which Horovod refuses a duplicate
         if key not in _PROCESS_SETS or _PROCESS_SETS[key].process_set_id is None:
             try:
                 _PROCESS_SETS[key] = hvd.add_process_set(ranks)

@@ -1,6 +1,6 @@
 """An optimizer whose state exists once in a Horovod job."""
 
-import itertools
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from arsg_dist.horovod import sharded_arguments
 from arsg_dist.horovod.exchange import choose_reduce_scatter
+from arsg_dist.horovod.guards import check_world_size
 from arsg_dist.horovod.inner_optimizer import InnerOptimizer
 from arsg_dist.horovod.parameter_gather import GatherMode
 from arsg_dist.horovod.partition import Exchange, shard_groups
@@ -19,9 +20,9 @@ from arsg_dist.horovod.sharded_gradients import ShardedGradients
 from arsg_dist.horovod.sharded_state import ShardedState
 from arsg_dist.horovod.state_entries import check_state
 
-_number = (
-    itertools.count()
-)  # Horovod tells exchanges apart by their names: those of two optimizers must differ
+# Horovod tells exchanges apart by their names: those of two optimizers must differ, and be the same on every rank. So
+# optimizers are counted per set of ranks, each of which makes all of that set.
+_made_on: Counter[tuple[int, ...]] = Counter()
 
 
 class ShardedOptimizer(ShardedGradients, ShardedState):
@@ -45,7 +46,8 @@ class ShardedOptimizer(ShardedGradients, ShardedState):
     Args:
         optimizer: over the parameters, each element of which is updated by itself (ARSG, AdamW, SGD, ...). State it
             already has is kept. Use it no more afterwards; its `param_groups` are shared with this one.
-        named_parameters: (name, parameter) pairs with unique names, usually `model.named_parameters()`.
+        named_parameters: (name, parameter) pairs with unique names, usually `model.named_parameters()`; also of
+            parameters that `add_param_group` will add. None: the names of the groups, or numbers.
         compression: `hvd.Compression.none` or `fp16`, or a compressor that keeps a tensor's shape.
         backward_passes_per_step: their gradients are added up before the exchange (not averaged).
         op: `hvd.Average` or `hvd.Sum`.
@@ -62,9 +64,10 @@ class ShardedOptimizer(ShardedGradients, ShardedState):
         element_wise: says that an optimizer of another class does update each element by itself.
 
     Raises:
-        ValueError: an argument that cannot be served.
+        ValueError: an argument that cannot be served; Horovod is not initialised or has another number of ranks than
+            the launcher; the ranks' parameters, arguments, settings or states differ.
         TypeError: `optimizer` is not a torch optimizer, or not known to work element by element.
-        JobError: another rank raised one of these, or its parameters differ.
+        JobError: another rank raised one of these.
         RuntimeError: the exchanges return wrong data here.
     """
 
@@ -89,11 +92,15 @@ class ShardedOptimizer(ShardedGradients, ShardedState):
         reduce_scatter: str = "auto",
         element_wise: bool = False,
     ) -> None:
+        check_world_size(whole_job=False)
         self._elastic = sharded_arguments.in_elastic_job()
         if self._elastic:
             sharded_arguments.check_elastic(shard_group, process_set)
+        sharded_arguments.check_process_set(process_set)
         self._shard_group, self.process_set = shard_group, process_set
-        self._groups = shard_groups(shard_group, process_set, f"sharded{next(_number)}")
+        ranks = tuple(process_set.ranks)
+        _made_on[ranks] += 1
+        self._groups = shard_groups(shard_group, process_set, f"sharded{_made_on[ranks]}")
         with self._fail_together():
             sharded_arguments.check_optimizer(optimizer, element_wise)
             sharded_arguments.check_arguments(
@@ -105,8 +112,12 @@ class ShardedOptimizer(ShardedGradients, ShardedState):
                 bucket_mb,
                 gather,
             )
-            named = sharded_arguments.names_of(optimizer.param_groups, named_parameters)
+            given = sharded_arguments.given_names(named_parameters)
+            self._names = given or {}
+            named = sharded_arguments.names_of(optimizer.param_groups, given)
             sharded_arguments.check_parameters(named)
+            if not any(parameter.requires_grad for _, parameter in named):
+                raise ValueError("no parameter of the optimizer requires a gradient")
             check_state(named, optimizer)
             self._exchange_between = lambda groups: Exchange(
                 CheckedReduceScatter(
@@ -210,10 +221,12 @@ class ShardedOptimizer(ShardedGradients, ShardedState):
         """Adds a group of new parameters, between updates; every rank must call it alike.
 
         Args:
-            param_group: as of torch; parameters may be given as (name, parameter) pairs.
+            param_group: as of torch. Parameters have their name in `named_parameters` if they were in it, else that of
+                a (name, parameter) pair, else a number.
 
         Raises:
-            ValueError: the group does not fit.
+            ValueError: the group does not fit, or the ranks add different ones; no rank has it then.
+            JobError: another rank raised ValueError.
             RuntimeError: some backward passes of an update are done.
         """
         if not self._ready:
@@ -223,19 +236,20 @@ class ShardedOptimizer(ShardedGradients, ShardedState):
         if any(partition.gradients.under_way for partition in self._partitions):
             raise RuntimeError("add_param_group() is for between updates: after step() and zero_grad()")
         index = len(self.param_groups)
-        with self._fail_together():
-            # The base class of the inner optimizer checks its settings; both share the list of groups.
-            self._inner.optimizer.add_param_group(param_group)
-            group = self.param_groups[index]
-            try:
-                names = group.get("param_names", [f"group{index}.{i}" for i in range(len(group["params"]))])
-                named = list(zip(names, group["params"], strict=True))
+        try:
+            with self._fail_together():
+                # The base class of the inner optimizer checks its settings; both share the list of groups.
+                self._inner.optimizer.add_param_group(param_group)
+                named = sharded_arguments.names_of_group(self.param_groups[index], index, self._names)
+                taken = {name for part in (*self._trained, self._frozen) for name, _ in part}
+                if twice := taken & {name for name, _ in named}:
+                    raise ValueError(f"param_names are taken by other parameters: {', '.join(sorted(twice))}")
                 sharded_arguments.check_parameters(named)
-            except ValueError:
-                del self.param_groups[index]
-                raise
+            self._add(named)
+        except BaseException:
+            del self.param_groups[index:]
+            raise
         self._started_equal = False
-        self._add(named)
 
     def __repr__(self) -> str:
         return f"ShardedOptimizer over {self._groups.shard.size} ranks of {super().__repr__()}"

@@ -14,7 +14,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from arsg_dist.optim import ARSG
 
 # Every element of the update depends on that element's parameter, gradient and state, and on numbers, only.
-_ELEMENT_WISE = (
+ELEMENT_WISE = (
     ARSG,
     torch.optim.ASGD,
     torch.optim.Adadelta,
@@ -45,11 +45,11 @@ def check_optimizer(optimizer: Any, element_wise: bool) -> None:
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
     if hasattr(optimizer, "_handles") or hasattr(optimizer, "_allreduce_delay"):
         raise TypeError("optimizer is already distributed: give the one inside hvd.DistributedOptimizer")
-    if type(optimizer) not in _ELEMENT_WISE and not element_wise:
+    if type(optimizer) not in ELEMENT_WISE and not element_wise:
         raise TypeError(
             f"{type(optimizer).__name__} is not known to update every element of a parameter by itself, as a shard "
             "must be (LBFGS, Adafactor, LAMB, Muon look at whole parameters); if it does, give element_wise=True. "
-            f"Known are {', '.join(kind.__name__ for kind in _ELEMENT_WISE)}"
+            f"Known are {', '.join(kind.__name__ for kind in ELEMENT_WISE)}"
         )
     for group in optimizer.param_groups:
         if group.get("differentiable"):
@@ -96,6 +96,23 @@ def in_elastic_job() -> bool:
     return os.environ.get("HOROVOD_ELASTIC") == "1"
 
 
+def check_process_set(process_set: Any) -> None:
+    """Refuses ranks that do not train together with this one.
+
+    Raises:
+        ValueError: the process set is not registered with Horovod, or this rank is not in it.
+    """
+    if process_set.process_set_id is None:
+        raise ValueError(
+            f"process_set {process_set} is not registered: give it to hvd.init(process_sets=[...]), or start the job "
+            "with HOROVOD_DYNAMIC_PROCESS_SETS=1 and call hvd.add_process_set(...) on every rank"
+        )
+    if not process_set.included():
+        raise ValueError(
+            f"rank {hvd.rank()} is not in process_set {process_set}: construct ShardedOptimizer on its ranks only"
+        )
+
+
 def check_elastic(shard_group: str | int, process_set: Any) -> None:
     """Refuses groups of ranks where ranks come and go.
 
@@ -118,37 +135,49 @@ def check_passes(passes: Any) -> None:
         raise ValueError(f"backward_passes_per_step must be an integer > 0, got {passes!r}")
 
 
-def names_of(
-    param_groups: list[dict[str, Any]], named_parameters: Iterable[tuple[str, Tensor]] | None
-) -> list[tuple[str, Tensor]]:
-    """The optimizer's parameters with their names, in the order they were named in.
+def given_names(named_parameters: Iterable[tuple[str, Tensor]] | None) -> dict[Tensor, str] | None:
+    """Parameter → name, in the order they were named in; the first name of one that has several.
 
     Raises:
-        ValueError: a name is missing or used twice, or something is not a pair.
+        ValueError: a name is used twice, or something is not a pair.
     """
     if named_parameters is None:
-        return [
-            (f"group{index}.{number}", parameter)
-            for index, group in enumerate(param_groups)
-            for number, parameter in enumerate(group["params"])
-        ]
+        return None
     pairs = list(named_parameters)
     if not all(isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) for pair in pairs):
         raise ValueError("named_parameters must be (name, parameter) pairs, as of model.named_parameters()")
     twice = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
     if twice:
         raise ValueError(f"names in named_parameters must be unique, found twice: {', '.join(twice)}")
-    wanted = {id(parameter) for group in param_groups for parameter in group["params"]}
-    missing = wanted - {id(parameter) for _, parameter in pairs}
-    if missing:
-        raise ValueError(f"named_parameters has no name for {len(missing)} of the optimizer's parameters")
-    seen: set[int] = set()
-    named = []
+    names: dict[Tensor, str] = {}
     for name, parameter in pairs:
-        if id(parameter) in wanted and id(parameter) not in seen:
-            seen.add(id(parameter))
-            named.append((name, parameter))
-    return named
+        names.setdefault(parameter, name)
+    return names
+
+
+def names_of(param_groups: list[dict[str, Any]], given: dict[Tensor, str] | None) -> list[tuple[str, Tensor]]:
+    """The optimizer's parameters with their names, in the order they were named in.
+
+    Raises:
+        ValueError: a name is missing.
+    """
+    named = [
+        pair for index, group in enumerate(param_groups) for pair in names_of_group(group, index, given or {})
+    ]
+    if given is None:
+        return named
+    wanted = {parameter for _, parameter in named}
+    if missing := wanted - given.keys():
+        raise ValueError(f"named_parameters has no name for {len(missing)} of the optimizer's parameters")
+    return [(name, parameter) for parameter, name in given.items() if parameter in wanted]
+
+
+def names_of_group(group: dict[str, Any], index: int, given: dict[Tensor, str]) -> list[tuple[str, Tensor]]:
+    """A group's parameters with their names: those given, else the group's own, else numbers."""
+    own = group.get("param_names") or [f"group{index}.{number}" for number in range(len(group["params"]))]
+    return [
+        (given.get(parameter, name), parameter) for name, parameter in zip(own, group["params"], strict=True)
+    ]
 
 
 def check_parameters(named: Iterable[tuple[str, Tensor]]) -> None:
@@ -173,5 +202,3 @@ def check_parameters(named: Iterable[tuple[str, Tensor]]) -> None:
         owner: weakref.ref[Any] | None = sharded_by.get(parameter)  # type: ignore[no-untyped-call]
         if owner is not None and owner() is not None:
             raise ValueError(f"{name} already belongs to a ShardedOptimizer: call its close() first")
-    if not any(parameter.requires_grad for _, parameter in named):
-        raise ValueError("no parameter of the optimizer requires a gradient")

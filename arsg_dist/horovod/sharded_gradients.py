@@ -61,8 +61,9 @@ class ShardedGradients(Shards):
                     "throw an update away call synchronize() first, on every rank"
                 )
             partition.take_gradients_back()
-        for group in self.param_groups:
-            for parameter in group["params"]:
+        # Not by way of `param_groups`, which would wait for the parameters of the last update.
+        for named in (*self._trained, self._frozen):
+            for _, parameter in named:
                 parameter.grad = None if set_to_none else torch.zeros_like(parameter)
 
     def clip_grad_norm_(

@@ -15,6 +15,7 @@ from arsg_dist.horovod.inner_optimizer import InnerOptimizer
 from arsg_dist.horovod.load_state import load_state
 from arsg_dist.horovod.partition import Exchange, Partition, ShardGroups, shard_groups
 from arsg_dist.horovod.sharded_layout import lay_out
+from arsg_dist.horovod.watched_groups import watch
 
 
 class Shards(torch.optim.Optimizer):
@@ -31,6 +32,7 @@ class Shards(torch.optim.Optimizer):
     _inner: InnerOptimizer
     _trained: list[list[tuple[str, Tensor]]]
     _frozen: list[tuple[str, Tensor]]
+    _names: dict[Tensor, str]
     _partitions: list[Partition]
     _abandoned: list[Started]
     _whole_state: dict[Any, dict[str, Any]]
@@ -39,13 +41,20 @@ class Shards(torch.optim.Optimizer):
     _started_equal = False
 
     def _add(self, named: Sequence[tuple[str, Tensor]]) -> None:
+        """Includes further parameters, or none of them if that fails. Collective, except in an elastic job."""
         trained = [(name, parameter) for name, parameter in named if parameter.requires_grad]
+        frozen = [(name, parameter) for name, parameter in named if not parameter.requires_grad]
         self._trained.append(trained)
-        self._frozen += [(name, parameter) for name, parameter in named if not parameter.requires_grad]
+        try:
+            if not self._elastic:
+                lay_out(self)
+        except BaseException:
+            self._trained.pop()
+            raise
+        self._frozen += frozen
         for _, parameter in trained:
             sharded_arguments.sharded_by[parameter] = weakref.ref(self)
-        if not self._elastic:
-            lay_out(self)
+        watch(self)
 
     def _fail_together(self) -> AbstractContextManager[None]:
         # Where ranks come and go, those that train do not answer to one that is still being built.

@@ -245,6 +245,22 @@ def different_optimizers_are_refused_on_every_rank() -> None:
 
 
 @check
+def a_rank_that_has_joined_takes_part_with_zeros() -> None:
+    """As under plain Horovod; the other ranks' gradients are still divided by the number of all."""
+    model = nn.Linear(3, 2, bias=False)
+    nn.init.zeros_(model.weight)
+    optimizer = wrapped(torch.optim.SGD(model.parameters(), lr=1.0), model)
+    for _ in range(1 if hvd.rank() else 2):
+        optimizer.zero_grad()
+        backward(model)
+        optimizer.step()
+    last = hvd.join()
+    moved = -sum(range(1, hvd.size() + 1)) / hvd.size() - (0 if hvd.rank() else 1 / hvd.size())
+    assert torch.allclose(model.weight.detach(), torch.full((2, 3), moved))
+    assert last == 0 or hvd.size() == 1
+
+
+@check
 def adasum_combines_the_updates() -> None:
     """Two ranks: a + b with each scaled by 1 − a·b/(2|·|²); needs MPI and a power of two of ranks."""
     model = toy.build_model()

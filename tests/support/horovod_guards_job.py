@@ -1,6 +1,6 @@
 """Job for one rank that meets a wrong environment, or goes wrong on rank 1.
 
-usage: horovod_guards_job.py connect|wrap|raise|kill|sleep
+usage: horovod_guards_job.py connect|wrap|shard|raise|kill|sleep
 """
 
 import os
@@ -12,15 +12,17 @@ import torch
 
 from arsg_dist import ARSG
 from arsg_dist.engine import discover_ranks
-from arsg_dist.horovod import DistributedOptimizer, connect
+from arsg_dist.horovod import DistributedOptimizer, ShardedOptimizer, connect
 
 
 def main() -> None:
     mode = sys.argv[1]
-    if mode == "wrap":
+    if mode in ("wrap", "shard"):
         hvd.init()
         print(f"size is {hvd.size()}")
-        DistributedOptimizer(ARSG([torch.zeros(1, requires_grad=True)]))
+        (DistributedOptimizer if mode == "wrap" else ShardedOptimizer)(
+            ARSG([torch.zeros(1, requires_grad=True)])
+        )
         return
     rank = connect(discover_ranks()).rank
     print(f"rank {rank} is connected")
