@@ -1,6 +1,8 @@
 """A split as batches on one rank: decoded, augmented and put together in the order asked for."""
 
 import multiprocessing
+import os
+import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -177,10 +179,26 @@ def process_loader(
         num_workers=workers,
         multiprocessing_context="forkserver" if workers else None,
         persistent_workers=workers > 0,
+        worker_init_fn=_end_with_the_rank if workers else None,
         pin_memory=pin_memory,
         # Without one the loader draws from the global generator at every start, and a resume would start once more.
         generator=torch.Generator().manual_seed(0),
     )
+
+
+def _end_with_the_rank(worker: int) -> None:
+    """Has a loader process end when its rank has ended, however that came.
+
+    Torch's own watch is for the process that forked it: here the server, which lives as long as what it forked.
+    """
+    rank = multiprocessing.parent_process()
+    assert rank is not None
+
+    def watch() -> None:
+        rank.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def batches(loader: Iterable[Batch]) -> Iterator[Batch]:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from arsg_dist.engine.exit_codes import PREEMPTED
 from arsg_dist.imagenet.models import build_model
+from arsg_dist.imagenet.shard_writer import shard_command
 from arsg_dist.imagenet.stopping import MARKER
 from tests.support.compare import assert_same_weights
 from tests.support.launchers import Finished, launch
@@ -89,12 +90,26 @@ EVERYTHING = Counter({(epoch, image): 1 for epoch in range(3) for image in range
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    ("engine", "loading"),
+    [("single", "workers"), ("deepspeed", "here"), ("horovod", "shards"), ("horovod-sharded", "here")],
+)
 def test_killed_and_stopped_in_mid_epoch_gives_the_bits_of_the_uninterrupted_run(
-    engine: str, recipe: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    engine: str,
+    loading: str,
+    recipe: list[str],
+    small_tree: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Catches anything missing in a checkpoint (weights, shards, ranks' own running statistics, schedule, place in the
-    data, sums for the epoch's loss), images seen twice or never, and a rank that stops alone."""
+    data, sums for the epoch's loss), images seen twice or never, also those that loader processes had read ahead, a
+    rank that stops alone, and loader processes that die of its signal or outlive it."""
+    if loading == "workers":
+        recipe = [*recipe, "--data.workers", "2"]
+    elif loading == "shards":
+        assert shard_command([str(small_tree), str(tmp_path / "shards"), "--workers", "1"]) == 0
+        recipe = [*recipe, "--data.source", "shards", "--data.root", str(tmp_path / "shards")]
     whole = Run(monkeypatch, recipe, tmp_path / "whole")
     job = whole.start(engine)
     assert job.code == 0, job.output[-5000:]
