@@ -30,8 +30,12 @@ def main() -> None:
         "export": export_command,
         "shard": shard_command,
     }
+    usage = f"usage: arsg-imagenet {{{','.join(commands)}}} [--help] ..."
+    if sys.argv[1:2] in (["--help"], ["-h"]):
+        print(usage)  # noqa: T201
+        sys.exit(0)
     if len(sys.argv) < 2 or sys.argv[1] not in commands:
-        print(f"usage: arsg-imagenet {{{','.join(commands)}}} [--help] ...", file=sys.stderr)  # noqa: T201
+        print(usage, file=sys.stderr)  # noqa: T201
         sys.exit(BAD_INPUT)
     end_process(commands[sys.argv[1]](sys.argv[2:]))
 

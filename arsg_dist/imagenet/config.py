@@ -19,6 +19,24 @@ def _require_values(section: Any, prefix: str) -> None:
         )
 
 
+def _require_read(read: bool, section: Any, prefix: str, names: tuple[str, ...], where: str) -> None:
+    """Settings that nothing reads here must keep their defaults: whoever gave another value expects it to do something.
+
+    Args:
+        read: whether they are read.
+        section: holds them.
+        prefix: of their names in messages.
+        names: of the settings.
+        where: they would have a meaning, for the message.
+    """
+    given = [
+        f"{prefix}{known.name}={getattr(section, known.name)} (default {known.default})"
+        for known in fields(section)
+        if known.name in names and getattr(section, known.name) != known.default
+    ]
+    _require(read or not given, f"{', '.join(given)} has no meaning but {where}: leave it out")
+
+
 @dataclass(kw_only=True)
 class ProgressiveConfig:
     """Training on small images first: the size grows linearly over the epochs (validation keeps its own size).
@@ -46,9 +64,12 @@ class ProgressiveConfig:
             "data.progressive needs 0 <= start_epoch < end_epoch, "
             f"not {self.start_epoch} and {self.end_epoch}",
         )
-        _require(
-            bool(self.start_size) or not self.end_epoch,
-            "data.progressive.end_epoch has no meaning without start_size",
+        _require_read(
+            bool(self.start_size),
+            self,
+            "data.progressive.",
+            ("start_epoch", "end_epoch", "multiple"),
+            "with start_size",
         )
 
 
@@ -65,10 +86,10 @@ class DataConfig:
         val_split: name of the validation split's directory.
         augmentation: "imagenet": RandomResizedCrop and flip, validation resized to 256/224 of `image_size` and
             centre-cropped; "crop": random crop of `crop_size` and flip, validation on the whole image (the paper's
-            CIFAR-10 protocol); "none": resized only.
+            CIFAR-10 protocol); "none": resized only. Not for synthetic images, which nothing is done to.
         image_size: height and width of the images the network is validated on, pixels.
         train_image_size: height and width of the images it is trained on, pixels; 0: `image_size`. Not for "crop".
-        crop_size: height and width of the training crop with augmentation "crop", pixels.
+        crop_size: height and width of the training crop with augmentation "crop", pixels; not for another one.
         progressive: smaller training images in the first epochs.
         rand_augment: magnitude of RandAugment (two operations per training image), 1 to 30; 0 for none.
         random_erasing: probability that a rectangle of a training image is erased.
@@ -76,7 +97,8 @@ class DataConfig:
         cutmix: α of cutmix on training batches, 0 for none.
         synthetic_images: in each split of synthetic data.
         synthetic_classes: of synthetic data.
-        workers: loader processes per rank; 0 loads in the training process.
+        workers: loader processes per rank for training, and as many again for validation; 0 loads in the training
+            process.
         loader: what decodes: "pillow" in the loader processes, or "dali": NVIDIA DALI on the rank's GPU (extra
             `dali`), with the same order, crops and flips; "imagenet" and "none" augmentation only.
         on_bad_image: what a file that cannot be decoded does: "error" ends the run and names it, "skip" leaves it
@@ -120,6 +142,16 @@ class DataConfig:
         )
         for name in ("synthetic_images", "synthetic_classes"):
             _require(getattr(self, name) >= 1, f"data.{name} must be at least 1, not {getattr(self, name)}")
+        for read, names, where in (
+            (
+                self.source != "synthetic",
+                ("augmentation", "rand_augment", "random_erasing", "on_bad_image"),
+                "for images that are read, not with source: synthetic",
+            ),
+            (self.source == "synthetic", ("synthetic_images", "synthetic_classes"), "with source: synthetic"),
+            (self.augmentation == "crop", ("crop_size",), "with augmentation: crop"),
+        ):
+            _require_read(read, self, "data.", names, where)
         _require(self.workers >= 0, f"data.workers must be at least 0, not {self.workers}")
         if self.loader == "dali":
             for offered, what in (
@@ -204,6 +236,11 @@ class ScheduleConfig:
             f"schedule.milestones are for the schedule 'step', not {self.name!r}",
         )
         _require(
+            self.name != "step" or bool(self.milestones),
+            "schedule 'step' needs schedule.milestones; without any steps it is 'constant'",
+        )
+        _require_read(self.name == "step", self, "schedule.", ("gamma",), "with the schedule 'step'")
+        _require(
             self.milestones == sorted(set(self.milestones)) and all(m > 0 for m in self.milestones),
             f"schedule.milestones must be positive and ascending, not {self.milestones}",
         )
@@ -220,7 +257,7 @@ class BoostConfig:
     Attributes:
         milestones: numbers of epochs after which to boost, ascending; empty for none.
         plateau: boost when the training loss of the epochs flattens, instead of at milestones.
-        factor: multiplier of μ, more than 1.
+        factor: multiplier of μ, more than 1. It and the following are refused where there is no such boost.
         max_boosts: with `plateau`, how often at most.
         patience: with `plateau`, epochs without improvement that are tolerated.
         threshold: with `plateau`, smallest relative improvement that counts.
@@ -244,6 +281,9 @@ class BoostConfig:
         _require(self.max_boosts >= 1, f"boost.max_boosts must be at least 1, not {self.max_boosts}")
         _require(self.patience >= 0, f"boost.patience must be at least 0, not {self.patience}")
         _require(0 <= self.threshold < 1, f"boost.threshold must be in [0, 1), not {self.threshold}")
+        _require_read(self.wanted, self, "boost.", ("factor",), "with boost.milestones or boost.plateau")
+        plateau_settings = ("max_boosts", "patience", "threshold")
+        _require_read(self.plateau, self, "boost.", plateau_settings, "with boost.plateau")
 
     @property
     def wanted(self) -> bool:
@@ -339,6 +379,9 @@ class TrainConfig:
         _require(
             self.straggler_factor == 0 or 1 < self.straggler_factor < math.inf,
             f"straggler_factor must be more than 1, or 0 for no warning, not {self.straggler_factor}",
+        )
+        _require_read(
+            self.on_nonfinite == "skip", self, "", ("max_skipped_updates",), "with on_nonfinite: skip"
         )
         _require(self.seed >= 0, f"seed must be at least 0, not {self.seed}")
         _require(

@@ -151,6 +151,8 @@ def build_engine(
     deepspeed_config: dict[str, Any] | None,
 ) -> Engine:
     """The engine over `module`, on this rank's device."""
+    # Convolutions of one size are worth trying out; sizes that change would be tried out again and again.
+    torch.backends.cudnn.benchmark = not config.data.progressive.start_size
     if config.compile:
         module.compile()
     skip_nonfinite = config.on_nonfinite == "skip"

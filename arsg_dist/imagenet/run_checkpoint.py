@@ -78,8 +78,8 @@ class RunCheckpoints:
             Where the run stands, and what the user should know about it.
 
         Raises:
-            JobError: there is no checkpoint, or it does not fit this run (other images, another seed or batch size); raised
-                on every rank.
+            JobError: there is no checkpoint, or it does not fit this run (other images, another seed or batch size);
+                raised on every rank.
         """
         parts = self._parts
         saved, notes = self._newest(skip_damaged=skip_damaged)

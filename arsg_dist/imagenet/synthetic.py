@@ -11,7 +11,7 @@ _DISTINCT = 16
 
 
 class SyntheticSplit:
-    """Normally distributed images, `_DISTINCT` of them repeated, made in each loader process at the first access.
+    """Images of random bytes, `_DISTINCT` of them repeated, made in each loader process at the first access.
 
     Args:
         config: number of images and classes, image sizes.
@@ -39,6 +39,7 @@ class SyntheticSplit:
         size = train_size(self._config, key.batch_epoch) if self._train else self._config.image_size
         if size not in self._images:
             generator = torch.Generator().manual_seed(seed_of(self._seed, size))
-            self._images = {size: torch.randn(_DISTINCT, 3, size, size, generator=generator)}
+            shape = (_DISTINCT, 3, size, size)
+            self._images = {size: torch.randint(256, shape, generator=generator, dtype=torch.uint8)}
         label = key.image % len(self.classes) if key.counts else IGNORED
         return self._images[size][key.image % _DISTINCT], label

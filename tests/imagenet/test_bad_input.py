@@ -1,13 +1,30 @@
 """Bad input gives one clear message on rank 0 and an exit code, without a hang, a traceback or a written file."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from arsg_dist.imagenet.cli import train_command
+from arsg_dist.engine.exit_codes import BAD_INPUT
+from arsg_dist.imagenet.cli import main, train_command
 from tests.imagenet.test_training import ENGINES, SCRIPT, epochs_of, start
 from tests.support.launchers import launch
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"), [(["--help"], 0), (["-h"], 0), ([], BAD_INPUT), (["trian"], BAD_INPUT)]
+)
+def test_the_command_says_what_it_can_do(
+    arguments: list[str], code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches --help that ends as a mistake does, and a mistyped command that ends as if it had run."""
+    monkeypatch.setattr(sys, "argv", ["arsg-imagenet", *arguments])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == code
+    shown = capsys.readouterr()
+    assert "arsg-imagenet {train,compare,export,shard}" in (shown.err if code else shown.out)
 
 
 def corrupt(tree: Path) -> Path:

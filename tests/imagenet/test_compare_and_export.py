@@ -1,6 +1,7 @@
 """What can be seen of runs and taken from them: records, comparison, weights, model card."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -145,6 +146,26 @@ def test_print_config_shows_the_resolved_settings_and_starts_nothing(
     shown = yaml.safe_load(capsys.readouterr().out)
     assert (shown["epochs"], shown["data"]["progressive"]["start_size"]) == (20, 128)
     assert not (tmp_path / "run").exists()
+
+
+def test_the_bar_shows_what_is_promised(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a field of the bar that is lost or shows another's value; other ranks must show nothing."""
+    monkeypatch.delenv("COLUMNS", raising=False)  # which would cut the bar off
+    clock = [100.0]
+    monkeypatch.setattr("arsg_dist.imagenet.progress.time.perf_counter", lambda: clock[0])
+    for rank in (1, 0):
+        assert not capsys.readouterr().err
+        progress = Progress(None, rank=rank, world_size=2, total_updates=20, first_update=10, batch_size=8)
+        progress.begin_epoch("epoch 1/3", 4)
+        for _ in range(2):
+            clock[0] += 4.0
+            progress.updated()
+        progress.record(12, 1.25, {"lr": 0.015, "mu": 0.1}, [0.25, 0.5])
+    shown = capsys.readouterr().err
+    fields = "loss=1.250, lr=0.015, mu=0.1, per rank=1/s, data wait=50%, run ends in=00:32"
+    assert re.search(r"epoch 1/3: .* 16/32 .* [\d.k]+ images/s, " + re.escape(fields), shown), shown
 
 
 def test_progress_measures_waiting_speed_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,7 +72,7 @@ def test_what_is_no_whole_image_raises(content: bytes) -> None:
 
 
 def test_synthetic_images_are_the_same_in_every_process_and_touch_no_disk() -> None:
-    """Catches measurements of other images on every rank, and labels outside the classes."""
+    """Catches measurements of other images on every rank or of larger batches, and labels outside the classes."""
     config = DataConfig(source="synthetic", image_size=24, synthetic_images=50, synthetic_classes=7)
     train, val = open_splits(Path("/does/not/exist"), config, seed=3)
     assert isinstance(train, SyntheticSplit)
@@ -81,6 +81,9 @@ def test_synthetic_images_are_the_same_in_every_process_and_touch_no_disk() -> N
     assert isinstance(first, tuple)
     assert isinstance(again, tuple)
     assert first[0].shape == (3, 24, 24)
+    assert (
+        first[0].dtype == torch.uint8
+    )  # what other sources send through shared memory, a quarter of float32
     assert torch.equal(first[0], again[0])
     assert first[1] == 6
     assert train[SampleKey(0, 20, counts=False)][1] == IGNORED  # type: ignore[index]

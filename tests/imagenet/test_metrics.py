@@ -2,9 +2,9 @@ import pytest
 import torch
 from torch import nn
 
-from arsg_dist.engine import Communicator, SingleProcessCommunicator
-from arsg_dist.imagenet.data import IGNORED
-from arsg_dist.imagenet.metrics import Totals, average_buffers
+from arsg_dist.engine import SingleProcessCommunicator
+from arsg_dist.imagenet.data import IGNORED, ValidationOrder
+from arsg_dist.imagenet.metrics import Evaluation, Totals, average_buffers
 
 
 def test_totals_are_the_means_over_what_counts() -> None:
@@ -34,20 +34,63 @@ def test_top5_of_fewer_than_five_classes_is_everything() -> None:
     assert totals.over_all_ranks(SingleProcessCommunicator()).top5 == 1
 
 
+class _Summing(SingleProcessCommunicator):
+    """Asked by one rank after the other: the last one gets the sum over all."""
+
+    def __init__(self) -> None:
+        self._sum: torch.Tensor | None = None
+
+    def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        self._sum = tensor if self._sum is None else self._sum + tensor
+        return self._sum
+
+
+@pytest.mark.parametrize("images", [1, 2, 7, 21, 25])
+def test_an_evaluation_is_the_same_on_any_number_of_ranks(images: int) -> None:
+    """Catches images counted twice or left out where sizes do not divide, fillers that count, and means of means."""
+    generator = torch.Generator().manual_seed(images)
+    ranking = torch.stack([torch.randperm(9, generator=generator) for _ in range(images)])
+    labels = torch.randint(9, (images,), generator=generator)
+    # The cross-entropy of these is a whole number: sums are exact in any order.
+    logits = -20.0 * ranking
+    ranks_of_labels = ranking[torch.arange(images), labels].double()
+    expected = Evaluation(
+        loss=20 * ranks_of_labels.sum().item() / images,
+        top1=(ranks_of_labels < 1).sum().item() / images,
+        top5=(ranks_of_labels < 5).sum().item() / images,
+        images=images,
+    )
+    for world_size in (1, 2, 3):
+        communicator = _Summing()
+        for rank in range(world_size):
+            totals = Totals(torch.device("cpu"))
+            for keys in ValidationOrder(images, batch_size=4, rank=rank, world_size=world_size):
+                places = [max(key.image, 0) for key in keys]  # a place without image holds a copy of one
+                filler = torch.tensor([key.image == IGNORED for key in keys])
+                totals.add(logits[places], labels[places].masked_fill(filler, IGNORED))
+            evaluation = totals.over_all_ranks(communicator)
+        assert evaluation == expected, world_size
+
+
 class _TwoRanks(SingleProcessCommunicator):
-    """The other rank holds the negative of what this one holds, plus 6."""
+    """The other rank holds ten times what this one holds."""
 
     world_size = 2
 
     def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor + (6 - tensor)
+        return 11 * tensor
 
 
 def test_running_statistics_are_averaged_and_counters_are_not() -> None:
-    """Catches ranks that evaluate with their own batch-norm statistics."""
+    """Catches ranks that evaluate with their own batch-norm statistics, or with those of another layer."""
+    torch.manual_seed(0)
     module = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(5))
-    communicator: Communicator = _TwoRanks()
-    average_buffers(module, communicator)
     for norm in module:
-        assert torch.equal(norm.running_mean, torch.full_like(norm.running_mean, 3.0))
-        assert norm.num_batches_tracked == 0
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
+        norm.num_batches_tracked.fill_(7)
+    before = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    average_buffers(module, _TwoRanks())
+    for name, buffer in module.named_buffers():
+        expected = before[name] if "tracked" in name else (5.5 * before[name].double()).float()
+        assert torch.equal(buffer, expected), name

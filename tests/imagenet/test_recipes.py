@@ -1,7 +1,10 @@
 """Every file under configs/ trains as it stands, and says what its source says."""
 
 import json
+import math
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +12,7 @@ import yaml
 from PIL import Image
 
 from arsg_dist.checkpoint import CheckpointStore, SavedRun, save_run
-from arsg_dist.engine import SingleProcessCommunicator, SingleProcessEngine
+from arsg_dist.engine import SingleProcessCommunicator, SingleProcessEngine, discover_ranks
 from arsg_dist.imagenet.augmentation import train_size
 from arsg_dist.imagenet.cli import train_command
 from arsg_dist.imagenet.config import (
@@ -20,9 +23,10 @@ from arsg_dist.imagenet.config import (
     ScheduleConfig,
     TrainConfig,
 )
-from arsg_dist.imagenet.engines import _settle_precision
+from arsg_dist.imagenet.engines import _settle_precision, build_engine
 from arsg_dist.imagenet.models import build_model
 from arsg_dist.imagenet.optimization import Schedules, build_optimizer, lr_factor, parameter_groups
+from arsg_dist.theory import boost_ratio
 from tests.imagenet.test_training import ENGINES, start
 from tests.support.launchers import REPOSITORY
 
@@ -68,7 +72,9 @@ def test_every_recipe_makes_two_updates(recipe: Path, fake_trees: dict[str, Path
 @pytest.mark.slow
 @pytest.mark.ranks
 @pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("name", ["cifar10_arsgb", "cifar10_fine_arsgb", "imagenet_short"])
+@pytest.mark.parametrize(
+    "name", ["cifar10_arsgb", "cifar10_sgd", "cifar10_adam", "cifar10_fine_arsgb", "imagenet_short"]
+)
 def test_recipes_make_two_updates_on_two_ranks(
     name: str, engine: str, fake_trees: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -139,6 +145,57 @@ def test_large_batch_warms_up_from_the_unscaled_learning_rate() -> None:
     assert factors[-1] < 1e-3
 
 
+@pytest.mark.parametrize(
+    ("make", "given", "message"),
+    [
+        (DataConfig, {"source": "synthetic", "rand_augment": 5}, "rand_augment=5"),
+        (DataConfig, {"source": "synthetic", "random_erasing": 0.2}, "random_erasing=0.2"),
+        (DataConfig, {"source": "synthetic", "augmentation": "none"}, "augmentation=none"),
+        (DataConfig, {"source": "synthetic", "on_bad_image": "skip"}, "on_bad_image=skip"),
+        (
+            DataConfig,
+            {"synthetic_images": 10, "synthetic_classes": 3},
+            "synthetic_images=10 (default 12800), data.synthetic_",
+        ),
+        (DataConfig, {"crop_size": 20}, "crop_size=20"),
+        (
+            ProgressiveConfig,
+            {"start_epoch": 2},
+            "start_epoch=2 (default 0) has no meaning but with start_size",
+        ),
+        (ProgressiveConfig, {"end_epoch": 2}, "end_epoch=2"),
+        (ProgressiveConfig, {"multiple": 16}, "multiple=16"),
+        (ScheduleConfig, {"name": "step"}, "needs schedule.milestones"),
+        (ScheduleConfig, {"name": "cosine", "gamma": 0.2}, "gamma=0.2"),
+        (ScheduleConfig, {"name": "cosine", "milestones": [3]}, "milestones are for the schedule 'step'"),
+        (BoostConfig, {"factor": 3.0}, "factor=3.0"),
+        (BoostConfig, {"max_boosts": 2, "patience": 1}, "max_boosts=2 (default 1), boost.patience=1"),
+        (
+            BoostConfig,
+            {"milestones": [3], "threshold": 0.1},
+            "threshold=0.1 (default 0.01) has no meaning but with boost.plateau",
+        ),
+        (TrainConfig, {"max_skipped_updates": 3}, "max_skipped_updates=3"),
+    ],
+)
+def test_a_setting_that_nothing_reads_is_refused(make: Any, given: dict[str, Any], message: str) -> None:
+    """Catches a setting that does nothing where its writer expects that it does."""
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make(**given)
+
+
+def test_settings_that_are_read_are_taken() -> None:
+    """Catches a setting refused where it means something, and a default that counts as given."""
+    DataConfig(source="synthetic", synthetic_images=10, synthetic_classes=3, rand_augment=0)
+    DataConfig(augmentation="crop", crop_size=20, rand_augment=5, random_erasing=0.2, on_bad_image="skip")
+    ProgressiveConfig(start_size=64, start_epoch=2, end_epoch=4, multiple=16)
+    ScheduleConfig(name="step", milestones=[3], gamma=0.2)
+    ScheduleConfig(name="cosine", milestones=[], gamma=0.1)
+    BoostConfig(milestones=[3], factor=3.0, patience=2)
+    BoostConfig(plateau=True, factor=3.0, max_boosts=2, patience=1, threshold=0.1)
+    TrainConfig(on_nonfinite="skip", max_skipped_updates=3)
+
+
 def test_progressive_sizes_grow_to_the_full_one() -> None:
     """Catches sizes that are no multiple, shrink, or never reach the full size."""
     data = recipe_of("imagenet_short").data
@@ -182,6 +239,40 @@ def test_the_boost_doubles_mu_once_and_survives_a_resume() -> None:
     assert first + epochs(resumed, other, 40) == whole
 
 
+def test_the_boost_waits_for_a_plateau_and_survives_a_resume() -> None:
+    """Catches a plateau that is never noticed or noticed too soon, settings that do not arrive, a loss that is not
+    finite taken for one, and epochs of waiting that a resume forgets."""
+    config = TrainConfig(
+        optimizer=OptimizerConfig(params={"lr": 0.01, "mu": 0.05}),
+        boost=BoostConfig(plateau=True, factor=3.0, max_boosts=2, patience=1, threshold=0.1),
+    )
+    # Their average, in which an epoch weighs twice as much as the one before, improves once: from 1 to 5/7. Two epochs
+    # in a row without improvement are one more than tolerated.
+    losses = [1.0, 1.0, 0.5, 5 / 7, 5 / 7, math.nan, 5 / 7, 5 / 7, 5 / 7, 5 / 7]
+    expected = [0.05] * 4 + [0.15] * 3 + [0.45] * 3
+
+    def made() -> tuple[Schedules, torch.optim.Optimizer]:
+        optimizer = build_optimizer(config.optimizer, [torch.nn.Parameter(torch.zeros(2))])
+        schedules = Schedules(
+            config, optimizer, updates_per_epoch=1, communicator=SingleProcessCommunicator()
+        )
+        return schedules, optimizer
+
+    schedules, optimizer = made()
+    seen = []
+    for loss in losses:
+        old_schedules, old_optimizer = schedules.state_dict(), optimizer.state_dict()
+        schedules, optimizer = made()
+        optimizer.load_state_dict(old_optimizer)
+        schedules.load_state_dict(old_schedules)
+        optimizer.step()
+        schedules.after_update()
+        schedules.after_epoch(loss)
+        seen.append(optimizer.param_groups[0]["mu"])
+    assert seen == pytest.approx(expected)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.01 * boost_ratio(0.999, 0.05, 0.45))
+
+
 def test_norms_and_biases_are_a_group_without_decay() -> None:
     """Catches weight decay on batch norm, or a parameter that no group holds."""
     model = build_model("resnet18", 10)
@@ -200,8 +291,6 @@ def test_norms_and_biases_are_a_group_without_decay() -> None:
 @pytest.mark.parametrize("name", ["resnet20", "resnet18", "timm:resnet10t"])
 def test_residual_branches_can_start_as_identities(name: str) -> None:
     """Catches the option lost on one of the families of models."""
-    if name.startswith("timm:"):
-        pytest.importorskip("timm", reason="timm is not installed")
     zeros = []
     for wanted in (False, True):
         parameters = build_model(name, 3, zero_init_gamma=wanted).named_parameters()
@@ -213,7 +302,6 @@ def test_models_that_are_not_known_or_have_no_such_start_are_named() -> None:
     """Catches a traceback from inside a model library."""
     with pytest.raises(ValueError, match="vgg11 has no such start"):
         build_model("vgg11", 3, zero_init_gamma=True)
-    pytest.importorskip("timm", reason="timm is not installed")
     with pytest.raises(ValueError, match="has no model 'resnet5000'"):
         build_model("timm:resnet5000", 3)
 
@@ -229,6 +317,20 @@ def test_precision_of_recipe_and_deepspeed_config_must_agree() -> None:
         assert given == {"fp16": {"enabled": True, "loss_scale": 128}}
     with pytest.raises(ValueError, match="has bf16 enabled but this run has precision: fp32"):
         _settle_precision({"bf16": {"enabled": True}}, "fp32", "ds.json")
+
+
+@pytest.mark.parametrize(("start_size", "expected"), [(0, True), (16, False)])
+def test_cudnn_tries_its_kernels_out_where_images_have_one_size(
+    start_size: int, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a GPU that computes convolutions as cuDNN guesses, or that tries out anew with every size."""
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", not expected)
+    progressive = ProgressiveConfig(start_size=start_size, end_epoch=3 if start_size else 0)
+    config = TrainConfig(data=DataConfig(progressive=progressive))
+    build_engine(
+        "single", build_model("resnet20", 3), config, SingleProcessCommunicator(), discover_ranks(), None
+    )
+    assert torch.backends.cudnn.benchmark is expected
 
 
 def test_loss_scaling_skips_an_overflow_and_changes_nothing_else() -> None:

@@ -68,6 +68,17 @@ def test_settings_changed_at_a_resume_are_said(
     assert "epochs: 2\n" in (tmp_path / "run" / "config.yaml").read_text()
 
 
+def test_synthetic_images_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a source of images that only its own test can read."""
+    data = ["--data.source", "synthetic", "--data.synthetic_images", "10", "--data.synthetic_classes", "3"]
+    small = ["--model", "resnet20", "--data.image_size", "16", "--data.workers", "1", "--batch_size", "5"]
+    run = ["--optimizer.params", "{lr: 0.01}", "--epochs", "1", "--output", str(tmp_path / "run")]
+    assert train_command([*data, *small, *run]) == 0
+    assert "resnet20 on synthetic images" in capsys.readouterr().out
+    (epoch,) = epochs_of(tmp_path / "run")
+    assert (epoch["update"], epoch["val_images"], epoch["bad_images"]) == (2, 10, 0)
+
+
 @pytest.mark.parametrize("updates", ["2", "5"])  # in the first epoch, and at its end
 def test_a_resume_with_nothing_left_to_do_is_not_a_finished_run(
     updates: str, recipe: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
