@@ -29,28 +29,36 @@ def check_exchanges(
         RuntimeError: on every rank, if any rank received anything wrong.
     """
     prepared = [_Numbers(*size, group) for size in sizes for _ in range(2)]
+    for index, numbers in enumerate(prepared):
+        numbers.add(index % 2)  # what belongs to one of two buckets is wrong in the other
+    targets = [torch.zeros_like(numbers.mine) for numbers in prepared]
     wrong = 0
     pool = BufferPool()
     for turn in range(rounds):
-        shift = turn % _SHIFTS
         # From the second round on in memory that was used before, as in training.
         started = [
-            reduce_scatter.start(numbers.mine + shift, lambda received: received, f"test{index}", pool)
+            reduce_scatter.start(numbers.mine, lambda received: received, f"test{index}", pool)
             for index, numbers in enumerate(prepared)
         ]
         for numbers, exchange in zip(prepared, started, strict=True):
             sums = exchange.finish()
-            wrong += int((sums != numbers.sums + shift * group.size).sum())
+            wrong += _differences(sums, numbers.sums)
             pool.give_back(sums)
-        shards = [numbers.mine.view(group.size, -1)[group.rank] + shift for numbers in prepared]
-        gathered = [torch.zeros_like(numbers.mine) for numbers in prepared]
         started = [
-            start_all_gather(group, shard, target, f"test{index}", index, pool)
-            for index, (shard, target) in enumerate(zip(shards, gathered, strict=True))
+            start_all_gather(
+                group,
+                numbers.mine.view(group.size, -1)[group.rank],
+                target.zero_(),
+                f"test{index}",
+                index,
+                pool,
+            )
+            for index, (numbers, target) in enumerate(zip(prepared, targets, strict=True))
         ]
-        for numbers, target, exchange in zip(prepared, gathered, started, strict=True):
+        for numbers, target, exchange in zip(prepared, targets, started, strict=True):
             exchange.finish()
-            wrong += int((target != numbers.gathered + shift).sum())
+            wrong += _differences(target, numbers.gathered)
+            numbers.add(1 if (turn + 1) % _SHIFTS else 1 - _SHIFTS)
     errors = group.all_gather_object(wrong, "self-test")
     if any(errors):
         raise RuntimeError(
@@ -62,6 +70,10 @@ def check_exchanges(
 
 
 _SHIFTS = 8
+
+
+def _differences(one: Tensor, other: Tensor) -> int:
+    return 0 if torch.equal(one, other) else int((one != other).sum())
 
 
 class _Numbers:
@@ -82,6 +94,7 @@ class _Numbers:
         def bucket(rank: int) -> Tensor:
             return ((index + 7 * rank) % modulus).to(dtype)
 
+        self._ranks = group.size
         self.mine = bucket(group.rank)
         shard = numel // group.size
         self.gathered = torch.empty_like(self.mine)
@@ -90,3 +103,9 @@ class _Numbers:
             other = bucket(rank)
             self.sums += other.narrow(0, group.rank * shard, shard)
             self.gathered.narrow(0, rank * shard, shard).copy_(other.narrow(0, rank * shard, shard))
+
+    def add(self, number: int) -> None:
+        """Makes them other numbers, in place."""
+        self.mine += number
+        self.gathered += number
+        self.sums += number * self._ranks

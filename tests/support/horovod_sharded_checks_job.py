@@ -749,6 +749,15 @@ def check_refusals() -> None:
     sgd.close()
 
 
+class MixedUp(AllToAllReduceScatter):
+    """A reduce-scatter that takes one of two buckets under way for the other, on the last rank."""
+
+    def start(self, wire: Tensor, decode: Any, name: str, pool: BufferPool) -> exchange.Started:
+        if self.group.rank == self.group.size - 1:
+            name = {"test0": "test1", "test1": "test0"}.get(name, name)
+        return super().start(wire, decode, name, pool)
+
+
 def check_join_is_refused() -> None:
     """With plain Horovod the rank that has joined dies of a segmentation fault at the next update of the others."""
     model, optimizer = build()
@@ -796,6 +805,9 @@ def check_self_test_finds_one_wrong_number() -> None:
     OneWrongNumber.count = 0
     with refused(RuntimeError, f"1 wrong numbers on rank {hvd.size() - 1}"):
         self_test.check_exchanges(group, OneWrongNumber(group), sizes)
+    if hvd.size() > 1:
+        with refused(RuntimeError, "wrong numbers on rank 0"):
+            self_test.check_exchanges(group, MixedUp(group), sizes)
     assert isinstance(choose_reduce_scatter("auto", group, "cpu"), AllToAllReduceScatter)
     if not hvd.gloo_enabled():
         native = choose_reduce_scatter("reducescatter", group, "cpu")
