@@ -17,7 +17,11 @@ JOBS = {
     "mpirun, 3 ranks": ("mpirun", 3),
     "horovodrun, 2 ranks": ("horovodrun", 2),
     "mpirun, 1 rank": ("mpirun", 1),
+    "mpirun, 4 ranks": ("mpirun", 4),
+    "horovodrun, 3 ranks": ("horovodrun", 3),
+    "horovodrun, 4 ranks": ("horovodrun", 4),
 }
+QUICK = 4
 
 
 def run_job(wrapper: str, launcher: str, ranks: int, directory: Path) -> dict[str, Any]:
@@ -28,7 +32,13 @@ def run_job(wrapper: str, launcher: str, ranks: int, directory: Path) -> dict[st
     return results
 
 
-@pytest.fixture(scope="module", params=list(JOBS))
+@pytest.fixture(
+    scope="module",
+    params=[
+        name if number < QUICK else pytest.param(name, marks=pytest.mark.slow)
+        for number, name in enumerate(JOBS)
+    ],
+)
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     launcher, ranks = JOBS[request.param]
     return run_job("arsg_dist", launcher, ranks, tmp_path_factory.mktemp("job"))
