@@ -99,11 +99,11 @@ class Schedules:
         """To be called by every rank after every epoch.
 
         Args:
-            mean_loss: training loss of the epoch, over all ranks.
+            mean_loss: training loss of the epoch, over all ranks; the boost leaves one that is not finite out.
         """
         if self._boost is None:
             return
-        if self._boost.plateau is not None and math.isfinite(mean_loss):
+        if self._boost.plateau is not None:
             self._boost.record(mean_loss)
         self._boost.step()
 
