@@ -5,8 +5,9 @@ import json
 from pathlib import Path
 from typing import Any, Final
 
-from arsg_dist.deepspeed.refusals import AUTO, check_nvme, check_sections, require_object
+from arsg_dist.deepspeed.refusals import check_nvme, check_sections, require_object
 from arsg_dist.deepspeed.schedules import check_scheduler
+from arsg_dist.deepspeed.settings import AUTO
 from arsg_dist.optim import ARSG
 
 _ADAM_ONLY: Final = {
@@ -35,7 +36,8 @@ def check_config(config: dict[str, Any], source: str = "the DeepSpeed config") -
     Raises:
         ValueError: with the setting and the reason.
     """
-    for key in ("optimizer", "scheduler", "zero_optimization", "fp16", "bf16", "bfloat16", "torch_autocast"):
+    sections = ("optimizer", "scheduler", "zero_optimization", "fp16", "bf16", "bfloat16", "torch_autocast")
+    for key in (*sections, "data_types", "aio"):
         require_object(config, key, source)
     section = config.get("optimizer") or {}
     if section.get("params") != AUTO:

@@ -3,21 +3,23 @@
 from collections.abc import Iterator
 from typing import Any
 
-from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
-
-from arsg_dist.deepspeed.refusals import AUTO
+from arsg_dist.deepspeed.explain_plan import PRECISIONS, Plan
+from arsg_dist.deepspeed.settings import AUTO
 
 
-def notes_on(config: dict[str, Any], stage: int, zero: DeepSpeedZeroConfig, parameters: int) -> Iterator[str]:
-    """Settings that do something else, or less, than one would think.
+def notes_on(config: dict[str, Any], plan: Plan) -> Iterator[str]:
+    """Settings that do something else, or less, than one would think, and what the figures leave out.
 
     Args:
         config: content of the config, checked.
-        stage: of ZeRO.
-        zero: its `zero_optimization` section, with defaults.
-        parameters: elements of the model.
+        plan: of the config.
     """
+    zero, stage = plan.zero, plan.stage
+    if stage and not plan.tensors_known:
+        yield (
+            "the bytes are at least these: the sizes of single tensors are not known, and what depends on them is left "
+            "out (padding, small parameters kept whole, buffers for the largest): name the model with --model"
+        )
     clip = config.get("gradient_clipping")
     if clip is None:
         yield (
@@ -42,7 +44,7 @@ def notes_on(config: dict[str, Any], stage: int, zero: DeepSpeedZeroConfig, para
         )
     elif betas is not None and list(betas) == [0.9, 0.999]:
         yield "betas are Adam's (0.9, 0.999); ARSG's own are (0.999, 0.99): leave them out"
-    if stage and zero.reduce_bucket_size > parameters:
+    if stage and zero.reduce_bucket_size > plan.total:
         yield (
             f"reduce_bucket_size, {int(zero.reduce_bucket_size):,} elements, is larger than the model: a smaller one "
             "saves memory"
@@ -55,20 +57,20 @@ def notes_on(config: dict[str, Any], stage: int, zero: DeepSpeedZeroConfig, para
     scheduler = config.get("scheduler")
     if scheduler:
         yield f"schedule: {_described(scheduler)}, stepped once per weight update"
-    auto = [key for key in sorted(config) if config[key] == AUTO]
-    auto += [f"optimizer.{key}" for key in ("type", "params") if section.get(key) == AUTO]
+    auto = sorted(_keys_with_auto(config))
     if auto:
         yield f"the program has to fill in: {', '.join(auto)}"
+    if any(key.endswith("16.enabled") for key in auto):
+        yield f"the precision is left to the program, and counted as {PRECISIONS[plan.dtype]} here"
 
 
-def place_of(offload: Any) -> str:
-    """Where an offload section puts things: "device", "cpu" or "nvme".
-
-    Args:
-        offload: `offload_optimizer` or `offload_param` of a `DeepSpeedZeroConfig`, or None.
-    """
-    device = "none" if offload is None else OffloadDeviceEnum(offload.device).value
-    return "device" if device == "none" else device
+def _keys_with_auto(section: dict[Any, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in section.items():
+        members = dict(enumerate(value)) if isinstance(value, list) else value
+        if isinstance(members, dict):
+            yield from _keys_with_auto(members, f"{prefix}{key}.")
+        elif value == AUTO:
+            yield f"{prefix}{key}"
 
 
 def _described(section: dict[str, Any]) -> str:

@@ -59,27 +59,32 @@ def _with_groups_checked(method: Method) -> Method:
 
 
 def _with_aligned_gradients(method: Method) -> Method:
-    """NVMe: a gradient is read back wherever in its sub-group it begins.
+    """NVMe: a gradient is read back wherever in its sub-group it begins, and takes no memory meanwhile.
 
     DeepSpeed writes gradients of 1 MiB and more to files and reads each to its place in the sub-group's buffer. Where
     that place is no multiple of 512 bytes, nothing is read, the number of completed reads says otherwise, and the
     update uses what the buffer held before. Here the elements up to the next such place stay in memory, as DeepSpeed
-    keeps those of an incomplete last block.
+    keeps those of an incomplete last block. Both are copies: a view would keep all of the gradient in memory.
     """
 
     def adjust(swapper: Any, tensors: list[Tensor], offsets: list[int]) -> tuple[list[Tensor], list[int]]:
-        if isinstance(swapper.optimizer, ARSG):
+        arsg = isinstance(swapper.optimizer, ARSG)
+        if arsg:
             pieces, starts = [], []
             for tensor, offset in zip(tensors, offsets, strict=True):
                 head = min(-offset % swapper.numel_alignment, tensor.numel())
                 if head:
-                    pieces.append(tensor[:head].clone())
+                    pieces.append(tensor[:head])
                     starts.append(offset)
                 if head < tensor.numel():
                     pieces.append(tensor[head:])
                     starts.append(offset + head)
             tensors, offsets = pieces, starts
-        adjusted: tuple[list[Tensor], list[int]] = method(swapper, tensors, offsets)
-        return adjusted
+        tensors, offsets = method(swapper, tensors, offsets)
+        if arsg:
+            tensors = [
+                tensor if swapper.is_swappable_tensor(tensor=tensor) else tensor.clone() for tensor in tensors
+            ]
+        return tensors, offsets
 
     return adjust

@@ -3,10 +3,14 @@
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from arsg_dist.deepspeed.settings import (
+    AUTO,
+    HALF_PRECISIONS,
+    accumulation_dtype,
+    model_dtype,
+    offload_device,
+)
 from arsg_dist.optim.state import MOMENTS
-
-AUTO = "auto"
-"""A value of a DeepSpeed config that the program is to fill in."""
 
 _DEFAULT_BUFFER_COUNT = 4  # runtime/zero/offload_config.py
 
@@ -43,8 +47,8 @@ def _of_zero(config: dict[str, Any]) -> dict[str, tuple[bool, str]]:
     zero = config.get("zero_optimization")
     zero = zero if isinstance(zero, dict) else {}
     stage = zero.get("stage", 0)
-    offload, offload_param = zero.get("offload_optimizer") or {}, zero.get("offload_param") or {}
-    device = offload.get("device", "none")
+    offload = zero.get("offload_optimizer") or {}
+    device = offload_device(zero, "offload_optimizer", older_name="cpu_offload")
     prefix = "zero_optimization."
     return {
         f"{prefix}zenflow": (
@@ -69,7 +73,7 @@ def _of_zero(config: dict[str, Any]) -> dict[str, tuple[bool, str]]:
             "at stages 1 and 2 DeepSpeed keeps the state in CPU memory all the same: set stage 3, or device 'cpu'",
         ),
         f"{prefix}offload_param": (
-            offload_param.get("device", "none") != "none" and stage != 3,
+            offload_device(zero, "offload_param", older_name="cpu_offload_param") != "none" and stage != 3,
             "below stage 3 DeepSpeed offloads no parameters: set stage 3, or remove it",
         ),
     }
@@ -79,7 +83,13 @@ def _of_precision(config: dict[str, Any]) -> dict[str, tuple[bool, str]]:
     zero, autocast = config.get("zero_optimization"), config.get("torch_autocast") or {}
     fp16 = config.get("fp16") or {}
     bf16 = config.get("bf16") or config.get("bfloat16") or {}
+    stage = zero.get("stage", 0) if isinstance(zero, dict) else 0
+    undecided = any((config.get(name) or {}).get("enabled") == AUTO for name in HALF_PRECISIONS)
     return {
+        "data_types.grad_accum_dtype": (
+            accumulation_dtype(config) != model_dtype(config) and stage == 0 and not undecided,
+            "at stage 0 DeepSpeed accumulates gradients in the model's dtype only: set stage 1, 2 or 3, or remove it",
+        ),
         "fp16.fp16_master_weights_and_grads": (
             bool(fp16.get("fp16_master_weights_and_grads", False)),
             "DeepSpeed accepts it with DeepSpeedCPUAdam only",
@@ -95,8 +105,7 @@ def _of_precision(config: dict[str, Any]) -> dict[str, tuple[bool, str]]:
         "torch_autocast.dtype = 'float16'": (
             bool(autocast.get("enabled", False))
             and str(autocast.get("dtype")).removeprefix("torch.") in ("float16", "fp16", "half")
-            and isinstance(zero, dict)
-            and zero.get("stage", 0) != 0,
+            and stage != 0,
             "under ZeRO its loss scale never falls after an overflow, so that no update is made any more, and clipping "
             "compares the scaled gradient: use the section fp16, or dtype 'bfloat16'",
         ),

@@ -12,9 +12,9 @@ import torch
 from deepspeed.runtime import lr_schedules
 from torch.optim import lr_scheduler
 
-from arsg_dist.deepspeed.refusals import AUTO
 from arsg_dist.deepspeed.repairs import Method
 from arsg_dist.deepspeed.schedule_adapters import DeepSpeedSchedule, MetricPlateau, PlateauBoost
+from arsg_dist.deepspeed.settings import AUTO
 from arsg_dist.optim import ARSG, Beta1Warmup, LossPlateau, ObservationBoost
 
 _OURS: Final[dict[str, Any]] = {"ObservationBoost": ObservationBoost, "Beta1Warmup": Beta1Warmup}

@@ -15,6 +15,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
 from arsg_dist.deepspeed.layout import Piece, pieces_of_each, pieces_of_range
+from arsg_dist.deepspeed.settings import place_of
 from arsg_dist.optim import ARSG
 
 SCALER_STATE: Final = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -59,10 +60,7 @@ def optimizer_of(engine: Any) -> ARSG:
 
 def swaps_to_nvme(engine: Any) -> bool:
     """Whether parameters or optimizer state live on NVMe, out of reach between steps."""
-    wrapper = engine.optimizer
-    return bool(
-        getattr(wrapper, "swap_optimizer", False) or getattr(wrapper, "params_in_nvme_and_cpu", False)
-    )
+    return "nvme" in (place_of(engine.zero_offload_optimizer()), place_of(engine.zero_offload_param()))
 
 
 def shards_of(engine: Any) -> Iterator[Shard]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -168,15 +169,16 @@ def test_a_broken_off_export_leaves_the_old_file(tmp_path: Path) -> None:
         write_safetensors(path, {"c": (torch.complex64, (1,))}, [], {})
 
 
-@pytest.mark.parametrize("where", ["swap_optimizer", "params_in_nvme_and_cpu"])
+@pytest.mark.parametrize("where", ["optimizer", "param"])
 def test_nvme_is_refused_instead_of_losing_the_state(
     where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches DeepSpeed's resume from NVMe, which silently starts with an empty optimizer state."""
-    parameter = torch.nn.Parameter(torch.ones(1))
+    zero = DeepSpeedZeroConfig(stage=3, **{f"offload_{where}": {"device": "nvme", "nvme_path": "/nvme"}})
     engine = SimpleNamespace(
-        basic_optimizer=ARSG([parameter]),
-        optimizer=SimpleNamespace(**{where: True}),
+        basic_optimizer=ARSG([torch.nn.Parameter(torch.ones(1))]),
+        zero_offload_optimizer=lambda: zero.offload_optimizer,
+        zero_offload_param=lambda: zero.offload_param,
         load_universal_checkpoint=lambda: False,
         device=torch.device("cpu"),
     )
@@ -194,7 +196,8 @@ def test_saving_inside_an_update_warns(tmp_path: Path, monkeypatch: pytest.Monke
     """Catches gradients of micro-batches lost without a word."""
     engine = SimpleNamespace(
         basic_optimizer=ARSG([torch.nn.Parameter(torch.ones(1))]),
-        optimizer=None,
+        zero_offload_optimizer=lambda: None,
+        zero_offload_param=lambda: None,
         micro_steps=5,
         gradient_accumulation_steps=lambda: 4,
     )

@@ -1,5 +1,7 @@
 """Offload that does not fit in the matrix: what is refused, and optimizers that the program builds itself."""
 
+import functools
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +9,7 @@ import pytest
 import torch
 
 from arsg_dist.deepspeed import check_config
+from tests.support.deepspeed_nvme import needs_nvme
 from tests.support.launchers import launch
 
 
@@ -61,7 +64,12 @@ def test_deepspeeds_default_is_too_few_buffers() -> None:
         (_config(_nvme(9), stage=2), "'nvme'.*stages 1 and 2 DeepSpeed keeps the state in CPU memory"),
         (_config({"device": "cpu"}, stage=0), "at stage 0 DeepSpeed offloads nothing"),
         (_config(_nvme(9), state_dtype="bfloat16"), "'bfloat16'.*buffers are fp32"),
+        ({"zero_optimization": {"stage": 0, "cpu_offload": True}}, "at stage 0 DeepSpeed offloads nothing"),
+        ({"zero_optimization": {"cpu_offload": True}}, "at stage 0 DeepSpeed offloads nothing"),
         ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "below stage 3"),
+        ({"zero_optimization": {"stage": 2, "cpu_offload_param": True}}, "below stage 3"),
+        ({"data_types": {"grad_accum_dtype": "bf16"}}, "grad_accum_dtype.*at stage 0"),
+        ({"data_types": {"grad_accum_dtype": "torch.float32"}, "bf16": {"enabled": True}}, "at stage 0"),
         ({"bf16": {"enabled": True, "bf16_optimizer_states": True}}, "state_dtype"),
         (
             {"torch_autocast": {"enabled": True, "dtype": "float16"}, "zero_optimization": {"stage": 1}},
@@ -81,6 +89,16 @@ def test_what_would_be_ignored_or_go_wrong_is_refused(config: dict[str, Any], me
         {"optimizer": {"type": "AdamW"}, "zero_optimization": {"stage": 3, "offload_optimizer": _nvme()}},
         _config({"device": "cpu", "pin_memory": False}, stage=1, state_dtype="bfloat16"),
         {"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "none"}}},
+        {"zero_optimization": {"stage": 0, "cpu_offload": False, "cpu_offload_param": "auto"}},
+        {"zero_optimization": {"stage": 1, "cpu_offload": True}},
+        {"data_types": {"grad_accum_dtype": "float"}},
+        {"data_types": {"grad_accum_dtype": "bfloat16"}, "bf16": {"enabled": True}},
+        {"data_types": {"grad_accum_dtype": "bf16"}, "bf16": {"enabled": "auto"}},
+        {
+            "data_types": {"grad_accum_dtype": "fp32"},
+            "bf16": {"enabled": True},
+            "zero_optimization": {"stage": 1},
+        },
         {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}, "zero_optimization": {"stage": 3}},
         {"torch_autocast": {"enabled": True, "dtype": "float16"}},
         {"torch_autocast": {"enabled": False, "dtype": "float16"}, "zero_optimization": {"stage": 3}},
@@ -91,14 +109,22 @@ def test_what_works_is_not_refused(config: dict[str, Any]) -> None:
     check_config(config)
 
 
+@functools.cache
+def outcomes() -> list[dict[str, Any]]:
+    """Of both ranks."""
+    with tempfile.TemporaryDirectory() as directory:
+        output = Path(directory) / "outcomes.pt"
+        job = launch("deepspeed", 2, "tests/support/deepspeed_offload_job.py", output)
+        assert job.code == 0, job.output[-5000:]
+        found: list[dict[str, Any]] = torch.load(output, weights_only=True)
+        return found
+
+
 @pytest.mark.ranks
-def test_an_arsg_of_the_programs_own_is_offloaded(tmp_path: Path) -> None:
+def test_an_arsg_of_the_programs_own_is_offloaded() -> None:
     """Catches DeepSpeed's refusal of optimizers not its own, a refusal the user asked for that is overruled, other
     optimizers let through, and groups that are not checked where no JSON section shows them."""
-    output = tmp_path / "outcomes.pt"
-    job = launch("deepspeed", 2, "tests/support/deepspeed_offload_job.py", output)
-    assert job.code == 0, job.output[-5000:]
-    first, second = torch.load(output, weights_only=True)
+    first, second = outcomes()
     for stage in (1, 3):
         expected = first[f"{stage} json"]
         for way in ("object", "callable"):
@@ -113,3 +139,15 @@ def test_an_arsg_of_the_programs_own_is_offloaded(tmp_path: Path) -> None:
     ]:
         assert first[name] == second[name]
         assert message in first[name]
+
+
+@needs_nvme
+@pytest.mark.ranks
+@pytest.mark.parametrize("call", ["save_checkpoint", "load_checkpoint", "export", "base_iterate", "state"])
+def test_what_cannot_reach_state_on_nvme_says_so_on_every_rank(call: str) -> None:
+    """Catches a checkpoint without the optimizer's state, and a guard that asks for a name the engine has not."""
+    first, second = (rank["on nvme"][call] for rank in outcomes())
+    assert first == second
+    assert str(first).startswith("ValueError: ")
+    assert "NVMe" in first
+    assert "offload to the CPU" in first

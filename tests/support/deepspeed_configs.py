@@ -40,9 +40,16 @@ def config_of(path: Path, world_size: int, scratch: Path) -> dict[str, Any]:
     return config
 
 
-def build_model() -> nn.Module:
+def needs_nvme(path: Path) -> bool:
+    """Whether the config keeps state on NVMe."""
+    return '"nvme"' in path.read_text()
+
+
+def build_model(path: Path) -> nn.Module:
+    """On NVMe large enough to be swapped: DeepSpeed leaves less than 1 MiB on a rank in memory."""
     torch.manual_seed(1)
-    return nn.Sequential(nn.Linear(13, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 3))
+    size = 768 if needs_nvme(path) else 64
+    return nn.Sequential(nn.Linear(13, size), nn.Tanh(), nn.Linear(size, size), nn.Tanh(), nn.Linear(size, 3))
 
 
 def batch() -> tuple[Tensor, Tensor]:
@@ -58,9 +65,9 @@ def loss_of(model: Any, part: slice, dtype: torch.dtype) -> Tensor:
     return nn.functional.mse_loss(model(inputs[part].to(dtype)).float(), targets[part])
 
 
-def losses_of_one_process(config: dict[str, Any]) -> list[float]:
+def losses_of_one_process(path: Path, config: dict[str, Any]) -> list[float]:
     """Before each update, in fp32 on the whole batch."""
-    model = build_model()
+    model = build_model(path)
     optimizer = ARSG(model.parameters(), **config["optimizer"]["params"], foreach=False, fused=False)
     scheduler = build_scheduler(config["scheduler"], optimizer) if "scheduler" in config else None
     losses = []

@@ -1,6 +1,6 @@
 """Job for one rank: trains with every config that the repository ships, and counts bytes and messages.
 
-usage: deepspeed_configs_job.py OUTPUT_DIRECTORY NAMES_TO_LEAVE_OUT [--local_rank=N]
+usage: deepspeed_configs_job.py OUTPUT_DIRECTORY [--local_rank=N]
 """
 
 import sys
@@ -15,31 +15,32 @@ import arsg_dist.deepspeed
 from arsg_dist.engine import end_process
 from tests.support import deepspeed_configs as problem
 from tests.support.deepspeed_bytes import count_cases
+from tests.support.deepspeed_nvme import NVME
 
 
 def main() -> None:
-    output, left_out = (a for a in sys.argv[1:] if not a.startswith("--"))
+    output = Path(next(a for a in sys.argv[1:] if not a.startswith("--")))
     torch.set_num_threads(1)
     deepspeed.init_distributed(verbose=False)
     arsg_dist.deepspeed.release_shared_memory()
     type(get_accelerator()).is_fp16_supported = lambda _: True
     results: dict[str, Any] = {
-        path.name: train(path, Path(output))
+        path.name: train(path, output / path.stem)
         for path in problem.CONFIGS
-        if path.name not in left_out.split(",")
+        if NVME or not problem.needs_nvme(path)
     }
-    results["bytes"] = count_cases()
+    results["bytes"] = count_cases(output)
     if deepspeed.comm.get_rank() == 0:
-        torch.save(results, Path(output) / "results.pt")
+        torch.save(results, output / "results.pt")
     deepspeed.comm.barrier()
     torch.distributed.destroy_process_group()
 
 
-def train(path: Path, scratch: Path) -> list[float]:
-    """The mean loss over the ranks before each update."""
+def train(path: Path, scratch: Path) -> dict[str, Any]:
+    """The mean loss over the ranks before each update, and the names of files with this rank's state."""
     rank, world_size = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
     config = problem.config_of(path, world_size, scratch)
-    model = problem.build_model()
+    model = problem.build_model(path)
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
     dtype = next(model.parameters()).dtype
     steps = engine.gradient_accumulation_steps()
@@ -56,8 +57,9 @@ def train(path: Path, scratch: Path) -> list[float]:
         torch.distributed.all_reduce(total)
         losses.append(total.item())
     assert engine.skipped_steps == 0
+    files = [file.name for file in scratch.glob(f"zero_stage_3/optimizer/rank{rank}/*.swp")]
     engine.destroy()
-    return losses
+    return {"losses": losses, "swap files": files}
 
 
 if __name__ == "__main__":

@@ -14,8 +14,12 @@ from torch import Tensor
 
 import arsg_dist.deepspeed
 from arsg_dist import ARSG
+from arsg_dist.deepspeed.engine_state import engine_state
 from arsg_dist.engine import end_process
 from tests.support import toy
+from tests.support.deepspeed_interfaces_job import refusal
+from tests.support.deepspeed_matrix import LARGE
+from tests.support.deepspeed_nvme import NVME
 
 CPU = {"device": "cpu"}
 
@@ -51,7 +55,9 @@ def main() -> None:
     torch.set_num_threads(1)
     deepspeed.init_distributed(verbose=False)
     arsg_dist.deepspeed.release_shared_memory()
-    outcomes = {name: attempt(config, optimizer) for name, config, optimizer in attempts()}
+    outcomes: dict[str, Any] = {name: attempt(config, optimizer) for name, config, optimizer in attempts()}
+    if NVME:
+        outcomes["on nvme"] = refusals_on_nvme(output.parent)
     gathered: list[Any] = [None] * deepspeed.comm.get_world_size()
     torch.distributed.all_gather_object(gathered, outcomes)
     if deepspeed.comm.get_rank() == 0:
@@ -83,6 +89,30 @@ def attempt(config: dict[str, Any], optimizer: Any) -> str | dict[str, Tensor]:
         weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     engine.destroy()
     return weights
+
+
+def refusals_on_nvme(directory: Path) -> dict[str, str | None]:
+    """What an engine says whose state really is on NVMe."""
+    nvme = {"device": "nvme", "nvme_path": str(directory / "nvme"), "buffer_count": 5}
+    config = _zero(3, nvme) | {"optimizer": {"type": "ARSG", "params": toy.HYPERPARAMETERS}}
+    config |= {"train_batch_size": toy.BATCH, "gradient_clipping": 0.0, "steps_per_print": 10**6}
+    model = toy.build_model(*LARGE)
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
+    rank, ranks = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
+    inputs, targets = (whole[rank::ranks] for whole in toy.batch(0))
+    engine.backward(toy.loss_of(engine(inputs), targets))
+    engine.step()
+    said = {
+        "save_checkpoint": refusal(lambda: engine.save_checkpoint(str(directory / "saved"))),
+        "load_checkpoint": refusal(lambda: engine.load_checkpoint(str(directory), tag="some")),
+        "export": refusal(lambda: arsg_dist.deepspeed.export(engine, directory / "model.safetensors")),
+        "base_iterate": refusal(lambda: arsg_dist.deepspeed.base_iterate(engine).__enter__()),
+        "state": refusal(lambda: engine_state(engine, rank, ranks)),
+    }
+    engine.backward(toy.loss_of(engine(inputs), targets))
+    engine.step()
+    engine.destroy()
+    return said
 
 
 if __name__ == "__main__":
