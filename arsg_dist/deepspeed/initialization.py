@@ -8,9 +8,11 @@ from typing import Any
 import deepspeed
 from deepspeed.constants import TORCH_DISTRIBUTED_DEFAULT_PORT
 from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
+from torch.optim import Optimizer
 
 from arsg_dist.deepspeed.config import check_config
-from arsg_dist.deepspeed.registration import arsg_factory
+from arsg_dist.deepspeed.registration import arsg_factory, makes_arsg
+from arsg_dist.optim import ARSG
 
 
 def initialize(
@@ -52,6 +54,7 @@ def initialize(
         engine, optimizer (as DeepSpeed wrapped it), data loader or None, scheduler or None.
 
     Raises:
+        TypeError: the optimizer is not an ARSG, nor makes one.
         ValueError: no config; no ARSG in it although no optimizer is passed; both; or what `check_config` refuses.
     """
     named = getattr(args, "deepspeed_config", None)
@@ -75,7 +78,7 @@ def initialize(
                 '{"type": "ARSG", ...} or optimizer=...; for other optimizers use deepspeed.initialize'
             )
         optimizer = arsg_factory(section.get("params"), "the DeepSpeed config")
-    content.setdefault("zero_force_ds_cpu_optimizer", False)
+    optimizer = _only_arsg(optimizer)
     if named is not None:
         args.deepspeed_config = None  # DeepSpeed wants to be told once only
     try:
@@ -97,3 +100,27 @@ def initialize(
         if named is not None:
             args.deepspeed_config = named
     return result
+
+
+def _only_arsg(optimizer: Any) -> Any:
+    """The optimizer; or, if only its result tells whether a callable makes an ARSG, one that refuses another result."""
+    if isinstance(optimizer, ARSG) or makes_arsg(optimizer):
+        return optimizer
+    if isinstance(optimizer, type | Optimizer) or not callable(optimizer):
+        raise _not_arsg(optimizer)
+
+    def make(parameters: Any) -> ARSG:
+        made = optimizer(parameters)
+        if not isinstance(made, ARSG):
+            raise _not_arsg(made)
+        return made
+
+    return make
+
+
+def _not_arsg(optimizer: Any) -> TypeError:
+    name = optimizer.__name__ if isinstance(optimizer, type) else type(optimizer).__name__
+    return TypeError(
+        f"arsg_dist.deepspeed.initialize takes an ARSG or a callable that makes one, not {name}: for other optimizers "
+        "use deepspeed.initialize"
+    )

@@ -14,9 +14,9 @@ from deepspeed.runtime.zero import utils as zero_utils
 
 from arsg_dist.deepspeed.config import check_config
 from arsg_dist.deepspeed.offload import apply_offload
-from arsg_dist.deepspeed.refusals import AUTO
 from arsg_dist.deepspeed.repairs import Method, apply_repairs, wrap_once
 from arsg_dist.deepspeed.schedules import check_scheduler, with_schedules_for_arsg
+from arsg_dist.deepspeed.settings import AUTO
 from arsg_dist.deepspeed.state_access import repair_state_access
 from arsg_dist.optim import ARSG
 
@@ -104,7 +104,7 @@ def _with_arsg_built(method: Method) -> Method:
 def _with_arsg_check(method: Method) -> Method:
     def check(engine: Any) -> None:
         client = engine.client_optimizer
-        if isinstance(client, ARSG) or _makes_arsg(client):
+        if isinstance(client, ARSG) or makes_arsg(client):
             _check(engine, from_config=False)
         elif not client and str(engine.optimizer_name()).lower() == "arsg":
             _check(engine, from_config=True)
@@ -118,7 +118,7 @@ def _with_built_arsg_check(method: Method) -> Method:
 
     def check(engine: Any, basic_optimizer: Any) -> Any:
         client = engine.client_optimizer
-        known = client is None or isinstance(client, ARSG) or _makes_arsg(client)
+        known = client is None or isinstance(client, ARSG) or makes_arsg(client)
         if isinstance(basic_optimizer, ARSG) and not known:
             _check(engine, from_config=False)
         wrapper = method(engine, basic_optimizer)
@@ -132,8 +132,8 @@ def _with_built_arsg_check(method: Method) -> Method:
 def _drop_frozen_groups(optimizer: ARSG) -> None:
     """Groups whose parameters are all frozen go the way of empty ones, which DeepSpeed drops.
 
-    Stages 1 and 2 fail on them with an IndexError. A group is dropped at every stage and precision where DeepSpeed makes
-    masters, so that an engine has the same groups in all of them, and with them the same schedules.
+    Stages 1 and 2 fail on them with an IndexError. They are dropped at every stage and precision where DeepSpeed makes
+    masters, so that an engine has the same groups in all of these, and schedules go from one to another.
     """
     groups = optimizer.param_groups
     trained = [group for group in groups if any(map(is_optimized_parameter, group["params"]))]
@@ -142,7 +142,8 @@ def _drop_frozen_groups(optimizer: ARSG) -> None:
     groups[:] = trained
 
 
-def _makes_arsg(client: Any) -> bool:
+def makes_arsg(client: Any) -> bool:
+    """Whether a callable shows, without being called, that it makes an ARSG."""
     return client is ARSG or (isinstance(client, functools.partial) and client.func is ARSG)
 
 

@@ -1,7 +1,8 @@
 """DeepSpeed's safe_get_full_* and safe_set_full_* functions, put right for engines whose optimizer is an ARSG.
 
 With DeepSpeed 0.19.8 they reach the optimizer state of the first parameter group only, lose it after a checkpoint is
-loaded, and where they fail they do so on some ranks, while the others wait for ever.
+loaded, read and write other parameters' elements with `round_robin_gradients`, and where they fail they do so on some
+ranks, while the others wait for ever.
 """
 
 import functools
@@ -11,6 +12,7 @@ import deepspeed
 import torch
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.utils import link_hp_params
 from torch import Tensor
 
 from arsg_dist.deepspeed.repairs import Method, wrap_once
@@ -36,6 +38,8 @@ def _with_links_renewed(method: Method) -> Method:
         method(zero)
         if not isinstance(zero.optimizer, ARSG):
             return
+        if zero.round_robin_gradients:
+            _link_where_parameters_lie(zero)
         zero._hp_optimizer_states_linked = False
         zero._lazy_init_hp_params_optimizer_state()
         for parameters, master in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
@@ -45,6 +49,31 @@ def _with_links_renewed(method: Method) -> Method:
                     setattr(parameter, name, functools.partial(_checked, unchecked, zero.optimizer, master))
 
     return _link_all_hp_params
+
+
+def _link_where_parameters_lie(zero: Any) -> None:
+    """With round_robin_gradients parameters lie in another order in a flat group than in the parameter group.
+
+    DeepSpeed heeds that only where `parameter_alignment` pads; else its links lead to elements of other parameters.
+    """
+    for index, parameters in enumerate(zero.bit16_groups):
+        in_order = zip(
+            zero.round_robin_bit16_groups[index], zero.round_robin_bit16_offsets[index], strict=True
+        )
+        offsets = {id(parameter): offset for parameter, offset in in_order}
+        size = zero.partition_size[index]
+        link_hp_params(
+            lp_param_list=parameters,
+            flat_hp_partition=zero.single_partition_of_fp32_groups[index],
+            gradient_dict=zero.averaged_gradients,
+            offload_gradient_dict=zero.offload_gradient_dict,
+            use_offload=zero.cpu_offload,
+            param_group_index=index,
+            partition_start=size * deepspeed.comm.get_rank(group=zero.real_dp_process_group[index]),
+            partition_size=size,
+            dp_group=zero.real_dp_process_group[index],
+            param_offsets=[offsets[id(parameter)] for parameter in parameters],
+        )
 
 
 def _checked(unchecked: Method, optimizer: ARSG, master: Tensor, *args: Any, **kwargs: Any) -> Any:

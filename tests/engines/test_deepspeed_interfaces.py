@@ -45,7 +45,7 @@ def single_process() -> dict[str, Any]:
     """The oracle: what one process has after all updates, and, in a second run, around a doubling in the middle."""
     seen: dict[str, Any] = {}
     for doubling in (False, True):
-        model = toy.build_model()
+        model = job.build_model()
         named = dict(model.named_parameters())
         optimizer = ARSG(job.groups_of(named), **toy.HYPERPARAMETERS, foreach=False, fused=False)
         for update in range(toy.UPDATES):
@@ -89,7 +89,7 @@ def _state(named: dict[str, Any], optimizer: ARSG) -> dict[str, dict[str, Tensor
 
 
 def started_from() -> dict[str, Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in toy.build_model().named_parameters()}
+    return {name: parameter.detach().clone() for name, parameter in job.build_model().named_parameters()}
 
 
 def assert_same_state(actual: dict[str, dict[str, Tensor]], expected: dict[str, dict[str, Tensor]]) -> None:
@@ -150,45 +150,61 @@ def test_bad_input_is_refused_on_every_rank(case: str, message: str) -> None:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_deepspeeds_functions_reach_state_of_every_group(stage: int) -> None:
-    """Catches state of the second group out of reach, v̂ missing, and a gradient or master of a wrong size."""
-    seen = result(f"state, zero{stage}")
+@pytest.mark.parametrize(
+    ("case", "name"),
+    [("Adam", "Adam"), ("class Adam", "Adam"), ("maker of Adam", "Adam"), ("no optimizer at all", "int")],
+)
+def test_the_helper_takes_no_other_optimizer(case: str, name: str) -> None:
+    """Catches another optimizer let through, and offloaded to the CPU without DeepSpeed's objection."""
+    text = str(result("refusals")[case])
+    assert text.startswith("TypeError: ")
+    assert f"not {name}: for other optimizers use deepspeed.initialize" in text
+
+
+everywhere = pytest.mark.parametrize("name", list(job.STATES))
+
+
+@pytest.mark.ranks
+@everywhere
+def test_deepspeeds_functions_reach_state_of_every_group(name: str) -> None:
+    """Catches state of the second group out of reach, v̂ missing, a gradient or master of a wrong size, and elements of
+    another parameter."""
+    seen = result(f"state, {name}")
     assert_same_state({"gradients": seen["gradients"]}, {"gradients": single_process()["gradients"]})
     assert_same_state(seen["state"], single_process()["state"])
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_what_deepspeeds_functions_set_is_trained_on(stage: int) -> None:
+@everywhere
+def test_what_deepspeeds_functions_set_is_trained_on(name: str) -> None:
     """Catches a value that only some ranks take (a parameter that does not divide by the ranks), or only the getter."""
-    seen = result(f"state, zero{stage}")
+    seen = result(f"state, {name}")
     assert_same_state(seen["state, doubled"], single_process()["state, doubled"])
     assert_same_state(seen["state at the end"], single_process()["weights, doubled"])
     for key in job.MOMENTS:
-        for name, doubled in seen["state, doubled"][key].items():
-            assert torch.equal(doubled, 2 * seen["state"][key][name])
+        for parameter, doubled in seen["state, doubled"][key].items():
+            assert torch.equal(doubled, 2 * seen["state"][key][parameter])
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_state_is_within_reach_after_a_checkpoint_was_loaded(stage: int) -> None:
+@everywhere
+def test_state_is_within_reach_after_a_checkpoint_was_loaded(name: str) -> None:
     """Catches links to the state of before."""
-    seen = result(f"state, zero{stage}")
+    seen = result(f"state, {name}")
     for key, tensors in seen["state at the end"].items():
-        for name, tensor in tensors.items():
-            assert torch.equal(tensor, seen["state, reloaded"][key][name]), (key, name)
+        for parameter, tensor in tensors.items():
+            assert torch.equal(tensor, seen["state, reloaded"][key][parameter]), (key, parameter)
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_state_that_does_not_exist_is_said_on_every_rank(stage: int) -> None:
+@everywhere
+def test_state_that_does_not_exist_is_said_on_every_rank(name: str) -> None:
     """Catches the ranks without a part of the parameter waiting for those that raised."""
-    seen = result(f"state, zero{stage}")
+    seen = result(f"state, {name}")
     assert seen["before the first update"] is not None
     assert seen["unknown"] is not None
     assert seen["unknown, set"] is not None
-    if stage < 3:
+    if job.STATES[name][0] < 3:
         assert "appears with the first update" in seen["before the first update"]
         assert "'momentum'" in seen["unknown"]
 

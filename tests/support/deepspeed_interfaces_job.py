@@ -30,6 +30,20 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 SET_AFTER = 3  # updates, after which the weights and moments are doubled, and then the next gradient
 
 
+ROUND_ROBIN = {"round_robin_gradients": True}
+# stage and further settings of zero_optimization
+STATES: dict[str, tuple[int, dict[str, Any]]] = {
+    **{f"zero{stage}": (stage, {}) for stage in (1, 2, 3)},
+    **{f"zero{stage}, round robin": (stage, ROUND_ROBIN) for stage in (1, 2)},
+    "zero2, offloaded, round robin": (2, {**ROUND_ROBIN, "offload_optimizer": {"device": "cpu"}}),
+}
+
+
+def build_model() -> nn.Module:
+    """With four tensors in a group, which round_robin_gradients on 3 ranks puts in another order."""
+    return toy.build_model(101, 67, 41)
+
+
 def groups_of(named: dict[str, Any]) -> list[dict[str, Any]]:
     """Two groups with settings of their own."""
     return [
@@ -71,8 +85,8 @@ def main() -> None:
     for way, stages in WAYS.items():
         for stage in stages:
             results[f"{way}, zero{stage}"] = trained(way, stage, output)
-    for stage in range(4):
-        results[f"state, zero{stage}"] = state_access(stage, output)
+    for name, (stage, options) in STATES.items():
+        results[f"state, {name}"] = state_access(stage, options, output / name)
     results["refusals"] = refusals()
     if deepspeed.comm.get_rank() == 0:
         torch.save(results, output / "results.pt")
@@ -80,15 +94,17 @@ def main() -> None:
     torch.distributed.destroy_process_group()
 
 
-def begun(way: str, stage: int, output: Path) -> tuple[Any, nn.Module]:
-    model = toy.build_model()
+def begun(way: str, stage: int, output: Path, **zero: Any) -> tuple[Any, nn.Module]:
+    model = build_model()
     groups = groups_of(dict(model.named_parameters()))
 
     def build(parameters: Any) -> ARSG:
         return ARSG(parameters, **toy.HYPERPARAMETERS)
 
     if way == "json":
-        result = deepspeed.initialize(model=model, model_parameters=groups, config=config(stage, **SECTION))
+        given = config(stage, **SECTION)
+        given["zero_optimization"] |= zero
+        result = deepspeed.initialize(model=model, model_parameters=groups, config=given)
     elif way == "initialize":
         given = config(stage, **SECTION)
         result = arsg_dist.deepspeed.initialize(model=model, model_parameters=groups, config=given)
@@ -139,9 +155,9 @@ def trained(way: str, stage: int, output: Path) -> dict[str, Tensor]:
     return weights
 
 
-def state_access(stage: int, output: Path) -> dict[str, Any]:
+def state_access(stage: int, options: dict[str, Any], output: Path) -> dict[str, Any]:
     """What safe_get_full_* return at several times, with what safe_set_full_* changed in between."""
-    engine, model = begun("json", stage, output)
+    engine, model = begun("json", stage, output, **options)
     named = dict(model.named_parameters())
     early = refusal(lambda: safe_get_full_optimizer_state(named["2.bias"], "exp_avg"))
     seen: dict[str, Any] = {"before the first update": agreed(early)}
@@ -149,22 +165,21 @@ def state_access(stage: int, output: Path) -> dict[str, Any]:
         backward(engine, update)
         if update == SET_AFTER:
             seen["gradients"] = {name: safe_get_full_grad(p).clone() for name, p in named.items()}
-        if update == SET_AFTER + 1 and stage:
+        if update == SET_AFTER + 1:
             for parameter in named.values():
                 safe_set_full_grad(parameter, 2 * safe_get_full_grad(parameter))
         engine.step()
         if update == SET_AFTER:
             seen["state"] = read(named)
-            if stage:
-                double(named)
-                seen["state, doubled"] = read(named)
+            double(named)
+            seen["state, doubled"] = read(named)
     seen["state at the end"] = read(named)
     seen["unknown"] = agreed(refusal(lambda: safe_get_full_optimizer_state(named["2.bias"], "momentum")))
     seen["unknown, set"] = agreed(
         refusal(lambda: safe_set_full_optimizer_state(named["2.bias"], named["2.bias"], "momentum"))
     )
-    engine.save_checkpoint(str(output / f"checkpoint{stage}"), tag="saved")
-    engine.load_checkpoint(str(output / f"checkpoint{stage}"), tag="saved")
+    engine.save_checkpoint(str(output), tag="saved")
+    engine.load_checkpoint(str(output), tag="saved")
     seen["state, reloaded"] = read(named)
     engine.destroy()
     return seen
@@ -208,6 +223,7 @@ def refusals() -> dict[str, Any]:
             )
         )
 
+    one = torch.nn.Parameter(torch.ones(1))
     zenflow = config(2)
     zenflow["zero_optimization"]["zenflow"] = {"topk_ratio": 0.1}
     model = toy.build_model()
@@ -217,6 +233,14 @@ def refusals() -> dict[str, Any]:
         "no optimizer": attempt(config=config(1)),
         "another optimizer": attempt(config=config(1, optimizer={"type": "AdamW"})),
         "two optimizers": attempt(config=config(1, optimizer=arsg), optimizer=ARSG),
+        "Adam": attempt(config=config(1), optimizer=torch.optim.Adam(toy.build_model().parameters())),
+        "class Adam": attempt(config=config(1), optimizer=torch.optim.Adam),
+        "maker of Adam": attempt(
+            config=config(1),
+            optimizer=lambda parameters: torch.optim.Adam(parameters),
+            model_parameters=[one],
+        ),
+        "no optimizer at all": attempt(config=config(1), optimizer=3),
         "auto": attempt(config=config(1, optimizer={"type": "ARSG", "params": {"lr": "auto", "mu": 0.1}})),
         "auto, plain": plain(optimizer={"type": "ARSG", "params": {"eps": "auto"}}),
         "auto type, plain": plain(optimizer={"type": "auto", "params": "auto"}),

@@ -24,6 +24,7 @@ from arsg_dist.optim import fused
 from tests.support import deepspeed_matrix as matrix
 from tests.support import toy
 from tests.support.deepspeed_matrix_cases import cases
+from tests.support.deepspeed_nvme import NVME
 
 fused_updates: list[int] = []
 
@@ -38,6 +39,8 @@ def main() -> None:
     count_fused_updates()
     results: dict[str, Any] = {"configurations": try_configurations()}
     for case in cases(selection):
+        if case.on_nvme and not NVME:
+            continue
         start = time.monotonic()
         results[str(case)] = train(case, Path(output).parent)
         if case.on_nvme:
@@ -177,8 +180,6 @@ def masters(engine: Any, case: matrix.Case) -> dict[str, Tensor]:
         for copies, group in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True):
             for copy, master in zip(copies, group, strict=True):
                 full |= {name: master for name, parameter in named.items() if parameter is copy}
-    elif dict(case.options).get("round_robin_gradients"):
-        full = round_robin_masters(engine.optimizer, named)
     elif case.stage:
         full = {
             name: deepspeed.utils.safe_get_full_fp32_param(parameter)
@@ -187,24 +188,6 @@ def masters(engine: Any, case: matrix.Case) -> dict[str, Tensor]:
         }
     with deepspeed.zero.GatheredParameters(list(named.values()), enabled=case.stage == 3):
         return {name: full.get(name, parameter).detach().float().clone() for name, parameter in named.items()}
-
-
-def round_robin_masters(zero: Any, named: dict[str, Tensor]) -> dict[str, Tensor]:
-    """With round_robin_gradients DeepSpeed's safe_get_full_fp32_param reads from the wrong places."""
-    full = {}
-    for flat, group, offsets in zip(
-        zero.single_partition_of_fp32_groups,
-        zero.round_robin_bit16_groups,
-        zero.round_robin_bit16_offsets,
-        strict=True,
-    ):
-        parts = [torch.empty_like(flat) for _ in range(deepspeed.comm.get_world_size())]
-        torch.distributed.all_gather(parts, flat.detach())
-        whole = torch.cat(parts)
-        for parameter, start in zip(group, offsets, strict=True):
-            name = next(name for name, other in named.items() if other is parameter)
-            full[name] = whole[start : start + parameter.numel()].view(parameter.shape)
-    return full
 
 
 if __name__ == "__main__":
