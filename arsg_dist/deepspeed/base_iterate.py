@@ -20,14 +20,16 @@ from arsg_dist.optim.state import MOMENTS, needs_step
 _CHUNK: Final = 1 << 24
 """Elements converted at a time: the conversion has a few temporary tensors of that size in fp32."""
 
-_FORBIDDEN: Final = (
-    "backward",
-    "step",
-    "save_checkpoint",
-    "load_checkpoint",
-    "save_16bit_model",
-    "save_fp16_model",
-)
+_FORBIDDEN: Final = {
+    "backward": "engine.backward",
+    "_backward_prologue": "backward of a loss",  # under ZeRO, its gradients would go into the next update
+    "step": "engine.step",
+    "save_checkpoint": "engine.save_checkpoint",
+    "load_checkpoint": "engine.load_checkpoint",
+    "save_16bit_model": "engine.save_16bit_model",
+    "save_fp16_model": "engine.save_fp16_model",
+}
+"""Methods of the engine → what messages call them."""
 
 
 @contextmanager
@@ -51,7 +53,8 @@ def base_iterate(engine: Any) -> Iterator[None]:
     Raises:
         TypeError: not a DeepSpeed engine, or one with another optimizer.
         ValueError: parameters or optimizer state on NVMe, or mixtures of experts.
-        RuntimeError: nested use; or `engine.step`, `backward` or saving and loading inside; or incomplete state.
+        RuntimeError: nested use; or inside `engine.step`, `backward` of the engine or of a loss, saving or loading; or
+            incomplete state.
     """
     optimizer = optimizer_of(engine)
     optimizer._refuse_at_base_iterate("base_iterate")
@@ -62,8 +65,8 @@ def base_iterate(engine: Any) -> Iterator[None]:
     optimizer._at_base_iterate = True
     # Of the instance, not of its class: a boost that listens to `backward`.
     own = {name: vars(engine)[name] for name in _FORBIDDEN if name in vars(engine)}
-    for name in _FORBIDDEN:
-        setattr(engine, name, _refusal(name))
+    for name, called in _FORBIDDEN.items():
+        setattr(engine, name, _refusal(called))
     try:
         release_whole_parameters(engine)
         for shard in shards:
@@ -83,10 +86,10 @@ def base_iterate(engine: Any) -> Iterator[None]:
         optimizer._at_base_iterate = False
 
 
-def _refusal(name: str) -> Callable[..., NoReturn]:
+def _refusal(called: str) -> Callable[..., NoReturn]:
     def refuse(*args: Any, **kwargs: Any) -> NoReturn:
         raise RuntimeError(
-            f"engine.{name} inside base_iterate(): the parameters are not at the observation point x"
+            f"{called} inside base_iterate(): the parameters are not at the observation point x"
         )
 
     return refuse

@@ -20,7 +20,13 @@ from arsg_dist.deepspeed.load_saved import (
 )
 from arsg_dist.deepspeed.repairs import Method, wrap_once
 from arsg_dist.deepspeed.saved import UniversalCheckpoint
-from arsg_dist.deepspeed.saved_files import ARSG_SECTION, load_lazily, model_files, settings_of
+from arsg_dist.deepspeed.saved_files import (
+    ARSG_SECTION,
+    check_state_is_there,
+    load_lazily,
+    model_files,
+    settings_of,
+)
 from arsg_dist.deepspeed.shards import group_names, group_positions, swaps_to_nvme
 from arsg_dist.engine import TorchCommunicator
 from arsg_dist.optim import ARSG
@@ -181,7 +187,8 @@ def _check_sharded(engine: Any, directory: Path) -> None:
     files = model_files(directory)
     if not files:
         raise ValueError(f"{directory} holds no DeepSpeed checkpoint (no *_model_states.pt)")
-    written = load_lazily(files[0])["dp_world_size"]
+    model = load_lazily(files[0])
+    written = model["dp_world_size"]
     sharded = engine.zero_optimization()
     if sharded and written != engine.seq_dp_world_size:
         raise ValueError(
@@ -202,6 +209,7 @@ def _check_sharded(engine: Any, directory: Path) -> None:
     if not isinstance(inner, dict):
         return  # an elastic checkpoint, which DeepSpeed checks itself
     groups = settings_of(inner["param_groups"], directory)
+    check_state_is_there(directory, model, found=any(inner["state"].values()))
     for group, parameters in zip(groups, (group["params"] for group in inner["param_groups"]), strict=True):
         for parameter in parameters:
             state = inner["state"].get(parameter)

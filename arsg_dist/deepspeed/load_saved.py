@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from arsg_dist.deepspeed.layout import Piece
+from arsg_dist.deepspeed.saved_files import check_state_is_there
 from arsg_dist.deepspeed.shards import (
     LOSS_SCALER,
     SCALER_STATE,
@@ -69,6 +70,7 @@ def check_saved(engine: Any, saved: SavedState, with_optimizer: bool) -> None:
         saved.check_shape(BUFFER, name, buffer.shape)
     if not with_optimizer:
         return
+    check_state_is_there(saved.where, saved.counters, found=any(map(saved.entries, trained)))
     for index, names in enumerate(grouped):
         if not names:
             continue  # stage 0 in fp32 keeps groups whose parameters are all frozen

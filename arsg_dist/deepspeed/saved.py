@@ -87,7 +87,7 @@ class ShardedCheckpoint(SavedCheckpoint):
         else:
             self._read_unsharded(models[0])
         self.module = module_tensors(models, self._shapes)
-        self.aliases = self.module.aliases
+        self.aliases, self.counters = self.module.aliases, self.module.counters
         group_of: dict[str, int] = {}
         self._parts: dict[str, list[tuple[_Flat, int, Piece]]] = {name: [] for name in self._shapes}
         for flat in self._flats:
@@ -208,7 +208,7 @@ class UniversalCheckpoint(SavedCheckpoint):
             trained |= dict.fromkeys(shapes)
         self._trained = list(trained)
         self.module = module_tensors(models, trained)
-        self.aliases = self.module.aliases
+        self.aliases, self.counters = self.module.aliases, self.module.counters
 
     def entries(self, name: str) -> set[str]:
         """See `SavedState`."""

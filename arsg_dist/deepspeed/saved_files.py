@@ -2,6 +2,7 @@
 
 import re
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from arsg_dist.deepspeed.engine_state import COUNTERS
 from arsg_dist.engine.saved_state import SavedState
 from arsg_dist.engine.state import BUFFER, PARAMETER, TensorSpec, in_order
 
@@ -45,6 +47,11 @@ class ModuleTensors:
     frozen: dict[str, Tensor] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
     common: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """Those of the engine that wrote it."""
+        return {name: int(self.common[name]) for name in COUNTERS if name in self.common}
 
 
 class SavedCheckpoint(SavedState):
@@ -116,6 +123,32 @@ class SavedCheckpoint(SavedState):
     @cached_property
     def _trained_set(self) -> frozenset[str]:
         return frozenset(self._trained)
+
+
+def updates_made(counters: Mapping[str, Any]) -> int:
+    """How many updates an engine has made that changed anything; 0 if its counters do not tell."""
+    return int(counters.get("global_steps", 0)) - int(counters.get("skipped_steps", 0))
+
+
+def check_state_is_there(where: Path, counters: Mapping[str, Any], *, found: bool) -> None:
+    """Refuses a checkpoint whose optimizer has no state although it has made updates.
+
+    DeepSpeed 0.19.8 writes such ones with the optimizer on NVMe, for engines of other optimizers without a word.
+
+    Args:
+        where: what messages call it.
+        counters: of the engine that wrote it.
+        found: whether any parameter has state in it.
+
+    Raises:
+        ValueError: it is one.
+    """
+    if updates_made(counters) > 0 and not found:
+        raise ValueError(
+            f"{where} was written after {updates_made(counters)} updates and has no optimizer state, as DeepSpeed's "
+            "checkpoints with the optimizer on NVMe: m, v and v̂ are lost. Load the weights only (load_checkpoint with "
+            "load_module_only=True), or an older checkpoint"
+        )
 
 
 def resolve_tag(directory: Path) -> Path:

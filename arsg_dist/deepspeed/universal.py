@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from arsg_dist.deepspeed.saved import ShardedCheckpoint
-from arsg_dist.deepspeed.saved_files import ARSG_SECTION, SavedCheckpoint, resolve_tag
+from arsg_dist.deepspeed.saved_files import ARSG_SECTION, SavedCheckpoint, check_state_is_there, resolve_tag
 
 FORMAT_VERSION = 1
 
@@ -37,12 +37,14 @@ def convert(source: str | Path, target: str | Path) -> Path:
         The target's path.
 
     Raises:
-        ValueError: the source is no checkpoint of an engine with ARSG, incomplete, or the target exists.
+        ValueError: the source is no checkpoint of an engine with ARSG, incomplete, without the optimizer's state, or
+            the target exists.
     """
     target = Path(target).absolute()
     if target.exists():
         raise ValueError(f"{target} exists already; choose another output directory or remove it")
     saved = ShardedCheckpoint(resolve_tag(Path(source)))
+    check_state_is_there(saved.where, saved.counters, found=any(map(saved.entries, saved.trained)))
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     (partial / "zero").mkdir(parents=True)

@@ -20,7 +20,7 @@ from tests.support.deepspeed_saved import converted, results_saved_by, resumed_o
 
 HALF_PRECISION_ROUNDINGS = 8  # as in the matrix
 
-LAUNCHES = [(2, 3, "core"), (2, 3, "rest"), (3, 1, "all")]
+LAUNCHES = [(2, 3, "core"), (1, 2, "few"), (2, 3, "rest"), (3, 1, "all")]
 ALL = [
     pytest.param(
         saved_on,
@@ -29,7 +29,7 @@ ALL = [
         source,
         target,
         id=f"{saved_on}to{ranks}ranks-{source}-to-{target}",
-        marks=[pytest.mark.ranks] if selection == "core" else [pytest.mark.ranks, pytest.mark.slow],
+        marks=[pytest.mark.ranks, *[pytest.mark.slow] * (selection not in ("core", "few"))],
     )
     for saved_on, ranks, selection in LAUNCHES
     for source, target in transfers(selection)
@@ -74,6 +74,18 @@ def test_loaded_masters_are_the_saved_ones(
     loaded = result_of(saved_on, ranks, selection)[f"{source} to {target}"]["loaded"]
     for name, master in before.items():
         assert torch.equal(loaded[name], master), name
+
+
+@everywhere
+def test_a_schedule_goes_on_where_it_was(
+    saved_on: int, ranks: int, selection: str, source: Kept, target: Kept
+) -> None:
+    """Catches a warm-up that starts again, a boost made twice or forgotten, and settings of another group."""
+    before = results_saved_by(saved_on, selection)[str(source)]
+    after = result_of(saved_on, ranks, selection)[f"{source} to {target}"]
+    assert (before["schedule"] is not None) == source.schedule
+    assert after["schedule"] == before["schedule"]
+    assert after["settings"][:3] == before["settings"][:3]  # the fourth group is frozen, if it is there
 
 
 @everywhere
@@ -129,11 +141,13 @@ def test_converted_checkpoints_have_every_entry(config: Kept, tmp_path: Path) ->
         assert "max_exp_avg_sq" not in universal.entries("used.2.weight")
     for name, source in (("a", folder), ("b", folder / "universal")):
         arsg_dist.deepspeed.export(source, tmp_path / name, at="theta")
-    assert len((tmp_path / "a").read_bytes()) == len((tmp_path / "b").read_bytes())
     assert command("convert", folder, tmp_path / "portable") == 0
     assert command("export", tmp_path / "portable", tmp_path / "c", "--at", "theta") == 0
     portable, exported = SavedRun(tmp_path / "portable"), load_file(tmp_path / "a")
-    assert all(torch.equal(tensor, exported[name]) for name, tensor in load_file(tmp_path / "c").items())
+    for other in (load_file(tmp_path / "b"), load_file(tmp_path / "c")):
+        assert other.keys() == exported.keys()
+        assert all(torch.equal(tensor, exported[name]) for name, tensor in other.items())
+    assert portable.counters["global_steps"] == 4
     assert set(portable.trained) == set(universal.trained)
     for name in universal.trained:
         assert portable.entries(name) == universal.entries(name)
@@ -174,6 +188,10 @@ def refusals() -> dict[str, Any]:
         ("zero1 into zero3", "does not fit this engine"),
         ("zero0 into zero1", "does not fit this engine"),
         ("zero1 into zero0", "does not fit this engine"),
+        ("stateless, zero0", "after 1 updates and has no optimizer state.*load_module_only=True"),
+        ("stateless, zero1", "after 1 updates and has no optimizer state"),
+        ("stateless, zero3", "after 1 updates and has no optimizer state"),
+        ("stateless, universal", "after 4 updates and has no optimizer state"),
         ("Adam's, zero0", "was not written by ARSG: its parameter groups have"),
         ("Adam's, zero1", "was not written by ARSG"),
         ("Adam's, zero3", "was not written by ARSG"),
@@ -198,6 +216,14 @@ def test_on_request_a_lost_maximum_restarts_at_v_and_rank_0_says_so(stage: int) 
     said = refusals()
     assert len(said[f"warned, zero{stage}"]) == 1
     assert said[f"restarted at v, zero{stage}"] is True
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_a_checkpoint_without_state_loads_before_the_first_update_or_for_its_weights(stage: int) -> None:
+    """Catches a refusal of a new run's checkpoint, and of the way out that the message names."""
+    assert refusals()[f"new, zero{stage}"] == "accepted"
+    assert refusals()[f"stateless, weights, zero{stage}"] == "accepted"
 
 
 @pytest.mark.ranks
@@ -232,3 +258,11 @@ def test_an_incomplete_checkpoint_is_not_converted(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"incomplete.*2 ranks wrote it"):
         convert(tmp_path / "in", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.ranks
+def test_a_checkpoint_without_state_is_not_converted(tmp_path: Path) -> None:
+    """Catches a universal checkpoint from which training would go on with m, v and v̂ at zero."""
+    refusals()
+    with pytest.raises(ValueError, match="has no optimizer state"):
+        convert(converted(2, "core") / "stateless" / "zero1", tmp_path / "out")

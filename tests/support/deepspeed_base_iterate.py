@@ -37,7 +37,8 @@ def visited_cases(selection: str) -> Iterator[Visited]:
         Visited(matrix.Case(stage, precision), offload=True)
         for stage, precision in itertools.product((1, 2, 3), ("fp32", "bf16"))
     ]
-    core = {"zero0-bf16", "zero1-bf16-fp32grads", "zero2-fp16", "zero3-fp32", "zero3-bf16"}
+    cases.append(Visited(matrix.Case(3, "fp16", accumulation=2, offload="cpu-and-parameters")))
+    core = {"zero0-bf16", "zero1-bf16-fp32grads", "zero2-fp16", "zero3-fp32", "zero3-bf16", "zero3-fp16"}
     for case in cases:
         is_core = str(case).split("-accumulate")[0] in core
         if selection == "all" or is_core == (selection == "core"):

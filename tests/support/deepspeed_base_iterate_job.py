@@ -80,6 +80,8 @@ def visit(engine: Any, case: matrix.Case, seen: dict[str, Any]) -> None:
             "step": engine.step,
             "backward": lambda: engine.backward(outputs.sum()),
             "save_checkpoint": lambda: engine.save_checkpoint("/nonexistent"),
+            "save_16bit_model": lambda: engine.save_16bit_model("/nonexistent"),
+            "backward of a loss": lambda: engine(inputs, 1).sum().backward(),
             "load_checkpoint": lambda: engine.load_checkpoint("/nonexistent"),
             "optimizer.step": engine.basic_optimizer.step,
             "nested": lambda: arsg_dist.deepspeed.base_iterate(engine).__enter__(),

@@ -52,7 +52,7 @@ def save_and_resume(config: checkpoints.Kept, directory: Path) -> dict[str, Any]
     folder = str(directory / str(config))
     engine = build(config)
     train(engine, config, 0, checkpoints.SAVE_AFTER)
-    at_save, result = snapshot(engine), {"saved": masters(engine, config.case)}
+    at_save, result = snapshot(engine), {"saved": masters(engine, config.case), **schedule_of(engine)}
     engine.save_checkpoint(folder, client_state={"epoch": 7})
     for point in ("x", "theta"):
         arsg_dist.deepspeed.export(engine, directory / f"{config}-{point}.safetensors", at=point)
@@ -90,9 +90,20 @@ def build(config: checkpoints.Kept, **sections: Any) -> Any:
 def train(engine: Any, config: checkpoints.Kept, first: int, last: int) -> None:
     part = checkpoints.micro_batch(deepspeed.comm.get_world_size(), deepspeed.comm.get_rank())
     for update in range(first, last):
-        checkpoints.scheduled(engine.basic_optimizer, update)
+        if not config.schedule:
+            checkpoints.scheduled(engine.basic_optimizer, update)
         engine.backward(checkpoints.loss_of(engine, config, update, part))
         engine.step()
+
+
+def schedule_of(engine: Any) -> dict[str, Any]:
+    """The state of the schedule, and what it has made of the groups."""
+    scheduler = engine.lr_scheduler
+    groups = engine.basic_optimizer.param_groups
+    return {
+        "schedule": scheduler.state_dict() if scheduler else None,
+        "settings": [[group["lr"], group["mu"], *group["betas"]] for group in groups],
+    }
 
 
 def snapshot(engine: Any) -> dict[str, Any]:
@@ -115,7 +126,7 @@ def snapshot(engine: Any) -> dict[str, Any]:
     for key in ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis"):
         taken[f"loss scale {key}"] = getattr(scaler, key, None)
     taken["steps"] = engine.global_steps, engine.skipped_steps, engine.global_samples
-    return taken
+    return taken | schedule_of(engine)
 
 
 def differences(some: dict[str, Any], other: dict[str, Any]) -> list[str]:

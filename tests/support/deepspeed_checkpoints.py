@@ -46,22 +46,27 @@ class Kept:
         case: of the matrix.
         offload: optimizer state on the CPU.
         extra: settings of the optimizer beside the matrix's.
+        schedule: with `SCHEDULE` in the config; else `scheduled` sets lr.
     """
 
     case: matrix.Case
     offload: bool = False
     extra: tuple[tuple[str, Any], ...] = ()
+    schedule: bool = False
 
     def __str__(self) -> str:
         parts = [f"zero{self.case.stage}-{self.case.precision}", *["one"] * (self.case.groups == "one")]
         options = [name for name, _ in (*self.case.options, *self.extra)]
-        return "-".join([*parts, *["offload"] * self.offload, *options])
+        parts += [*["offload"] * self.offload, *[self.case.offload] * bool(self.case.offload)]
+        return "-".join([*parts, *["schedule"] * self.schedule, *options])
 
     def config(self, **sections: Any) -> dict[str, Any]:
         """For `deepspeed.initialize`."""
         config = self.case.config()
-        settings = matrix.OFFLOADED if self.offload else matrix.SETTINGS
+        settings = matrix.OFFLOADED if self.offload or self.case.offload else matrix.SETTINGS
         config["optimizer"] = {"type": "ARSG", "params": {**settings, **dict(self.extra)}}
+        if self.schedule:
+            config["scheduler"] = SCHEDULE
         if self.offload:
             config["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
         return config | sections
@@ -72,12 +77,22 @@ def kept(stage: int, precision: str, **more: Any) -> Kept:
     return Kept(matrix.Case(stage, precision, groups="several", overflow=precision == "fp16"), **more)
 
 
+# One boost before the checkpoint and one after it, while lr warms up.
+SCHEDULE: dict[str, Any] = {
+    "type": "ChainedScheduler",
+    "params": {
+        "schedulers": [
+            {"type": "WarmupLR", "params": {"warmup_num_steps": 6, "warmup_type": "linear"}},
+            {"type": "ObservationBoost", "params": {"milestones": [2, 5], "factor": 1.5}},
+        ]
+    },
+}
 LOOKAHEAD = (("lookahead_k", 3), ("betas", [0.9, 0.99]))
 HALF_STATE = (("state_dtype", "bfloat16"),)
 
 
 def kept_cases(selection: str) -> Iterator[Kept]:
-    """Every stage and precision, offload, lookahead, and state in bf16: "core", "rest" or "all"."""
+    """Every stage and precision, offload, lookahead, state in bf16, a schedule: "core", "rest", "all" or "few"."""
     cases = [
         kept(stage, precision)
         for stage, precision in itertools.product(range(4), matrix.DTYPES)
@@ -87,19 +102,25 @@ def kept_cases(selection: str) -> Iterator[Kept]:
     cases += [kept(stage, "fp32", extra=LOOKAHEAD) for stage in (0, 1, 3)]
     cases += [kept(stage, "bf16", extra=HALF_STATE) for stage in (2, 3)]
     cases.append(Kept(matrix.Case(3, "fp32")))
+    cases.append(Kept(matrix.Case(3, "fp32", groups="several", offload="cpu-and-parameters")))
+    cases.append(kept(2, "bf16", schedule=True))
     cases.append(Kept(matrix.Case(2, "fp32", groups="several", options=(("round_robin_gradients", True),))))
     core = {
         "zero0-bf16",
         "zero1-bf16-fp32grads",
         "zero1-fp32",
+        "zero2-bf16-schedule",
         "zero2-fp16",
         "zero3-fp32",
         "zero3-fp32-one",
         "zero3-bf16",
         "zero3-fp32-lookahead_k-betas",
     }
+    few = {"zero1-bf16-fp32grads", "zero3-bf16"}
+    names = {str(case) for case in cases}
+    chosen = {"all": names, "core": core, "rest": names - core, "few": few}[selection]
     for case in cases:
-        if selection == "all" or (str(case) in core) == (selection == "core"):
+        if str(case) in chosen:
             yield case
 
 
@@ -110,12 +131,14 @@ def transfers(selection: str) -> Iterator[tuple[Kept, Kept]]:
             continue
         precision = source.case.precision
         for stage in range(4):
-            if selection == "core" and (stage - source.case.stage) % 4 not in (1, 2):
+            if selection in ("core", "few") and (stage - source.case.stage) % 4 not in (1, 2):
                 continue
             target = "bf16" if (stage, precision) == (0, "bf16-fp32grads") else precision
-            yield source, kept(stage, target, extra=source.extra, offload=source.offload and stage > 0)
-    if selection != "rest":
+            settings = {"extra": source.extra, "schedule": source.schedule}
+            yield source, kept(stage, target, offload=source.offload and stage > 0, **settings)
+    if selection in ("core", "all"):
         yield kept(3, "bf16"), kept(1, "fp32")
+        yield kept(2, "fp16"), kept(1, "fp32")
 
 
 def scheduled(optimizer: Any, update: int) -> None:

@@ -45,6 +45,9 @@ def converted(ranks: int, selection: str) -> Path:
         convert(directory / str(config), directory / str(config) / "universal")
         if selection == "core" and str(config) in ("zero1-fp32", "zero3-fp32", "zero3-fp32-one"):
             _convert_by_deepspeed(directory / str(config), directory / f"{config}-lost")
+        if selection == "core" and str(config) == "zero1-fp32":
+            without_state = shutil.ignore_patterns("*exp_avg*", "step.pt")
+            shutil.copytree(directory / str(config), directory / f"{config}-stateless", ignore=without_state)
     return directory
 
 

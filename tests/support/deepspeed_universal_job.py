@@ -16,7 +16,7 @@ from arsg_dist.engine import end_process
 from tests.support import deepspeed_checkpoints as checkpoints
 from tests.support import deepspeed_matrix as matrix
 from tests.support import toy
-from tests.support.deepspeed_checkpoint_job import begin, build, end, snapshot, train
+from tests.support.deepspeed_checkpoint_job import begin, build, end, schedule_of, snapshot, train
 from tests.support.deepspeed_matrix_job import masters
 
 UNIVERSAL = {"checkpoint": {"load_universal": True}}
@@ -49,6 +49,7 @@ def resume(folder: Path, source: checkpoints.Kept, target: checkpoints.Kept) -> 
         "path": path,
         "steps": engine.global_steps,
         "loaded": masters(engine, target.case),
+        **schedule_of(engine),
     }
     again = folder / f"again{deepspeed.comm.get_world_size()}" / f"{source} to {target}"
     engine.save_checkpoint(str(again))
@@ -104,8 +105,31 @@ def refusals(folder: Path) -> dict[str, Any]:
             source.destroy()
         said[f"zero{other} into zero{stage}"] = error_of(engine, folder / "mine", tag=f"zero{other}")
         engine.destroy()
+    said |= without_state(folder)
     said |= other_optimizer(folder)
     said |= other_model(folder)
+    return said
+
+
+def without_state(folder: Path) -> dict[str, Any]:
+    """Checkpoints as DeepSpeed writes them with the optimizer on NVMe: stepped, and without the optimizer's state."""
+    said: dict[str, Any] = {}
+    path = folder / "stateless"
+    for stage in (0, 1, 3):
+        config = checkpoints.kept(stage, "fp32")
+        engine = build(config)
+        engine.save_checkpoint(str(path), tag=f"new{stage}")
+        said[f"new, zero{stage}"] = error_of(engine, path, tag=f"new{stage}")
+        train(engine, config, 0, 1)
+        engine.basic_optimizer.state.clear()
+        engine.save_checkpoint(str(path), tag=f"zero{stage}")
+        said[f"stateless, zero{stage}"] = error_of(engine, path, tag=f"zero{stage}")
+        only_weights = error_of(engine, path, tag=f"zero{stage}", load_module_only=True)
+        said[f"stateless, weights, zero{stage}"] = only_weights
+        engine.destroy()
+    engine = build(checkpoints.kept(2, "fp32"), **UNIVERSAL)
+    said["stateless, universal"] = error_of(engine, folder / "zero1-fp32-stateless")
+    engine.destroy()
     return said
 
 
