@@ -1,8 +1,10 @@
 """A sharded optimizer on real ranks against one process."""
 
 import pytest
+import torch
 
-from tests.support.horovod_sharded import CASES
+from arsg_dist.horovod.sharded_arguments import ELEMENT_WISE
+from tests.support.horovod_sharded import CASES, OPTIMIZERS, OTHER_OPTIMIZERS
 from tests.support.launchers import launch
 
 pytestmark = pytest.mark.ranks
@@ -30,7 +32,7 @@ def test_sharded_training_equals_one_process(launcher: str, ranks: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("launcher", "ranks"),
-    [("alone", 1), ("mpirun", 2), ("mpirun", 3), ("mpirun", 4), ("horovodrun", 2), ("horovodrun", 4)],
+    [("alone", 1), *((launcher, ranks) for launcher in ("mpirun", "horovodrun") for ranks in (2, 3, 4))],
 )
 def test_every_configuration_equals_one_process(launcher: str, ranks: int) -> None:
     """As above, for every method, precision, way of accumulating and clipping, scheduler and argument."""
@@ -38,9 +40,26 @@ def test_every_configuration_equals_one_process(launcher: str, ranks: int) -> No
 
 
 @pytest.mark.slow
+def test_every_optimizer_that_is_accepted_equals_one_process() -> None:
+    """Catches an optimizer called element-wise that is not, or state of its own that is cut or gathered wrongly."""
+    tested = {type(make([torch.zeros(1, requires_grad=True)])) for make in OPTIMIZERS.values()}
+    assert tested == set(ELEMENT_WISE)
+    check("mpirun", 3, *(case.name for case in OTHER_OPTIMIZERS))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("launcher", "shard_group"), [("mpirun", "2"), ("horovodrun", "2"), ("horovodrun, two hosts", "node")]
+    ("launcher", "ranks", "shard_group"),
+    [
+        ("mpirun", 4, "2"),
+        ("horovodrun", 4, "2"),
+        ("horovodrun, two hosts", 4, "node"),
+        # One rank per host: every rank has every shard.
+        ("mpirun", 2, "1"),
+        ("horovodrun, two hosts", 2, "node"),
+    ],
 )
-def test_shards_inside_a_node_equal_one_process(launcher: str, shard_group: str) -> None:
-    """Catches shards of different nodes that drift apart, and a gradient of one node only."""
-    check(launcher, 4, *CORE, shard_group=shard_group)
+def test_shards_inside_a_node_equal_one_process(launcher: str, ranks: int, shard_group: str) -> None:
+    """Catches shards of different nodes that drift apart, a gradient of one node only, and groups of ranks that Horovod
+    refuses because it has them."""
+    check(launcher, ranks, *CORE, shard_group=shard_group)

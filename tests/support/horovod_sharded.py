@@ -21,6 +21,15 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "sgd": lambda parameters: torch.optim.SGD(parameters, lr=1e-3, momentum=0.9, weight_decay=1e-2),
     "nadam": lambda parameters: torch.optim.NAdam(parameters, lr=0.01, eps=1e-2),
     "adagrad": lambda parameters: torch.optim.Adagrad(parameters, lr=0.01, eps=1e-2),
+    "adam": lambda parameters: torch.optim.Adam(parameters, lr=0.01, eps=1e-2, weight_decay=1e-2),
+    "adamax": lambda parameters: torch.optim.Adamax(parameters, lr=0.01, eps=1e-2),
+    "radam": lambda parameters: torch.optim.RAdam(parameters, lr=0.01, eps=1e-2),
+    "rmsprop": lambda parameters: torch.optim.RMSprop(
+        parameters, lr=0.01, eps=1e-2, momentum=0.9, centered=True
+    ),
+    "rprop": lambda parameters: torch.optim.Rprop(parameters, lr=0.01),
+    "adadelta": lambda parameters: torch.optim.Adadelta(parameters, lr=1.0, eps=1e-3),
+    "asgd": lambda parameters: torch.optim.ASGD(parameters, lr=1e-3, t0=2.0),
 }
 
 
@@ -41,6 +50,7 @@ class Case:
         scaler: with torch's GradScaler, and an infinite gradient on one rank in one update.
         boost: with a scheduler and an observation boost.
         closure: steps with one.
+        compression: of gradients, "none" or "fp16".
         relative: largest difference, as a share of the movement.
         arguments: of ShardedOptimizer.
     """
@@ -57,6 +67,7 @@ class Case:
     scaler: bool = False
     boost: bool = False
     closure: bool = False
+    compression: str = "none"
     relative: float = 2e-5
     arguments: dict[str, Any] = field(default_factory=dict)
 
@@ -87,7 +98,14 @@ CASES = (
     Case("grad scaler and clipping", scaler=True, clip=0.5, clip_idiom="horovod"),
     Case("boost and schedule", boost=True, groups=True),
     Case("closure", closure=True),
+    # The reference rounds as well: a compression that is not applied would differ by a thousand times more.
+    Case("compression", compression="fp16", passes=2),
 )
+
+OTHER_OPTIMIZERS = tuple(
+    Case(name, optimizer=name) for name in ("adam", "adamax", "radam", "rmsprop", "rprop", "adadelta", "asgd")
+)
+"""The rest of what is taken to update each element by itself."""
 
 
 class Patchwork(nn.Module):
@@ -186,7 +204,8 @@ class Reference:
             for name in trained:
                 gradient, total = self.copies[name].grad, self.masters[name].grad
                 if gradient is not None:
-                    total += gradient.to(total.dtype)
+                    sent = gradient.half() if case.compression == "fp16" else gradient
+                    total += sent.to(total.dtype)
         if not case.total:
             for name in trained:
                 self.masters[name].grad *= 1 / self.world_size
@@ -217,7 +236,7 @@ def weights_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def selected(names: list[str]) -> Iterator[Case]:
-    """The cases, or those with these names."""
-    for case in CASES:
+    """The cases, or those with these names, which may be of `OTHER_OPTIMIZERS`."""
+    for case in (*CASES, *OTHER_OPTIMIZERS) if names else CASES:
         if not names or case.name in names:
             yield case
