@@ -7,7 +7,7 @@ default. On CUDA with NCCL as the only backend, NCCL's own reduce-scatter is the
 
 **All-gather** writes into the parameters' own memory.
 
-Between two ranks both are a swap: each sends the other what it lacks, from where it lies and to where it belongs. Through
+Between two ranks both are a swap: each sends the other what it lacks, from where it lies to where it belongs. Through
 Horovod's operations a rank's own part would be copied on its way to itself, which takes as long as the message.
 
 bf16 is unknown to Horovod: its bits travel as fp16, and sums are made here.
