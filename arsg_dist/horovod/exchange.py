@@ -205,9 +205,7 @@ def start_all_gather(
     outgoing = pool.take(shard.numel(), bucket.dtype, bucket.device)
     outgoing.copy_(shard)
     moved_as = _MOVED_AS[number % len(_MOVED_AS)]
-    handle = mpi_ops._allgather_async(
-        outgoing.view(moved_as), bucket.view(moved_as), name, group.process_set
-    )
+    handle = mpi_ops._allgather_async(outgoing.view(moved_as), bucket.view(moved_as), name, group.process_set)
 
     def filled(_: Any) -> Tensor:
         pool.give_back(outgoing)
