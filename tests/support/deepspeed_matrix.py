@@ -73,6 +73,7 @@ class Case:
         overflow: the gradient of one update is infinite: it has to be skipped. The loss scale is dynamic then, and
             grows after every other update.
         offload: key of `OFFLOAD`.
+        sent: dtype in which gradients are sent; else that of the model.
         activations: key of `ACTIVATIONS`, how those of the toy model are kept for the backward pass.
         options: further settings of zero_optimization.
         settings: of the optimizer that differ from `SETTINGS`.
@@ -85,6 +86,7 @@ class Case:
     groups: str = "one"
     overflow: bool = False
     offload: str = ""
+    sent: str = ""
     activations: str = ""
     options: tuple[tuple[str, Any], ...] = ()
     settings: tuple[tuple[str, Any], ...] = ()
@@ -94,6 +96,7 @@ class Case:
             f"zero{self.stage}-{self.precision}-accumulate{self.accumulation}-clip{self.clip}-{self.groups}",
             *(["overflow"] if self.overflow else []),
             *([self.offload] if self.offload else []),
+            *([f"sent-in-{self.sent}"] if self.sent else []),
             *([f"{self.activations}-activations"] if self.activations else []),
             *(f"{name}={value}" for name, value in (*self.options, *self.settings)),
         ]
@@ -133,6 +136,8 @@ class Case:
             "zero_optimization": zero,
             "steps_per_print": 10**6,
         }
+        if self.sent:
+            config["communication_data_type"] = self.sent
         if self.precision.startswith("bf16"):
             config["bf16"] = {"enabled": True}
         if self.precision.endswith("-fp32grads"):

@@ -1,14 +1,13 @@
 """Which configurations are tested, and which of them every test run can afford."""
 
+import dataclasses
 import itertools
 from collections.abc import Iterator
 
-import deepspeed.git_version_info
-
 from tests.support.deepspeed_matrix import CLIP, Case
 
-NVME = bool(deepspeed.git_version_info.installed_ops.get("async_io"))
 LOOKAHEAD = (("lookahead_k", 2), ("betas", (0.9, 0.99)))
+MANY_MICRO_BATCHES = Case(1, "bf16-fp32grads", accumulation=4, groups="several", sent="fp32")
 PRECISIONS = ("fp32", "bf16", "bf16-fp32grads", "fp16")
 
 
@@ -32,6 +31,7 @@ def _core() -> Iterator[Case]:
         ):
             yield case
     yield Case(0, "fp16", accumulation=2, groups="several", overflow=True)
+    yield MANY_MICRO_BATCHES
 
 
 def _core_offloaded() -> Iterator[Case]:
@@ -41,8 +41,7 @@ def _core_offloaded() -> Iterator[Case]:
             yield Case(stage, precision, 2, 0.0, "several", overflow=precision == "fp16", offload="cpu")
     yield Case(2, "bf16", 1, CLIP, "several", offload="cpu-unpinned")
     yield Case(3, "bf16", 2, 0.0, "several", offload="cpu-and-parameters")
-    if NVME:
-        yield Case(3, "bf16", 2, 0.0, "several", offload="nvme")
+    yield Case(3, "bf16", 2, 0.0, "several", offload="nvme")
 
 
 def _with_options() -> Iterator[Case]:
@@ -91,6 +90,7 @@ def _all() -> Iterator[Case]:
         yield Case(stage, "fp16", accumulation=2, groups="several", overflow=True)
         if stage:
             yield Case(stage, "fp16-fp32grads", accumulation=2, groups="several", overflow=True)
+            yield dataclasses.replace(MANY_MICRO_BATCHES, stage=stage)
 
 
 def _all_offloaded() -> Iterator[Case]:
@@ -102,8 +102,7 @@ def _all_offloaded() -> Iterator[Case]:
             yield Case(stage, precision, 2, 0.0, "several", overflow=True, offload="cpu")
     for precision in PRECISIONS:
         yield Case(3, precision, 2, 0.0, "several", offload="cpu-and-parameters")
-    if NVME:
-        yield Case(3, "bf16", 2, 0.0, "several", offload="nvme")
-        yield Case(3, "fp32", 2, CLIP, "several", offload="nvme-pipelined")
-        yield Case(3, "fp16", 2, 0.0, "several", overflow=True, offload="nvme")
-        yield Case(3, "fp32", 2, 0.0, "several", offload="nvme-one-more", settings=LOOKAHEAD)
+    yield Case(3, "bf16", 2, 0.0, "several", offload="nvme")
+    yield Case(3, "fp32", 2, CLIP, "several", offload="nvme-pipelined")
+    yield Case(3, "fp16", 2, 0.0, "several", overflow=True, offload="nvme")
+    yield Case(3, "fp32", 2, 0.0, "several", offload="nvme-one-more", settings=LOOKAHEAD)
