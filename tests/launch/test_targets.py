@@ -327,6 +327,23 @@ def test_signals_reach_the_launcher(tmp_path: Path) -> None:
     assert process.returncode == 75
 
 
+def test_a_signal_in_the_moment_of_the_start_is_passed_on() -> None:
+    """Catches a launcher that is ended by it and leaves the job running."""
+    program = """
+import os, signal, subprocess, sys
+from arsg_dist.launch import watch
+start = subprocess.Popen
+def start_under_fire(*arguments, **settings):
+    process = start(*arguments, **settings)
+    os.kill(os.getpid(), signal.SIGUSR1)
+    return process
+subprocess.Popen = start_under_fire
+sys.exit(watch.run_watched(["sleep", "600"], ""))
+"""
+    done = subprocess.run([sys.executable, "-c", program], timeout=60)
+    assert done.returncode == 128 + signal.SIGUSR1, "the command did not get the signal"
+
+
 @pytest.mark.parametrize(
     ("text", "code"), [("lost communication with a remote daemon", 1), ("all is well", 0)]
 )
