@@ -1,7 +1,10 @@
 """The exchange of gradients at the sizes of real buckets, and the one that must not be used."""
 
+import re
+
 import pytest
 
+from tests.support.horovod_exchange_stress_job import ROUNDS
 from tests.support.launchers import launch
 
 pytestmark = [pytest.mark.ranks, pytest.mark.slow]
@@ -9,18 +12,31 @@ pytestmark = [pytest.mark.ranks, pytest.mark.slow]
 JOB = "tests/support/horovod_exchange_stress_job.py"
 
 
-@pytest.mark.parametrize(("launcher", "ranks"), [("mpirun", 2), ("horovodrun", 3), ("horovodrun", 4)])
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize("launcher", ["mpirun", "horovodrun"])
 def test_the_chosen_exchange_is_right_every_time(launcher: str, ranks: int) -> None:
     """Catches data that arrive wrong once in hundreds of times."""
-    job = launch(launcher, ranks, JOB, "alltoall", timeout=500)
+    few_cores = {"OMPI_MCA_mpi_yield_when_idle": "1"}  # a waiting rank would keep a core from the others
+    job = launch(launcher, ranks, JOB, "alltoall", timeout=500, variables=few_cores)
     assert job.code == 0, job.output[-5000:]
-    assert job.output.count("right: ") == 5, job.output[-5000:]
-    assert "found: " not in job.output
+    assert job.output.count("right: ") == len(ROUNDS), job.output[-5000:]
 
 
-@pytest.mark.xfail(strict=False, reason="depends on timing: on some days hundreds of rounds are right")
-def test_the_guard_finds_the_corruption_of_reducescatter_over_gloo() -> None:
-    """Shows that the check can fail, on the very fault it is there for (Horovod 0.28.1; it depends on timing)."""
-    job = launch("horovodrun", 3, JOB, "reducescatter", timeout=500)
+def test_the_guards_find_the_corruption_of_reducescatter_over_gloo() -> None:
+    """Catches a check that does not see the very fault it is there for.
+
+    Timing decides how often Horovod 0.28.1 is wrong, so a run in which it never was shows nothing, and is skipped. Seen
+    on two ranks: 31 of 400 rounds of 2 MB on one machine, none of 180 on another, where 32 MB were found wrong within 90.
+    """
+    job = launch("horovodrun", 2, JOB, "reducescatter", 32, 80, timeout=300)
     assert job.code == 0, job.output[-5000:]
-    assert "found: the exchange of gradients is not reliable here: NativeReduceScatter returned" in job.output
+    right = re.findall(r"(self-test|second sums): (0 of \d+ rounds)", job.output)
+    for way, message in {
+        "self-test": "the exchange of gradients is not reliable here: NativeReduceScatter returned",
+        "second sums": "the sum of bucket",
+    }.items():
+        assert way in dict(right) or re.search(rf"{way}: found in \d+ rounds: {message}", job.output), (
+            job.output
+        )
+    if right:
+        pytest.skip(f"not wrong: {right}")
