@@ -25,8 +25,8 @@ class ParameterGather:
     "lazy": an exchange goes on after `start` returns. Waited for, parameter by parameter, are a forward pass of the
     module that owns the parameter and every access through a module: `module.weight`, `parameters()`,
     `state_dict()`, a deep copy. A parameter that is owned by no module, and all parameters once `torch.compile` is in
-    use (compiled code reads memory directly), are waited for in `start`. References to parameters kept elsewhere
-    (`optimizer.param_groups`, lists made before) cannot be watched: call `wait` first.
+    use (compiled code reads memory directly), are waited for in `start`. `optimizer.param_groups` waits by itself
+    (`watched_groups`). References kept elsewhere (lists made before) cannot be watched: call `wait` first.
 
     "eager": `start` returns when the parameters are there.
 

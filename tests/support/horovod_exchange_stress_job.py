@@ -21,13 +21,13 @@ from arsg_dist.horovod.self_test import check_exchanges
 
 # By dtype and MB; two buckets are under way in each round. Large ones have fewer rounds, for their time.
 ROUNDS = {
-    (torch.float32, 1): 100,
-    (torch.float32, 2): 100,
-    (torch.float32, 4): 100,
-    (torch.float32, 8): 100,
-    (torch.bfloat16, 4): 20,
-    (torch.float32, 16): 10,
-    (torch.float32, 32): 4,
+    (torch.float32, 1): 200,
+    (torch.float32, 2): 200,
+    (torch.float32, 4): 50,
+    (torch.float32, 8): 50,
+    (torch.bfloat16, 4): 30,
+    (torch.float32, 16): 6,
+    (torch.float32, 32): 3,
     (torch.float32, 64): 2,
 }
 ROUNDS_AT_ONCE = 10
