@@ -1,0 +1,137 @@
+"""YAML and JSON from outside: data only, bounded in size and depth, no key twice, no class named in it.
+
+YAML is read by PyYAML's own safe loader underneath; JSON by the standard library.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, Final
+
+from arsg_dist.safe_io.files import MiB, read_text
+
+LIMIT: Final = 1 * MiB
+"""Bytes that a document may have unless its reader says otherwise."""
+MAX_DEPTH: Final = 64
+MAX_NODES: Final = 100_000
+"""Values that a YAML document may hold, each counted as often as aliases repeat it."""
+
+
+def read_json(path: Path, *, limit: int = LIMIT, follow: bool = False) -> Any:
+    """Read a JSON file.
+
+    Args:
+        path: of the file.
+        limit: bytes it may have.
+        follow: whether it may be a link: True for a path that the user named.
+
+    Raises:
+        FileNotFoundError: it does not exist.
+        ValueError: it is no regular file, is too large, or is no JSON; the message names the file and the place.
+    """
+    return parse_json(read_text(path, limit=limit, follow=follow), str(path))
+
+
+def parse_json(text: str, name: str) -> Any:
+    """Parse JSON. Numbers may be NaN and Infinity, which Python's writer makes.
+
+    Args:
+        text: the document.
+        name: for messages, for example its path.
+
+    Raises:
+        ValueError: it is no JSON, names a key twice, or is nested deeper than `MAX_DEPTH`.
+    """
+    try:
+        content = json.loads(text, object_pairs_hook=_without_duplicates)
+    except RecursionError as error:
+        raise ValueError(_too_deep(name)) from error
+    except ValueError as error:
+        raise ValueError(f"{name} is not valid JSON: {error}") from error
+    if _depth(content) > MAX_DEPTH:
+        raise ValueError(_too_deep(name))
+    return content
+
+
+def read_yaml(path: Path, *, limit: int = LIMIT, follow: bool = False) -> Any:
+    """Read a YAML file; see `read_json`.
+
+    Raises:
+        FileNotFoundError: it does not exist.
+        ValueError: it is no regular file, is too large, or is refused by `parse_yaml`.
+    """
+    return parse_yaml(read_text(path, limit=limit, follow=follow), str(path))
+
+
+def parse_yaml(text: str, name: str) -> Any:
+    """Parse one YAML document into dictionaries, lists, strings, numbers, booleans, dates and None.
+
+    Args:
+        text: the document.
+        name: for messages, for example its path.
+
+    Raises:
+        ValueError: it is no YAML, has a tag (``!!python/...``), names a key twice, is nested deeper than `MAX_DEPTH`,
+            holds more than `MAX_NODES` values with aliases counted each time, or contains itself.
+    """
+    import yaml  # belongs to the extras that read recipes
+
+    loader = None
+    try:
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        _check_bounds(node)
+        return None if node is None else loader.construct_document(node)
+    except RecursionError as error:
+        raise ValueError(_too_deep(name)) from error
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: ours, or of a date that is none
+        raise ValueError(f"{name} is not valid YAML: {error}") from error
+    finally:
+        if loader is not None:
+            loader.dispose()
+
+
+def _check_bounds(root: Any) -> None:
+    """Visit the nodes as if aliases were copies, so that a "billion laughs" document is refused; raise ValueError."""
+    import yaml
+
+    waiting, count = [(root, 1)], 0
+    while waiting:
+        node, depth = waiting.pop()
+        count += 1
+        if depth > MAX_DEPTH:
+            raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
+        if count > MAX_NODES:
+            raise ValueError(f"more than {MAX_NODES:,} values, those of its aliases counted")
+        if isinstance(node, yaml.SequenceNode):
+            waiting += [(child, depth + 1) for child in node.value]
+        elif isinstance(node, yaml.MappingNode):
+            seen: set[str] = set()
+            for key, value in node.value:
+                if isinstance(key, yaml.ScalarNode):
+                    if key.value in seen:
+                        raise ValueError(f"the key {key.value!r} is there twice, line {key.start_mark.line + 1}")
+                    seen.add(key.value)
+                waiting += [(key, depth + 1), (value, depth + 1)]
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in content:
+            raise ValueError(f"the key {key!r} is there twice")
+        content[key] = value
+    return content
+
+
+def _depth(content: Any) -> int:
+    deepest, waiting = 0, [(content, 1)]
+    while waiting:
+        value, depth = waiting.pop()
+        deepest = max(deepest, depth)
+        children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        waiting += [(child, depth + 1) for child in children]
+    return deepest
+
+
+def _too_deep(name: str) -> str:
+    return f"{name} is nested deeper than {MAX_DEPTH} levels"
