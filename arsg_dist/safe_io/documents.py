@@ -109,7 +109,9 @@ def _check_bounds(root: Any) -> None:
             for key, value in node.value:
                 if isinstance(key, yaml.ScalarNode):
                     if key.value in seen:
-                        raise ValueError(f"the key {key.value!r} is there twice, line {key.start_mark.line + 1}")
+                        raise ValueError(
+                            f"the key {key.value!r} is there twice, line {key.start_mark.line + 1}"
+                        )
                     seen.add(key.value)
                 waiting += [(key, depth + 1), (value, depth + 1)]
 

@@ -28,13 +28,17 @@ def private_cache(environ: Mapping[str, str] | None = None) -> Path:
         ValueError: it belongs to another user, others may write to it, or it cannot be created.
     """
     environ = os.environ if environ is None else environ
-    base = environ.get("XDG_CACHE_HOME") or os.path.join(environ.get("HOME") or os.path.expanduser("~"), ".cache")
+    base = environ.get("XDG_CACHE_HOME") or os.path.join(
+        environ.get("HOME") or os.path.expanduser("~"), ".cache"
+    )
     directory = Path(base) / "arsg_dist" / "compiled"
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = directory.lstat()
     except OSError as error:
-        raise ValueError(f"cannot create {directory} for compiled code: {error}; set XDG_CACHE_HOME") from error
+        raise ValueError(
+            f"cannot create {directory} for compiled code: {error}; set XDG_CACHE_HOME"
+        ) from error
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
         raise ValueError(
             f"{directory} keeps compiled code that is run later, but others may write to it: remove it, or set "

@@ -19,7 +19,9 @@ def printable(text: object, *, limit: int = 500) -> str:
     shown = str(text)
     cut = len(shown) > limit
     safe = "".join(
-        character.encode("unicode_escape").decode() if unicodedata.category(character) in _HIDDEN else character
+        character.encode("unicode_escape").decode()
+        if unicodedata.category(character) in _HIDDEN
+        else character
         for character in shown[:limit]
     )
     return safe + "…" if cut else safe
