@@ -106,7 +106,10 @@ def _card(run: Path, files: dict[str, Path]) -> str:
         )
     for start in starts:
         git = start["git"]
-        revision = f"{git['revision']}{' with changes' if git['changed'] else ''}" if git else "no checkout"
+        # Starts of earlier versions say whether files were changed, later ones the digest of the code.
+        changes = " with changes" if git and git.get("changed") else ""
+        revision = f"{git['revision']}{changes}" if git else "no checkout"
+        revision += f", code {start['code'][:12]}" if "code" in start else ""
         lines += [
             f"- started {start['time']} on {start['device']}, {start['hosts']} hosts, seed {start['seed']}, "
             f"git {revision}: `{shlex.join(start['command'])}`",

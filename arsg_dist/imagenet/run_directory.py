@@ -1,6 +1,7 @@
 """What a run writes: its resolved config, JSON lines, TensorBoard events, a learning-curve picture, checkpoints."""
 
 import json
+import os
 import time
 import uuid
 from pathlib import Path
@@ -132,11 +133,12 @@ class RunLog:
 
 
 def import_wandb() -> Any:
-    """The package of Weights & Biases.
+    """The package of Weights & Biases, told not to run git in the current directory unless the user wants it to.
 
     Raises:
         ImportError: it is not installed.
     """
+    os.environ.setdefault("WANDB_DISABLE_GIT", "true")
     try:
         import wandb
     except ImportError as error:
