@@ -20,6 +20,7 @@ from arsg_dist.imagenet.run_parts import Job
 from arsg_dist.imagenet.shard_writer import shard_command
 from arsg_dist.imagenet.train import train
 from arsg_dist.imagenet.weights import BEST, EMA, LAST
+from arsg_dist.safe_io.processes import keep_compiled_code_private
 
 
 def main() -> None:
@@ -109,6 +110,7 @@ def train_command(arguments: list[str]) -> int:
     try:
         ranks = discover_ranks()
         rank = ranks.rank
+        keep_compiled_code_private()
         chosen = _launch_options().parse_known_args(arguments)[0]
         engine = choose_engine(chosen.engine, chosen.deepspeed_config, ranks)
         communicator = connect(engine, ranks)

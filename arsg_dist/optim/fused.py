@@ -8,9 +8,11 @@ Where either is missing `foreach_step` makes the update, and one warning per pro
 from __future__ import annotations
 
 import importlib
+import os
 import warnings
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -19,6 +21,7 @@ from torch import Tensor
 from arsg_dist.optim.foreach import foreach_step
 from arsg_dist.optim.hyper import PRECONDITIONERS, Hyper, Steps, compute_dtype
 from arsg_dist.optim.reference import reference_step
+from arsg_dist.safe_io.processes import is_private
 
 # One entry per combination of settings and tensor shapes: parameter groups, and ZeRO-3's sub-groups.
 _RECOMPILE_LIMIT = 64
@@ -137,18 +140,48 @@ def compiled_step(
     counters = _counters(steps, device, dtype) if _needs_steps(exp_avgs, hyper) else None
     lr, mu = _on_device(hyper.lr, device, dtype), _on_device(hyper.mu, device, dtype)
     settings = {name: getattr(hyper, name) for name in hyper.__slots__ if name not in ("lr", "mu")}
+    reason = _cache_of_others()
+    if not reason:
+        try:
+            _compiled(*lists, counters, lr, mu, settings)
+            return
+        except Exception as error:
+            reason = (
+                f"torch.compile failed ({type(error).__name__}: {str(error).partition(chr(10))[0]}). It needs "
+                "Triton and a C compiler on the compute nodes; TORCH_LOGS=dynamo tells more."
+            )
+    # Compiling comes before any tensor is touched, so the step can still be made another way.
+    _compiling_failed = True
+    warnings.warn(
+        f"ARSG(fused=True) runs as foreach=True on {device.type}, in several passes over memory: {reason}",
+        stacklevel=2,
+    )
+    foreach_step(*lists, steps, hyper=hyper)
+
+
+@cache
+def _cache_of_others() -> str:
+    """Say why torch's default directory for compiled code is not to be used: it runs what it finds there. "" if it is.
+
+    Another directory is the choice of the user, or of a program that calls `keep_compiled_code_private`.
+    """
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    directory = Path(default_cache_dir())
+    chosen = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    if chosen is not None and Path(chosen) != directory:
+        return ""
     try:
-        _compiled(*lists, counters, lr, mu, settings)
-    except Exception as error:
-        # Compiling comes before any tensor is touched, so the step can still be made another way.
-        _compiling_failed = True
-        warnings.warn(
-            f"ARSG(fused=True) runs as foreach=True on {device.type}, in several passes over memory: "
-            f"torch.compile failed ({type(error).__name__}: {str(error).partition(chr(10))[0]}). It needs "
-            "Triton and a C compiler on the compute nodes; TORCH_LOGS=dynamo tells more.",
-            stacklevel=2,
-        )
-        foreach_step(*lists, steps, hyper=hyper)
+        directory.mkdir(mode=0o700, exist_ok=True)
+        private = is_private(directory)
+    except OSError as error:
+        return f"there is no directory for compiled code ({error}): set TORCHINDUCTOR_CACHE_DIR"
+    return (
+        ""
+        if private
+        else f"others may put code into {directory}, which would be run: set TORCHINDUCTOR_CACHE_DIR to a directory "
+        "of your own"
+    )
 
 
 def _update(
