@@ -11,6 +11,8 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 
+from arsg_dist.engine.messages import check_sizes, decode, encode
+
 T = TypeVar("T")
 
 
@@ -39,7 +41,15 @@ class Communicator(ABC):
 
     @abstractmethod
     def all_gather_object(self, value: T) -> list[T]:
-        """Returns every rank's `value` (any picklable object), in rank order, on every rank."""
+        """Returns every rank's `value`, in rank order, on every rank.
+
+        Args:
+            value: None, booleans, numbers, texts, tensors, and lists, tuples and dictionaries of them; see
+                `messages.encode`. Nothing that a rank sends is run by another.
+
+        Raises:
+            TypeError: on every rank: a rank has a value of another kind.
+        """
 
     @abstractmethod
     def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -106,8 +116,8 @@ class SingleProcessCommunicator(Communicator):
     world_size = 1
 
     def all_gather_object(self, value: T) -> list[T]:
-        """Returns `[value]`."""
-        return [value]
+        """Returns `[value]`, as several ranks would send it."""
+        return decode([encode(value)])
 
     def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Returns `tensor`."""
@@ -132,10 +142,17 @@ class TorchCommunicator(Communicator):
         self._host_group = None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
 
     def all_gather_object(self, value: T) -> list[T]:
-        """Returns every rank's `value`."""
-        values: list[Any] = [None] * self.world_size
-        dist.all_gather_object(values, value)
-        return values
+        """Returns every rank's `value`, past the GPU."""
+        message = encode(value)
+        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
+        dist.all_gather(sizes, torch.tensor([message.numel()]), group=self._host_group)
+        numbers = [int(size) for size in sizes]
+        check_sizes(numbers)
+        messages = [torch.empty(max(numbers), dtype=torch.uint8) for _ in numbers]
+        padded = torch.zeros_like(messages[0])
+        padded[: message.numel()] = message
+        dist.all_gather(messages, padded, group=self._host_group)
+        return decode([received[:size] for received, size in zip(messages, numbers, strict=True)])
 
     def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Returns the sum over the ranks, on the device `tensor` was on."""

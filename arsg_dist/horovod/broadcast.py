@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from arsg_dist.horovod.distributed import ReplicatedOptimizer
+from arsg_dist.horovod.group import Group
 from arsg_dist.horovod.guards import join
 from arsg_dist.optim import ARSG
 
@@ -78,24 +79,25 @@ def broadcast_optimizer_state(optimizer: Optimizer, root_rank: int = 0, model: A
 
     Raises:
         ValueError: the ranks' optimizers have other groups or numbers of parameters (on every rank alike).
+        TypeError: on every rank: a setting or an entry of the state is of a kind that `engine.messages` does not send.
     """
     if not isinstance(optimizer, (ARSG, ReplicatedOptimizer)) or isinstance(optimizer, torch.optim.LBFGS):
         _horovod_state(optimizer, root_rank, model)
         return
     shapes = [[tuple(p.shape) for p in group["params"]] for group in optimizer.param_groups]
-    shapes_of = hvd.allgather_object(shapes, name="arsg_dist.optimizer_shapes")
+    ranks = Group(name="arsg_dist")
+    shapes_of = ranks.all_gather_object(shapes, "optimizer_shapes")
     if any(other != shapes_of[root_rank] for other in shapes_of):
         raise ValueError(
             "the optimizers of the ranks have different parameter groups or parameters: build them alike on every rank"
         )
-    groups, described = hvd.broadcast_object(
-        (
+    mine: Any = None
+    if ranks.rank == root_rank:
+        mine = (
             [_portable(group) for group in optimizer.param_groups],
             [_described(optimizer.state.get(p, {})) for p in _parameters(optimizer)],
-        ),
-        root_rank,
-        name="arsg_dist.optimizer_state",
-    )
+        )
+    groups, described = ranks.all_gather_object(mine, "optimizer_state")[root_rank]
     for group, options in zip(optimizer.param_groups, groups, strict=True):
         _assign_options(group, options)
     tensors = []
@@ -107,37 +109,38 @@ def broadcast_optimizer_state(optimizer: Optimizer, root_rank: int = 0, model: A
         for name in set(state) - set(entry):
             del state[name]
         for name, value in entry.items():
-            if isinstance(value, _Described):
-                state[name] = value.tensor_like(state.get(name), parameter)
+            if value[0] == "tensor":
+                state[name] = _tensor_like(state.get(name), parameter, *value[1:])
                 tensors.append((f"{index}.{name}", state[name]))
             else:
-                state[name] = value
+                state[name] = value[1]
     broadcast_parameters(tensors, root_rank)
 
 
-class _Described:
-    """A tensor of the state without its elements."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.shape, self.dtype = tuple(tensor.shape), tensor.dtype
-        self.on_cpu = tensor.device.type == "cpu"
-
-    def tensor_like(self, present: Any, parameter: Tensor) -> Tensor:
-        """The present tensor if it fits, else a new one in the parameter's layout."""
-        device = torch.device("cpu") if self.on_cpu else parameter.device
-        if isinstance(present, Tensor) and (tuple(present.shape), present.dtype, present.device) == (
-            self.shape,
-            self.dtype,
-            device,
-        ):
-            return present
-        if self.shape == tuple(parameter.shape):
-            return torch.empty_like(parameter, dtype=self.dtype, device=device, requires_grad=False)
-        return torch.empty(self.shape, dtype=self.dtype, device=device)
+def _described(state: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
+    """The state with ("tensor", shape, dtype, whether on the CPU) for tensors and ("other", value) for the rest."""
+    return {
+        name: ("tensor", tuple(value.shape), value.dtype, value.is_cpu)
+        if isinstance(value, Tensor)
+        else ("other", value)
+        for name, value in state.items()
+    }
 
 
-def _described(state: dict[str, Any]) -> dict[str, Any]:
-    return {name: _Described(value) if isinstance(value, Tensor) else value for name, value in state.items()}
+def _tensor_like(
+    present: Any, parameter: Tensor, shape: tuple[int, ...], dtype: torch.dtype, on_cpu: bool
+) -> Tensor:
+    """The present tensor if it fits, else a new one in the parameter's layout."""
+    device = torch.device("cpu") if on_cpu else parameter.device
+    if isinstance(present, Tensor) and (tuple(present.shape), present.dtype, present.device) == (
+        shape,
+        dtype,
+        device,
+    ):
+        return present
+    if shape == tuple(parameter.shape):
+        return torch.empty_like(parameter, dtype=dtype, device=device, requires_grad=False)
+    return torch.empty(shape, dtype=dtype, device=device)
 
 
 def _parameters(optimizer: Optimizer) -> Iterator[Tensor]:

@@ -7,6 +7,7 @@ import horovod.torch as hvd
 import torch
 
 from arsg_dist.engine import Communicator, Ranks
+from arsg_dist.horovod.group import Group
 from arsg_dist.horovod.guards import check_environment, check_world_size, set_stall_defaults
 
 T = TypeVar("T")
@@ -37,11 +38,11 @@ class HorovodCommunicator(Communicator):
     def __init__(self) -> None:
         self.rank = hvd.rank()
         self.world_size = hvd.size()
+        self._group = Group(name="arsg_dist")
 
     def all_gather_object(self, value: T) -> list[T]:
         """Returns every rank's `value`."""
-        values: list[T] = hvd.allgather_object(value, name="arsg_dist.object")
-        return values
+        return self._group.all_gather_object(value, "object")
 
     def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Returns the sum over the ranks."""

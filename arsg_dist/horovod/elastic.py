@@ -145,6 +145,8 @@ class _StatefulHandler(StateHandler):  # type: ignore[misc]
         self.value.load_state_dict(copy.deepcopy(self._saved))
 
     def sync(self) -> None:
+        # Horovod's objects, which are pickled: the state of a class of the user's may hold anything. So does what
+        # Horovod sends of a TorchState's plain values.
         self.value.load_state_dict(
             hvd.broadcast_object(self.value.state_dict(), root_rank=0, name="elastic.stateful")
         )

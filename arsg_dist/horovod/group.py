@@ -3,8 +3,6 @@
 Gather to and scatter from the first rank are all-to-alls in which all but one rank send, or receive, nothing.
 """
 
-import io
-import pickle
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +13,7 @@ import torch
 from torch import Tensor
 
 from arsg_dist.engine import JobError
+from arsg_dist.engine.messages import check_sizes, decode, encode
 
 T = TypeVar("T")
 MEETING_TIMEOUT = 300.0
@@ -36,13 +35,22 @@ class Group:
         self.name = name
 
     def all_gather_object(self, value: T, what: str) -> list[T]:
-        """Every rank's `value`, in rank order; `what` names the operation in Horovod's stall warnings."""
-        payload = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+        """Returns every rank's `value`, in rank order.
+
+        Args:
+            value: as for `messages.encode`.
+            what: names the operation in Horovod's stall warnings.
+
+        Raises:
+            TypeError: on every rank: a rank has a value of another kind.
+        """
+        message = encode(value)
         sizes = hvd.allgather(
-            torch.tensor([len(payload)]), name=f"{self.name}.{what}.size", process_set=self.process_set
-        )
-        data = hvd.allgather(payload, name=f"{self.name}.{what}", process_set=self.process_set)
-        return [pickle.load(io.BytesIO(part.numpy().tobytes())) for part in data.split(sizes.tolist())]
+            torch.tensor([message.numel()]), name=f"{self.name}.{what}.size", process_set=self.process_set
+        ).tolist()
+        check_sizes(sizes)
+        data = hvd.allgather(message, name=f"{self.name}.{what}", process_set=self.process_set)
+        return decode(data.split(sizes))
 
     def meet(self, what: str) -> None:
         """Returns when every rank has called it.

@@ -55,7 +55,12 @@ def load_state(optimizer: "Shards", state_dict: dict[str, Any] | None) -> None:
     )[0]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     optimizer._whole_state = {
-        parameters[place]: copy.deepcopy(entry) for place, entry in (kept or {}).items()
+        parameters[place]: {
+            # What has one number per element was on the parameter's device, and came by way of main memory.
+            name: value.to(parameters[place].device) if isinstance(value, Tensor) and value.dim() else value
+            for name, value in entry.items()
+        }
+        for place, entry in (kept or {}).items()
     }
     optimizer._inner.load(copy.deepcopy(groups), loaded)
     for partition in optimizer._partitions:

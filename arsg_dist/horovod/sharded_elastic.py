@@ -9,6 +9,7 @@ from horovod.torch.elastic.state import StateHandler
 from arsg_dist.horovod import sharded_arguments
 from arsg_dist.horovod.broadcast import broadcast_parameters
 from arsg_dist.horovod.gather_state import outline_of, own_state, tensors_of
+from arsg_dist.horovod.group import Group
 from arsg_dist.horovod.sharded import ShardedOptimizer
 
 
@@ -68,8 +69,8 @@ class ShardedHandler(StateHandler):  # type: ignore[misc]
 def _broadcast(state: dict[str, Any], label: str) -> dict[str, Any]:
     """Rank 0's state on every rank, bit by bit. Collective."""
     first = hvd.rank() == 0
-    outline = outline_of(state) if first else None
-    received: dict[str, Any] = hvd.broadcast_object(outline, root_rank=0, name=f"{label}.outline")
+    outline: Any = outline_of(state) if first else None
+    received: dict[str, Any] = Group(name=label).all_gather_object(outline, "outline")[0]
     if first:
         received = state
     tensors = []

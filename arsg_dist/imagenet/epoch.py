@@ -1,5 +1,6 @@
 """The steps of one epoch: training, and the validation after it."""
 
+import dataclasses
 from collections.abc import Iterator
 
 import torch
@@ -14,7 +15,7 @@ from arsg_dist.imagenet.position import Position
 from arsg_dist.imagenet.progress import Progress
 from arsg_dist.imagenet.run_checkpoint import RunCheckpoints
 from arsg_dist.imagenet.run_parts import RunParts
-from arsg_dist.imagenet.watch import RunWatch
+from arsg_dist.imagenet.watch import RankReport, RunWatch
 
 
 class EpochLoop:
@@ -117,7 +118,8 @@ class EpochLoop:
 
     def _exchange(self, loss_sum: float, images: int, bad: list[str]) -> tuple[float, int, list[float]]:
         """Adds up over the ranks; images that could not be decoded end the run on every rank, or are counted."""
-        mine = (loss_sum, images, bad, self._progress.waited_share(), self._watch.report())
+        report = dataclasses.astuple(self._watch.report())
+        mine = (loss_sum, images, bad, self._progress.waited_share(), report)
         of_ranks = self._parts.communicator.all_gather_object(mine)
         losses, counts, messages, waited, reports = zip(*of_ranks, strict=True)
         all_bad = [message for of_rank in messages for message in of_rank]
@@ -126,6 +128,6 @@ class EpochLoop:
                 "\n".join(all_bad) + "\n(--data.on_bad_image skip leaves such images out and counts them)"
             )
         self._at.bad_images += len(all_bad)
-        for message in [*all_bad, *self._watch.judge(list(reports))]:
+        for message in [*all_bad, *self._watch.judge([RankReport(*values) for values in reports])]:
             self._progress.say(message)
         return sum(losses), sum(counts), list(waited)

@@ -10,6 +10,7 @@ from arsg_dist.engine.state import EXTRA, key_of
 from arsg_dist.imagenet.position import Position
 from arsg_dist.imagenet.rank_state import add_rank_state, load_rank_state
 from arsg_dist.imagenet.run_parts import RunParts
+from arsg_dist.safe_io.files import inside
 
 
 class RunCheckpoints:
@@ -128,7 +129,8 @@ class RunCheckpoints:
     def _newest(self, *, skip_damaged: bool) -> tuple[SavedRun, list[str]]:
         """The newest checkpoint, every byte of it checked by one of the ranks; what was skipped. Collective."""
         communicator = self._parts.communicator
-        complete = communicator.from_rank_0(self._store.complete())
+        names = communicator.from_rank_0([path.name for path in self._store.complete()])
+        complete = [inside(self._store.directory, name) for name in names]
         notes: list[str] = []
         for path in reversed(complete):
             damage: list[str] = []

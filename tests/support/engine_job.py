@@ -12,6 +12,7 @@ from arsg_dist import ARSG
 from arsg_dist.engine import Engine, discover_ranks, end_process
 from tests.support import toy
 from tests.support.launchers import REPOSITORY
+from tests.support.messages import check_messages
 
 HYPERPARAMETERS = toy.HYPERPARAMETERS | {"fused": True}  # plain_deepspeed_job.py has the default path
 
@@ -59,6 +60,7 @@ def main() -> None:
         assert all(torch.equal(weights[name], other[name]) for name in weights), (
             "ranks hold different weights"
         )
+    check_messages(communicator)
     if communicator.rank == 0:
         torch.save(weights, Path(output))
     communicator.close()

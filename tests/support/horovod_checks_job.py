@@ -19,7 +19,9 @@ from torch import nn
 from arsg_dist import ARSG
 from arsg_dist.engine import discover_ranks, end_process
 from arsg_dist.horovod import DistributedOptimizer, broadcast, connect
+from arsg_dist.horovod.communicator import HorovodCommunicator
 from tests.support import toy
+from tests.support.messages import check_messages
 
 CHECKS: dict[str, Callable[[], None]] = {}
 
@@ -293,6 +295,19 @@ def adasum_combines_the_updates() -> None:
             dot = (a * b).sum()
             expected = a * (1 - dot / (2 * a.pow(2).sum())) + b * (1 - dot / (2 * b.pow(2).sum()))
         torch.testing.assert_close(update, expected, rtol=1e-4, atol=1e-6)
+
+
+@check
+def messages_are_plain_values_of_every_rank() -> None:
+    """Also settings and state: a kind that is not sent is refused on every rank."""
+    check_messages(HorovodCommunicator())
+    _, optimizer = small()
+    optimizer.param_groups[0]["custom"] = {1}
+    raises(
+        TypeError,
+        "rank 0 cannot send its value: builtins.set",
+        lambda: hvd.broadcast_optimizer_state(optimizer),
+    )
 
 
 def main() -> None:
