@@ -152,17 +152,20 @@ def replacing(path: Path, *, private: bool = False, executable: bool = False) ->
         Path of an empty file beside it, with a random name and the same suffix.
 
     Raises:
-        OSError: it cannot be written, or a directory is in its place.
+        OSError: it cannot be written, or a directory is in its place; the message names it.
     """
-    partial = _create_beside(path, (0o700 if private else 0o777) & (0o777 if executable else 0o666))
     try:
-        yield partial
-        sync(partial)
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    sync(path.parent)
+        partial = _create_beside(path, (0o700 if private else 0o777) & (0o777 if executable else 0o666))
+        try:
+            yield partial
+            sync(partial)
+            partial.replace(path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+        sync(path.parent)
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write {path}: {error.strerror or error}") from error
 
 
 @contextmanager
@@ -185,11 +188,8 @@ def write_text(path: Path, text: str, *, private: bool = False, executable: bool
     Raises:
         OSError: it cannot be written; the message names it.
     """
-    try:
-        with writing(path, private=private, executable=executable) as file:
-            file.write(text.encode())
-    except OSError as error:
-        raise OSError(error.errno, f"cannot write {path}: {error.strerror or error}") from error
+    with writing(path, private=private, executable=executable) as file:
+        file.write(text.encode())
 
 
 def append_text(path: Path, text: str) -> None:

@@ -25,3 +25,13 @@ def printable(text: object, *, limit: int = 500) -> str:
         for character in shown[:limit]
     )
     return safe + "…" if cut else safe
+
+
+def printable_lines(text: object, *, limit: int = 10_000) -> str:
+    """Return text of several lines, each as `printable` gives it.
+
+    Args:
+        text: of any origin; converted with `str`.
+        limit: characters of each line to keep.
+    """
+    return "\n".join(printable(line, limit=limit) for line in str(text).split("\n"))
