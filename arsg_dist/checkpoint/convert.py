@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from arsg_dist.checkpoint.durable import sync
 from arsg_dist.checkpoint.saved_run import SavedRun
 from arsg_dist.checkpoint.writer import write_manifest, write_part
 from arsg_dist.engine.saved_state import SavedState
@@ -20,6 +19,7 @@ from arsg_dist.engine.state import (
     plain_settings,
     state_numbers,
 )
+from arsg_dist.safe_io.files import new_directory, writing
 
 
 def to_portable(saved: SavedState, target: Path, engine: str, progress: dict[str, Any]) -> None:
@@ -62,12 +62,9 @@ def to_portable(saved: SavedState, target: Path, engine: str, progress: dict[str
             state.numbers[name] = state_numbers(name, numbers)
     for name in saved.buffers:
         state.add_whole(key_of(BUFFER, name), saved.whole(BUFFER, name))
-    partial = target.with_name(f".{target.name}.partial")
-    partial.mkdir(parents=True)
-    write_part(partial, 0, state)
-    write_manifest(partial, 1, state, progress)
-    partial.rename(target)
-    sync(target.parent)
+    with new_directory(target) as partial:
+        write_part(partial, 0, state)
+        write_manifest(partial, 1, state, progress)
 
 
 def to_torch(saved: SavedRun, target: Path) -> None:
@@ -101,21 +98,12 @@ def to_torch(saved: SavedRun, target: Path) -> None:
             for group in saved.manifest.groups
         ],
     }
-    partial = target.with_name(f".{target.name}.partial")
+    content = {"model": model, "optimizer": optimizer, "parameters": names, "progress": saved.progress}
     try:
-        with partial.open("wb") as file:
-            torch.save(
-                {"model": model, "optimizer": optimizer, "parameters": names, "progress": saved.progress},
-                file,
-            )
-            file.flush()
-            os.fsync(file.fileno())
-        partial.rename(target)
+        with writing(target) as file:
+            torch.save(content, file)
     except RuntimeError as error:  # how torch's writer says that the disk is full
         raise OSError(f"cannot write {target}: {str(error).splitlines()[0]}") from error
-    finally:
-        partial.unlink(missing_ok=True)
-    sync(target.parent)
 
 
 def _for_torch(settings: dict[str, Any]) -> dict[str, Any]:
@@ -127,7 +115,7 @@ def _entry(saved: SavedRun, entry: str, name: str) -> Tensor | Any:
 
 
 def _check_new(target: Path) -> None:
-    if target.exists():
+    if os.path.lexists(target):
         raise ValueError(f"{target} exists already: choose another name or remove it")
     if not target.parent.is_dir():
         raise ValueError(f"directory {target.parent} does not exist")

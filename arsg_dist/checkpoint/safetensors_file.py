@@ -6,7 +6,6 @@ the tensors' bytes: https://github.com/huggingface/safetensors#format
 
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Final
@@ -14,7 +13,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from arsg_dist.checkpoint.durable import sync
+from arsg_dist.safe_io.files import writing
 
 DTYPES: Final = {
     torch.float64: "F64",
@@ -58,19 +57,11 @@ def write_safetensors(
         offset += size
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with partial.open("wb") as file:
-            file.write(len(encoded).to_bytes(8, "little"))
-            file.write(encoded)
-            for (name, (dtype, shape)), tensor in zip(layout.items(), tensors, strict=True):
-                assert tensor.dtype == dtype, f"{name}: {tensor.dtype}"
-                assert tuple(tensor.shape) == tuple(shape), f"{name}: {tuple(tensor.shape)}"
-                flat = tensor.detach().cpu().contiguous().reshape(-1)
-                file.write(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
-            file.flush()
-            os.fsync(file.fileno())
-        partial.rename(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    sync(path.parent)
+    with writing(path) as file:
+        file.write(len(encoded).to_bytes(8, "little"))
+        file.write(encoded)
+        for (name, (dtype, shape)), tensor in zip(layout.items(), tensors, strict=True):
+            assert tensor.dtype == dtype, f"{name}: {tensor.dtype}"
+            assert tuple(tensor.shape) == tuple(shape), f"{name}: {tuple(tensor.shape)}"
+            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            file.write(flat.view(torch.uint8).numpy().data if flat.numel() else b"")

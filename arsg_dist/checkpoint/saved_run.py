@@ -1,5 +1,6 @@
 """Reads a checkpoint: any part of it on any rank, every byte checked against its digest."""
 
+import os
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,14 @@ from arsg_dist.checkpoint.manifest import Manifest, StoredPiece, StoredTensor
 from arsg_dist.checkpoint.writer import digest_of, piece_name
 from arsg_dist.engine.saved_state import SavedState
 from arsg_dist.engine.state import BUFFER, EXTRA, PARAMETER, TensorSpec, from_order, in_order, key_of
+from arsg_dist.safe_io.files import open_regular
 
 
 class SavedRun(SavedState):
     """A checkpoint directory. Nothing in it is executed, whoever wrote it.
 
     Args:
-        directory: of the checkpoint.
+        directory: of the checkpoint. It may be a link, its files may not.
 
     Raises:
         ValueError: there is none, its manifest is damaged, or it is of another format.
@@ -137,7 +139,11 @@ class SavedRun(SavedState):
                 parts.append(self._piece(key, tensor, piece).narrow(0, first - piece.start, last - first))
         if not parts:
             return torch.empty(0, dtype=tensor.spec.dtype)
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        try:
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
+        except RuntimeError as error:  # how torch says that there is no memory
+            size = numel * tensor.spec.dtype.itemsize
+            raise ValueError(f"{self.where}: there is no memory for the {size:,} bytes of {key!r}") from error
 
     def _piece(self, key: str, tensor: StoredTensor, piece: StoredPiece) -> Tensor:
         path = self.where / piece.shard
@@ -158,12 +164,14 @@ class SavedRun(SavedState):
     def _file(self, shard: str) -> Any:
         if shard not in self._open:
             path, size = self.where / shard, self.manifest.shards[shard]
-            if not path.is_file():
-                raise ValueError(f"{path} is missing")
-            if path.stat().st_size != size:
-                raise ValueError(f"{path} is damaged: it has {path.stat().st_size} bytes and had {size}")
             try:
+                with open_regular(path) as file:
+                    found = os.fstat(file.fileno()).st_size
+                if found != size:
+                    raise ValueError(f"{path} is damaged: it has {found} bytes and had {size}")
                 self._open[shard] = safe_open(path, framework="pt")
+            except FileNotFoundError as error:
+                raise ValueError(f"{path} is missing") from error
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"{path} is damaged: {error}") from error
         return self._open[shard]

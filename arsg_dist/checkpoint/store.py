@@ -1,21 +1,31 @@
 """A directory of checkpoints in which only complete ones can be seen."""
 
 import json
+import math
 import re
-import shutil
+import secrets
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
 from torch import Tensor
 
-from arsg_dist.checkpoint.durable import sync
 from arsg_dist.engine import Communicator
+from arsg_dist.safe_io.documents import read_json
+from arsg_dist.safe_io.files import append_text, remove_tree, sync, write_text
 
-_NAME = re.compile(r"step-(\d{9,})$")
-_SCORE = "score.json"
-_POLL_SECONDS = 0.1
+_NAME: Final = re.compile(r"step-([0-9]{9,})")
+_LEFT: Final = re.compile(
+    r"\.step-[0-9]{9,}\.(partial|replaced|removed)|\.best\.[0-9a-f]{16}\.(partial|replaced)"
+)
+"""Names that only a store makes, and that a job which was killed may leave."""
+_BEST: Final = "best"
+_SCORE: Final = "score.json"
+_SCORE_LIMIT: Final = 1024
+_POLL_SECONDS: Final = 0.1
 
 Memory = dict[tuple[str, int], Tensor]
 """Piece (key, first element) → its copy."""
@@ -26,6 +36,9 @@ class CheckpointStore:
 
     A checkpoint is written under a name that `latest` does not see, synced, and renamed: after a crash at any moment
     every visible one is complete. The link ``best`` leads to the one with the highest score.
+
+    The store removes nothing but old checkpoints and what it has under its own hidden names. A link to the directory is
+    followed, since the program's author named it; one in the place of a checkpoint, or in it, is not.
 
     Args:
         directory: created by the first `save`.
@@ -47,25 +60,59 @@ class CheckpointStore:
         self.memory: Memory = {}
 
     def complete(self) -> list[Path]:
-        """Paths of the complete checkpoints, oldest first."""
+        """Find the complete checkpoints, oldest first.
+
+        Raises:
+            ValueError: a link or a file has the name of one.
+        """
         if not self.directory.is_dir():
             return []
-        found = [path for path in self.directory.iterdir() if _NAME.match(path.name)]
+        found = [path for path in self.directory.iterdir() if _NAME.fullmatch(path.name)]
+        for path in found:
+            if path.is_symlink() or not path.is_dir():
+                raise ValueError(
+                    f"{path} is a {'link' if path.is_symlink() else 'file'} where a checkpoint's directory belongs, "
+                    "and is not followed: put the directory itself there, or remove it"
+                )
         return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
     def latest(self) -> Path | None:
-        """Path of the newest complete checkpoint, or None."""
+        """Find the newest complete checkpoint, if there is one; raises as `complete`."""
         complete = self.complete()
         return complete[-1] if complete else None
 
     def best(self) -> Path | None:
-        """Path of the checkpoint with the highest score, the earliest of several; None if none has a score."""
-        scores = {
-            path: json.loads((path / _SCORE).read_text())
-            for path in self.complete()
-            if (path / _SCORE).exists()
-        }
-        return max(scores, key=lambda path: float(scores[path])) if scores else None
+        """Find the checkpoint with the highest score, the earliest of several; None if none has a score.
+
+        Raises:
+            ValueError: as `complete`, or a score that is no finite number.
+        """
+        scores = {path: score for path in self.complete() if (score := _score_of(path)) is not None}
+        return max(scores, key=lambda path: scores[path]) if scores else None
+
+    def check(self) -> None:
+        """Check that the store can go on with what is in its directory: nothing foreign at the names it uses.
+
+        Raises:
+            ValueError: as `best`, or something other than its link is at ``best``.
+        """
+        self.best()
+        self._copy_of_best()
+
+    def _copy_of_best(self) -> Path | None:
+        """Find what a copy of the directory that followed the link ``best`` has in its place; None for the link.
+
+        Raises:
+            ValueError: something else is there.
+        """
+        path = self.directory / _BEST
+        if path.is_symlink() or not path.exists():
+            return None
+        if path.is_dir() and any(_sizes(path) == _sizes(checkpoint) for checkpoint in self.complete()):
+            return path
+        raise ValueError(
+            f"{path} is in the place of the link to the best checkpoint, and no copy of one: move it elsewhere"
+        )
 
     def save(
         self,
@@ -90,28 +137,34 @@ class CheckpointStore:
 
         Raises:
             JobError: on every rank, when writing this one (if waited for) or the one before failed on any (disk full,
-                ...); older checkpoints are untouched.
+                ...), or the directory has something foreign at a name of the store's, or the score is not finite;
+                older checkpoints are untouched.
         """
         self.finish()
         path = self.directory / f"step-{step:09d}"
         partial = self.directory / f".{path.name}.partial"
         leader = self._communicator.rank == 0
-        with self._communicator.fail_together(OSError):
+        with self._communicator.fail_together(OSError, ValueError):
             if leader:
-                for left in self.directory.glob(".*"):  # by a job that was killed
-                    _remove(left)
-                partial.mkdir(parents=True)
+                if score is not None and not math.isfinite(score):
+                    raise ValueError(
+                        f"the score of a checkpoint is {score}: it must be a finite number, or None"
+                    )
+                self.check()
+                self.directory.mkdir(parents=True, exist_ok=True)
+                self._remove_left_over()
+                partial.mkdir()
 
         def put_in_place() -> None:
             if conclude is not None:
                 conclude(partial)
             if score is not None:
-                (partial / _SCORE).write_text(json.dumps(score))
+                write_text(partial / _SCORE, json.dumps(score))
             for rank in range(self._communicator.world_size):
                 (partial / _written(rank)).unlink(missing_ok=True)
             for file in [*partial.iterdir(), partial]:
                 sync(file)
-            if path.exists():  # the same step again, after a resume
+            if path.is_dir():  # the same step again, after a resume
                 path.rename(self.directory / f".{path.name}.replaced")
             partial.rename(path)
             sync(self.directory)
@@ -149,19 +202,23 @@ class CheckpointStore:
     def _tidy(self) -> None:
         best = self.best()
         if best is not None:
-            link = self.directory / ".best"
-            link.unlink(missing_ok=True)
+            beside = self.directory / f".{_BEST}.{secrets.token_hex(8)}"
+            link = beside.with_name(f"{beside.name}.partial")
             link.symlink_to(best.name)
-            target = self.directory / "best"
-            if target.is_dir() and not target.is_symlink():  # a copy of the run that followed the link
-                target.rename(self.directory / ".best.replaced")
-            link.rename(target)
+            copy = self._copy_of_best()
+            if copy is not None:
+                copy.rename(beside.with_name(f"{beside.name}.replaced"))
+            link.rename(self.directory / _BEST)
         for old in self.complete()[: -self._keep]:
             if old != best:
                 # Renamed first: a job killed while it removes leaves nothing that looks complete.
                 old.rename(self.directory / f".{old.name}.removed")
-        for left in self.directory.glob(".*"):
-            _remove(left)
+        self._remove_left_over()
+
+    def _remove_left_over(self) -> None:
+        for path in list(self.directory.iterdir()):
+            if _LEFT.fullmatch(path.name):
+                remove_tree(path)
 
 
 @dataclass
@@ -190,7 +247,7 @@ class _Saving:
     def _run(self) -> None:
         try:
             self.write(self.directory)
-            (self.directory / _written(self.rank)).touch()
+            append_text(self.directory / _written(self.rank), "")
         except OSError as error:
             self._failed = OSError(f"cannot write the checkpoint {self.directory}: {error}")
         except BaseException as error:
@@ -233,8 +290,21 @@ def _written(rank: int) -> str:
     return f".written-{rank:05d}"
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
+def _score_of(checkpoint: Path) -> float | None:
+    path = checkpoint / _SCORE
+    try:
+        score = read_json(path, limit=_SCORE_LIMIT)
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ValueError(f"{error}{_WITHOUT_SCORE}") from error
+    if isinstance(score, bool) or not isinstance(score, int | float) or not abs(score) <= sys.float_info.max:
+        raise ValueError(f"{path} is damaged: a score is a finite number{_WITHOUT_SCORE}")
+    return float(score)
+
+
+_WITHOUT_SCORE: Final = "; remove the file, and the checkpoint counts as one without a score"
+
+
+def _sizes(directory: Path) -> dict[str, int]:
+    return {path.name: path.lstat().st_size for path in directory.iterdir()}

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from arsg_dist.checkpoint.durable import sync
 from arsg_dist.checkpoint.manifest import (
+    LIMIT,
     Manifest,
     StoredPiece,
     StoredTensor,
@@ -26,6 +25,8 @@ from arsg_dist.checkpoint.safetensors_file import write_safetensors
 from arsg_dist.checkpoint.store import CheckpointStore, Memory
 from arsg_dist.engine import Communicator, EngineState, package_versions
 from arsg_dist.engine.state import Piece
+from arsg_dist.safe_io.documents import read_json
+from arsg_dist.safe_io.files import write_text
 
 
 def save_run(
@@ -120,13 +121,7 @@ def write_part(directory: Path, rank: int, state: EngineState) -> None:
         "numbers": encode_numbers(state.numbers),
         "bytes": (directory / name).stat().st_size,
     }
-    partial = directory / f".{name}.json.partial"
-    with partial.open("w") as file:
-        json.dump(part, file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(_part(directory, rank))
-    sync(directory)
+    write_text(_part(directory, rank), json.dumps(part))
 
 
 def write_manifest(directory: Path, world_size: int, state: EngineState, progress: dict[str, Any]) -> None:
@@ -142,7 +137,7 @@ def write_manifest(directory: Path, world_size: int, state: EngineState, progres
         OSError: it could not be written, or a part is missing.
         ValueError: the parts do not make a whole.
     """
-    parts = [json.loads(_part(directory, rank).read_text()) for rank in range(world_size)]
+    parts = [read_json(_part(directory, rank), limit=LIMIT) for rank in range(world_size)]
     numbers: dict[str, dict[str, Any]] = {}
     for part in parts:
         numbers |= decode_numbers(part["numbers"])

@@ -54,7 +54,7 @@ def export(source: Any, path: str | Path, at: Point = "x", dtype: torch.dtype = 
             try:
                 write_safetensors(path, layout, tensors, metadata_of(at))
             except OSError as error:
-                failed = OSError(f"cannot write {path}: {error.strerror or error}")
+                failed = error
         for (
             _
         ) in tensors:  # the other ranks give their parts, and rank 0 takes part to the end though it failed

@@ -121,7 +121,7 @@ class SingleProcessEngine(Engine):
             return
         loaded = self._grad_scaler.state_dict() | {"scale": saved.loss_scale["scale"]}
         if saved.loss_scale["kind"] == _SCALER:
-            loaded["_growth_tracker"] = saved.loss_scale["since_overflow"]
+            loaded["_growth_tracker"] = int(saved.loss_scale.get("since_overflow", 0))
         self._grad_scaler.load_state_dict(loaded)
 
     def replicated_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:

@@ -21,6 +21,7 @@ from arsg_dist.imagenet.shard_writer import shard_command
 from arsg_dist.imagenet.train import train
 from arsg_dist.imagenet.weights import BEST, EMA, LAST
 from arsg_dist.safe_io.processes import keep_compiled_code_private
+from arsg_dist.safe_io.text import printable_lines
 
 
 def main() -> None:
@@ -60,7 +61,7 @@ def compare_command(arguments: list[str]) -> int:
         runs = compare.read_runs(options.runs)
         compare.draw(runs, options.output)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        print(f"error: {printable_lines(error)}", file=sys.stderr)  # noqa: T201
         return BAD_INPUT
     for warning in compare.warnings(runs):
         print(f"warning: {warning}", file=sys.stderr)  # noqa: T201
@@ -91,7 +92,7 @@ def export_command(arguments: list[str]) -> int:
     try:
         path = export(options.run, options.output, options.weights)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        print(f"error: {printable_lines(error)}", file=sys.stderr)  # noqa: T201
         return BAD_INPUT
     print(f"weights in {path}, model card in {path.with_name(CARD)}")  # noqa: T201
     return 0
@@ -176,7 +177,7 @@ def _connected(arguments: list[str], engine: Any, ranks: Ranks, communicator: Co
         code = train(config, job, ranks, communicator)
     except JobError as error:
         if ranks.rank == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)  # noqa: T201
+            print(f"error: {printable_lines(error)}", file=sys.stderr, flush=True)  # noqa: T201
         code = BAD_INPUT
     communicator.close()
     return code

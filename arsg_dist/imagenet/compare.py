@@ -5,9 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from arsg_dist.imagenet.run_directory import CONFIG, read_environments, read_metrics
+from arsg_dist.imagenet.run_directory import (
+    CONFIG,
+    plot_label,
+    read_config,
+    read_environments,
+    read_metrics,
+)
+from arsg_dist.safe_io.files import replacing
+from arsg_dist.safe_io.text import printable
 
 PICTURE = "comparison.png"
 
@@ -17,7 +23,7 @@ class Run:
     """A run as its directory tells it.
 
     Attributes:
-        name: shown; the directory's name, or its path where names are equal.
+        name: shown; the directory's name, or its path where names are equal, on one line.
         config: resolved settings.
         epochs: records of its finished epochs, at least one.
         data: fingerprint of its data; None if not recorded.
@@ -33,21 +39,26 @@ def read_runs(directories: Sequence[Path]) -> list[Run]:
     """Reads the runs to be compared.
 
     Raises:
-        ValueError: a directory that holds no run, or a run without a finished epoch; all of them are named.
+        ValueError: a directory that holds no run, one with damaged files, or a run without a finished epoch; all of
+            them are named.
     """
     problems, runs = [], []
     names = [directory.resolve().name for directory in directories]
     for directory, name in zip(directories, names, strict=True):
-        if not (directory / CONFIG).is_file():
+        try:
+            config = read_config(directory)
+            epochs = [record for record in read_metrics(directory) if record["kind"] == "epoch"]
+            starts = read_environments(directory)
+        except (FileNotFoundError, NotADirectoryError):
             problems.append(f"{directory} holds no run (no {CONFIG})")
             continue
-        epochs = [record for record in read_metrics(directory) if record["kind"] == "epoch"]
+        except ValueError as error:
+            problems.append(str(error))
+            continue
         if not epochs:
             problems.append(f"{directory} has no finished epoch to compare")
             continue
-        starts = read_environments(directory)
-        config = yaml.safe_load((directory / CONFIG).read_text())
-        shown = name if names.count(name) == 1 else str(directory)
+        shown = printable(name if names.count(name) == 1 else directory, limit=200)
         runs.append(Run(shown, config, epochs, starts[-1]["data"] if starts else None))
     if problems:
         raise ValueError("\n".join(problems))
@@ -79,11 +90,13 @@ def table(runs: Sequence[Run]) -> str:
         best = max(run.epochs, key=lambda record: record["val_top1"])
         rates = sorted(record["images_per_second"] for record in run.epochs)
         optimizer = config["optimizer"]
-        boosted = config.get("boost") or {}
+        boosted = config.get("boost")
+        boosted = boosted if isinstance(boosted, dict) else {}
         name = optimizer["type"] + ("B" if boosted.get("milestones") or boosted.get("plateau") else "")
+        method = f"{name} {_numbers(optimizer['params'])}"
         lines.append(
-            f"| {run.name} | {config['model']} | {name} {_numbers(optimizer['params'])} "
-            f"| {config['engine']}, {config['world_size']} | {config['batch_size']} "
+            f"| {_cell(run.name)} | {_cell(config['model'])} | {_cell(method)} "
+            f"| {_cell(config['engine'])}, {config['world_size']} | {config['batch_size']} "
             f"| {last['epoch']} of {config['epochs']} | {best['val_top1']:.2%} ({best['epoch']}) "
             f"| {last['val_top1']:.2%} | {last['val_loss']:.4f} | {last['train_loss']:.4f} "
             f"| {rates[len(rates) // 2]:,.0f} | {last['seconds'] / 3600:.3f} |"
@@ -91,12 +104,25 @@ def table(runs: Sequence[Run]) -> str:
     return "\n".join(lines)
 
 
+def _cell(text: str) -> str:
+    return printable(text, limit=200).replace("|", r"\|")
+
+
 def _numbers(params: dict[str, Any]) -> str:
     return ", ".join(f"{key} {params[key]}" for key in ("lr", "mu", "eps", "weight_decay") if key in params)
 
 
 def draw(runs: Sequence[Run], path: Path) -> None:
-    """Draws training loss, validation loss and validation error of all runs, over epochs and over hours."""
+    """Draw training loss, validation loss and validation error of all runs, over epochs and over hours.
+
+    Args:
+        runs: to be drawn.
+        path: of the picture; its suffix says the format, PNG without one.
+
+    Raises:
+        ValueError: a format that matplotlib does not have.
+        OSError: it cannot be written.
+    """
     from matplotlib.figure import Figure  # no pyplot: nothing global, no display needed
 
     figure = Figure(figsize=(13, 7), layout="constrained")
@@ -118,7 +144,7 @@ def draw(runs: Sequence[Run], path: Path) -> None:
             for run in runs:
                 x = [unit * record[quantity] for record in run.epochs]
                 y = [scale * record[key] for record in run.epochs]
-                axes.plot(x, y, marker="o", markersize=2.5, linewidth=1.2, label=run.name)
+                axes.plot(x, y, marker="o", markersize=2.5, linewidth=1.2, label=plot_label(run.name))
             axes.set(xlabel=label, ylabel=title)
             axes.grid(alpha=0.3)
             if key != "val_top1":
@@ -126,4 +152,5 @@ def draw(runs: Sequence[Run], path: Path) -> None:
     handles, labels = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(runs)))
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=130, format=path.suffix[1:] or "png")

@@ -1,12 +1,12 @@
 """The data used when none is given: real handwritten digits as a JPEG ImageFolder tree, without a download."""
 
-import os
-import shutil
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
+
+from arsg_dist.safe_io.files import make_directory, new_directory
 
 DIGITS = Path("data/digits")
 """Where a training without `data.root` has them, relative to the current directory."""
@@ -28,21 +28,21 @@ def digits_tree(directory: Path) -> Path:
     """
     if directory.is_dir():
         return directory
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    partial = directory.with_name(f".{directory.name}.{os.uname().nodename}.{os.getpid()}")
+    try:
+        with new_directory(directory) as partial:
+            _write(partial)
+    except OSError:
+        if not directory.is_dir():  # else another process was first
+            raise
+    return directory
+
+
+def _write(directory: Path) -> None:
     digits = load_digits()
     seen = [0] * 10
     for scan, digit in zip(digits.images, digits.target, strict=True):
         split = "val" if seen[digit] % 5 == 4 else "train"
-        path = partial / split / str(digit) / f"{seen[digit]:04d}.jpg"
+        path = make_directory(directory, split, str(digit)) / f"{seen[digit]:04d}.jpg"
         seen[digit] += 1
-        path.parent.mkdir(parents=True, exist_ok=True)
         grey = Image.fromarray(np.round(scan * (255 / 16)).astype(np.uint8))
         grey.resize((_PIXELS, _PIXELS), Image.Resampling.BICUBIC).save(path, quality=95)
-    try:
-        partial.rename(directory)
-    except OSError:  # another process was first
-        shutil.rmtree(partial)
-        if not directory.is_dir():
-            raise
-    return directory

@@ -1,5 +1,10 @@
-"""Weights of a run for other programs, with a model card: `arsg-imagenet export RUN --output DIR`."""
+"""Weights of a run for other programs, with a model card: `arsg-imagenet export RUN --output DIR`.
 
+The run may be somebody else's, and what is exported may be published: no link in it is followed, and text of the run
+stands in the card as text, not as Markdown or as code.
+"""
+
+import re
 import shlex
 import shutil
 from pathlib import Path
@@ -8,11 +13,22 @@ from typing import Any
 import yaml
 
 from arsg_dist.imagenet.models import TIMM
-from arsg_dist.imagenet.run_directory import CLASSES, CONFIG, METRICS, read_environments, read_metrics
-from arsg_dist.imagenet.weights import BEST, DIRECTORY, EMA, LAST, read_metadata
-from arsg_dist.imagenet.whole_file import write_whole
+from arsg_dist.imagenet.run_directory import (
+    CLASSES,
+    CONFIG,
+    METRICS,
+    WEIGHTS,
+    directory_of,
+    read_classes,
+    read_config,
+    read_environments,
+    read_metrics,
+)
+from arsg_dist.imagenet.weights import BEST, EMA, LAST, POINTS, read_metadata
+from arsg_dist.safe_io.files import open_regular, read_text, write_text, writing
+from arsg_dist.safe_io.text import printable
 
-WEIGHTS = "model.safetensors"
+EXPORTED = "model.safetensors"
 CARD = "README.md"
 
 
@@ -28,13 +44,14 @@ def export(run: Path, output: Path, weights: str = BEST) -> Path:
         Path of the weights.
 
     Raises:
-        ValueError: no such run or weights, or an output that holds something.
+        ValueError: no such run or weights, one with links or damaged files, or an output that holds something.
+        OSError: a file cannot be read or written.
     """
-    source = run / DIRECTORY / f"{weights}.safetensors"
+    source = directory_of(run, WEIGHTS) / f"{weights}.safetensors"
     if not (run / CONFIG).is_file():
         raise ValueError(f"{run} holds no run (no {CONFIG})")
     if not source.is_file():
-        present = sorted(path.stem for path in (run / DIRECTORY).glob("*.safetensors"))
+        present = [name for name in (BEST, EMA, LAST) if source.with_name(f"{name}.safetensors").is_file()]
         raise ValueError(
             f"{run} has no weights {weights!r}; it has {', '.join(present)}"
             if present
@@ -42,45 +59,59 @@ def export(run: Path, output: Path, weights: str = BEST) -> Path:
         )
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"output {output} is not an empty directory; choose another one")
+    card = _card(run, {EXPORTED: source})
+    copied = {name: read_text(run / name) for name in (CONFIG, CLASSES)}
     output.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(source, output / WEIGHTS)
-    for name in (CONFIG, CLASSES):
-        shutil.copyfile(run / name, output / name)
-    (output / CARD).write_text(_card(run, {WEIGHTS: source}))
-    return output / WEIGHTS
+    with open_regular(source) as original, writing(output / EXPORTED) as copy:
+        shutil.copyfileobj(original, copy)
+    for name, text in {**copied, CARD: card}.items():
+        write_text(output / name, text)
+    return output / EXPORTED
 
 
 def write_model_card(run: Path) -> Path:
-    """Writes the card of a run's weights beside them; returns its path."""
-    files = {f"{name}.safetensors": run / DIRECTORY / f"{name}.safetensors" for name in (BEST, LAST, EMA)}
-    path = run / DIRECTORY / CARD
-    write_whole(path, _card(run, {name: file for name, file in files.items() if file.is_file()}))
-    return path
+    """Write the card of a run's weights beside them.
+
+    Args:
+        run: directory of the run.
+
+    Returns:
+        Path of the card.
+
+    Raises:
+        ValueError: a file of the run is none of ours.
+        OSError: it cannot be written.
+    """
+    directory = directory_of(run, WEIGHTS)
+    files = {f"{name}.safetensors": directory / f"{name}.safetensors" for name in (BEST, LAST, EMA)}
+    write_text(directory / CARD, _card(run, {name: file for name, file in files.items() if file.is_file()}))
+    return directory / CARD
 
 
 def _card(run: Path, files: dict[str, Path]) -> str:
-    config: dict[str, Any] = yaml.safe_load((run / CONFIG).read_text())
+    config = read_config(run)
+    model = config["model"]
+    if not _MODEL.fullmatch(model):
+        raise ValueError(f"{run / CONFIG} names no model: {printable(model, limit=100)!r}")
     epochs = [record for record in read_metrics(run) if record["kind"] == "epoch"]
     starts = read_environments(run)
-    classes = (run / CLASSES).read_text().splitlines()
+    classes = read_classes(run)
     first = next(iter(files))
     lines = [
-        f"# {config['model']}, {len(classes)} classes, trained with {config['optimizer']['type']}",
+        f"# {_code(model)}, {len(classes)} classes, trained with {_code(config['optimizer']['type'])}",
         "",
         "| file | epoch | validation top-1 | weights |",
         "|---|---|---|---|",
     ]
     for name, file in files.items():
         about = read_metadata(file)
-        kind = _KINDS[about["weights"]]
+        kind = POINTS[about["weights"]]
         lines.append(f"| {name} | {about['epoch']} | {about['val_top1']:.2%} | {kind} |")
     lines += [
         "",
         f"Validation: {epochs[-1]['val_images']:,} images, each counted once." if epochs else "",
         "",
-        "```python",
-        *_loading(config["model"], len(classes), first),
-        "```",
+        *_fenced("python", _loading(model, len(classes), first)),
         "",
         "## Input",
         "",
@@ -95,7 +126,7 @@ def _card(run: Path, files: dict[str, Path]) -> str:
         "",
         "## Training",
         "",
-        f"- engine {config['engine']}, {config['world_size']} ranks, {config['epochs']} epochs asked for, "
+        f"- engine {_code(config['engine'])}, {config['world_size']} ranks, {config['epochs']} epochs asked for, "
         f"{epochs[-1]['epoch'] if epochs else 0} done, batch {config['batch_size']}",
     ]
     if epochs:
@@ -104,29 +135,53 @@ def _card(run: Path, files: dict[str, Path]) -> str:
             f"- throughput: {rates[len(rates) // 2]:,.1f} images/s over all ranks (median epoch, training only); "
             f"wall time {epochs[-1]['seconds'] / 3600:.2f} h"
         )
-    for start in starts:
-        git = start["git"]
-        # Starts of earlier versions say whether files were changed, later ones the digest of the code.
-        changes = " with changes" if git and git.get("changed") else ""
-        revision = f"{git['revision']}{changes}" if git else "no checkout"
-        revision += f", code {start['code'][:12]}" if "code" in start else ""
-        lines += [
-            f"- started {start['time']} on {start['device']}, {start['hosts']} hosts, seed {start['seed']}, "
-            f"git {revision}: `{shlex.join(start['command'])}`",
-        ]
+    lines += [_start(start) for start in starts]
     if starts:
-        lines.append(
-            "- " + ", ".join(f"{name} {version}" for name, version in starts[-1]["packages"].items())
-        )
-    lines += ["", "## Settings", "", "```yaml", yaml.safe_dump(config, sort_keys=False).rstrip(), "```", ""]
-    lines.append(f"Records of every epoch: {METRICS} of the run `{run.name}`.")
+        packages = starts[-1]["packages"].items()
+        lines.append("- " + ", ".join(_code(f"{name} {version}") for name, version in packages))
+    settings = yaml.safe_dump(config, sort_keys=False).splitlines()
+    lines += ["", "## Settings", "", *_fenced("yaml", settings), ""]
+    lines.append(f"Records of every epoch: {METRICS} of the run {_code(run.name)}.")
     return "\n".join(lines) + "\n"
 
 
-_KINDS = {"x": "as trained (observation point x)", "theta": "base iterate θ", "ema": "moving average (EMA)"}
+_MODEL = re.compile(r"[A-Za-z_][A-Za-z0-9_]*|timm:[A-Za-z0-9_.-]+")
+
+
+def _start(start: dict[str, Any]) -> str:
+    git, revision = start.get("git"), "no checkout"
+    if isinstance(git, dict):
+        # Starts of earlier versions say whether files were changed, later ones the digest of the code.
+        revision = f"{_code(git.get('revision'))}{' with changes' if git.get('changed') else ''}"
+    if "code" in start:
+        revision += f", code {_code(start['code'], limit=12)}"
+    return (
+        f"- started {_code(start['time'])} on {_code(start['device'])}, {start['hosts']} hosts, seed {start['seed']}, "
+        f"git {revision}: {_code(shlex.join(map(str, start['command'])), limit=4000)}"
+    )
+
+
+def _code(text: object, *, limit: int = 200) -> str:
+    """Text of a run as a code span, in which Markdown has no meaning."""
+    shown = printable(text, limit=limit)
+    ticks = _longer_than_any("`", 1, shown)
+    inner = f" {shown} " if shown[:1] in ("`", " ", "") or shown[-1:] == "`" else shown
+    return f"{ticks}{inner}{ticks}"
+
+
+def _fenced(language: str, lines: list[str]) -> list[str]:
+    """A block of code that nothing in it can end."""
+    fence = _longer_than_any("`", 3, "\n".join(lines))
+    return [fence + language, *lines, fence]
+
+
+def _longer_than_any(character: str, least: int, text: str) -> str:
+    longest = max((len(run) for run in re.findall(f"{re.escape(character)}+", text)), default=0)
+    return character * max(least, longest + 1)
 
 
 def _loading(model: str, num_classes: int, file: str) -> list[str]:
+    """The lines of Python that build a model of `_MODEL` and load a file of ours."""
     if model == "resnet20":
         build = [
             "from arsg_dist.imagenet.models import build_model",
@@ -137,7 +192,7 @@ def _loading(model: str, num_classes: int, file: str) -> list[str]:
         build = [
             "import timm",
             "",
-            f'model = timm.create_model("{model.removeprefix(TIMM)}", num_classes={num_classes})',
+            f"model = timm.create_model({model.removeprefix(TIMM)!r}, num_classes={num_classes})",
         ]
     else:
         build = ["import torchvision", "", f"model = torchvision.models.{model}(num_classes={num_classes})"]

@@ -54,7 +54,7 @@ class Run:
             )
         at = self._at
         log: RunLog | None = None
-        with parts.communicator.fail_together(OSError, ImportError):
+        with parts.communicator.fail_together(OSError, ValueError, ImportError):
             if parts.leader:
                 (self._job.output / MARKER).unlink(missing_ok=True)
                 log = RunLog(
@@ -137,8 +137,9 @@ class Run:
                 break
         self._checkpoints.finish()
         parts.stop.finish()
-        if log:
-            self._finished(log, evaluation)
+        with parts.communicator.fail_together(OSError, ValueError):
+            if log:
+                self._finished(log, evaluation)
         return 0
 
     def _finished(self, log: RunLog, evaluation: Evaluation | None) -> None:
@@ -163,7 +164,7 @@ class Run:
         received = sorted(set(filter(None, communicator.all_gather_object(stop.received))))
         checkpoint = self._checkpoints.latest()
         assert checkpoint is not None
-        with communicator.fail_together(OSError):
+        with communicator.fail_together(OSError, ValueError):
             if log:
                 log.close()
                 write_marker(self._job.output, checkpoint=checkpoint, update=update, signals=received)

@@ -9,6 +9,7 @@ from arsg_dist.engine import JobError
 from arsg_dist.engine.state import EXTRA, key_of
 from arsg_dist.imagenet.position import Position
 from arsg_dist.imagenet.rank_state import add_rank_state, load_rank_state
+from arsg_dist.imagenet.run_directory import CHECKPOINTS, directory_of
 from arsg_dist.imagenet.run_parts import RunParts
 from arsg_dist.safe_io.files import inside
 
@@ -19,13 +20,17 @@ class RunCheckpoints:
     Args:
         parts: of the run.
         output: the run's directory.
+
+    Raises:
+        JobError: on every rank, when the directory of the checkpoints, or one of them, is a link.
     """
 
     def __init__(self, parts: RunParts, output: Path) -> None:
         self._parts, self._output = parts, output
-        self._store = CheckpointStore(
-            output / "checkpoints", parts.communicator, keep=parts.config.keep_checkpoints
-        )
+        with parts.communicator.fail_together(ValueError):
+            directory = directory_of(output, CHECKPOINTS)
+            self._store = CheckpointStore(directory, parts.communicator, keep=parts.config.keep_checkpoints)
+            self._store.check()
 
     def latest(self) -> Path | None:
         """The newest complete checkpoint."""

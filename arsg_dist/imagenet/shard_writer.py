@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from arsg_dist.checkpoint.durable import sync
 from arsg_dist.engine.exit_codes import BAD_INPUT, DONE
 from arsg_dist.imagenet.image_source import UNDECODABLE, decode
 from arsg_dist.imagenet.image_tree import ImageTree, require_directory
 from arsg_dist.imagenet.tar_shards import CHECKSUMS, DESCRIPTION, INDEX, NAMES, RECORD, VERSION
+from arsg_dist.safe_io.files import sync
 
 BAD_LIST = "bad_images.txt"
 BAD_IMAGES = 3

@@ -12,7 +12,7 @@ from types import FrameType
 
 from arsg_dist.engine import Communicator
 from arsg_dist.engine.exit_codes import PREEMPTED
-from arsg_dist.imagenet.whole_file import write_whole
+from arsg_dist.safe_io.files import write_text
 
 MARKER = "requeue.json"
 """File in the run's directory that says the same where a launcher rewrites exit codes; removed by the next start."""
@@ -101,4 +101,4 @@ def write_marker(output: Path, *, checkpoint: Path, update: int, signals: list[s
     text = json.dumps(
         {"exit_code": PREEMPTED, "signals": signals, "update": update, "checkpoint": str(checkpoint)}
     )
-    write_whole(output / MARKER, text + "\n")
+    write_text(output / MARKER, text + "\n")

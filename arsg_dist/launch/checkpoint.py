@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from arsg_dist.engine.exit_codes import BAD_INPUT, FAILED
+from arsg_dist.safe_io.text import printable, printable_lines
 
 SUMMARY = "Shows, verifies, converts and exports the checkpoint of a run."
+_LINE = 4000  # characters of a line that are shown
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         return _COMMANDS[options.command](options)
     except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        print(f"error: {printable_lines(error)}", file=sys.stderr)  # noqa: T201
         return BAD_INPUT
 
 
@@ -80,7 +82,7 @@ def _show(options: argparse.Namespace) -> int:
         for key, tensor in manifest.tensors.items():
             dtype = str(tensor.spec.dtype).removeprefix("torch.")
             lines.append(f"{key}  {dtype} {list(tensor.spec.shape)}  {len(tensor.pieces)} pieces")
-    print("\n".join(lines))  # noqa: T201
+    print("\n".join(printable(line, limit=_LINE) for line in lines))  # noqa: T201
     return 0
 
 
@@ -93,7 +95,7 @@ def _verify(options: argparse.Namespace) -> int:
     except ValueError as error:
         damage = [str(error)]
     for line in damage:
-        print(line, file=sys.stderr)  # noqa: T201
+        print(printable(line, limit=_LINE), file=sys.stderr)  # noqa: T201
     if damage:
         return FAILED
     pieces = sum(len(tensor.pieces) for tensor in saved.manifest.tensors.values())

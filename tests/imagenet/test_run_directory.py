@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from arsg_dist.imagenet import whole_file
 from arsg_dist.imagenet.cli import train_command
-from arsg_dist.imagenet.whole_file import write_whole
+from arsg_dist.safe_io import files
+from arsg_dist.safe_io.files import write_text
 
 RECORDS = ("metrics.jsonl", "environment.yaml", "classes.txt", "config.yaml")
 
@@ -31,11 +31,11 @@ def full_disk() -> Iterator[None]:
 def test_a_file_that_cannot_be_written_stays_as_it_was(tmp_path: Path) -> None:
     """Catches a file that is emptied before its new content is on the disk."""
     path = tmp_path / "config.yaml"
-    write_whole(path, "seed: 1\n")
+    write_text(path, "seed: 1\n")
     with full_disk(), pytest.raises(OSError, match=f"cannot write {path}"):
-        write_whole(path, "seed: 2\n" * 10)
+        write_text(path, "seed: 2\n" * 10)
     assert path.read_text() == "seed: 1\n"
-    write_whole(path, "seed: 3\n")
+    write_text(path, "seed: 3\n")
     assert path.read_text() == "seed: 3\n"
     assert [file.name for file in tmp_path.iterdir()] == ["config.yaml"]
 
@@ -56,11 +56,11 @@ def test_a_resume_that_cannot_write_its_records_loses_none(
     assert all(before.values())
 
     def full(path: Path) -> None:
-        if path.name == f".{name}.partial":
+        if path.name.startswith(f".{Path(name).stem}.") and path.suffix == Path(name).suffix:
             raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(whole_file, "sync", full)
+        patch.setattr(files, "sync", full)
         assert train_command([*recipe, "--epochs", "3", "--resume"]) == 2
     assert f"cannot write {run / name}" in capsys.readouterr().err
     assert (run / name).read_text() == before[name]

@@ -184,7 +184,7 @@ def _at_point(strike: Callable[[], None], point: str, number: int) -> None:
     elif point == "rename":
         _before(os, "rename", passed, lambda source, *_: "step-" in str(source))
     elif point == "weights":
-        _before(os, "rename", passed, lambda source, *_: Path(source).name == ".last.safetensors.partial")
+        _before(os, "replace", passed, lambda source, target: Path(target).name == "last.safetensors")
     elif point in ("loss", "gradient"):
         _spoil(point, number, strike)
     elif point == "reduce-scatter":
