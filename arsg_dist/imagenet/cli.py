@@ -7,15 +7,12 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentParser, Namespace
-from jsonargparse.typing import PositiveInt
-
 from arsg_dist.engine import Communicator, JobError, Ranks, discover_ranks, end_process
-from arsg_dist.engine.exit_codes import BAD_INPUT, FAILED
+from arsg_dist.engine.exit_codes import BAD_INPUT, DONE, FAILED
 from arsg_dist.imagenet import compare
-from arsg_dist.imagenet.config import TrainConfig
 from arsg_dist.imagenet.engines import choose_engine, connect
 from arsg_dist.imagenet.export import CARD, export
+from arsg_dist.imagenet.recipe import read_arguments, resolved
 from arsg_dist.imagenet.run_parts import Job
 from arsg_dist.imagenet.shard_writer import shard_command
 from arsg_dist.imagenet.train import train
@@ -61,7 +58,7 @@ def compare_command(arguments: list[str]) -> int:
         runs = compare.read_runs(options.runs)
         compare.draw(runs, options.output)
     except (ValueError, OSError) as error:
-        print(f"error: {printable_lines(error)}", file=sys.stderr)  # noqa: T201
+        _say_error(error)
         return BAD_INPUT
     for warning in compare.warnings(runs):
         print(f"warning: {warning}", file=sys.stderr)  # noqa: T201
@@ -92,7 +89,7 @@ def export_command(arguments: list[str]) -> int:
     try:
         path = export(options.run, options.output, options.weights)
     except (ValueError, OSError) as error:
-        print(f"error: {printable_lines(error)}", file=sys.stderr)  # noqa: T201
+        _say_error(error)
         return BAD_INPUT
     print(f"weights in {path}, model card in {path.with_name(CARD)}")  # noqa: T201
     return 0
@@ -104,8 +101,10 @@ def train_command(arguments: list[str]) -> int:
     Returns:
         The exit code: 0 done, 1 failed, 2 bad input (said on rank 0), 75 saved on a signal and to be resumed.
     """
-    arguments = [_SPELLINGS.get(argument, argument) for argument in arguments]
-    if any(argument.partition("=")[0] in ("-h", "--help", "--print_config") for argument in arguments):
+    if any(
+        argument.partition("=")[0] in ("-h", "--help", "--print_config", "--print-config")
+        for argument in arguments
+    ):
         return _show(arguments)
     rank = -1
     try:
@@ -117,7 +116,7 @@ def train_command(arguments: list[str]) -> int:
         communicator = connect(engine, ranks)
     except (ValueError, ImportError) as error:
         # Without a working connection every rank can only speak for itself.
-        print(f"error: {error}" + (f" (rank {rank})" if rank > 0 else ""), file=sys.stderr)  # noqa: T201
+        _say_error(error, f" (rank {rank})" if rank > 0 else "")
         return BAD_INPUT
     try:
         return _connected(arguments, engine, ranks, communicator)
@@ -127,41 +126,29 @@ def train_command(arguments: list[str]) -> int:
         end_process(FAILED)
 
 
-_SPELLINGS = {"--print-config": "--print_config"}
-
-
 def _show(arguments: list[str]) -> int:
     """Help or the resolved settings: nothing that ranks need to be connected for."""
     try:
-        _parse(_parser(), arguments)
+        print(resolved(arguments), end="")  # noqa: T201
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        _say_error(error)
         return BAD_INPUT
     except SystemExit as end:
         return int(end.code or 0)
-    return BAD_INPUT
+    return DONE
 
 
-def _parse(parser: ArgumentParser, arguments: list[str]) -> Namespace:
-    try:
-        return parser.parse_args(arguments)
-    except (argparse.ArgumentError, ValueError) as error:
-        raise ValueError(" ".join(str(error).split())) from None  # jsonargparse's have several lines
+def _say_error(error: Exception, suffix: str = "") -> None:
+    """Say what is wrong; it may quote what a stranger wrote."""
+    print("error: " + printable_lines(f"{error}{suffix}"), file=sys.stderr, flush=True)  # noqa: T201
 
 
 def _connected(arguments: list[str], engine: Any, ranks: Ranks, communicator: Communicator) -> int:
     code = 0
     try:
         with communicator.fail_together():
-            parser = _parser()
-            parsed = _parse(parser, arguments)
-            for section in ("data", "data.progressive", "optimizer", "schedule", "boost"):
-                given = parsed.get(section)
-                if not isinstance(given, Namespace):  # which jsonargparse answers with a TypeError
-                    shown = "null" if given is None else repr(given)
-                    raise ValueError(f"{section} must be a mapping of its settings, or left out, not {shown}")
-            options = parser.instantiate(parsed)
-            config = TrainConfig(**{name: options[name] for name in TrainConfig.__dataclass_fields__})
+            options = read_arguments(arguments)
+            config = options.training()
         started = communicator.from_rank_0(time.strftime("%Y%m%d-%H%M%S"))
         output = Path(
             options.output or f"runs/{config.model.replace(':', '-').replace('/', '-')}-{engine}-{started}"
@@ -177,7 +164,7 @@ def _connected(arguments: list[str], engine: Any, ranks: Ranks, communicator: Co
         code = train(config, job, ranks, communicator)
     except JobError as error:
         if ranks.rank == 0:
-            print(f"error: {printable_lines(error)}", file=sys.stderr, flush=True)  # noqa: T201
+            _say_error(error)
         code = BAD_INPUT
     communicator.close()
     return code
@@ -185,42 +172,7 @@ def _connected(arguments: list[str], engine: Any, ranks: Ranks, communicator: Co
 
 def _launch_options() -> argparse.ArgumentParser:
     """What has to be known before the ranks are connected."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--engine", default="auto")
     parser.add_argument("--deepspeed_config")
-    return parser
-
-
-def _parser() -> ArgumentParser:
-    parser = ArgumentParser(
-        prog="arsg-imagenet train",
-        description="Trains an image classifier. Run it alone, under deepspeed, or under horovodrun or mpirun.",
-        exit_on_error=False,
-        print_config="--print_config",
-    )
-    parser.add_argument(
-        "--config", action="config", help="recipe: a YAML file with any of the settings below"
-    )
-    parser.add_argument(
-        "--engine", default="auto", help="auto, deepspeed, horovod, horovod-sharded or single (default: auto)"
-    )
-    parser.add_argument("--deepspeed_config", help="DeepSpeed JSON config; implies the engine deepspeed")
-    parser.add_argument("--output", help="directory of the run (default: runs/MODEL-ENGINE-TIME)")
-    parser.add_argument(
-        "--resume", action="store_true", help="continue the run in --output from its last checkpoint"
-    )
-    parser.add_argument(
-        "--skip_damaged",
-        action="store_true",
-        help="with --resume: if the last checkpoint is damaged, continue from the newest one that is not",
-    )
-    parser.add_argument(
-        "--max_updates",
-        type=PositiveInt | None,
-        help="end after this many weight updates, also inside an epoch: for trying a recipe out",
-    )
-    parser.add_argument(
-        "--local_rank", type=int, help="passed by the deepspeed launcher; the environment is used"
-    )
-    parser.add_class_arguments(TrainConfig, as_group=True)
     return parser

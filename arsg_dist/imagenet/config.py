@@ -1,8 +1,32 @@
 """Every setting of a training run. The fields are the keys of a recipe's YAML and, with dots, the CLI flags."""
 
 import math
+import unicodedata
 from dataclasses import dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
+
+Parameter: TypeAlias = bool | int | float | str | list[Any] | None
+"""Of an optimizer; lists hold the same again, see `check_parameter`."""
+
+
+def check_parameter(value: Any, name: str) -> Any:
+    """Return a value from outside if it is plain: a number, boolean, text, null, or a list of such.
+
+    Raises:
+        ValueError: it is something else, a whole number of more than 64 bits, or text with control characters.
+    """
+    if isinstance(value, list | tuple):
+        return [check_parameter(item, f"an item of {name}") for item in value]
+    if isinstance(value, str) and any(unicodedata.category(character) == "Cc" for character in value):
+        raise ValueError(f"{name} must not hold control characters: {value[:100]!r}")
+    if type(value) is int and not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name} is too large a number")
+    if not (value is None or type(value) in (bool, int, float, str)):
+        kind = "mapping" if isinstance(value, dict) else type(value).__name__
+        raise ValueError(
+            f"{name} must be a number, true or false, text, null or a list of these, not a {kind}"
+        )
+    return value
 
 
 def _require(condition: bool, message: str) -> None:
@@ -192,17 +216,20 @@ class OptimizerConfig:
 
     Attributes:
         type: "ARSG", or a class of `torch.optim` ("SGD", "Adam", ...) for baselines.
-        params: keyword arguments of that class; a key it does not have is an error.
+        params: keyword arguments of that class, numbers, booleans, text, null and lists of these; a key it does not
+            have is an error.
         decay_norm_and_bias: whether weight decay also acts on parameters with one dimension (batch norm and biases),
             as in the paper; if not, they are a parameter group of their own.
     """
 
     type: str = "ARSG"
-    params: dict[str, Any] = field(default_factory=dict)
+    params: dict[str, Parameter] = field(default_factory=dict)
     decay_norm_and_bias: bool = True
 
     def __post_init__(self) -> None:
         _require_values(self, "optimizer.")
+        for name, value in self.params.items():
+            check_parameter(value, f"optimizer.params.{name}")
 
 
 @dataclass(kw_only=True)

@@ -154,7 +154,7 @@ def _start(start: dict[str, Any]) -> str:
         # Starts of earlier versions say whether files were changed, later ones the digest of the code.
         revision = f"{_code(git.get('revision'))}{' with changes' if git.get('changed') else ''}"
     if "code" in start:
-        revision += f", code {_code(start['code'], limit=12)}"
+        revision += f", code {_code(str(start['code'])[:12])}"
     return (
         f"- started {_code(start['time'])} on {_code(start['device'])}, {start['hosts']} hosts, seed {start['seed']}, "
         f"git {revision}: {_code(shlex.join(map(str, start['command'])), limit=4000)}"

@@ -38,8 +38,9 @@ def build_optimizer(
         raise ValueError(
             f"{config.type} has no parameter {', '.join(unknown)} (in optimizer.params); it has {', '.join(known)}"
         )
+    options: dict[str, Any] = {**config.params}
     try:
-        return kind(parameters, **config.params)
+        return kind(parameters, **options)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"optimizer.params {config.params}: {error}") from None
 

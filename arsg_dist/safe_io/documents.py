@@ -4,6 +4,8 @@ YAML is read by PyYAML's own safe loader underneath; JSON by the standard librar
 """
 
 import json
+import re
+from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -52,18 +54,26 @@ def parse_json(text: str, name: str) -> Any:
     return content
 
 
-def read_yaml(path: Path, *, limit: int = LIMIT, follow: bool = False) -> Any:
+def read_yaml(path: Path, *, limit: int = LIMIT, follow: bool = False, pipe: bool = False) -> Any:
     """Read a YAML file; see `read_json`.
+
+    Args:
+        path: of the file.
+        limit: bytes it may have.
+        follow: whether it may be a link: True for a path that the user named.
+        pipe: whether it may be a pipe, which the shell makes of ``<(command)``.
 
     Raises:
         FileNotFoundError: it does not exist.
         ValueError: it is no regular file, is too large, or is refused by `parse_yaml`.
     """
-    return parse_yaml(read_text(path, limit=limit, follow=follow), str(path))
+    return parse_yaml(read_text(path, limit=limit, follow=follow, pipe=pipe), str(path))
 
 
 def parse_yaml(text: str, name: str) -> Any:
-    """Parse one YAML document into dictionaries, lists, strings, numbers, booleans, dates and None.
+    """Parse one YAML document into dictionaries, lists, strings, numbers, booleans and None.
+
+    Numbers are those of YAML 1.2: 1e-3 is one, while 1:30 and 2026-01-31 are text.
 
     Args:
         text: the document.
@@ -77,17 +87,46 @@ def parse_yaml(text: str, name: str) -> Any:
 
     loader = None
     try:
-        loader = yaml.SafeLoader(text)
+        loader = _loader()(text)
+        loader.name = name
         node = loader.get_single_node()
+        if node is None:
+            return None
         _check_bounds(node)
-        return None if node is None else loader.construct_document(node)
+        return loader.construct_document(node)
     except RecursionError as error:
         raise ValueError(_too_deep(name)) from error
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: ours, or of a date that is none
-        raise ValueError(f"{name} is not valid YAML: {error}") from error
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # the latter two: ours, or of a tagged value
+        raise ValueError(f"{name} is not valid YAML: {' '.join(str(error).split())}") from error
     finally:
         if loader is not None:
             loader.dispose()
+
+
+@cache
+def _loader() -> Any:
+    """Return PyYAML's safe loader without what YAML 1.1 reads into plain text beside simple numbers."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    Loader.yaml_implicit_resolvers = {
+        first: [(tag, form) for tag, form in resolvers if not tag.endswith((":timestamp", ":int", ":float"))]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    Loader.add_implicit_resolver("tag:yaml.org,2002:int", _INTEGER, list("-+0123456789"))
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+    return Loader
+
+
+_INTEGER: Final = re.compile(r"[-+]?(0|[1-9][0-9_]*|0b[01_]+|0[0-7_]+|0x[0-9a-fA-F_]+)$")
+_FLOAT: Final = re.compile(
+    r"[-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)([eE][-+]?[0-9]+)?$|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$"
+    r"|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"
+)
+
+_KINDS: Final = {"null", "bool", "int", "float", "str", "seq", "map", "merge"}
 
 
 def _check_bounds(root: Any) -> None:
@@ -102,6 +141,9 @@ def _check_bounds(root: Any) -> None:
             raise ValueError(f"nested deeper than {MAX_DEPTH} levels")
         if count > MAX_NODES:
             raise ValueError(f"more than {MAX_NODES:,} values, those of its aliases counted")
+        kind = node.tag.removeprefix("tag:yaml.org,2002:")
+        if kind not in _KINDS or (kind in ("int", "float") and ":" in node.value):
+            raise ValueError(f"line {node.start_mark.line + 1} is no plain value: {node.tag}")
         if isinstance(node, yaml.SequenceNode):
             waiting += [(child, depth + 1) for child in node.value]
         elif isinstance(node, yaml.MappingNode):

@@ -78,12 +78,14 @@ def make_directory(directory: Path, *names: str) -> Path:
     return inside(directory, *names)
 
 
-def open_regular(path: Path, *, follow: bool = False) -> IO[bytes]:
+def open_regular(path: Path, *, follow: bool = False, pipe: bool = False) -> IO[bytes]:
     """Open a regular file for reading, without waiting for the writer of a named pipe.
 
     Args:
         path: of the file.
         follow: whether it may be a link: True for a path that the user named.
+        pipe: whether it may be a pipe, which is at its end where nobody holds it open for writing: True for a path
+            that the user named and that ``<(command)`` may have made.
 
     Raises:
         FileNotFoundError: it does not exist.
@@ -98,32 +100,35 @@ def open_regular(path: Path, *, follow: bool = False) -> IO[bytes]:
         if error.errno in (errno.ENXIO, errno.ENODEV):
             raise ValueError(f"{path} is not a regular file") from error
         raise
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    mode = os.fstat(descriptor).st_mode
+    if not (stat.S_ISREG(mode) or (pipe and stat.S_ISFIFO(mode))):
         os.close(descriptor)
         raise ValueError(f"{path} is not a regular file")
+    os.set_blocking(descriptor, True)
     return open(descriptor, "rb")
 
 
-def read_bytes(path: Path, *, limit: int = DEFAULT_LIMIT, follow: bool = False) -> bytes:
+def read_bytes(path: Path, *, limit: int = DEFAULT_LIMIT, follow: bool = False, pipe: bool = False) -> bytes:
     """Read a whole regular file.
 
     Args:
         path: of the file.
         limit: bytes it may have.
         follow: as for `open_regular`.
+        pipe: as for `open_regular`.
 
     Raises:
         FileNotFoundError: it does not exist.
         ValueError: it is no regular file, or has more bytes.
     """
-    with open_regular(path, follow=follow) as file:
+    with open_regular(path, follow=follow, pipe=pipe) as file:
         content = file.read(limit + 1)
     if len(content) > limit:
         raise ValueError(f"{path} has more than the {_readable_size(limit)} that such a file may have")
     return content
 
 
-def read_text(path: Path, *, limit: int = DEFAULT_LIMIT, follow: bool = False) -> str:
+def read_text(path: Path, *, limit: int = DEFAULT_LIMIT, follow: bool = False, pipe: bool = False) -> str:
     """Read a whole regular file as UTF-8; see `read_bytes`.
 
     Raises:
@@ -131,7 +136,7 @@ def read_text(path: Path, *, limit: int = DEFAULT_LIMIT, follow: bool = False) -
         ValueError: it is no regular file, has more bytes, or is not UTF-8.
     """
     try:
-        return read_bytes(path, limit=limit, follow=follow).decode()
+        return read_bytes(path, limit=limit, follow=follow, pipe=pipe).decode()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
 

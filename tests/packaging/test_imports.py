@@ -17,7 +17,7 @@ def test_importing_the_package_imports_no_engine() -> None:
     result = python(
         "import sys, arsg_dist; "
         "print(sorted({name.partition('.')[0] for name in sys.modules} & "
-        "{'deepspeed', 'horovod', 'mpi4py', 'torchvision', 'jsonargparse', 'matplotlib'}))"
+        "{'deepspeed', 'horovod', 'mpi4py', 'torchvision', 'yaml', 'matplotlib'}))"
     )
     assert result.stdout.strip() == "[]", result.stderr
 

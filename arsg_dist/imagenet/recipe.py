@@ -1,0 +1,326 @@
+"""Recipes and flags: plain data that becomes the typed settings of a run, and nothing else.
+
+A recipe may be written by anybody. Its keys are the fields of `TrainConfig` and `StartConfig`, its values numbers,
+booleans, text, null and lists of them: there is no key that names a class, a module or another file.
+"""
+
+import argparse
+import difflib
+import inspect
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+
+import yaml
+
+from arsg_dist.imagenet.config import TrainConfig, check_parameter
+from arsg_dist.safe_io.documents import parse_yaml, read_yaml
+from arsg_dist.safe_io.text import printable
+
+_Section = TypeVar("_Section")
+
+
+@dataclass(kw_only=True)
+class StartConfig:
+    """This start of a run.
+
+    Attributes:
+        engine: auto, deepspeed, horovod, horovod-sharded or single.
+        deepspeed_config: DeepSpeed JSON config; implies the engine deepspeed.
+        output: directory of the run; null: runs/MODEL-ENGINE-TIME.
+        resume: continue the run in --output from its last checkpoint.
+        skip_damaged: with --resume: if the last checkpoint is damaged, continue from the newest one that is not.
+        max_updates: end after this many weight updates, also inside an epoch: for trying a recipe out.
+        local_rank: passed by the deepspeed launcher; the environment is used.
+    """
+
+    engine: str = "auto"
+    deepspeed_config: str | None = None
+    output: str | None = None
+    resume: bool = False
+    skip_damaged: bool = False
+    max_updates: int | None = None
+    local_rank: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_updates is not None and self.max_updates < 1:
+            raise ValueError(f"max_updates must be at least 1, not {self.max_updates}")
+
+
+@dataclass(kw_only=True)
+class Settings(TrainConfig, StartConfig):
+    """Everything that recipes and flags say: `StartConfig` and `TrainConfig`."""
+
+    def __post_init__(self) -> None:
+        StartConfig.__post_init__(self)
+        TrainConfig.__post_init__(self)
+
+    def training(self) -> TrainConfig:
+        """Return the settings of the training alone."""
+        return TrainConfig(**{name: getattr(self, name) for name in TrainConfig.__dataclass_fields__})
+
+
+_FLAGS_ONLY = ("engine", "deepspeed_config", "resume", "skip_damaged", "local_rank")
+
+
+def read_arguments(arguments: list[str]) -> Settings:
+    """Return the settings of the arguments of `arsg-imagenet train`: recipes and flags, of which later ones win.
+
+    Raises:
+        ValueError: an unknown flag or key, a value of another kind or out of range, or a recipe that is not plain
+            YAML; the message names the key, and the file that holds it.
+        SystemExit: help was asked for, and has been shown.
+    """
+    return _made(Settings, _given(_parse(arguments)))
+
+
+def resolved(arguments: list[str]) -> str:
+    """Return the settings of the arguments as a recipe, for `--print-config`.
+
+    Raises:
+        ValueError, SystemExit: as `read_arguments`.
+    """
+    options = _parse(arguments)
+    defaults, shown = asdict(Settings()), asdict(_made(Settings, _given(options)))
+    for keep in filter(None, (options.print_config or "").split(",")):
+        if keep not in _KEPT:
+            raise ValueError(f"--print-config={keep} is not known; there are {', '.join(_KEPT)}")
+        shown = _pruned(shown, defaults, _KEPT[keep])
+    return yaml.safe_dump(shown, sort_keys=False, allow_unicode=True)
+
+
+_KEPT: dict[str, Callable[[Any, Any], bool]] = {
+    "skip_default": lambda value, default: value != default,
+    "skip_unset": lambda value, default: value is not None,
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+class _Give(argparse.Action):
+    """Notes a flag and its text, in the order of the command line."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        namespace.given.append(((option_string or "").removeprefix("--"), values))
+
+
+_PARAMETER = "optimizer.params."
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = _Parser(
+        prog="arsg-imagenet train",
+        description="Trains an image classifier. Run it alone, under deepspeed, or under horovodrun or mpirun.",
+    )
+    parser.set_defaults(given=[])
+    parser.add_argument("--config", action=_Give, help="recipe: a YAML file with any of the settings below")
+    parser.add_argument(
+        "--print-config",
+        "--print_config",
+        nargs="?",
+        const="",
+        metavar=",".join(_KEPT),
+        help="show the settings that all arguments make and end",
+    )
+    _add_flags(parser, StartConfig, "")
+    _add_flags(parser, TrainConfig, "")
+    named = {argument.partition("=")[0] for argument in arguments if argument.startswith(f"--{_PARAMETER}")}
+    for flag in sorted(named):  # any name: the optimizer knows its own
+        parser.add_argument(flag, action=_Give, help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+def _add_flags(parser: argparse.ArgumentParser, section: type, prefix: str) -> None:
+    documentation = _documentation(section)
+    group = parser.add_argument_group(documentation[""])
+    if prefix:
+        group.add_argument(
+            f"--{prefix[:-1]}", action=_Give, metavar="SETTINGS", help="a mapping, or a YAML file of it"
+        )
+    inner: list[tuple[Any, str]] = []
+    for name, kind in get_type_hints(section).items():
+        if is_dataclass(kind):
+            inner.append((kind, f"{prefix}{name}."))
+            continue
+        default = getattr(section, name, None)
+        flags = [f"--{prefix}{name}"] + ([f"--{prefix}{name}+"] if get_origin(kind) is list else [])
+        text = documentation.get(name, "") + ("" if default is None else f" (default: {default})")
+        options: dict[str, Any] = {"nargs": "?", "const": "true"} if kind is bool else {}
+        metavar = "{true,false}" if kind is bool else name.upper()
+        if get_origin(kind) is Literal:
+            metavar = f"{{{','.join(get_args(kind))}}}"
+        group.add_argument(*flags, action=_Give, metavar=metavar, help=text.replace("%", "%%"), **options)
+    for kind, inner_prefix in inner:
+        _add_flags(parser, kind, inner_prefix)
+
+
+def _documentation(section: type) -> dict[str, str]:
+    """What the docstring says of each attribute, and under "" of the section itself."""
+    text = inspect.getdoc(section) or section.__name__
+    found, name = {"": text.partition("\n")[0].rstrip(".")}, ""
+    for line in text.partition("Attributes:\n")[2].splitlines():
+        if start := re.match(r"    (\w+): (.*)", line):
+            name, found[start[1]] = start[1], start[2]
+        elif name and line.strip():
+            found[name] += " " + line.strip()
+    return found
+
+
+def _given(options: argparse.Namespace) -> dict[str, Any]:
+    """What recipes and flags say, typed; nested as the settings are, and without those that nothing was said of."""
+    settings: dict[str, Any] = {}
+    for name, text in options.given:
+        if name == "config":
+            content = _read(Path("/dev/stdin" if text == "-" else text))
+            try:
+                _require_recipe(content)
+                _assign(settings, Settings, content, "")
+            except ValueError as error:
+                raise ValueError(f"recipe {text}: {error}") from None
+        else:
+            _assign(settings, Settings, {name: _value_of_flag(name, text)}, "")
+    return settings
+
+
+def _require_recipe(content: Any) -> None:
+    if not isinstance(content, dict):
+        raise ValueError(f"it must be a mapping of settings, not {_shown(content)}")
+    start = StartConfig()
+    for name in _FLAGS_ONLY:
+        if name in content and content[name] != getattr(start, name):
+            raise ValueError(f"{name} has no place in a recipe: give --{name}")
+
+
+def _read(path: Path) -> Any:
+    try:
+        return read_yaml(path, follow=True, pipe=True)
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _value_of_flag(name: str, text: str) -> Any:
+    """A section's flag holds a mapping, or names a file that does; text of others is typed by `_assign`."""
+    if name.startswith(_PARAMETER):
+        return parse_yaml(text, f"--{name}")
+    kind: Any = Settings
+    for step in name.rstrip("+").split("."):
+        kind = get_type_hints(kind)[step]
+    if not is_dataclass(kind):
+        return text
+    content = parse_yaml(text, f"--{name}")
+    return _read(Path(text)) if isinstance(content, str) else content
+
+
+def _assign(settings: dict[str, Any], section: Any, content: Any, prefix: str) -> None:
+    """Put what `content` says into `settings`, typed.
+
+    Args:
+        settings: what was said before, nested as `section` is; changed in place.
+        section: a dataclass.
+        content: from outside; a key may have dots, for the settings of inner sections.
+        prefix: of the keys, for messages.
+
+    Raises:
+        ValueError: a key that is no setting, or a value of another kind.
+    """
+    if not isinstance(content, dict):
+        raise ValueError(
+            f"{prefix[:-1]} must be a mapping of its settings, or left out, not {_shown(content)}"
+        )
+    kinds = get_type_hints(section)
+    for key, value in content.items():
+        name, dot, rest = str(key).partition(".")
+        adds, name = name.endswith("+"), name.removesuffix("+")
+        kind = kinds.get(name)
+        origin = get_origin(kind)
+        if is_dataclass(kind):
+            inner = {rest: value} if dot else value
+            _assign(settings.setdefault(name, {}), kind, inner, f"{prefix}{name}.")
+        elif dot and origin is dict:
+            settings[name] = {**settings.get(name, {}), rest: check_parameter(value, f"{prefix}{key}")}
+        elif kind is None or dot or (adds and origin is not list):
+            raise ValueError(_unknown(str(key), kinds, prefix))
+        elif adds:
+            value = parse_yaml(value, prefix + name) if isinstance(value, str) else value
+            more = _typed(kind, value if isinstance(value, list) else [value], prefix + name)
+            settings[name] = [*settings.get(name, []), *more]
+        else:
+            settings[name] = _typed(kind, value, prefix + name)
+
+
+def _typed(kind: Any, value: Any, name: str) -> Any:
+    """The value as one of a kind. Text, which flags always are, is read as YAML where it may be something else.
+
+    Raises:
+        ValueError: it is of another kind.
+    """
+    origin, choices = get_origin(kind), get_args(kind)
+    if origin is UnionType:  # X | None
+        return None if value is None or value == "null" else _typed(choices[0], value, name)
+    if value is None:
+        raise ValueError(f"{name} must not be null")
+    if origin is Literal:
+        if value not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(choices)}, not {_shown(value)}")
+        return value
+    if kind is str:
+        if not isinstance(value, str):
+            raise ValueError(f"{name} must be text, not {_shown(value)}: put it in quotes if it is meant so")
+        return check_parameter(value, name)
+    if isinstance(value, str):
+        value = parse_yaml(value, name)
+    if origin is list and isinstance(value, list):
+        return [_typed(choices[0], item, f"an item of {name}") for item in value]
+    if origin is dict and isinstance(value, dict):
+        return {str(key): check_parameter(item, f"{name}.{key}") for key, item in value.items()}
+    check_parameter(value, name)
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise ValueError(f"{name} must be {_WORDS[origin or kind]}, not {_shown(value)}")
+    return value
+
+
+_WORDS = {int: "a whole number", float: "a number", bool: "true or false", list: "a list", dict: "a mapping"}
+
+
+def _unknown(key: str, known: Iterable[str], prefix: str) -> str:
+    near = difflib.get_close_matches(key[:100], known, n=3)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}"
+    return f"there is no setting {printable(prefix + key, limit=100)}; {hint}"
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict | list):
+        return "a mapping" if isinstance(value, dict) else "a list"
+    return "null" if value is None else printable(repr(value), limit=100)
+
+
+def _made(section: type[_Section], given: dict[str, Any]) -> _Section:
+    """Return a dataclass with these values and its defaults for the others."""
+    kinds = get_type_hints(section)
+    made = {
+        name: _made(kinds[name], value) if is_dataclass(kinds[name]) else value
+        for name, value in given.items()
+    }
+    return section(**made)
+
+
+def _pruned(
+    settings: dict[str, Any], defaults: dict[str, Any], keep: Callable[[Any, Any], bool]
+) -> dict[str, Any]:
+    pruned = {}
+    for name, value in settings.items():
+        default = defaults[name]
+        if isinstance(default, dict) and default:  # a section, while the optimizer's parameters are one value
+            if inner := _pruned(value, default, keep):
+                pruned[name] = inner
+        elif keep(value, default):
+            pruned[name] = value
+    return pruned
