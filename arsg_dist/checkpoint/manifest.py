@@ -402,6 +402,7 @@ def _not_a_checkpoint(directory: Path) -> str:
     if (directory / "replicated.pt").is_file() or (directory / "deepspeed").is_dir():
         return (
             f"{directory} is of an earlier version of arsg-dist, whose checkpoints are not read. One that DeepSpeed "
-            f"wrote can be converted: arsg-dist checkpoint convert {directory / 'deepspeed'} OUTPUT"
+            f"wrote can be converted: arsg-dist checkpoint convert {directory / 'deepspeed'} OUTPUT (its files are "
+            "pickles: the command takes data alone from them and executes nothing)"
         )
     return f"{directory} holds no checkpoint: {NAME} is missing"

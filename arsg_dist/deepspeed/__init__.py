@@ -19,6 +19,7 @@ from arsg_dist.deepspeed.engine import DeepSpeedEngine, connect
 from arsg_dist.deepspeed.export import export
 from arsg_dist.deepspeed.initialization import initialize
 from arsg_dist.deepspeed.load_saved import restart_lost_maximum
+from arsg_dist.deepspeed.pickles import trust_pickles
 from arsg_dist.deepspeed.registration import register
 from arsg_dist.deepspeed.shared_memory import release_shared_memory
 
@@ -36,4 +37,5 @@ __all__ = [
     "release_shared_memory",
     "resolve_config",
     "restart_lost_maximum",
+    "trust_pickles",
 ]

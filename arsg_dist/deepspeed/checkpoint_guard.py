@@ -1,9 +1,13 @@
 """What DeepSpeed's checkpoints would lose or silently get wrong for an engine with ARSG: checked on every rank alike.
 
 Wraps `save_checkpoint` and `load_checkpoint` of DeepSpeed's engine; engines with other optimizers are left alone.
+
+Loading stays DeepSpeed's own, which executes what the pickles of a checkpoint name: programs keep objects of their own
+classes in its client state and would lose them. The checks come before that and execute nothing.
 """
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,13 +22,15 @@ from arsg_dist.deepspeed.load_saved import (
     needed_state,
     publish,
 )
+from arsg_dist.deepspeed.pickles import RefusedPickleError, look_into
 from arsg_dist.deepspeed.repairs import Method, wrap_once
 from arsg_dist.deepspeed.saved import UniversalCheckpoint
 from arsg_dist.deepspeed.saved_files import (
     ARSG_SECTION,
     check_state_is_there,
-    load_lazily,
     model_files,
+    named_by,
+    reading,
     settings_of,
 )
 from arsg_dist.deepspeed.shards import group_names, group_positions, swaps_to_nvme
@@ -110,22 +116,19 @@ def _guarded_load(method: Method) -> Method:
             "load_module_only": load_module_only,
             "custom_load_fn": custom_load_fn,
         }
-        universal = engine.load_universal_checkpoint()
-        latest = Path(load_dir) / ("latest_universal" if universal else "latest")
-        found = tag if tag is not None else latest.read_text().strip() if latest.is_file() else None
-        if not _has_arsg(engine) or found is None:
+        if not _has_arsg(engine):
             return method(engine, load_dir, tag, **options)
-        directory = Path(load_dir) / str(found)
+        universal = engine.load_universal_checkpoint()
         with_optimizer = load_optimizer_states and not load_module_only
-        _agree(engine, lambda: _check(engine, directory, universal, with_optimizer))
-        if universal and not engine.zero_optimization():
+        found = _agree(engine, lambda: _checked_tag(engine, Path(load_dir), tag, universal, with_optimizer))
+        if universal and found is not None and not engine.zero_optimization():
             # DeepSpeed has no universal checkpoints under stage 0: it reads the counters, and we the rest.
             options["load_optimizer_states"] = False
             path, client_state = engine._load_checkpoint(load_dir, found, **options)
-            fill(engine, UniversalCheckpoint(directory), with_optimizer)
+            fill(engine, UniversalCheckpoint(Path(load_dir) / found, look_into), with_optimizer)
             publish(engine)
         else:
-            path, client_state = method(engine, load_dir, tag, **options)
+            path, client_state = method(engine, load_dir, found, **options)
         if path is not None:
             link_fragments(engine)
             client_state.pop(ARSG_SECTION, None)
@@ -140,24 +143,37 @@ def _with_own_universal_loader(method: Method) -> Method:
     ) -> Any:
         if not (_has_arsg(engine) and engine.load_universal_checkpoint()):
             return method(engine, load_dir, tag, load_optimizer_states=load_optimizer_states)
-        fill(engine, UniversalCheckpoint(Path(load_dir) / str(tag)), load_optimizer_states)
+        fill(engine, UniversalCheckpoint(Path(load_dir) / str(tag), look_into), load_optimizer_states)
         publish(engine)
         return True
 
     return _load_zero_checkpoint
 
 
-def _agree(engine: Any, check: Any) -> None:
-    """Raises ValueError on every rank if the check did so on any: the others would wait for ever."""
-    message = None
+def _agree(engine: Any, check: Callable[[], str | None]) -> str | None:
+    """Return what the check does, or raise ValueError on every rank if it did so on any: the others would wait."""
+    message = found = None
     try:
-        check()
-    except ValueError as error:
+        found = check()
+    except (ValueError, OSError) as error:
         message = str(error)
     messages = TorchCommunicator(engine.device).all_gather_object(message)
     said = next((text for text in messages if text is not None), None)
     if said is not None:
         raise ValueError(said if None not in messages else f"{said} (not on every rank)")
+    return found
+
+
+def _checked_tag(engine: Any, load_dir: Path, tag: Any, universal: bool, with_optimizer: bool) -> str | None:
+    """The tag given, or the one that the directory's file names; None if there is neither, which DeepSpeed reports."""
+    if tag is None:
+        tag = named_by(load_dir / ("latest_universal" if universal else "latest"), follow=True)
+    if tag is None:
+        return None
+    directory = load_dir / str(tag)
+    with reading(directory):
+        _check(engine, directory, universal, with_optimizer)
+    return str(tag)
 
 
 def _check(engine: Any, directory: Path, universal: bool, with_optimizer: bool) -> None:
@@ -172,7 +188,7 @@ def _check(engine: Any, directory: Path, universal: bool, with_optimizer: bool) 
                 f"the DeepSpeed config has checkpoint.load_universal, and {directory} is not converted: run "
                 f"'{_CONVERT}' with it as INPUT"
             )
-        check_saved(engine, UniversalCheckpoint(directory), with_optimizer)
+        check_saved(engine, UniversalCheckpoint(directory, look_into), with_optimizer)
     elif converted:
         raise ValueError(
             f'{directory} is a universal checkpoint: set "checkpoint": {{"load_universal": true}} in the DeepSpeed '
@@ -187,9 +203,14 @@ def _check_sharded(engine: Any, directory: Path) -> None:
     files = model_files(directory)
     if not files:
         raise ValueError(f"{directory} holds no DeepSpeed checkpoint (no *_model_states.pt)")
-    model = load_lazily(files[0])
-    written = model["dp_world_size"]
     sharded = engine.zero_optimization()
+    try:
+        model = look_into(files[0])
+    except RefusedPickleError:
+        if not sharded:
+            return  # the optimizer is in this file, with objects that only DeepSpeed's loading it makes
+        model = {}
+    written = model.get("dp_world_size", _ranks_in(directory))
     if sharded and written != engine.seq_dp_world_size:
         raise ValueError(
             f"{directory} was written by {written} ranks and this job has {engine.seq_dp_world_size}: resume on "
@@ -198,7 +219,7 @@ def _check_sharded(engine: Any, directory: Path) -> None:
     path = Path(engine._get_zero_ckpt_name(str(directory.parent), directory.name)) if sharded else files[0]
     if path not in files and not path.is_file():
         _refuse_other_kind(directory, "it was written under another ZeRO stage or precision")
-    content = load_lazily(path)
+    content = look_into(path)
     saved = content[OPTIMIZER_STATE_DICT] if sharded else content["optimizer"]
     if saved is None:
         _refuse_other_kind(directory, "it was written under another ZeRO stage or precision")
@@ -218,6 +239,10 @@ def _check_sharded(engine: Any, directory: Path) -> None:
                 raise ValueError(
                     f"{directory} has lost {sorted(lost)} of the optimizer state and is not loaded"
                 )
+
+
+def _ranks_in(directory: Path) -> int:
+    return len(list(directory.glob("*zero_pp_rank_*_mp_rank_00_optim_states.pt")))
 
 
 def _refuse_other_kind(directory: Path, reason: str) -> NoReturn:

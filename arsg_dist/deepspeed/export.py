@@ -13,12 +13,20 @@ from arsg_dist.checkpoint.safetensors_file import write_safetensors
 from arsg_dist.deepspeed.base_iterate import check_complete
 from arsg_dist.deepspeed.layout import Piece, read_piece
 from arsg_dist.deepspeed.saved import read_checkpoint
+from arsg_dist.deepspeed.saved_files import reading
 from arsg_dist.deepspeed.shards import Shard, group_names, optimizer_of, shapes_of, shards_of
 from arsg_dist.engine import TorchCommunicator
 from arsg_dist.optim.base_iterate import base_iterate_point
 
 
-def export(source: Any, path: str | Path, at: Point = "x", dtype: torch.dtype = torch.float32) -> None:
+def export(
+    source: Any,
+    path: str | Path,
+    at: Point = "x",
+    dtype: torch.dtype = torch.float32,
+    *,
+    trust_pickle: bool = False,
+) -> None:
     """Writes the model's parameters and buffers into one safetensors file.
 
     The keys are those of the module's `state_dict`; tied parameters are written under each of their names, so that
@@ -33,9 +41,12 @@ def export(source: Any, path: str | Path, at: Point = "x", dtype: torch.dtype = 
         path: of the file, best ending in ``.safetensors``; an existing one is replaced. Its directory must exist.
         at: "x", where the parameters are, or "theta", the base iterate.
         dtype: of trained and frozen parameters; buffers keep theirs.
+        trust_pickle: execute what the files of a checkpoint directory, which are pickles, name besides data. It is
+            refused otherwise.
 
     Raises:
-        ValueError: another value of `at`, a dtype that is not floating, or a directory without such a checkpoint.
+        ValueError: another value of `at`, a dtype that is not floating, or a directory without such a checkpoint, or
+            one that names something to execute.
         TypeError: neither an engine with ARSG nor a directory.
         OSError: rank 0 cannot write; from an engine, JobError on every rank.
         RuntimeError: θ is asked for and the optimizer's state is incomplete, or inside `base_iterate`.
@@ -43,7 +54,9 @@ def export(source: Any, path: str | Path, at: Point = "x", dtype: torch.dtype = 
     check_arguments(at, dtype)
     path = Path(path)
     if isinstance(source, str | Path):
-        export_saved(read_checkpoint(source), path, at, dtype)
+        saved = read_checkpoint(source, trust_pickle=trust_pickle)
+        with reading(saved.where):
+            export_saved(saved, path, at, dtype)
         return
     optimizer_of(source)._refuse_at_base_iterate("export")
     layout, tensors = _engine_tensors(source, at, dtype)

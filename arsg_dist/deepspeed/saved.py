@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -22,20 +23,23 @@ from arsg_dist.deepspeed.layout import (
     pieces_of_range,
     read_piece,
 )
+from arsg_dist.deepspeed.pickles import Reader, load
 from arsg_dist.deepspeed.saved_files import (
     ARSG_SECTION,
     SavedCheckpoint,
-    load_lazily,
     model_files,
     module_tensors,
+    reading,
     resolve_tag,
     scale_of,
     settings_of,
+    steps_of,
 )
+from arsg_dist.safe_io.files import inside
 
 _MASTER: Final = "fp32"
 _FP32_FLAT_GROUPS: Final = "fp32_flat_groups"
-_SHARD: Final = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt$")
+_SHARD: Final = re.compile(r"(?:bf16_)?zero_pp_rank_(\d{1,9})_mp_rank_(\d+)_optim_states\.pt$")
 
 
 @dataclass
@@ -53,36 +57,40 @@ class ShardedCheckpoint(SavedCheckpoint):
 
     Args:
         directory: with the tag, as ``checkpoints/global_step100``.
+        read: of each file.
 
     Raises:
         ValueError: no such checkpoint, an incomplete one, one of another optimizer, or one of a kind not read here.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, read: Reader = load) -> None:
         self.where = directory
         shards = sorted(
             (int(match[1]), path)
             for path in directory.glob("*_optim_states.pt")
             if (match := _SHARD.match(path.name))
         )
-        if any(not path.name.endswith("mp_rank_00_optim_states.pt") for _, path in shards):
+        layers = next(directory.glob("layer_*-model_states.pt"), None)  # of a pipeline
+        if layers or any(not path.name.endswith("mp_rank_00_optim_states.pt") for _, path in shards):
             raise ValueError(
                 f"{directory} is of a tensor- or pipeline-parallel model, which is not supported"
             )
-        models = [load_lazily(path) for path in model_files(directory)]
+        if next(directory.glob("*_expert_*_model_states.pt"), None):
+            raise ValueError(f"{directory} is of a mixture of experts, which is not supported")
+        models = [read(path) for path in model_files(directory)]
         if not models:
             raise ValueError(f"{directory} holds no DeepSpeed checkpoint (no *_model_states.pt)")
         self._shapes: dict[str, torch.Size] = {}
         self._flats: list[_Flat] = []
         self.loss_scale = None
         if shards:
-            optimizers = [load_lazily(path)[OPTIMIZER_STATE_DICT] for _, path in shards]
-            written = models[0]["dp_world_size"]
-            if [rank for rank, _ in shards] != list(range(written)):
+            ranks, written = [rank for rank, _ in shards], models[0]["dp_world_size"]
+            if len(ranks) != written or ranks != list(range(len(ranks))):
                 raise ValueError(
                     f"{directory} is incomplete, or of several runs: {written} ranks wrote it, and there are files of "
-                    f"{[rank for rank, _ in shards]}"
+                    f"{ranks}"
                 )
+            optimizers = [read(path)[OPTIMIZER_STATE_DICT] for _, path in shards]
             self._read_zero(optimizers, models[0])
         else:
             self._read_unsharded(models[0])
@@ -182,22 +190,23 @@ class UniversalCheckpoint(SavedCheckpoint):
 
     Args:
         directory: with the tag.
+        read: of each file.
 
     Raises:
         ValueError: not such a directory, or one of another optimizer.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self.where = directory
+    def __init__(self, directory: Path, read: Reader = load) -> None:
+        self.where, self._read_file = directory, read
         path = directory / "zero" / "optimizer_state.pt"
         if not path.is_file():
             raise ValueError(f"{directory} is not in the universal layout: {path} does not exist")
-        saved = load_lazily(path)
+        saved = read(path)
         section = saved.get(ARSG_SECTION)
         self.groups = settings_of(saved["param_groups"], directory)
         self.group_of = None
         self.loss_scale = section["loss_scale"] if section else scale_of(saved.get("loss_scaler"))
-        models = [load_lazily(path) for path in model_files(directory)]
+        models = [read(path) for path in model_files(directory)]
         if not models:
             raise ValueError(f"{directory} has no *_model_states.pt")
         trained: dict[str, None] = {}
@@ -212,7 +221,7 @@ class UniversalCheckpoint(SavedCheckpoint):
 
     def entries(self, name: str) -> set[str]:
         """See `SavedState`."""
-        return {path.stem for path in (self.where / "zero" / name).glob("*.pt")} - {_MASTER}
+        return {path.stem for path in self._file(name, _MASTER).parent.glob("*.pt")} - {_MASTER}
 
     def master(self, name: str) -> Tensor:
         """See `SavedCheckpoint`."""
@@ -223,24 +232,31 @@ class UniversalCheckpoint(SavedCheckpoint):
         """See `SavedCheckpoint`."""
         return self._read(name, key)
 
+    def _file(self, name: str, key: str) -> Path:
+        return inside(self.where, "zero", *steps_of(name, self.where), f"{key}.pt")
+
     def _read(self, name: str, key: str) -> Any:
-        value = load_lazily(self.where / "zero" / name / f"{key}.pt")
+        value = self._read_file(self._file(name, key))
         if key == "step":
             return int(value)
         # DeepSpeed's converter writes flat tensors for stage 3.
         return value["param"] if isinstance(value, dict) else value
 
 
-def read_checkpoint(directory: str | Path) -> SavedCheckpoint:
-    """Opens a checkpoint directory of either kind.
+def read_checkpoint(directory: str | Path, *, trust_pickle: bool = False) -> SavedCheckpoint:
+    """Open a checkpoint directory of either kind. Its files are pickles, from which data alone is taken.
 
     Args:
         directory: with the tag; or the one above it, whose file `latest` names the tag.
+        trust_pickle: execute what its files name besides data, which is refused otherwise: only where you trust their
+            writer.
 
     Raises:
-        ValueError: no checkpoint of an engine with ARSG.
+        ValueError: no checkpoint of an engine with ARSG, or one that names something to execute.
     """
     directory = resolve_tag(Path(directory))
-    if (directory / "zero" / "optimizer_state.pt").is_file():
-        return UniversalCheckpoint(directory)
-    return ShardedCheckpoint(directory)
+    read = partial(load, trust_pickle=trust_pickle)
+    with reading(directory):
+        if (directory / "zero" / "optimizer_state.pt").is_file():
+            return UniversalCheckpoint(directory, read)
+        return ShardedCheckpoint(directory, read)

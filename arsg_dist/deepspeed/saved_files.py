@@ -2,7 +2,8 @@
 
 import re
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +15,8 @@ from torch import Tensor
 from arsg_dist.deepspeed.engine_state import COUNTERS
 from arsg_dist.engine.saved_state import SavedState
 from arsg_dist.engine.state import BUFFER, PARAMETER, TensorSpec, in_order
+from arsg_dist.safe_io.files import inside, read_text
+from arsg_dist.safe_io.text import printable
 
 ARSG_SECTION: Final = "arsg"
 """What every checkpoint of an engine with ARSG tells about itself, beside what DeepSpeed writes."""
@@ -30,6 +33,9 @@ _NOT_COMMON: Final = frozenset(
         ARSG_SECTION,
     }
 )
+
+_LATEST_LIMIT: Final = 4096
+_MODEL: Final = re.compile(r"(?:zero_pp_rank_(\d{1,9})_)?mp_rank_00_model_states\.pt")
 
 
 @dataclass
@@ -151,34 +157,78 @@ def check_state_is_there(where: Path, counters: Mapping[str, Any], *, found: boo
         )
 
 
-def resolve_tag(directory: Path) -> Path:
-    """The directory itself, or where its file `latest` points.
+@contextmanager
+def reading(where: Path) -> Iterator[None]:
+    """Say of content that is not as DeepSpeed writes it where it lies, whatever Python makes of it.
 
     Raises:
-        ValueError: it does not exist.
+        ValueError: instead of KeyError, TypeError and their like; other ValueErrors than ours are completed.
     """
-    latest = directory / "latest"
-    if latest.is_file():
-        directory = directory / latest.read_text().strip()
+    try:
+        yield
+    except ValueError as error:
+        if str(where) in str(error):
+            raise
+        raise ValueError(f"{where} is not as DeepSpeed writes it: {printable(error)}") from error
+    except (LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, StopIteration) as error:
+        said = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{where} is not as DeepSpeed writes it: {printable(said)}") from error
+
+
+def steps_of(name: str, where: Path) -> list[str]:
+    """Split a name from a file, of a tag or a parameter, into the names of directories that it becomes.
+
+    DeepSpeed makes "a/b" a directory in a directory, which is fine.
+
+    Raises:
+        ValueError: it would lead out of the directory.
+    """
+    steps = name.split("/")
+    if any(step in ("", ".", "..") or "\0" in step for step in steps):
+        raise ValueError(f"{where}: {printable(repr(name))} leads out of its directory")
+    return steps
+
+
+def named_by(latest: Path, *, follow: bool = False) -> str | None:
+    """Read the tag that a file `latest` holds; None if there is no such file.
+
+    Args:
+        latest: path of the file.
+        follow: whether it may be a link.
+
+    Raises:
+        ValueError: it is no regular file, or what it holds leads out of its directory.
+    """
+    try:
+        tag = read_text(latest, limit=_LATEST_LIMIT, follow=follow).strip()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    steps_of(tag, latest)
+    return tag
+
+
+def resolve_tag(directory: Path) -> Path:
+    """Return the directory itself, or the one below that its file `latest` names.
+
+    Raises:
+        ValueError: it does not exist, or `latest` leads elsewhere.
+    """
+    tag = named_by(directory / "latest")
+    if tag is not None:
+        directory = inside(directory, *tag.split("/"))
+        if directory.is_symlink():
+            raise ValueError(f"{directory}, which `latest` names, is a link: name the directory it leads to")
     if not directory.is_dir():
         raise ValueError(f"checkpoint directory {directory} does not exist")
     return directory
 
 
-def load_lazily(path: Path) -> Any:
-    """A file of DeepSpeed's, its tensors mapped into memory and read when used.
-
-    The files are pickles: open only those you trust.
-    """
-    return torch.load(path, map_location="cpu", mmap=True, weights_only=False)
-
-
 def model_files(directory: Path) -> list[Path]:
-    """The files with the module's tensors, by rank: several for stage 3."""
+    """List the files with the module's tensors, by rank: several for stage 3."""
     by_rank = {}
     for path in directory.glob("*mp_rank_00_model_states.pt"):
-        match = re.match(r"zero_pp_rank_(\d+)_", path.name)
-        by_rank[int(match[1]) if match else -1] = path
+        if match := _MODEL.fullmatch(path.name):  # others have the experts of a mixture
+            by_rank[int(match[1]) if match[1] else -1] = path
     if -1 in by_rank:  # a universal checkpoint has its one file under both names
         return [by_rank[-1]]
     return [by_rank[rank] for rank in sorted(by_rank)]
@@ -225,11 +275,15 @@ def settings_of(groups: list[dict[str, Any]], directory: Path) -> list[dict[str,
 
 
 def scale_of(scaler: Any) -> dict[str, Any] | None:
-    """The state of a dynamic loss scale that DeepSpeed pickled; None for another."""
+    """Return the state of a dynamic loss scale that DeepSpeed pickled; None for another.
+
+    Raises:
+        ValueError: it has something else than numbers.
+    """
     if scaler is None or not getattr(scaler, "dynamic", False):
         return None
-    return {
-        key: getattr(scaler, key)
-        for key in ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-        if hasattr(scaler, key)
-    }
+    keys = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+    scale = {key: getattr(scaler, key) for key in keys if hasattr(scaler, key)}
+    if not all(isinstance(value, int | float) for value in scale.values()):
+        raise ValueError(f"the loss scale is {printable(scale)}")
+    return scale

@@ -1,28 +1,39 @@
 """Converts a DeepSpeed checkpoint of an engine with ARSG to DeepSpeed's universal layout, losing nothing.
 
-usage: python -m arsg_dist.deepspeed.universal INPUT OUTPUT
+usage: python -m arsg_dist.deepspeed.universal [--trust-pickle] INPUT OUTPUT
 
-The result resumes on any number of ranks and under any ZeRO stage: ``"checkpoint": {"load_universal": true}`` in the
-DeepSpeed config, then `engine.load_checkpoint`. Needs no GPU and no launcher, and memory for one parameter at a time.
+A DeepSpeed checkpoint is a set of pickles. Data alone is taken from them: what would be executed is refused by name,
+unless --trust-pickle is given. The result resumes on any number of ranks and under any ZeRO stage:
+``"checkpoint": {"load_universal": true}`` in the DeepSpeed config, then `engine.load_checkpoint`. Needs no GPU and no
+launcher, and memory for one parameter at a time.
 """
 
 import argparse
 import os
-import shutil
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from arsg_dist.deepspeed.pickles import TRUST_HELP, load
 from arsg_dist.deepspeed.saved import ShardedCheckpoint
-from arsg_dist.deepspeed.saved_files import ARSG_SECTION, SavedCheckpoint, check_state_is_there, resolve_tag
+from arsg_dist.deepspeed.saved_files import (
+    ARSG_SECTION,
+    SavedCheckpoint,
+    check_state_is_there,
+    reading,
+    resolve_tag,
+    steps_of,
+)
+from arsg_dist.safe_io.files import inside, make_directory, new_directory, write_text, writing
 
 FORMAT_VERSION = 1
 
 
-def convert(source: str | Path, target: str | Path) -> Path:
-    """Writes a universal checkpoint.
+def convert(source: str | Path, target: str | Path, *, trust_pickle: bool = False) -> Path:
+    """Write a universal checkpoint.
 
     The layout is DeepSpeed's: ``zero/PARAMETER/{fp32,exp_avg,exp_avg_sq}.pt``, and here every other state tensor of
     the parameter as well (max_exp_avg_sq, slow_param) and ``step.pt`` where ARSG counts; ``zero/optimizer_state.pt``
@@ -32,42 +43,43 @@ def convert(source: str | Path, target: str | Path) -> Path:
         source: checkpoint directory with the tag, or the one above it, whose file `latest` names the tag.
         target: a directory that does not exist yet. It appears when it is complete; then `latest_universal` beside it
             names it.
+        trust_pickle: execute what the source's files, which are pickles, name besides data, as objects of your own
+            classes in the client state. It is refused otherwise.
 
     Returns:
         The target's path.
 
     Raises:
-        ValueError: the source is no checkpoint of an engine with ARSG, incomplete, without the optimizer's state, or
-            the target exists.
+        ValueError: the source is no checkpoint of an engine with ARSG, incomplete, without the optimizer's state, names
+            something to execute, or the target exists.
+        OSError: the target cannot be written.
     """
     target = Path(target).absolute()
-    if target.exists():
+    if os.path.lexists(target):
         raise ValueError(f"{target} exists already; choose another output directory or remove it")
-    saved = ShardedCheckpoint(resolve_tag(Path(source)))
-    check_state_is_there(saved.where, saved.counters, found=any(map(saved.entries, saved.trained)))
-    partial = target.with_name(f".{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    (partial / "zero").mkdir(parents=True)
-    for name in saved.trained:
-        _write_parameter(partial / "zero" / name, saved, name)
-    _write(partial / "zero" / "optimizer_state.pt", _optimizer_state(saved))
-    # Stages 0 to 2 look for the first name, stage 3 for the other.
-    _write(partial / "mp_rank_00_model_states.pt", _model_state(saved))
-    os.link(partial / "mp_rank_00_model_states.pt", partial / "zero_pp_rank_0_mp_rank_00_model_states.pt")
-    partial.rename(target)
-    latest = target.parent / "latest_universal"
-    beside = latest.with_name(".latest_universal.partial")
-    beside.write_text(target.name)
-    beside.rename(latest)
+    where = resolve_tag(Path(source))
+    with reading(where):
+        saved = ShardedCheckpoint(where, partial(load, trust_pickle=trust_pickle))
+        check_state_is_there(where, saved.counters, found=any(map(saved.entries, saved.trained)))
+    with new_directory(target) as directory:
+        for name in saved.trained:
+            _write_parameter(make_directory(directory, "zero", *steps_of(name, where)), saved, name)
+        zero = make_directory(directory, "zero")
+        _write(zero / "optimizer_state.pt", _optimizer_state(saved))
+        # Stages 0 to 2 look for the first name, stage 3 for the other.
+        _write(directory / "mp_rank_00_model_states.pt", _model_state(saved))
+        os.link(
+            directory / "mp_rank_00_model_states.pt", directory / "zero_pp_rank_0_mp_rank_00_model_states.pt"
+        )
+    write_text(target.parent / "latest_universal", target.name)
     return target
 
 
 def _write_parameter(directory: Path, saved: SavedCheckpoint, name: str) -> None:
-    directory.mkdir(parents=True)
-    _write(directory / "fp32.pt", {"param": saved.master(name), "cat_dim": 0})
-    for key in sorted(saved.entries(name)):
-        value = saved.state(name, key)
-        _write(directory / f"{key}.pt", value if key == "step" else {"param": value, "cat_dim": 0})
+    for key in ("fp32", *sorted(saved.entries(name))):
+        with reading(saved.where):
+            value = saved.master(name) if key == "fp32" else saved.state(name, key)
+        _write(inside(directory, f"{key}.pt"), value if key == "step" else {"param": value, "cat_dim": 0})
 
 
 def _optimizer_state(saved: SavedCheckpoint) -> dict[str, Any]:
@@ -94,20 +106,22 @@ def _model_state(saved: SavedCheckpoint) -> dict[str, Any]:
 
 
 def _write(path: Path, content: Any) -> None:
-    with path.open("wb") as file:
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
+    with writing(path) as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:  # how torch's writer says that the disk is full
+            raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line; returns the exit code, 2 for bad input."""
+    """Run the command line; return the exit code, 2 for bad input."""
     parser = argparse.ArgumentParser(prog="python -m arsg_dist.deepspeed.universal", description=__doc__)
     parser.add_argument("input", help="checkpoint directory, as checkpoints/global_step100 or checkpoints")
     parser.add_argument("output", help="directory to make, best beside the input")
+    parser.add_argument("--trust-pickle", action="store_true", help=TRUST_HELP)
     parsed = parser.parse_args(arguments)
     try:
-        target = convert(parsed.input, parsed.output)
+        target = convert(parsed.input, parsed.output, trust_pickle=parsed.trust_pickle)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return 2

@@ -27,7 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("verify", "Reads everything and compares the digests; exit code 1 if something is damaged.")
     convert = add(
         "convert",
-        "From DeepSpeed's own checkpoints (pickles: only those you trust) to this format, or from this one to torch's.",
+        "From DeepSpeed's own checkpoints to this format, or from this one to torch's. DeepSpeed's files are pickles: "
+        "data alone is taken from them, and nothing that they name is executed unless you add --trust-pickle.",
         "checkpoint, or what DeepSpeed's save_checkpoint wrote",
     )
     convert.add_argument("output", type=Path, metavar="OUTPUT", help="directory or file to make")
@@ -36,6 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=["portable", "torch"],
         default="portable",
         help="portable: a checkpoint directory; torch: one file of state dicts for torch.load(weights_only=True)",
+    )
+    convert.add_argument(
+        "--trust-pickle",
+        action="store_true",
+        help="execute what the pickles of DeepSpeed's checkpoint name besides tensors and plain values, as the objects "
+        "of your own classes in the client state of save_checkpoint: only for files whose writer you trust as you trust "
+        "a program of theirs",
     )
     export = add("export", "Writes the model's weights as one safetensors file.")
     export.add_argument(
@@ -115,8 +123,11 @@ def _convert(options: argparse.Namespace) -> int:
                 f"{options.path} is a portable checkpoint already; for torch's format add --to torch"
             )
         from arsg_dist.deepspeed.saved import read_checkpoint
+        from arsg_dist.deepspeed.saved_files import reading
 
-        to_portable(read_checkpoint(options.path), options.output, "deepspeed", {})
+        saved = read_checkpoint(options.path, trust_pickle=options.trust_pickle)
+        with reading(saved.where):
+            to_portable(saved, options.output, "deepspeed", {})
     print(f"wrote {options.output}")  # noqa: T201
     return 0
 
