@@ -7,11 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from arsg_dist.safe_io import files
+from arsg_dist.safe_io.text import printable
+
 EngineName = Literal["deepspeed", "horovod"]
 
 # Letters, digits, '.', '-', '_' as Horovod's own check has it; a leading '-' would be read as an option by ssh.
 _HOST_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_END = "END_OF_FILE"
 
 
 @dataclass(frozen=True)
@@ -56,16 +60,18 @@ def read_hostfile(path: Path) -> tuple[Host, ...]:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: a line is not of this form, or a host is named twice.
+        ValueError: it is no regular file, a line is not of this form, or a host is named twice.
     """
     hosts = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    for number, line in enumerate(files.read_text(path, follow=True).splitlines(), start=1):
         entry = line.partition("#")[0].split()
         if not entry:
             continue
         slots = entry[1].removeprefix("slots=") if len(entry) == 2 else ""
         if len(entry) != 2 or not entry[1].startswith("slots=") or not slots.isdecimal():
-            raise ValueError(f"{path}, line {number}: {line.strip()!r} is not 'NAME slots=N'")
+            raise ValueError(
+                f"{path}, line {number}: '{printable(line.strip(), limit=80)}' is not 'NAME slots=N'"
+            )
         hosts.append(Host(entry[0], int(slots)))
     if not hosts:
         raise ValueError(f"{path} names no host: write lines 'NAME slots=N'")
@@ -86,6 +92,16 @@ def hostfile(hosts: tuple[Host, ...]) -> str:
     return "".join(f"{host.name} slots={host.slots}\n" for host in hosts)
 
 
+def is_variable(name: str) -> bool:
+    """Whether this is the name of an environment variable."""
+    return bool(_VARIABLE.fullmatch(name))
+
+
+def is_script(content: str) -> bool:
+    """Whether a file of this content is there to be executed."""
+    return content.startswith("#!")
+
+
 def check_environment(environment: Mapping[str, str]) -> None:
     """Refuses what is no environment.
 
@@ -93,7 +109,7 @@ def check_environment(environment: Mapping[str, str]) -> None:
         ValueError: a name is no variable name, or a value holds a newline or NUL.
     """
     for name, value in environment.items():
-        if not _VARIABLE.fullmatch(name):
+        if not is_variable(name):
             raise ValueError(f"{name!r} is not the name of an environment variable")
         if any(character in value for character in "\n\r\0"):
             raise ValueError(f"the value of {name} has a line break or NUL, which launchers do not carry")
@@ -113,6 +129,8 @@ class Job:
         ranks_per_node: on each of them, one per GPU.
         gpus_per_rank: 0 on machines without, else 1.
         environment: variables every rank gets, from the site profile and the user.
+        inherited: names of variables that every rank gets from where the job is started; their values are in no file
+            and in no command.
         detect_seconds: the silent loss of a host is to be noticed within this time.
     """
 
@@ -125,6 +143,7 @@ class Job:
     ranks_per_node: int = 1
     gpus_per_rank: int = 1
     environment: dict[str, str] = field(default_factory=dict)
+    inherited: tuple[str, ...] = ()
     detect_seconds: int = 60
 
     @property
@@ -135,7 +154,12 @@ class Job:
     @property
     def deepspeed_command(self) -> tuple[str, ...]:
         """DeepSpeed's launcher; the command `deepspeed` is the same under the interpreter it was installed with."""
-        return (self.python, "-m", "deepspeed.launcher.runner")
+        return (*self.python_module, "deepspeed.launcher.runner")
+
+    @property
+    def python_module(self) -> tuple[str, ...]:
+        """Starts a module that is installed, not one of that name in the current directory."""
+        return (self.python, "-P", "-m")
 
     @property
     def ranks(self) -> int:
@@ -172,9 +196,18 @@ class Plan:
 
     def __str__(self) -> str:
         """A shell script that does the same."""
-        lines = [f"# {note}" for note in self.notes]
+        lines = [f"# {printable(note)}" for note in self.notes]
         for path, content in self.files.items():
-            lines += [f"cat > {shlex.quote(str(path))} <<'END_OF_FILE'", content.rstrip("\n"), "END_OF_FILE"]
+            name, text = shlex.quote(str(path)), content.rstrip("\n")
+            make = [
+                f"rm -f -- {name}",
+                f"cat > {name}",
+                *([f"chmod u+x {name}"] if is_script(content) else []),
+            ]
+            end = _END
+            while end in text.split("\n"):
+                end += "_"
+            lines += [f"(umask 077; {'; '.join(make)}) <<'{end}'", text, end]
         lines += [f"export {name}={shlex.quote(value)}" for name, value in sorted(self.environment.items())]
         if self.command:
             lines.append(shlex.join(self.command))

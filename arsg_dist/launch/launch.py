@@ -1,14 +1,26 @@
 """`arsg-dist launch TARGET ... -- SCRIPT ...`: starts a program on one or many machines."""
 
 import argparse
+import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from arsg_dist.engine.exit_codes import BAD_INPUT
-from arsg_dist.launch.job import Host, Job, Plan, check_environment, parse_hosts, read_hostfile
-from arsg_dist.launch.profiles import load_profile, profile_names
+from arsg_dist.launch.job import (
+    Host,
+    Job,
+    Plan,
+    check_environment,
+    is_script,
+    is_variable,
+    parse_hosts,
+    read_hostfile,
+)
+from arsg_dist.launch.profiles import Profile, load_profile, profile_names
 from arsg_dist.launch.targets import TARGETS, Target
 from arsg_dist.launch.watch import run_watched
+from arsg_dist.safe_io import files
 
 SUMMARY = "start a training on this machine, a list of hosts, or through a scheduler"
 
@@ -47,7 +59,12 @@ def _add_common(parser: argparse.ArgumentParser, target: Target) -> None:
         parser.add_argument("--cpu", action="store_true", help="the ranks have no GPUs")
     parser.add_argument("--profile", choices=profile_names(), help="settings of a site or network")
     parser.add_argument(
-        "--env", action="append", default=[], metavar="NAME=VALUE", help="for every rank; repeatable"
+        "--env",
+        action="append",
+        default=[],
+        metavar="NAME[=VALUE]",
+        help="for every rank; without a value the one that NAME has here, which is then written into no file and no "
+        "command (for keys and passwords); repeatable",
     )
     parser.add_argument(
         "--python", default=sys.executable, help="interpreter on every host (default: %(default)s)"
@@ -94,13 +111,10 @@ def make_plan(options: argparse.Namespace) -> Plan:
     """
     target = TARGETS[options.target]()
     profile = load_profile(options.profile)
-    environment = dict(profile.environment)
-    for pair in options.env:
-        name, equals, value = pair.partition("=")
-        if not equals:
-            raise ValueError(f"--env {pair!r} is not NAME=VALUE")
-        environment[name] = value
-    check_environment(environment)
+    environment, inherited = _variables(options.env, profile)
+    if inherited and target.cannot_inherit:
+        raise ValueError(f"--env {inherited[0]} without a value: {target.cannot_inherit}")
+    check_environment({**environment, **{name: _value_here(name) for name in inherited}})
     if options.detect_seconds < 10:
         raise ValueError(
             f"--detect-seconds {options.detect_seconds}: a busy host may be silent for some seconds; at least 10"
@@ -121,16 +135,38 @@ def make_plan(options: argparse.Namespace) -> Plan:
         ranks_per_node=ranks_per_node,
         gpus_per_rank=0 if getattr(options, "cpu", False) else 1,
         environment=environment,
+        inherited=inherited,
         detect_seconds=options.detect_seconds,
     )
     return target.plan(job, profile, options)
 
 
+def _variables(pairs: Sequence[str], profile: Profile) -> tuple[dict[str, str], tuple[str, ...]]:
+    """The variables with a value, and the names of those without; the last word on a name counts."""
+    chosen: dict[str, str | None] = dict(profile.environment)
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        chosen[name] = value if equals else None
+    return (
+        {name: value for name, value in chosen.items() if value is not None},
+        tuple(sorted(name for name, value in chosen.items() if value is None)),
+    )
+
+
+def _value_here(name: str) -> str:
+    value = os.environ.get(name, "")
+    if not value and is_variable(name):
+        raise ValueError(
+            f"--env {name} hands on the value that {name} has here, and it has none: export {name} first, or "
+            "give NAME=VALUE"
+        )
+    return value
+
+
 def _execute(plan: Plan, directory: Path) -> int:
     for path, content in plan.files.items():
-        path.write_text(content)
-        if content.startswith("#!"):
-            path.chmod(0o755)
+        # Of a secret's kind, all of them: they hold the values of --env.
+        files.write_text(path, content, private=True, executable=is_script(content))
     for note in plan.notes:
         print(f"note: {note}", file=sys.stderr)  # noqa: T201
     try:

@@ -1,9 +1,17 @@
-"""Arguments that reach a remote shell through DeepSpeed's pdsh runner unchanged."""
+"""Arguments that reach a shell, here or through DeepSpeed's pdsh runner, unchanged."""
 
 import re
 import shlex
 
 _PLAIN_PATH = re.compile(r"[A-Za-z0-9_@%+=:,./-]+")
+
+
+def for_bash(argument: str) -> str:
+    """Quotes an argument for bash on one line: schedulers look for their directives in every line of a script."""
+    if "\n" not in argument and "\r" not in argument:
+        return shlex.quote(argument)
+    escaped = argument.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n").replace("\r", "\\r")
+    return f"$'{escaped}'"
 
 
 def for_pdsh(argument: str) -> str:

@@ -6,6 +6,7 @@ python -m tests.launch.examples      writes them anew
 import argparse
 
 from arsg_dist.launch import launch
+from arsg_dist.safe_io.files import write_text
 from tests.support.launchers import REPOSITORY
 
 _RECIPE = "--config configs/imagenet_arsg.yaml --data.root /path/to/imagenet"
@@ -46,4 +47,4 @@ if __name__ == "__main__":
     for name in EXAMPLES:
         path = REPOSITORY / "launch" / name
         path.parent.mkdir(exist_ok=True)
-        path.write_text(example(name))
+        write_text(path, example(name))

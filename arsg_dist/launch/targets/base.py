@@ -17,12 +17,14 @@ class Target(ABC):
         summary: one line for --help.
         engines: what it can start.
         places: whether the user names the hosts, or a number of nodes a scheduler will choose, or neither.
+        cannot_inherit: why no variable can be handed on unwritten (`--env NAME`), and what to do; "" where it can.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     engines: ClassVar[tuple[EngineName, ...]]
     places: ClassVar[Literal["hosts", "nodes", "here"]]
+    cannot_inherit: ClassVar[str] = ""
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:  # noqa: B027 - most have none
         """Adds the options that only this target has."""

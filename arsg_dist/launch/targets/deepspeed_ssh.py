@@ -7,25 +7,27 @@ import shlex
 from pathlib import Path
 from typing import ClassVar
 
-from arsg_dist.launch import detection
+from arsg_dist.launch import detection, safe_path
 from arsg_dist.launch.job import Host, Job, Plan, hostfile
 from arsg_dist.launch.profiles import Profile
 from arsg_dist.launch.quoting import for_pdsh, require_plain
 from arsg_dist.launch.targets.base import Target, rank_environment
-from arsg_dist.launch.targets.mpirun import add_meeting_point, meeting_point, mpirun_options
+from arsg_dist.launch.targets.mpirun import add_meeting_point, exported, meeting_point, mpirun_options
 from arsg_dist.launch.watch import LOST_HOST
 
 HOSTFILE = "arsg_hosts"
 ENVIRONMENT = "arsg_deepspeed_env"
 
 
-def _environment_file(job: Job) -> str:
+def _environment_file(variables: dict[str, str]) -> str:
     """DeepSpeed sends only a few variables to other hosts, and those in this file, which it does not quote well."""
     lines = []
-    for name, value in sorted(rank_environment(job).items()):
+    # DeepSpeed has every Python of the job import from the working directory, unless the file says otherwise.
+    own_path = {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}
+    for name, value in sorted((own_path | variables).items()):
         if re.search(r"[\"$`\\%!]", value):
             raise ValueError(
-                f'{name}={value!r}: DeepSpeed does not carry " $ ` \\ % ! to other hosts; use the target mpirun'
+                f'the value of {name}: DeepSpeed does not carry " $ ` \\ % ! to other hosts; use the target mpirun'
             )
         lines.append(f"{name}={value}\n")
     return "".join(lines)
@@ -40,11 +42,11 @@ class _DeepSpeedRunner(Target):
         add_meeting_point(parser)
 
     def _command(
-        self, job: Job, options: argparse.Namespace, runner: str
+        self, job: Job, options: argparse.Namespace, runner: str, variables: dict[str, str]
     ) -> tuple[list[str], dict[Path, str]]:
         files = {
             job.directory / HOSTFILE: hostfile(job.hosts),
-            job.directory / ENVIRONMENT: _environment_file(job),
+            job.directory / ENVIRONMENT: _environment_file(variables),
         }
         command = [
             "deepspeed",
@@ -64,14 +66,20 @@ class Pdsh(_DeepSpeedRunner):
 
     name = "deepspeed-pdsh"
     summary = "hosts over ssh, by DeepSpeed's pdsh runner"
+    cannot_inherit = (
+        "DeepSpeed's pdsh runner writes every value into command lines, which other users of the hosts can read; use "
+        "the target mpirun or deepspeed-openmpi, or set the variable in the login shell of every host"
+    )
 
     def plan(self, job: Job, profile: Profile, options: argparse.Namespace) -> Plan:
         """Plans `deepspeed --launcher pdsh`; program and paths are quoted for the remote shell."""
         require_plain(str(job.directory), "the working directory", "DeepSpeed's pdsh runner")
         require_plain(job.python, "the interpreter", "DeepSpeed's pdsh runner")
-        command, files = self._command(job, options, "pdsh")
-        script, *arguments = job.program
+        script, *arguments = safe_path.script_and_arguments(job)
         require_plain(script, "the script", "DeepSpeed's pdsh runner")
+        command, files = self._command(
+            job, options, "pdsh", safe_path.launcher_environment(job) | rank_environment(job)
+        )
         return Plan(
             command=(*command, script, *map(for_pdsh, arguments)),
             environment={
@@ -97,11 +105,9 @@ class OpenMpiRunner(_DeepSpeedRunner):
 
     def plan(self, job: Job, profile: Profile, options: argparse.Namespace) -> Plan:
         """Plans `deepspeed --launcher openmpi`."""
-        command, files = self._command(job, options, "openmpi")
-        files[job.directory / ENVIRONMENT] += "".join(
-            f"{name}={value}\n" for name, value in meeting_point(job, options).items()
-        )
-        launcher_args = [*mpirun_options(os.geteuid() == 0), "-x", "PATH"]
+        variables = rank_environment(job) | meeting_point(job, options)
+        command, files = self._command(job, options, "openmpi", variables)
+        launcher_args = [*mpirun_options(os.geteuid() == 0), *exported("PATH", *job.inherited)]
         launcher_args += ["--mca", "btl_tcp_if_include", options.interface] if options.interface else []
         command += [f"--launcher_args={shlex.join(launcher_args)}"]
         return Plan(
@@ -145,7 +151,9 @@ class PerNode(Target):
             "--node_rank",
             str(options.node_rank),
         ]
-        command += ["--master_addr", address, "--master_port", str(options.master_port), *job.program]
+        command += ["--master_addr", address, "--master_port", str(options.master_port)]
         return Plan(
-            command=tuple(command), environment=rank_environment(job), files={path: hostfile(job.hosts)}
+            command=(*command, *safe_path.script_and_arguments(job)),
+            environment=rank_environment(job) | safe_path.launcher_environment(job),
+            files={path: hostfile(job.hosts)},
         )

@@ -3,6 +3,7 @@
 import argparse
 from typing import ClassVar
 
+from arsg_dist.launch import safe_path
 from arsg_dist.launch.job import Job, Plan
 from arsg_dist.launch.profiles import Profile
 from arsg_dist.launch.quoting import require_plain
@@ -12,6 +13,22 @@ from arsg_dist.launch.targets.base import Target, rank_environment
 def _add_interface(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--interface", help="network interface that all hosts have (default: found by horovodrun)"
+    )
+
+
+def _environment(job: Job) -> dict[str, str]:
+    return rank_environment(job) | safe_path.launcher_environment(job)
+
+
+def _notes(job: Job) -> tuple[str, ...]:
+    return (on_command_lines(job.inherited),) if job.inherited else ()
+
+
+def on_command_lines(names: tuple[str, ...]) -> str:
+    """What horovodrun does to variables that should be secret."""
+    return (
+        f"horovodrun writes the values of {', '.join(names)}, as of every exported variable, into the ranks' command "
+        "lines, which other users of the hosts can read; mpirun does not"
     )
 
 
@@ -33,7 +50,9 @@ class Horovodrun(Target):
         command = ["horovodrun", "-np", str(job.ranks), "--gloo", "--disable-cache"]
         command += ["-H", ",".join(f"{host.name}:{host.slots}" for host in job.hosts)]
         command += ["--network-interface", options.interface] if options.interface else []
-        return Plan(command=(*command, *job.rank_command), environment=rank_environment(job))
+        return Plan(
+            command=(*command, *safe_path.rank_command(job)), environment=_environment(job), notes=_notes(job)
+        )
 
 
 class ElasticHorovodrun(Target):
@@ -74,8 +93,8 @@ class ElasticHorovodrun(Target):
         command += ["--host-discovery-script", script]
         command += ["--network-interface", options.interface] if options.interface else []
         return Plan(
-            command=(*command, *job.rank_command),
-            environment=rank_environment(job),
+            command=(*command, *safe_path.rank_command(job)),
+            environment=_environment(job),
             files=files,
-            notes=("the program must use hvd.elastic.run", *notes),
+            notes=("the program must use hvd.elastic.run", *notes, *_notes(job)),
         )

@@ -6,20 +6,24 @@ import re
 from typing import Any, ClassVar
 
 from arsg_dist.launch import detection
-from arsg_dist.launch.job import Job, Plan
+from arsg_dist.launch.job import Job, Plan, check_environment
 from arsg_dist.launch.profiles import Profile
 from arsg_dist.launch.targets.base import Target, rank_environment
-from arsg_dist.launch.targets.mpirun import mpirun_options
+from arsg_dist.launch.targets.mpirun import exported, mpirun_options
 
 _NAMESPACE = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 # A TrainJob's name begins with a letter; all operators name pods and services after the job, NAME-worker-12, of at most
 # 63 characters.
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,48}[a-z0-9])?")
 _NOT_RUN = "compared with the operators' published types only; not applied to a cluster yet"
+_SECRET = re.compile(r"(?P<name>[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?)/(?P<key>[A-Za-z0-9._-]{1,253})")
 
 
 class _Manifest(Target):
     places: ClassVar = "nodes"
+    cannot_inherit = (
+        "a pod inherits nothing from here: make a Kubernetes Secret, give --secret NAME=SECRET/KEY"
+    )
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """What a pod needs."""
@@ -27,6 +31,13 @@ class _Manifest(Target):
         parser.add_argument("--namespace", default="default", help="(default: %(default)s)")
         parser.add_argument(
             "--image", required=True, help="container image with this package (see containers/)"
+        )
+        parser.add_argument(
+            "--secret",
+            action="append",
+            default=[],
+            metavar="NAME=SECRET/KEY",
+            help="variable NAME from a Kubernetes Secret; its value is not in the manifest; repeatable",
         )
         parser.add_argument("--shared-memory", default="8Gi", help="size of /dev/shm (default: %(default)s)")
 
@@ -70,8 +81,34 @@ def _pod(job: Job, options: argparse.Namespace, container: dict[str, Any], *, gp
     }
 
 
-def _variables(environment: dict[str, str]) -> list[dict[str, str]]:
-    return [{"name": name, "value": value} for name, value in sorted(environment.items())]
+def _literal(text: str) -> str:
+    """Kubernetes replaces $(NAME) in commands and values of variables, and $$ by $."""
+    return text.replace("$", "$$")
+
+
+def _secrets(job: Job, options: argparse.Namespace) -> dict[str, dict[str, str]]:
+    """Variable → reference to an entry of a Secret."""
+    references = {}
+    for text in options.secret:
+        name, _, place = text.partition("=")
+        found = _SECRET.fullmatch(place)
+        check_environment({name: place})
+        if found is None:
+            raise ValueError(
+                f"--secret {name}=...: what follows must be SECRET/KEY, a Kubernetes Secret and a key in it"
+            )
+        if name in job.environment or name in references:
+            raise ValueError(f"--secret {name} is given twice, or by --env too: one of them only")
+        references[name] = {"name": found["name"], "key": found["key"]}
+    return references
+
+
+def _variables(environment: dict[str, str], secrets: dict[str, dict[str, str]]) -> list[dict[str, Any]]:
+    plain = [{"name": name, "value": _literal(value)} for name, value in sorted(environment.items())]
+    return plain + [
+        {"name": name, "valueFrom": {"secretKeyRef": reference}}
+        for name, reference in sorted(secrets.items())
+    ]
 
 
 class MpiJob(_Manifest):
@@ -83,9 +120,9 @@ class MpiJob(_Manifest):
 
     def manifest(self, job: Job, options: argparse.Namespace) -> dict[str, Any]:
         """The MPIJob."""
-        variables = rank_environment(job)
+        variables, secrets = rank_environment(job), _secrets(job, options)
         command = ["mpirun", *mpirun_options(as_root=True), "-np", str(job.ranks)]
-        command += [argument for name in ("PATH", *sorted(variables)) for argument in ("-x", name)]
+        command += exported("PATH", *sorted({*variables, *secrets}))
         daemons = {
             # The operator's own ssh options (no host keys) must stay.
             name: f"-o ConnectionAttempts=10 {value}" if name.endswith("_args") else value
@@ -93,8 +130,8 @@ class MpiJob(_Manifest):
         }
         launcher = {
             "name": "launcher",
-            "command": [*command, *job.rank_command],
-            "env": _variables(daemons | variables),
+            "command": [*command, *map(_literal, job.rank_command)],
+            "env": _variables(daemons | variables, secrets),
         }
         worker = {"name": "worker", "command": ["/usr/sbin/sshd", "-De"]}
         return {
@@ -120,8 +157,7 @@ class MpiJob(_Manifest):
 
 def _torchrun(job: Job) -> list[str]:
     return [
-        job.python,
-        "-m",
+        *map(_literal, job.python_module),
         "torch.distributed.run",
         f"--nnodes={job.nodes}",
         f"--nproc-per-node={job.ranks_per_node}",
@@ -142,9 +178,10 @@ class PyTorchJob(_Manifest):
             "--node-rank=$(PET_NODE_RANK)",
             "--master-addr=$(PET_MASTER_ADDR)",
             "--master-port=$(PET_MASTER_PORT)",
-            *job.program,
+            *map(_literal, job.program),
         ]
-        container = {"name": "pytorch", "command": command, "env": _variables(rank_environment(job))}
+        variables = _variables(rank_environment(job), _secrets(job, options))
+        container = {"name": "pytorch", "command": command, "env": variables}
         pod = _pod(job, options, container, gpus=job.ranks_per_node * job.gpus_per_rank)
         replicas = {"Master": {"replicas": 1, "restartPolicy": "OnFailure", "template": pod}}
         if job.nodes > 1:
@@ -170,15 +207,13 @@ class TrainJob(_Manifest):
             # A TrainJob has no working directory of its own.
             "command": [
                 "env",
-                f"--chdir={job.directory}",
-                job.python,
-                "-m",
+                *map(_literal, (f"--chdir={job.directory}", *job.python_module)),
                 "torch.distributed.run",
-                *job.program,
+                *map(_literal, job.program),
             ],
             "numNodes": job.nodes,
             "numProcPerNode": job.ranks_per_node,  # else as many as there are GPUs, or CPUs
-            "env": _variables(rank_environment(job)),
+            "env": _variables(rank_environment(job), _secrets(job, options)),
         }
         if job.gpus_per_rank:
             trainer["resourcesPerNode"] = {"limits": {"nvidia.com/gpu": job.ranks_per_node}}

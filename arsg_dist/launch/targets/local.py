@@ -4,6 +4,7 @@ import argparse
 import os
 from typing import ClassVar
 
+from arsg_dist.launch import safe_path
 from arsg_dist.launch.job import Job, Plan
 from arsg_dist.launch.profiles import Profile
 from arsg_dist.launch.targets.base import Target, rank_environment
@@ -22,7 +23,9 @@ class Local(Target):
         """Plans `deepspeed --num_accelerators N` or `mpirun -np N`."""
         environment = rank_environment(job)
         if job.engine == "deepspeed":
-            command = [*job.deepspeed_command, "--num_accelerators", str(job.ranks_per_node), *job.program]
+            environment |= safe_path.launcher_environment(job)
+            command = [*job.deepspeed_command, "--num_accelerators", str(job.ranks_per_node)]
+            command += safe_path.script_and_arguments(job)
         else:
             command = ["mpirun", *mpirun_options(os.geteuid() == 0), "--oversubscribe"]
             command += ["-np", str(job.ranks_per_node), *job.rank_command]

@@ -8,12 +8,13 @@ from arsg_dist.launch import detection
 from arsg_dist.launch.job import Job, Plan
 from arsg_dist.launch.profiles import Profile
 from arsg_dist.launch.targets.base import Target, rank_environment
-from arsg_dist.launch.targets.mpirun import INHERITED, mpirun_options
+from arsg_dist.launch.targets.mpirun import INHERITED, exported, mpirun_options
 from arsg_dist.launch.targets.script import (
     add_batch_arguments,
     exports,
     first_host,
     program_lines,
+    start_lines,
     watched,
     word,
 )
@@ -58,26 +59,26 @@ class Lsf(Target):
             lines += [f"#BSUB -n {job.ranks}", f'#BSUB -R "span[ptile={job.ranks_per_node}]"']
             lines += [f'#BSUB -gpu "num={job.ranks_per_node}"'] if job.gpus_per_rank else []
         variables = rank_environment(job)
-        lines += ["set -u", f"cd {shlex.quote(str(job.directory))} || exit 2", *options.setup]
+        lines += [*start_lines(job), *options.setup]
         lines += exports(variables)
         hosts = "awk '!seen[$1]++ && $1 !~ /batch|login/ {print $1}' \"$LSB_DJOB_HOSTFILE\""
         lines += first_host(f"{hosts} | head -n1", "LSB_JOBID")
-        lines += program_lines(job)
+        lines += program_lines(job, job.rank_command)
         if options.through == "jsrun":
             lines += [
                 f"jsrun -n {job.ranks} -r {job.ranks_per_node} -a 1 -g {job.gpus_per_rank} -c {options.cores_per_rank} "
                 '-b none "${program[@]}"'
             ]
         else:
-            names = ["MASTER_ADDR", "MASTER_PORT", *INHERITED, *sorted(variables)]
-            flags = " ".join([*mpirun_options(as_root=False), *(f"-x {name}" for name in names)])
+            names = ["MASTER_ADDR", "MASTER_PORT", *INHERITED, *sorted(variables), *job.inherited]
+            flags = " ".join([*mpirun_options(as_root=False), *exported(*names)])
             lines += [
                 *exports(detection.open_mpi_daemons(job.detect_seconds)),
                 f"hosts=$({hosts} | sed 's/$/:{job.ranks_per_node}/' | paste -sd,)",
                 f'{watched(job, "mpirun")} {flags} -H "$hosts" -np {job.ranks} "${{program[@]}}"',
             ]
         return Plan(
-            command=("sh", "-c", f"bsub < {shlex.quote(str(path))}"),
+            command=("sh", "-c", f"bsub{' -env all' if job.inherited else ''} < {shlex.quote(str(path))}"),
             files={path: "\n".join(lines) + "\n"},
             notes=("written from the documentation of LSF; not run under LSF yet",),
         )

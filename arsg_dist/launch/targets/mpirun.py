@@ -19,6 +19,15 @@ def mpirun_options(as_root: bool) -> list[str]:
     return [*(["--allow-run-as-root"] if as_root else []), "--bind-to", "none", "--map-by", "slot"]
 
 
+def exported(*names: str) -> list[str]:
+    """mpirun's options that hand on variables, whose values stay out of its command line and its daemons'."""
+    # mpirun's own settings travel by themselves.
+    own = ("OMPI_MCA_", "PRTE_MCA_")
+    return [
+        argument for name in dict.fromkeys(names) if not name.startswith(own) for argument in ("-x", name)
+    ]
+
+
 def add_meeting_point(parser: argparse.ArgumentParser) -> None:
     """Adds --master-addr and --master-port."""
     parser.add_argument("--master-addr", help="name or address of the first host that all hosts know")
@@ -54,12 +63,10 @@ class Mpirun(Target):
         variables = rank_environment(job)
         if job.engine == "deepspeed":
             variables = meeting_point(job, options) | variables
-        exported = [name for name in INHERITED if name in os.environ and name not in variables]
+        set_here = [name for name in INHERITED if name in os.environ]
         command = ["mpirun", *mpirun_options(os.geteuid() == 0), "-np", str(job.ranks)]
         command += ["-H", ",".join(f"{host.name}:{host.slots}" for host in job.hosts)]
         command += ["--wdir", str(job.directory)]
-        # mpirun's own settings (OMPI_MCA_, PRTE_MCA_) travel by themselves.
-        for name in [*exported, *sorted(variables)]:
-            command += ["-x", name] if not name.startswith(("OMPI_MCA_", "PRTE_MCA_")) else []
+        command += exported(*set_here, *sorted(variables), *job.inherited)
         environment = detection.open_mpi_daemons(job.detect_seconds) | variables
         return Plan(command=(*command, *job.rank_command), environment=environment, failure_text=LOST_HOST)

@@ -12,6 +12,7 @@ from arsg_dist.launch.targets.script import (
     exports,
     first_host,
     program_lines,
+    start_lines,
     watched,
     word,
 )
@@ -45,17 +46,17 @@ class Pbs(Target):
         lines += [f"#PBS -l {resource}" for resource in resources]
         lines += [f"#PBS -A {word(options.account, '--account')}"] if options.account else []
         lines += [f"#PBS -q {word(options.queue, '--queue')}"] if options.queue else []
-        lines += ["set -u", f"cd {shlex.quote(str(job.directory))} || exit 2", *options.setup]
+        lines += [*start_lines(job), *options.setup]
         lines += exports(rank_environment(job))
         lines += first_host('head -n1 "$PBS_NODEFILE"', "${PBS_JOBID%%.*}")
-        lines += program_lines(job)
+        lines += program_lines(job, job.rank_command)
         mpiexec = ["--envall", *profile.mpiexec]
         mpiexec += ["-n", str(job.ranks), "--ppn", str(job.ranks_per_node)]
         lines += [
             f'{watched(job, "mpiexec")} {shlex.join(mpiexec)} --hostfile="$PBS_NODEFILE" "${{program[@]}}"'
         ]
         return Plan(
-            command=("qsub", str(path)),
+            command=("qsub", *(["-v", ",".join(job.inherited)] if job.inherited else []), str(path)),
             files={path: "\n".join(lines) + "\n"},
             notes=("written from the documentation of PBS Pro and Polaris; not run under PBS yet",),
         )

@@ -2,10 +2,10 @@
 
 import argparse
 import re
-import shlex
 
 from arsg_dist.launch import watch
 from arsg_dist.launch.job import Job
+from arsg_dist.launch.quoting import for_bash
 
 _WORD = re.compile(r"[A-Za-z0-9_@%+=:,./\[\]*-]+")
 
@@ -38,27 +38,36 @@ def word(value: str, option: str) -> str:
     return value
 
 
+def start_lines(job: Job) -> list[str]:
+    """The first lines after the directives: to the working directory, if what the job is to inherit is there."""
+    lines = ["set -u"]
+    for name in job.inherited:
+        message = f"the scheduler did not hand {name} on: export it where you submit the job"
+        lines.append(f'[ -n "${{{name}:-}}" ] || {{ echo {for_bash(message)} >&2; exit 2; }}')
+    return [*lines, f"cd {for_bash(str(job.directory))} || exit 2"]
+
+
 def exports(environment: dict[str, str]) -> list[str]:
     """`export` lines."""
-    return [f"export {name}={shlex.quote(value)}" for name, value in sorted(environment.items())]
+    return [f"export {name}={for_bash(value)}" for name, value in sorted(environment.items())]
 
 
 def watched(job: Job, launcher: str) -> str:
     """`launcher` with the exit code of a failure when it lost a host, which Open MPI 5's own is not."""
-    return f"{shlex.quote(job.python)} -m {watch.__name__} {launcher}"
+    return f"{for_bash(job.python)} {' '.join(job.python_module[1:])} {watch.__name__} {launcher}"
 
 
-def program_lines(job: Job) -> list[str]:
-    """Sets the array `program`, with --resume if a run is there to be resumed.
+def program_lines(job: Job, rank_command: tuple[str, ...]) -> list[str]:
+    """Sets the array `program` to what a rank executes, with --resume if a run is there to be resumed.
 
     Only a program that has an --output is known to have --resume (arsg-imagenet has both).
     """
-    lines = [f"program=({shlex.join(job.rank_command)})"]
+    lines = [f"program=({' '.join(map(for_bash, rank_command))})"]
     output = job.argument("--output")
     if output is not None and "--resume" not in job.program:
         lines += [
             "# A requeued or resubmitted job goes on where the last complete checkpoint is.",
-            f'if [ -n "$(ls -A {shlex.quote(output)}/checkpoints 2>/dev/null)" ]; then program+=(--resume); fi',
+            f'if [ -n "$(ls -A {for_bash(output)}/checkpoints 2>/dev/null)" ]; then program+=(--resume); fi',
         ]
     return lines
 

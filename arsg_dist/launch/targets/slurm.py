@@ -1,20 +1,21 @@
 """Slurm: a batch script with one task per GPU, that saves and requeues itself before its time is up."""
 
 import argparse
-import shlex
 from typing import ClassVar
 
 from arsg_dist.engine.exit_codes import PREEMPTED
-from arsg_dist.launch import detection
+from arsg_dist.launch import detection, safe_path
 from arsg_dist.launch.job import Job, Plan
 from arsg_dist.launch.profiles import Profile
 from arsg_dist.launch.targets.base import Target, rank_environment
-from arsg_dist.launch.targets.mpirun import INHERITED, mpirun_options
+from arsg_dist.launch.targets.horovodrun import on_command_lines
+from arsg_dist.launch.targets.mpirun import INHERITED, exported, mpirun_options
 from arsg_dist.launch.targets.script import (
     add_batch_arguments,
     exports,
     first_host,
     program_lines,
+    start_lines,
     watched,
     word,
 )
@@ -59,17 +60,23 @@ class Slurm(Target):
         if options.through == "horovodrun" and job.engine != "horovod":
             raise ValueError("--through horovodrun starts Horovod programs only")
         path = job.directory / SCRIPT
-        lines = ["#!/bin/bash", *self._directives(job, profile, options), "set -u", ""]
-        lines += [f"cd {shlex.quote(str(job.directory))} || exit 2"]
+        lines = ["#!/bin/bash", *self._directives(job, profile, options), *start_lines(job)]
         lines += ['echo "job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, start $((${SLURM_RESTART_COUNT:-0} + 1))"']
         lines += options.setup
         lines += exports(rank_environment(job))
         lines += first_host('scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n1', "SLURM_JOB_ID")
-        lines += program_lines(job)
         stoppable = options.through != "horovodrun"  # which a signal kills, with the ranks unsaved
+        lines += program_lines(job, job.rank_command if stoppable else safe_path.rank_command(job))
         lines += ["", *self._step(job, options), "step=$!", *(_SIGNAL if stoppable else ()), *_WAIT]
         lines += [*(_REQUEUE if stoppable else ()), 'exit "$code"']
-        return Plan(command=("sbatch", str(path)), files={path: "\n".join(lines) + "\n"})
+        given = any(option.startswith("--export") for option in options.sbatch)
+        export = ["--export=ALL"] if job.inherited and not given else []
+        exposed = job.inherited and options.through == "horovodrun"
+        return Plan(
+            command=("sbatch", *export, str(path)),
+            files={path: "\n".join(lines) + "\n"},
+            notes=(on_command_lines(job.inherited),) if exposed else (),
+        )
 
     def _directives(self, job: Job, profile: Profile, options: argparse.Namespace) -> list[str]:
         chosen = [
@@ -105,8 +112,14 @@ class Slurm(Target):
             wiring = "pmix" if job.engine == "horovod" else "none"
             return [f'srun --mpi={wiring} --kill-on-bad-exit=1 "${{program[@]}}" &']
         if options.through == "mpirun":
-            variables = ["MASTER_ADDR", "MASTER_PORT", *INHERITED, *sorted(rank_environment(job))]
-            flags = " ".join([*mpirun_options(as_root=False), *(f"-x {name}" for name in variables)])
+            variables = [
+                "MASTER_ADDR",
+                "MASTER_PORT",
+                *INHERITED,
+                *sorted(rank_environment(job)),
+                *job.inherited,
+            ]
+            flags = " ".join([*mpirun_options(as_root=False), *exported(*variables)])
             return [
                 *exports(detection.open_mpi_daemons(job.detect_seconds)),
                 'as_root=(); [ "$(id -u)" != 0 ] || as_root=(--allow-run-as-root)',
@@ -114,6 +127,7 @@ class Slurm(Target):
             ]
         return [
             f'hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed "s/$/:{job.ranks_per_node}/" | paste -sd,)',
+            *exports(safe_path.launcher_environment(job)),
             f'horovodrun --gloo --disable-cache -np {job.ranks} -H "$hosts" "${{program[@]}}" &',
         ]
 
