@@ -223,6 +223,16 @@ def test_what_cannot_work_is_refused_before_anything_starts(
         plan(target, *options, engine="deepspeed" if "deepspeed" in TARGETS[target].engines else None)
 
 
+@pytest.mark.parametrize("target", ["mpirun", "mpijob", "slurm --through mpirun", "lsf"])
+def test_mpirun_hands_on_what_ranks_on_other_hosts_need(target: str) -> None:
+    """Catches timeouts and --env that reach the ranks of the first host only."""
+    name, *options = target.split()
+    made = plan(name, *options, "--env", "MINE=1", engine="horovod")
+    words = re.sub(r'",\s+"', " ", f"{shlex.join(made.command)} {texts(made)}")
+    for variable in ("MINE", "HOROVOD_GLOO_TIMEOUT_SECONDS", "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS", "PATH"):
+        assert f" -x {variable} " in words
+
+
 def test_slurm_asks_for_what_the_profile_says_once() -> None:
     """Catches two contradicting directives, of which Slurm takes the last."""
     script = texts(plan("slurm", "--profile", "frontier", "--sbatch=--time=1", "--cpus-per-task", "3"))
@@ -373,6 +383,9 @@ def test_a_lost_host_is_a_failure_of_a_batch_job(target: str, tmp_path: Path) ->
         (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
         (tmp_path / name).chmod(0o755)
     (tmp_path / "hosts").write_text("node1\n")
+    planted = tmp_path / "arsg_dist" / "__init__.py"  # beside the job: not the one to be imported
+    planted.parent.mkdir()
+    planted.write_text("raise SystemExit('a module of the working directory was imported')\n")
     options = parse(
         *target.split(), "--engine", "horovod", "--nodes", "1", "--ranks-per-node", "2", "--directory", str(tmp_path),
         "--", *PROGRAM,
