@@ -25,7 +25,7 @@ from arsg_dist.checkpoint.safetensors_file import write_safetensors
 from arsg_dist.checkpoint.store import CheckpointStore, Memory
 from arsg_dist.engine import Communicator, EngineState, package_versions
 from arsg_dist.engine.state import Piece
-from arsg_dist.safe_io.documents import read_json
+from arsg_dist.safe_io.documents import parse_json, read_json
 from arsg_dist.safe_io.files import write_text
 
 
@@ -59,7 +59,7 @@ def save_run(
     """
     store.finish()  # before the copy, which goes into the memory of the last one
     kept = state if wait else snapshot(state, store.memory)
-    progress = json.loads(json.dumps(progress))
+    progress = parse_json(json.dumps(progress), "progress")  # a copy, as reading it back gives it
     return store.save(
         step,
         lambda directory: write_part(directory, communicator.rank, kept),
