@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from arsg_dist.horovod.distributed import ReplicatedOptimizer
 from arsg_dist.horovod.group import Group
-from arsg_dist.horovod.guards import join
+from arsg_dist.horovod.leaving import join, shutdown
 from arsg_dist.optim import ARSG
 
 _horovod_parameters: Callable[..., None] = functions.broadcast_parameters
@@ -23,17 +23,18 @@ _CARRIERS = {1: torch.uint8, 2: torch.float16, 4: torch.int32, 8: torch.int64}
 
 
 def register() -> None:
-    """Puts `broadcast_parameters` and `broadcast_optimizer_state`, and `join`, in the place of Horovod's.
+    """Puts `broadcast_parameters`, `broadcast_optimizer_state`, `join` and `shutdown` in the place of Horovod's.
 
     Horovod's broadcasts (0.28.1) refuse bfloat16 and tensors that are not contiguous, and make a real step where an
-    optimizer has no state yet; after its `join` a `ShardedOptimizer` crashes (`guards.join`). Names imported from
-    Horovod before (`from horovod.torch import broadcast_optimizer_state`) stay Horovod's. Calling this
-    again changes nothing.
+    optimizer has no state yet; after its `join` a `ShardedOptimizer` crashes, and its `shutdown` cuts off the
+    parameters on their way (`leaving`). Names imported from Horovod before (`from horovod.torch import
+    broadcast_optimizer_state`) stay Horovod's. Calling this again changes nothing.
     """
     for module in (hvd, functions, elastic_state):
         module.broadcast_parameters = broadcast_parameters
         module.broadcast_optimizer_state = broadcast_optimizer_state
     hvd.join = join
+    hvd.shutdown = shutdown
 
 
 def broadcast_parameters(params: Any, root_rank: int = 0) -> None:

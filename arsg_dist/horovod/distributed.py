@@ -55,7 +55,8 @@ def DistributedOptimizer(  # noqa: N802  # the name Horovod's users know
 
     Raises:
         ValueError: Horovod is not initialised or has another number of ranks than the launcher; names missing or
-            repeated; settings out of range or contradicting each other.
+            repeated; settings out of range or contradicting each other; parameters of another such optimizer that is
+            still in use.
         TypeError: an argument of the wrong kind, or an optimizer that is wrapped already.
     """
     check_world_size(whole_job=False)
@@ -115,8 +116,8 @@ class ReplicatedOptimizer(Optimizer):
                     name = self._names.setdefault(parameter, f"allreduce.noname.{index}.{position}")
                     new.append((name, parameter))
         if new:
-            self._connected.update(parameter for _, parameter in new)
             self._joined().connect(new)
+            self._connected.update(parameter for _, parameter in new)
 
     def _joined(self) -> Exchange:
         if self._exchange is None:

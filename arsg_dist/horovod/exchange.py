@@ -13,8 +13,8 @@ Horovod's operations a rank's own part would be copied on its way to itself, whi
 bf16 is unknown to Horovod: its bits travel as fp16, and sums are made here.
 """
 
+import weakref
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -37,25 +37,34 @@ def sum_dtype(dtype: torch.dtype) -> torch.dtype:
 
 @dataclass
 class Started:
-    """An exchange under way."""
+    """An exchange under way. If it is dropped, its memory is freed when Horovod needs it no more."""
 
     handle: int
     result: Callable[[Any], Tensor]
+    failure: HorovodInternalError | None = None
+
+    def __post_init__(self) -> None:
+        # Horovod's Python side keeps the tensors until somebody waits. Its core has references of its own.
+        weakref.finalize(self, mpi_ops._handle_map.pop, self.handle, None).atexit = False
 
     def done(self) -> bool:
         """Whether `finish` would return at once."""
-        return bool(hvd.poll(self.handle))
+        return self.failure is not None or bool(hvd.poll(self.handle))
 
     def finish(self) -> Tensor:
-        """Waits for the end and returns the result."""
-        return self.result(hvd.synchronize(self.handle))
+        """Waits for the end and returns the result.
 
-    def discard(self) -> None:
-        """Frees what an exchange of a job that is no more holds; to be called once Horovod has been shut down."""
-        # Waiting for one that Horovod lost could last for ever; it stays in Horovod's table.
-        if self.handle in mpi_ops._handle_map and self.done():
-            with suppress(HorovodInternalError):
-                hvd.synchronize(self.handle)
+        Raises:
+            HorovodInternalError: the exchange failed; at every call.
+        """
+        if self.failure is not None:
+            raise self.failure
+        try:
+            output = hvd.synchronize(self.handle)
+        except HorovodInternalError as failure:
+            self.failure = failure
+            raise
+        return self.result(output)
 
 
 class AllToAllReduceScatter:

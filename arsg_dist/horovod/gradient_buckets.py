@@ -126,6 +126,7 @@ class GradientBuckets:
             )
             for index, parameter in enumerate(parameters)
         ]
+        weakref.finalize(self, _take_off, self._hooks).atexit = False
 
     def _reset_counts(self) -> None:
         for flat in self._flat.values():
@@ -155,15 +156,12 @@ class GradientBuckets:
 
     def remove(self) -> None:
         """Takes the hooks off the parameters."""
-        for hook in self._hooks:
-            hook.remove()
+        _take_off(self._hooks)
 
-    def abandon(self) -> list[Started]:
-        """Takes the hooks off; returns the exchanges under way, for which nobody waits."""
+    def abandon(self) -> None:
+        """Takes the hooks off, and waits for nothing."""
         self.remove()
-        started = list(self._started.values())
         self._started = {}
-        return started
 
     def gradient_is_ready(self, index: int) -> None:
         """Counts a backward pass of a parameter and takes over its gradient after the last."""
@@ -272,6 +270,11 @@ class GradientBuckets:
             )
             self._found_inf = self.group.max(mine, "found_inf")
         found_inf.copy_(torch.maximum(found_inf, self._found_inf))
+
+
+def _take_off(hooks: list[Any]) -> None:
+    for hook in hooks:
+        hook.remove()
 
 
 def _gradient_is_ready(owner: "weakref.ref[GradientBuckets]", index: int, parameter: Tensor) -> None:

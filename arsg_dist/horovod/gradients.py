@@ -1,6 +1,8 @@
 """What replicated ranks exchange: gradients before the update, or (Adasum) the updates themselves."""
 
+import gc
 import os
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -10,10 +12,14 @@ import horovod.torch as hvd
 import torch
 from horovod.torch.compression import Compression
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from arsg_dist.horovod.wire import WireFormat
 
 Named = Sequence[tuple[str, Tensor]]
+
+_sent_by: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""Parameter → weak reference to the stand-in whose hook sends its gradients."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,8 +151,13 @@ class GradientExchange(Exchange):
         return any(part._handles for part in self._parts)
 
     def connect(self, parameters: Named) -> None:
-        """Registers the hooks that send gradients. With `groups` the first call is a collective."""
+        """Registers the hooks that send gradients. With `groups` the first call is a collective.
+
+        Raises:
+            ValueError: hooks of another optimizer, which is still in use, send them already.
+        """
         parameters = list(parameters)
+        _refuse_sent(parameters)
         settings = self._settings
         part = hvd.DistributedOptimizer(
             torch.optim.SGD([parameter for _, parameter in parameters]),
@@ -161,6 +172,9 @@ class GradientExchange(Exchange):
         )
         if self._dense_only and not settings.sparse_as_dense:
             part._sparse_allreduce_grad_async = _refuse_sparse
+        if part._grad_accs:  # none on a single rank
+            for _, parameter in parameters:
+                _sent_by[parameter] = weakref.ref(part)
         self._parts.append(part)
         self._exchanged.append(frozenset(part._requires_update))
 
@@ -260,6 +274,21 @@ def build_exchange(settings: ExchangeSettings, *, dense_only: bool) -> Exchange:
     if settings.op == hvd.Adasum and hvd.size() > 1:
         return AdasumExchange(settings)
     return GradientExchange(settings, dense_only=dense_only)
+
+
+def _refuse_sent(parameters: Named) -> None:
+    if any(_is_sent(parameter) for _, parameter in parameters):
+        gc.collect()  # an optimizer that was dropped has its hooks until then
+    if taken := [name for name, parameter in parameters if _is_sent(parameter)]:
+        raise ValueError(
+            f"the gradients of {', '.join(taken)} are sent by another DistributedOptimizer that is still in use, and "
+            "would be sent twice: drop that one before (del optimizer), or go on with it"
+        )
+
+
+def _is_sent(parameter: Tensor) -> bool:
+    part: weakref.ref[Any] | None = _sent_by.get(parameter)  # type: ignore[no-untyped-call]
+    return part is not None and part() is not None
 
 
 def _refuse_sparse(parameter: Tensor, name: str) -> Any:

@@ -1,13 +1,11 @@
 """What is checked before ranks work together: Horovod's own answers to a wrong environment are silent."""
 
-import gc
 import os
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping
 
 import horovod.torch as hvd
 
 from arsg_dist.engine import Ranks, discover_ranks
-from arsg_dist.horovod.sharded_arguments import sharded_by
 
 STALL_CHECK = "HOROVOD_STALL_CHECK_TIME_SECONDS"
 STALL_SHUTDOWN = "HOROVOD_STALL_SHUTDOWN_TIME_SECONDS"
@@ -18,7 +16,6 @@ _CONTROLLERS = ("HOROVOD_CONTROLLER", "HOROVOD_CPU_OPERATIONS")
 _RENDEZVOUS = "HOROVOD_GLOO_RENDEZVOUS_ADDR"
 _MPI_STARTED = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-_horovod_join: Callable[..., int] = hvd.join
 
 
 def horovod_ranks(environ: Mapping[str, str] | None = None) -> Ranks:
@@ -119,30 +116,6 @@ def check_world_size(*, whole_job: bool = True) -> None:
             "use horovodrun, or mpirun with HOROVOD_CONTROLLER and HOROVOD_CPU_OPERATIONS unset; "
             "'horovodrun --check-build' shows what Horovod was built with"
         )
-
-
-def join(device: int = -1) -> int:
-    """`hvd.join`, refused while there is a `ShardedOptimizer`: a rank that has joined has no shards to send.
-
-    Horovod 0.28.1 crashes (segmentation fault) when the others ask it for one.
-
-    Args:
-        device: as of Horovod.
-
-    Returns:
-        The rank that joined last.
-
-    Raises:
-        RuntimeError: a ShardedOptimizer is in use.
-    """
-    gc.collect()  # one that was dropped without close() must not count on some ranks and not on others
-    optimizers = list(sharded_by.values())  # type: ignore[no-untyped-call]
-    if any(optimizer() is not None for optimizer in optimizers):
-        raise RuntimeError(
-            "hvd.join() cannot be used with a ShardedOptimizer, whose updates need every rank: give every rank as many "
-            "batches (DistributedSampler(drop_last=True)) and call hvd.barrier(), or close() the optimizer before"
-        )
-    return _horovod_join(device)
 
 
 def _seconds(environ: Mapping[str, str], name: str) -> int | None:

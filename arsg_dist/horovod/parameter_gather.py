@@ -1,41 +1,175 @@
 """Parameters on their way back from their owners, and everybody who has to wait for them."""
 
+import atexit
 import functools
 import gc
+import sys
+import time
 import weakref
-from collections.abc import Callable, ItemsView, Iterable, Sequence, ValuesView
+from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping, Sequence, ValuesView
+from contextlib import suppress
 from typing import Any, Literal
 
+import horovod.torch as hvd
 import torch
 import torch._dynamo.callback
 import torch._dynamo.utils
+from horovod.common.exceptions import HorovodInternalError
+from horovod.torch import mpi_ops
 from torch import Tensor, nn
 
 from arsg_dist.horovod.buckets import Layout
 from arsg_dist.horovod.buffer_pool import BufferPool
 from arsg_dist.horovod.exchange import Started, start_all_gather
-from arsg_dist.horovod.group import Group
+from arsg_dist.horovod.group import MEETING_TIMEOUT, Group
 
 GatherMode = Literal["lazy", "eager"]
 
 
-class ParameterGather:
-    """All-gathers buckets into the parameters and makes readers wait.
+class PendingGather:
+    """The all-gathers of an optimizer that are under way, and what waiting for them needs.
 
-    "lazy": an exchange goes on after `start` returns. Waited for, parameter by parameter, are a forward pass of the
-    module that owns the parameter and every access through a module: `module.weight`, `parameters()`,
+    Whoever has to wait owns it: the modules, the lists in `param_groups`, the optimizer. It refers to none of them, so
+    it lives as long as the last one: the parameters of a model whose optimizer is gone are waited for all the same.
+
+    "lazy": an exchange goes on after the optimizer's `step` returns. Waited for, parameter by parameter, are a forward
+    pass of the module that owns the parameter and every access through a module: `module.weight`, `parameters()`,
     `state_dict()`, a deep copy. A parameter that is owned by no module, and all parameters once `torch.compile` is in
-    use (compiled code reads memory directly), are waited for in `start`. `optimizer.param_groups` waits by itself
-    (`watched_groups`). References kept elsewhere (lists made before) cannot be watched: call `wait` first.
+    use (compiled code reads memory directly), are waited for in `step`. Going through `optimizer.param_groups` waits
+    for all (`WatchedList`). References kept elsewhere (lists made before) cannot be watched: call `wait` first.
 
-    "eager": `start` returns when the parameters are there.
+    "eager": `step` returns when the parameters are there.
+
+    A copy, such as a deep copy of a module makes with the module's hooks, waits for nothing.
+
+    Args:
+        mode: see above.
+    """
+
+    def __init__(self, mode: GatherMode = "lazy") -> None:
+        self.lazy = mode == "lazy"
+        self.started: dict[str, Started] = {}
+        """Exchanges under way, by name."""
+        self._exchanges_of: dict[int, Sequence[str]] = {}
+        self._watched: list[tuple[weakref.ref[nn.Module], Any]] = []
+        self._stop_watching_compiler: Callable[[], Any] | None = None
+        weakref.finalize(self, _leave_behind, self.started).atexit = False
+        _alive.add(self)
+
+    def watch(self, exchanges_of: Mapping[int, Sequence[str]]) -> set[str]:
+        """Makes readers of further parameters wait.
+
+        Args:
+            exchanges_of: id of a parameter → names of the exchanges that fill it.
+
+        Returns:
+            Exchanges for which nobody would wait: whoever starts them must.
+        """
+        self._exchanges_of.update(exchanges_of)
+        if not self.lazy:
+            return {name for names in exchanges_of.values() for name in names}
+        watched = set[int]()
+        # The owners, without asking for the model: Horovod's users give parameters only.
+        for module in [found for found in gc.get_objects() if issubclass(type(found), nn.Module)]:
+            owned = module.__dict__.get("_parameters")
+            if not owned:
+                continue
+            plain = owned.plain() if isinstance(owned, _WatchedParameters) else owned
+            if mine := {id(parameter) for parameter in plain.values()} & exchanges_of.keys():
+                self._watch_module(module)
+                watched |= mine
+        self._watch_compiler()
+        return {name for parameter in exchanges_of.keys() - watched for name in exchanges_of[parameter]}
+
+    def concerns(self, parameters: Iterable[Tensor]) -> bool:
+        """Whether readers of one of the parameters wait for it."""
+        return any(id(parameter) in self._exchanges_of for parameter in parameters)
+
+    def wait(self) -> None:
+        """Returns when all parameters are there."""
+        self.finish(list(self.started))
+
+    def wait_for(self, parameters: Iterable[Tensor | None]) -> None:
+        """Returns when these parameters are there; others are ignored."""
+        if self.started:
+            for parameter in parameters:
+                self.finish(self._exchanges_of.get(id(parameter), ()))
+
+    def finish(self, names: Iterable[str]) -> None:
+        """Returns when these exchanges have ended.
+
+        Raises:
+            HorovodInternalError: one failed; again for everybody who waits for it.
+        """
+        for name in names:
+            started = self.started.get(name)
+            if started is not None:
+                started.finish()
+                self.started.pop(name, None)
+
+    def close(self) -> None:
+        """Waits, and gives the modules back as they were."""
+        self.wait()
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Gives the modules back as they were, and waits for nothing."""
+        self.started.clear()
+        self._exchanges_of.clear()
+        for reference, hook in self._watched:
+            hook.remove()
+            module = reference()
+            owned = module.__dict__["_parameters"] if module is not None else None
+            if module is not None and isinstance(owned, _WatchedParameters):
+                owned.pending[:] = [other for other in owned.pending if other is not self]
+                if not owned.pending:
+                    module.__dict__["_parameters"] = owned.plain()
+        self._watched.clear()
+        if self._stop_watching_compiler is not None:
+            self._stop_watching_compiler()
+            self._stop_watching_compiler = None
+
+    def _watch_module(self, module: nn.Module) -> None:
+        owned = module.__dict__["_parameters"]
+        if not isinstance(owned, _WatchedParameters):
+            module.__dict__["_parameters"] = owned = _WatchedParameters(owned)
+        if self not in owned.pending:
+            owned.pending.append(self)
+            hook = module.register_forward_pre_hook(functools.partial(_before_forward, self), prepend=True)
+            self._watched.append((weakref.ref(module), hook))
+
+    def _watch_compiler(self) -> None:
+        if self._stop_watching_compiler is not None:
+            return
+        me = weakref.ref(self)  # torch keeps its callbacks for ever
+
+        def on_compile(_: Any) -> None:
+            pending = me()
+            if pending is not None:
+                pending.lazy = False
+                pending.wait()
+
+        handler = torch._dynamo.callback.callback_handler
+        handler.register_start_callback(on_compile)
+        stop = weakref.finalize(self, handler.remove_start_callback, on_compile)
+        stop.atexit = False
+        self._stop_watching_compiler = stop
+        if torch._dynamo.utils.counters["frames"]["total"]:
+            self.lazy = False
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return PendingGather, ()
+
+
+class ParameterGather:
+    """All-gathers buckets into the parameters.
 
     Args:
         layout: of the parameters.
         parameters: as in the layout.
         arenas: the flat memory of the parameters.
         group: the ranks.
-        mode: see above.
+        pending: makes readers wait.
         pool: memory of what is sent.
         label: precedes the names of buckets.
     """
@@ -46,28 +180,26 @@ class ParameterGather:
         parameters: Sequence[Tensor],
         arenas: Sequence[Tensor],
         group: Group,
-        mode: GatherMode,
+        pending: PendingGather,
         pool: BufferPool,
         label: str,
     ) -> None:
-        self.label, self._pool = label, pool
-        self.layout, self.group, self.lazy = layout, group, mode == "lazy"
-        self.started: dict[int, Started] = {}
-        """Exchanges under way, by bucket."""
+        self.layout, self.group, self.pending, self._pool = layout, group, pending, pool
+        self._names = [f"{label}.parameters{bucket}" for bucket in range(len(layout.buckets))]
         self._targets = [
             arenas[bucket.arena].narrow(0, bucket.start, bucket.numel) for bucket in layout.buckets
         ]
-        self._buckets_of = {
-            id(parameter): sorted({segment.bucket for segment in layout.segments_of_parameter(index)})
-            for index, parameter in enumerate(parameters)
-        }
-        self._modules: list[nn.Module] = []
-        self._hooks: list[Any] = []
-        self._on_compile: Callable[[Any], None] | None = None
-        self._unwatched = set(range(len(layout.buckets)))
-        if self.lazy:
-            self._watch_modules()
-            self._watch_compiler()
+        self._unwatched = pending.watch(
+            {
+                id(parameter): sorted(
+                    {self._names[segment.bucket] for segment in layout.segments_of_parameter(index)}
+                )
+                for index, parameter in enumerate(parameters)
+            }
+        )
+        # After Horovod's own, which was registered when it was initialised, so that it is called before.
+        atexit.unregister(_at_exit)
+        atexit.register(_at_exit)
 
     def bucket(self, bucket: int) -> Tensor:
         """The memory of a bucket's parameters."""
@@ -75,109 +207,114 @@ class ParameterGather:
 
     def start(self, shards: Sequence[Tensor]) -> None:
         """Begins to send this rank's shards, one per bucket, which may lie in the parameters' memory."""
-        assert not self.started
+        assert not self.pending.started.keys() & set(self._names)
         for bucket in reversed(
             range(len(shards))
         ):  # the first layers' parameters, needed first, are in the last
-            self.started[bucket] = start_all_gather(
+            self.pending.started[self._names[bucket]] = start_all_gather(
                 self.group,
                 shards[bucket],
                 self._targets[bucket],
-                f"{self.label}.parameters{bucket}",
+                self._names[bucket],
                 bucket,
                 self._pool,
             )
-        self._wait_for(list(self.started) if not self.lazy else self._unwatched)
+        self.pending.finish(self._unwatched if self.pending.lazy else self._names)
 
-    def wait(self) -> None:
-        """Returns when all parameters are there."""
-        self._wait_for(list(self.started))
 
-    def wait_for(self, parameters: Iterable[Tensor | None]) -> None:
-        """Returns when these parameters are there; others are ignored."""
-        if self.started:
-            for parameter in parameters:
-                self._wait_for(self._buckets_of.get(id(parameter), ()))
+class WatchedList(list[Tensor]):
+    """A group's parameters: whoever goes through them waits for those of the last update. A copy is a plain list.
 
-    def _wait_for(self, buckets: Iterable[int]) -> None:
-        for bucket in buckets:
-            started = self.started.pop(bucket, None)
-            if started is not None:
-                started.finish()
+    Args:
+        parameters: of the group.
+        wait: returns when the parameters are there.
+    """
 
-    def abandon(self) -> list[Started]:
-        """Gives the modules back as they were; returns the exchanges under way, for which nobody waits."""
-        started = list(self.started.values())
-        self.started = {}
-        self.remove()
-        return started
+    def __init__(self, parameters: Iterable[Tensor], wait: Callable[[], None]) -> None:
+        super().__init__(parameters)
+        self._wait = wait
 
-    def remove(self) -> None:
-        """Waits, and gives the modules back as they were."""
-        self.wait()
-        for hook in self._hooks:
-            hook.remove()
-        for module in self._modules:
-            watched = module.__dict__["_parameters"]
-            if isinstance(watched, _WatchedParameters):
-                module.__dict__["_parameters"] = dict(watched.plain())
-        if self._on_compile is not None:
-            torch._dynamo.callback.callback_handler.remove_start_callback(self._on_compile)
-            self._on_compile = None
+    def __iter__(self) -> Iterator[Tensor]:
+        self._wait()
+        return super().__iter__()
 
-    def _watch_modules(self) -> None:
-        watched = set()
-        # The owners, without asking for the model: Horovod's users give parameters only.
-        for module in [found for found in gc.get_objects() if issubclass(type(found), nn.Module)]:
-            owned = module.__dict__.get("_parameters")
-            if not owned:
-                continue
-            values = owned.plain().values() if isinstance(owned, _WatchedParameters) else owned.values()
-            mine = {id(parameter) for parameter in values} & self._buckets_of.keys()
-            if mine:
-                module.__dict__["_parameters"] = _WatchedParameters(
-                    owned.plain() if isinstance(owned, _WatchedParameters) else owned, weakref.ref(self)
-                )
-                self._hooks.append(
-                    module.register_forward_pre_hook(
-                        functools.partial(_before_forward, weakref.ref(self)), prepend=True
-                    )
-                )
-                self._modules.append(module)
-                watched |= mine
-        unowned = self._buckets_of.keys() - watched
-        self._unwatched = {bucket for parameter in unowned for bucket in self._buckets_of[parameter]}
+    def __getitem__(self, index: Any) -> Any:
+        self._wait()
+        return super().__getitem__(index)
 
-    def _watch_compiler(self) -> None:
-        me = weakref.ref(self)
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return list, (list(self),)
 
-        def on_compile(_: Any) -> None:
-            gather = me()
-            if gather is not None:
-                gather.lazy = False
-                gather.wait()
 
-        self._on_compile = on_compile
-        torch._dynamo.callback.callback_handler.register_start_callback(on_compile)
-        if torch._dynamo.utils.counters["frames"]["total"]:
-            self.lazy = False
+def take_over(parameters: Iterable[Tensor]) -> None:
+    """Waits for what an optimizer that is no more was still sending into parameters, and gives their modules back."""
+    parameters = list(parameters)
+    for pending in list(_alive):
+        if pending.concerns(parameters):
+            pending.close()
+
+
+def finish_gathers() -> None:
+    """Waits until the all-gathers have ended that this rank has started, also those that only other ranks need.
+
+    To be called before this rank leaves the others, who would otherwise wait for its part in vain. An exchange that
+    failed is reported to those who read its parameters, and one that takes more than 300 s is given up.
+    """
+    if not hvd.is_initialized():
+        return
+    deadline = time.monotonic() + MEETING_TIMEOUT
+    under_way = [(pending, started) for pending in list(_alive) for started in pending.started.values()]
+    while not (all(started.done() for _, started in under_way) and not _still_under_way()):
+        if time.monotonic() > deadline:
+            return
+        time.sleep(1e-3)
+    for pending in {pending for pending, _ in under_way}:
+        with suppress(HorovodInternalError):
+            pending.wait()
+
+
+def _at_exit() -> None:
+    if not hasattr(sys, "last_value"):  # after an error that nobody caught the job ends, and must not wait
+        finish_gathers()
+
+
+_alive: weakref.WeakSet[PendingGather] = weakref.WeakSet()
+_left_behind: list[tuple[Any, int]] = []
+"""Exchanges for which nobody on this rank waits: Horovod's table (a new one after each `hvd.init`) and its handle."""
+
+
+def _leave_behind(started: dict[str, Started]) -> None:
+    """Notes exchanges whose parameters nobody can read any more; does not wait, since it is called anywhere."""
+    _still_under_way()
+    _left_behind.extend((mpi_ops._handle_map, exchange.handle) for exchange in started.values())
+    started.clear()
+
+
+def _still_under_way() -> bool:
+    _left_behind[:] = [
+        (table, handle)
+        for table, handle in _left_behind
+        if table is mpi_ops._handle_map and hvd.is_initialized() and not hvd.poll(handle)
+    ]
+    return bool(_left_behind)
 
 
 class _WatchedParameters(dict[str, Any]):
     """A module's `_parameters`: reading one waits until it is there. A copy of it is a plain dict."""
 
-    def __init__(self, parameters: dict[str, Any], gather: "weakref.ref[ParameterGather]") -> None:
+    def __init__(self, parameters: dict[str, Any]) -> None:
         super().__init__(parameters)
-        self._gather = gather
+        self.pending: list[PendingGather] = []
+        """Of the optimizers that have parameters of the module."""
 
     def plain(self) -> dict[str, Any]:
         """The contents, without waiting."""
         return dict(super().items())
 
     def _wait(self, parameters: Iterable[Any]) -> None:
-        gather = self._gather()
-        if gather is not None and gather.started:
-            gather.wait_for(parameters)
+        for pending in self.pending:
+            if pending.started:
+                pending.wait_for(parameters)
 
     def __getitem__(self, name: str) -> Any:
         parameter = super().__getitem__(name)
@@ -208,9 +345,8 @@ class _WatchedParameters(dict[str, Any]):
         return dict, (self.copy(),)
 
 
-def _before_forward(gather: "weakref.ref[ParameterGather]", module: nn.Module, arguments: Any) -> None:
+def _before_forward(pending: PendingGather, module: nn.Module, arguments: Any) -> None:
     if torch.compiler.is_compiling():
         return  # the start of the compilation has already waited
-    waiting = gather()
-    if waiting is not None and waiting.started:
-        waiting.wait_for(module.__dict__["_parameters"].values())
+    if pending.started:
+        pending.wait_for(module.__dict__["_parameters"].values())

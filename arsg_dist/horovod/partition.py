@@ -1,6 +1,6 @@
 """Some parameters of a model, sharded: their memory, their masters, their gradients and the way back."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 from arsg_dist.horovod.buckets import Layout, Segment
 from arsg_dist.horovod.buffer_pool import BufferPool
-from arsg_dist.horovod.exchange import Started, sum_dtype
+from arsg_dist.horovod.exchange import sum_dtype
 from arsg_dist.horovod.gradient_buckets import GradientBuckets, Unscale
 from arsg_dist.horovod.group import Group
-from arsg_dist.horovod.parameter_gather import GatherMode, ParameterGather
+from arsg_dist.horovod.parameter_gather import ParameterGather, PendingGather, take_over
 from arsg_dist.horovod.second_sum import CheckedReduceScatter
 from arsg_dist.horovod.sharded_arguments import in_elastic_job
 
@@ -43,7 +43,6 @@ class Exchange:
         prescale: factor of gradients before the sum over the ranks.
         postscale: factor after it.
         sparse_as_dense: accept sparse gradients.
-        gather: when parameters are waited for.
     """
 
     reduce_scatter: CheckedReduceScatter
@@ -51,7 +50,6 @@ class Exchange:
     prescale: float
     postscale: float
     sparse_as_dense: bool
-    gather: GatherMode
 
 
 class Partition:
@@ -65,6 +63,7 @@ class Partition:
         exchange: settings.
         passes: backward passes per update.
         unscale: serves torch's GradScaler.
+        pending: makes readers of the parameters wait.
         label: distinguishes the exchanges of this partition from those of others.
     """
 
@@ -77,8 +76,10 @@ class Partition:
         exchange: Exchange,
         passes: int,
         unscale: Unscale,
+        pending: PendingGather,
         label: str,
     ) -> None:
+        take_over(parameters)
         self.layout, self.parameters, self.group_of = layout, list(parameters), list(group_of)
         self.rank = groups.shard.rank
         devices = {layout.arena_of[index]: p.device for index, p in enumerate(parameters)}
@@ -94,9 +95,7 @@ class Partition:
             parameter.data = spec.shaped(flat) if spec.numel else parameter.data
             self._homes.append((parameter.data_ptr(), parameter.stride()))
         pool = BufferPool()
-        self.gather = ParameterGather(
-            layout, parameters, self.arenas, groups.shard, exchange.gather, pool, label
-        )
+        self.gather = ParameterGather(layout, parameters, self.arenas, groups.shard, pending, pool, label)
         self.gradients = GradientBuckets(
             layout,
             parameters,
@@ -179,27 +178,23 @@ class Partition:
         """One number per arena, which differs if any element does."""
         return [int(_checksum(arena)) for arena in self.arenas]
 
-    def remove(self) -> None:
-        """Takes all hooks off."""
-        self.gather.remove()
-        self.gradients.remove()
-
-    def abandon(self) -> list[Started]:
-        """Takes all hooks off without a message to other ranks, which may be dead.
+    def abandon(self) -> None:
+        """Takes the hooks off the parameters without a message to other ranks, which may be dead.
 
         Parameters move out of the flat memory, into which exchanges under way may still write. What is in them then
         is of no use if there were any.
-
-        Returns:
-            These exchanges.
         """
-        started = self.gather.abandon() + self.gradients.abandon()
+        self.gradients.abandon()
         for index, parameter in enumerate(self.parameters):
             parameter.grad = None
             spec = self.layout.parameters[index]
             if spec.numel and parameter.data_ptr() == self._homes[index][0]:
                 parameter.data = spec.shaped(spec.flat(parameter.detach()).clone())
-        return started
+
+
+def pieces_of_group(partitions: Iterable[Partition], group: int) -> list[Tensor]:
+    """What this rank owns of a parameter group's parameters, over all partitions."""
+    return [piece for partition in partitions for piece in partition.pieces_of_group(group)]
 
 
 def _checksum(arena: Tensor) -> Tensor:

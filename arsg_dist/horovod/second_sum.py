@@ -17,21 +17,17 @@ from arsg_dist.horovod.exchange import AllToAllReduceScatter, ReduceScatter, Sta
 _TOLERANCE = 1e-3
 
 
-@dataclass
+@dataclass(kw_only=True)
 class _Twice(Started):
     """An exchange and its repetition, both under way."""
 
+    first: Started
     second: Started
     compare: Callable[[Tensor, Tensor], None]
 
-    def discard(self) -> None:
-        """Frees what both hold."""
-        super().discard()
-        self.second.discard()
-
     def finish(self) -> Tensor:
         """Waits for both; returns the first's result."""
-        first = super().finish()
+        first = self.first.finish()
         self.compare(first, self.second.finish())
         return first
 
@@ -64,7 +60,7 @@ class CheckedReduceScatter:
             pool.give_back(next_rank)
 
         second = self._second.start(shifted, decode, f"{name}.second", pool)
-        return _Twice(started.handle, started.result, second, compare)
+        return _Twice(started.handle, started.result, first=started, second=second, compare=compare)
 
     def _summary(self, total: Tensor) -> Any:
         if isinstance(self.exchange, AllToAllReduceScatter):

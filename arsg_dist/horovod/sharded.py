@@ -1,5 +1,6 @@
 """An optimizer whose state exists once in a Horovod job."""
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -13,8 +14,8 @@ from arsg_dist.horovod import sharded_arguments
 from arsg_dist.horovod.exchange import choose_reduce_scatter
 from arsg_dist.horovod.guards import check_world_size
 from arsg_dist.horovod.inner_optimizer import InnerOptimizer
-from arsg_dist.horovod.parameter_gather import GatherMode
-from arsg_dist.horovod.partition import Exchange, shard_groups
+from arsg_dist.horovod.parameter_gather import GatherMode, PendingGather
+from arsg_dist.horovod.partition import Exchange, pieces_of_group, shard_groups
 from arsg_dist.horovod.second_sum import CheckedReduceScatter
 from arsg_dist.horovod.sharded_gradients import ShardedGradients
 from arsg_dist.horovod.sharded_state import ShardedState
@@ -127,7 +128,6 @@ class ShardedOptimizer(ShardedGradients, ShardedState):
                 prescale=1.0 / gradient_predivide_factor,
                 postscale=gradient_predivide_factor / (groups.world.size if op == hvd.Average else 1),
                 sparse_as_dense=sparse_as_dense,
-                gather=gather,
             )
             self._exchange = self._exchange_between(self._groups)
         self._bucket_bytes = int(bucket_mb * 2**20)
@@ -135,11 +135,12 @@ class ShardedOptimizer(ShardedGradients, ShardedState):
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self._trained = []
         self._partitions = []
-        self._abandoned = []
+        self._pending = PendingGather(gather)
         self._frozen = []
         self._whole_state = dict(optimizer.state)
         self._inner = InnerOptimizer(optimizer, self)
-        self._inner.pieces_of_group = self._pieces_of_group
+        # Not a method of this object: without circles it is freed as soon as it is dropped.
+        self._inner.pieces_of_group = functools.partial(pieces_of_group, self._partitions)
         self._add(named)
         self._ready = True
 

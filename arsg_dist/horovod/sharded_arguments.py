@@ -1,5 +1,6 @@
 """What `ShardedOptimizer` accepts."""
 
+import gc
 import os
 import weakref
 from collections import Counter
@@ -199,6 +200,12 @@ def check_parameters(named: Iterable[tuple[str, Tensor]]) -> None:
             )
         if isinstance(parameter.grad, Tensor) and parameter.grad.layout != torch.strided:
             raise ValueError(f"{name} has a sparse gradient, which cannot be sharded")
-        owner: weakref.ref[Any] | None = sharded_by.get(parameter)  # type: ignore[no-untyped-call]
-        if owner is not None and owner() is not None:
+        if _is_sharded(parameter):
+            gc.collect()  # one that was dropped may still be there on some ranks
+        if _is_sharded(parameter):
             raise ValueError(f"{name} already belongs to a ShardedOptimizer: call its close() first")
+
+
+def _is_sharded(parameter: Tensor) -> bool:
+    owner: weakref.ref[Any] | None = sharded_by.get(parameter)  # type: ignore[no-untyped-call]
+    return owner is not None and owner() is not None

@@ -55,6 +55,7 @@ def lay_out(optimizer: "Shards") -> None:
             optimizer._exchange,
             optimizer.backward_passes_per_step,
             functools.partial(_unscale, weakref.ref(optimizer)),
+            optimizer._pending,
             label=f"part{first + number}",
         )
         for parameter in frozen:

@@ -10,12 +10,11 @@ from torch import Tensor
 
 from arsg_dist.horovod import sharded_arguments
 from arsg_dist.horovod.buckets import ParameterSpec
-from arsg_dist.horovod.exchange import Started
 from arsg_dist.horovod.inner_optimizer import InnerOptimizer
 from arsg_dist.horovod.load_state import load_state
+from arsg_dist.horovod.parameter_gather import PendingGather, WatchedList
 from arsg_dist.horovod.partition import Exchange, Partition, ShardGroups, shard_groups
 from arsg_dist.horovod.sharded_layout import lay_out
-from arsg_dist.horovod.watched_groups import watch
 
 
 class Shards(torch.optim.Optimizer):
@@ -34,7 +33,7 @@ class Shards(torch.optim.Optimizer):
     _frozen: list[tuple[str, Tensor]]
     _names: dict[Tensor, str]
     _partitions: list[Partition]
-    _abandoned: list[Started]
+    _pending: PendingGather
     _whole_state: dict[Any, dict[str, Any]]
     _should_synchronize = True
     _at_base_iterate = False
@@ -54,14 +53,13 @@ class Shards(torch.optim.Optimizer):
         self._frozen += frozen
         for _, parameter in trained:
             sharded_arguments.sharded_by[parameter] = weakref.ref(self)
-        watch(self)
+        for group in self.param_groups:
+            if not isinstance(group["params"], WatchedList):
+                group["params"] = WatchedList(group["params"], self._pending.wait)
 
     def _fail_together(self) -> AbstractContextManager[None]:
         # Where ranks come and go, those that train do not answer to one that is still being built.
         return nullcontext() if self._elastic else self._groups.world.fail_together()
-
-    def _pieces_of_group(self, group: int) -> list[Tensor]:
-        return [piece for partition in self._partitions for piece in partition.pieces_of_group(group)]
 
     @property
     def shard_world_size(self) -> int:
@@ -89,9 +87,10 @@ class Shards(torch.optim.Optimizer):
 
         The parameters may hold anything if exchanges were under way. State is lost: `reshard` brings it back.
         """
+        self._pending.abandon()
         for partition in self._partitions:
-            self._abandoned += partition.abandon()
-        self._partitions = []
+            partition.abandon()
+        self._partitions.clear()
         self._inner.forget_state()
         self._should_synchronize, self._at_base_iterate = True, False
 
@@ -110,9 +109,6 @@ class Shards(torch.optim.Optimizer):
             RuntimeError: the exchanges return wrong data here.
         """
         self.abandon_layout()
-        for started in self._abandoned:
-            started.discard()
-        self._abandoned = []
         self._groups = shard_groups(self._shard_group, self.process_set, label)
         self._exchange = self._exchange_between(self._groups)
         self._whole_state = {}
@@ -149,14 +145,13 @@ class Shards(torch.optim.Optimizer):
 
     def synchronize_parameters(self) -> None:
         """Waits until the parameters of the last update are there; before reading them past their modules."""
-        for partition in self._partitions:
-            partition.gather.wait()
+        self._pending.wait()
 
     def _gather_now(self) -> None:
+        self._pending.wait()
         for partition in self._partitions:
-            partition.gather.wait()
             partition.start_gather()
-            partition.gather.wait()
+        self._pending.wait()
 
     def _refuse_at_base_iterate(self, what: str) -> None:
         if self._at_base_iterate:
@@ -210,8 +205,9 @@ class Shards(torch.optim.Optimizer):
 
     def close(self) -> None:
         """Takes the hooks off the parameters and their modules; the parameters stay as they are, on this rank."""
+        self._pending.close()
         for partition in self._partitions:
-            partition.remove()
+            partition.gradients.remove()
             for parameter in partition.parameters:
                 sharded_arguments.sharded_by.pop(parameter, None)  # type: ignore[no-untyped-call]
 

@@ -151,6 +151,22 @@ def bad_arguments_are_refused() -> None:
 
 
 @check
+def a_new_optimizer_takes_over_a_model() -> None:
+    """A dropped one, whose hooks live on in a circle, would send every gradient too; one in use is refused."""
+    model, optimizer = small()
+    backward(model)
+    optimizer.step()
+    optimizer = wrapped(torch.optim.SGD(model.parameters(), lr=1.0), model, op=hvd.Sum)
+    optimizer.zero_grad()
+    backward(model)
+    optimizer.step()
+    assert torch.equal(model.bias.grad, torch.full((2,), float(hvd.size())))
+    raises(
+        ValueError, "of weight, bias are sent by another", lambda: wrapped(ARSG(model.parameters()), model)
+    )
+
+
+@check
 def sparse_gradients_are_refused_where_they_arise() -> None:
     table = nn.Embedding(5, 2, sparse=True)
     wrapped(ARSG(table.parameters()), table)

@@ -4,14 +4,19 @@ usage: horovod_sharded_checks_job.py [NAME OF A CHECK]...
 """
 
 import copy
+import gc
 import sys
+import tempfile
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import horovod.torch as hvd
 import pytest
 import torch
+from horovod.torch import mpi_ops
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
@@ -24,6 +29,7 @@ from arsg_dist.horovod.buffer_pool import BufferPool
 from arsg_dist.horovod.exchange import AllToAllReduceScatter, choose_reduce_scatter
 from arsg_dist.horovod.group import Group
 from tests.support import toy
+from tests.support.horovod_checks import run_checks
 
 SETTINGS = toy.HYPERPARAMETERS
 
@@ -126,9 +132,8 @@ def check_readers_wait() -> None:
             for m, optimizer in ((twin, eager), (model, lazy)):
                 m.train()
                 update(m, optimizer, number)
-            under_way = sum(len(partition.gather.started) for partition in lazy._partitions)
-            assert under_way > 0, f"{name}: nothing to wait for, so the comparison would show nothing"
-            assert not any(partition.gather.started for partition in eager._partitions)
+            assert lazy._pending.started, f"{name}: nothing to wait for, so the comparison would show nothing"
+            assert not eager._pending.started
             stale = torch.cat([a.view(-1).clone() for p in lazy._partitions for a in p.arenas])
             assert torch.equal(read(model), read(twin)), name
             lazy.synchronize_parameters()
@@ -136,9 +141,7 @@ def check_readers_wait() -> None:
             # The parts a rank owns are its fp32 masters, updated in place: alone it waits for no data.
             assert hvd.size() == 1 or not torch.equal(stale, fresh), f"{name}: the update was already there"
         update(model, lazy, 9)
-        assert not any(partition.gather.started for partition in lazy._partitions), (
-            "not awaited under torch.compile"
-        )
+        assert not lazy._pending.started, "not awaited under torch.compile"
     eager.close()
     lazy.close()
     for module in model.modules():
@@ -152,7 +155,7 @@ def check_parameters_without_module_wait() -> None:
     with late_exchange():
         (weight * torch.arange(1000.0)).sum().backward()
         optimizer.step()
-        assert optimizer._partitions[0].gather.lazy
+        assert optimizer._pending.lazy
         assert torch.allclose(weight.detach(), 1 - 0.1 * torch.arange(1000.0), atol=1e-4)
     optimizer.close()
 
@@ -163,7 +166,7 @@ def check_param_groups_wait() -> None:
     with late_exchange():
         update(model, optimizer)
         optimizer.zero_grad()
-        assert any(partition.gather.started for partition in optimizer._partitions)
+        assert optimizer._pending.started
         read = [[p.detach().clone() for p in group["params"]] for group in optimizer.param_groups]
         update(model, optimizer, 1)
         last = optimizer.param_groups[0]["params"][-1].detach().clone()
@@ -174,6 +177,138 @@ def check_param_groups_wait() -> None:
             assert torch.allclose(tensor, expected, rtol=1e-4, atol=1e-6)
     assert type(copy.copy(optimizer.param_groups[0]["params"])) is list
     optimizer.close()
+
+
+def check_one_module_of_two_optimizers() -> None:
+    """Readers wait for both."""
+    model = toy.build_model()
+    weights = [(name, p) for name, p in model.named_parameters() if p.dim() > 1]
+    biases = [(name, p) for name, p in model.named_parameters() if p.dim() == 1]
+    optimizers = [
+        ShardedOptimizer(ARSG([p for _, p in half], **SETTINGS), half, bucket_mb=0.01)
+        for half in (weights, biases)
+    ]
+    with late_exchange():
+        inputs, targets = toy.batch(0)
+        toy.loss_of(model(inputs), targets).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        assert all(optimizer._pending.started for optimizer in optimizers)
+        assert_equal(model, plain_after(1)[0])
+    for optimizer in optimizers:
+        assert all(type(module.__dict__["_parameters"]) is not dict for module in model[::2])
+        optimizer.close()
+    assert all(type(module.__dict__["_parameters"]) is dict for module in model[::2])
+
+
+# Models that outlive their optimizer
+
+
+def trained_in_a_function(**arguments: Any) -> nn.Module:
+    """As everybody writes it: the optimizer ends its life with the function."""
+    model, optimizer = build(**arguments)
+    for number in range(2):
+        update(model, optimizer, number)
+    return model
+
+
+def check_the_model_outlives_its_optimizer() -> None:
+    """Readers wait for the last update's parameters when nobody holds the optimizer any more."""
+    expected = plain_after(2)[0]
+    readers: dict[str, Callable[[nn.Module], Any]] = {
+        "state_dict": lambda m: list(m.state_dict().values()),
+        "parameters": lambda m: [p.detach() for p in m.parameters()],
+        "forward": lambda m: [m(toy.batch(7)[0]).detach()],
+        "deepcopy": lambda m: list(copy.deepcopy(m).state_dict().values()),
+        "attribute": lambda m: [m[0].weight.detach(), m[4].bias.detach()],
+    }
+    for name, read in readers.items():
+        for gather in ("lazy", "eager"):
+            with late_exchange():
+                model = trained_in_a_function(gather=gather)
+                gc.collect()
+                for actual, right in zip(read(model), read(expected), strict=True):
+                    assert torch.allclose(actual, right, rtol=1e-4, atol=1e-6), (name, gather)
+    assert not mpi_ops._handle_map
+
+
+def check_a_model_and_its_optimizer_free_everything() -> None:
+    """Also on a rank that drops both while the others have not even begun to send the parameters, who get them all
+    the same."""
+    model, optimizer = build()
+    update(model, optimizer)  # the first one is collective
+    optimizer.zero_grad()
+    alone = weakref.ref(optimizer)
+    arenas = [StorageWeakRef(a.untyped_storage()) for p in optimizer._partitions for a in p.arenas]
+    pending = weakref.ref(optimizer._pending)
+    inputs, targets = toy.batch(1)
+    toy.loss_of(model(inputs), targets).backward()
+    optimizer.synchronize()
+    if hvd.rank() == 0:
+        optimizer.step()
+        optimizer.zero_grad()
+        assert hvd.size() == 1 or optimizer._pending.started
+        compiler_callbacks = len(torch._dynamo.callback.callback_handler.start_callbacks)
+        del optimizer
+        assert alone() is None, "an optimizer without a schedule is in no circle"
+        assert pending() is not None, "it goes with the optimizer, and nobody waits"
+        del model
+        assert pending() is None, "not freed with the model"
+        assert len(torch._dynamo.callback.callback_handler.start_callbacks) == compiler_callbacks - 1
+        assert not mpi_ops._handle_map, "Horovod keeps the memory of an exchange that nobody waits for"
+        hvd.allgather_object(None, name="rank 0 has dropped everything")
+    else:
+        hvd.allgather_object(None, name="rank 0 has dropped everything")
+        optimizer.step()
+        assert_equal(model, plain_after(2)[0])
+        optimizer.zero_grad()
+        del model, optimizer
+    del inputs, targets
+    hvd.allgather_object(None, name="all have")
+    assert all(arena.expired() for arena in arenas)
+
+
+def check_a_new_optimizer_takes_over() -> None:
+    """It starts from the parameters that were on their way, and the old one's hooks are gone."""
+    model, expected = toy.build_model(), toy.build_model()
+    parameters = list(model.parameters())  # read before: no module waits when the next optimizers are made
+    for scheduled in (False, True):  # a schedule makes a circle, which only the garbage collector takes apart
+        with late_exchange():
+            optimizer = ShardedOptimizer(
+                torch.optim.SGD(parameters, lr=1e-3), model.named_parameters(), bucket_mb=0.01
+            )
+            scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0) if scheduled else None
+            update(model, optimizer)
+            assert optimizer._pending.started
+            del optimizer, scheduler
+            optimizer = ShardedOptimizer(torch.optim.SGD(parameters, lr=1e-3), bucket_mb=0.01)
+            update(model, optimizer, 1)
+        reference = torch.optim.SGD(expected.parameters(), lr=1e-3)
+        for number in range(2):
+            update(expected, reference, number)
+        assert_equal(model, expected)
+        assert all(len(module._forward_pre_hooks) == 1 for module in model[::2])
+        assert all(len(p._post_accumulate_grad_hooks) == 1 for p in parameters)
+        optimizer.close()
+
+
+def check_an_optimizer_dropped_in_the_middle_of_an_update() -> None:
+    """Its gradients are refused as before, and cleared the model is as good as new."""
+    model, optimizer = build()
+    inputs, targets = toy.batch(0)
+    toy.loss_of(model(inputs), targets).backward()
+    del optimizer
+    gc.collect()
+    assert not mpi_ops._handle_map
+    plain = ARSG(model.parameters(), **SETTINGS)
+    with refused(RuntimeError, "call optimizer.zero_grad()"):
+        plain.step()
+    for number in range(2):
+        update(model, plain, number)
+    assert_equal(model, plain_after(2)[0])
+    update(*(again := build(model)))
+    again[1].close()
+    hvd.barrier()
 
 
 # Gradients
@@ -818,27 +953,49 @@ def check_self_test_finds_one_wrong_number() -> None:
         optimizer.close()
 
 
+def check_a_rank_that_leaves_lets_the_others_have_the_parameters() -> None:
+    """Rank 0 updates last, when one of the others has ended its program and the rest have shut Horovod down."""
+    torch._dynamo.utils.counters.clear()  # or else step() waits
+    signs = Path(hvd.broadcast_object(tempfile.mkdtemp(), root_rank=0))
+    model, optimizer = build()
+    update(model, optimizer)  # the first one is collective
+    optimizer.zero_grad()
+    inputs, targets = toy.batch(1)
+    toy.loss_of(model(inputs), targets).backward()
+    optimizer.synchronize()
+    hvd.barrier()
+    if hvd.rank() == 0:
+        while len(list(signs.iterdir())) < hvd.size() - 1:
+            pass
+    optimizer.step()
+    if hvd.rank():
+        del optimizer, model
+        (signs / str(hvd.rank())).touch()
+        if hvd.rank() == hvd.size() - 1:
+            sys.exit()
+    hvd.shutdown()
+    if "model" in locals():
+        assert_equal(model, plain_after(2)[0])
+
+
 CHECKS = {
     name.removeprefix("check_"): check for name, check in globals().items() if name.startswith("check_")
 }
 # It uses torch.compile, after which every step() waits, and the other checks would show less.
 CHECKS["readers_wait"] = CHECKS.pop("readers_wait")
+# After it there is no Horovod.
+CHECKS["a_rank_that_leaves_lets_the_others_have_the_parameters"] = CHECKS.pop(
+    "a_rank_that_leaves_lets_the_others_have_the_parameters"
+)
 
 
 def main() -> None:
     hvd.init()
     torch.set_num_threads(1)
-    for name, check in CHECKS.items():
-        if sys.argv[1:] and name not in sys.argv[1:]:
-            continue
-        try:
-            check()
-        except Exception as error:
-            raise AssertionError(f"check {name!r} on rank {hvd.rank()} of {hvd.size()}") from error
-        if hvd.rank() == 0:
-            print("done:", name, flush=True)
-    hvd.barrier()
-    hvd.shutdown()
+    run_checks({name: CHECKS[name] for name in sys.argv[1:]} or CHECKS)
+    if hvd.is_initialized():
+        hvd.barrier()
+        hvd.shutdown()
     end_process(0)
 
 
