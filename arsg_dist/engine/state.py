@@ -209,15 +209,35 @@ def _plain(key: str, value: Any) -> Any:
 
 @torch.no_grad()
 def restore_settings(group: dict[str, Any], saved: Mapping[str, Any]) -> None:
-    """Gives a parameter group saved settings, in the kinds it has them: tensors stay tensors, on their device."""
+    """Give a parameter group saved settings, in the kinds it has them: tensors stay tensors, on their device.
+
+    Args:
+        group: of an optimizer.
+        saved: settings, perhaps of somebody else's run.
+
+    Raises:
+        ValueError: a setting of another kind than the optimizer's, as a text for lr.
+    """
     for key, value in travelling(saved).items():
         present = group.get(key)
+        if None not in (kinds := {_kind(value), _kind(present)}) and len(kinds) > 1:
+            raise ValueError(
+                f"the saved setting {key!r} of a parameter group is {value!r}, the optimizer's {present!r}"
+            )
         if isinstance(present, Tensor):
             present.fill_(value)
         elif isinstance(value, list):
             group[key] = tuple(value)
         else:
             group[key] = value.item() if isinstance(value, Tensor) else value
+
+
+def _kind(value: Any) -> str | None:
+    """What a setting is; None for what says nothing, or is none of ours."""
+    if isinstance(value, Tensor | int | float) and not isinstance(value, bool):
+        return "number"
+    kinds = {bool: "bool", str: "text", list: "list", tuple: "list"}
+    return next((kind for type_, kind in kinds.items() if isinstance(value, type_)), None)
 
 
 def state_tensors(state: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:

@@ -15,6 +15,7 @@ from arsg_dist.imagenet.config import OptimizerConfig, TrainConfig
 from arsg_dist.optim import ARSG
 from arsg_dist.optim.boost import ObservationBoost
 from arsg_dist.optim.loss_plateau import LossPlateau
+from arsg_dist.safe_io.text import printable
 
 
 def build_optimizer(
@@ -116,18 +117,43 @@ class Schedules:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues from a saved state; the optimizer's own must have been loaded before.
 
+        Args:
+            state: what `state_dict` gave, perhaps of somebody else's run.
+
         Raises:
-            ValueError: the run was made with a boost and is resumed without, or the other way round.
+            ValueError: it is none, or the run was made with a boost and is resumed without, or the other way round.
         """
+        own = self.state_dict()
+        if not isinstance(state, dict) or state.keys() != own.keys():
+            raise ValueError("the checkpoint's schedules are none of arsg-imagenet's")
         if (state["boost"] is None) != (self._boost is None):
             raise ValueError(
                 "the checkpoint was made with another setting of boost: resume it with the one it has"
             )
-        self._schedule.load_state_dict(state["schedule"])
-        if self._boost:
-            self._boost.load_state_dict(state["boost"])
+        _check_like(state, own, "the checkpoint's schedules")
+        try:
+            self._schedule.load_state_dict(state["schedule"])
+            if self._boost:
+                self._boost.load_state_dict(state["boost"])
+        except KeyError as error:
+            raise ValueError(f"the checkpoint's schedules lack {error}") from error
         for group, lr in zip(self._optimizer.param_groups, self._schedule.get_last_lr(), strict=True):
             group["lr"] = lr
+
+
+def _check_like(saved: Any, own: Any, what: str) -> None:
+    """Raise ValueError unless a saved state has no other keys than our own, and values of the same kinds."""
+    number = (int, float)
+    if isinstance(own, dict) and isinstance(saved, dict):
+        for key, value in saved.items():
+            if key not in own:
+                raise ValueError(f"{what} have {key!r}, which is none of theirs")
+            _check_like(value, own[key], what)
+    elif isinstance(own, list) and isinstance(saved, list):
+        for value in saved:
+            _check_like(value, own[0] if own else 0, what)
+    elif not (type(saved) is type(own) or (type(saved) in number and type(own) in number)):
+        raise ValueError(f"{what} have {printable(saved, limit=100)!r} where {own!r} is now")
 
 
 def lr_factor(config: TrainConfig, updates_per_epoch: float, update: int) -> float:

@@ -3,6 +3,8 @@
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from arsg_dist.safe_io.text import printable
+
 
 @dataclass
 class Position:
@@ -59,12 +61,22 @@ class Position:
         """From a checkpoint's dict, which may hold more.
 
         Raises:
-            ValueError: a number is missing.
+            ValueError: a number is missing, or none.
         """
+        if not isinstance(values, dict):
+            raise ValueError("the checkpoint's position is none")
         names = [field.name for field in fields(cls)]
         missing = [name for name in names if name not in values]
         if missing:
             raise ValueError(
                 f"the checkpoint lacks {', '.join(missing)}: it is of another version of arsg-imagenet"
             )
+        for name in names:
+            whole = isinstance(values[name], int) and not isinstance(values[name], bool)
+            counted = whole and 0 <= values[name] < 1 << 63
+            if not (counted or (name in _SUMS and isinstance(values[name], float))):
+                raise ValueError(f"the checkpoint's {name} is {printable(values[name], limit=100)!r}")
         return cls(**{name: values[name] for name in names})
+
+
+_SUMS = ("epoch_loss", "recent_loss")

@@ -12,6 +12,9 @@ from arsg_dist.checkpoint import SavedRun
 from arsg_dist.engine import Communicator, EngineState
 from arsg_dist.engine.state import EXTRA, key_of
 from arsg_dist.imagenet.seeding import seed_of
+from arsg_dist.safe_io.text import printable
+
+_RANDOM_STATE_NUMEL = 100_000  # torch's has 5,056 bytes
 
 
 def seed_rank(seed: int, rank: int, update: int = 0) -> None:
@@ -66,14 +69,29 @@ def load_rank_state(
     if saved.manifest.world_size != communicator.world_size:
         seed_rank(seed, communicator.rank, update)
         for what, buffer in _buffers(modules):
+            for rank in range(saved.manifest.world_size):
+                saved.check_shape(EXTRA, _buffer(rank, what), buffer.shape)
             old = [saved.whole(EXTRA, _buffer(rank, what)) for rank in range(saved.manifest.world_size)]
             _copy(buffer, _mean(old))
         return False
     for what, buffer in _buffers(modules):
+        saved.check_shape(EXTRA, _buffer(communicator.rank, what), buffer.shape)
         _copy(buffer, saved.whole(EXTRA, _buffer(communicator.rank, what)))
+    try:
+        _load_random_state(saved, communicator.rank)
+    except (RuntimeError, TypeError, OverflowError) as error:  # of torch, Python and numpy
+        raise ValueError(
+            f"{saved.where} has a random state of rank {communicator.rank} that is none: {printable(error)}"
+        ) from error
+    return True
 
+
+def _load_random_state(saved: SavedRun, rank: int) -> None:
     def stored(what: str) -> torch.Tensor:
-        return saved.whole(EXTRA, _random(communicator.rank, what)).clone()
+        spec = saved.spec(EXTRA, _random(rank, what))
+        if spec is not None and spec.numel > _RANDOM_STATE_NUMEL:
+            raise ValueError(f"{saved.where} has a random state of {what} that is too large for one")
+        return saved.whole(EXTRA, _random(rank, what)).clone()
 
     torch.set_rng_state(stored("torch"))
     version, *words = stored("python").tolist()
@@ -81,9 +99,8 @@ def load_rank_state(
     *key, position, has_gauss = stored("numpy").tolist()
     cached = float(stored("numpy gauss"))
     np.random.set_state(("MT19937", np.array(key, dtype=np.uint32), position, has_gauss, cached))
-    if torch.cuda.is_available() and _random(communicator.rank, "cuda") in saved.extras:
+    if torch.cuda.is_available() and _random(rank, "cuda") in saved.extras:
         torch.cuda.set_rng_state(stored("cuda"))
-    return True
 
 
 def _random(rank: int, what: str) -> str:

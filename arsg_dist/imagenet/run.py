@@ -19,6 +19,7 @@ from arsg_dist.imagenet.run_directory import RunLog
 from arsg_dist.imagenet.run_parts import Job, RunParts
 from arsg_dist.imagenet.stopping import MARKER, write_marker
 from arsg_dist.imagenet.weights import EMA, LAST, WeightFiles, whole_weights
+from arsg_dist.safe_io.text import printable
 
 
 class Run:
@@ -80,7 +81,7 @@ class Run:
         )
         say = self._progress.say
         for note in notes:
-            say(note)
+            say(printable(note, limit=2000))
         data = "synthetic images" if config.data.source == "synthetic" else config.data.root or DIGITS
         say(
             f"{config.model} on {data}: {self._job.engine}, "

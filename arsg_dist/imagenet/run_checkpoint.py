@@ -114,6 +114,7 @@ class RunCheckpoints:
             parts.schedules.load_state_dict(saved.progress["schedules"])
             if parts.average:
                 for name, tensor in parts.average.parameters():
+                    saved.check_shape(EXTRA, _ema(name), tensor.shape)
                     tensor.copy_(saved.whole(EXTRA, _ema(name)))
             same_ranks = load_rank_state(
                 saved, self._stateful(), parts.communicator, seed=parts.config.seed, update=at.update

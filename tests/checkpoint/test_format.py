@@ -1,5 +1,6 @@
 """The checkpoint format: what is written comes back, and what is damaged is named."""
 
+import json
 import pickle
 import shutil
 from pathlib import Path
@@ -75,6 +76,22 @@ def test_a_damaged_shard_is_named(what: str, tmp_path: Path) -> None:
     assert str(shard) in said
     assert "missing" in said if what == "missing" else "is damaged" in said
     with pytest.raises(JobError, match=shard.name):
+        engine(seed=1).load_state(SavedRun(path))
+
+
+def test_damage_in_the_second_piece_of_a_tensor_is_named(tmp_path: Path) -> None:
+    """Catches a digest that is checked for the first piece of a tensor only."""
+    path = saved_by(tmp_path / "run", 2, engine())
+    cut = {key: t.pieces for key, t in SavedRun(path).manifest.tensors.items() if len(t.pieces) == 2}
+    (key, (_, second)) = cut.popitem()
+    shard = path / second.shard
+    content = bytearray(shard.read_bytes())
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    content[8 + length + header[f"{key}@{second.start}"]["data_offsets"][0]] ^= 1
+    shard.write_bytes(content)
+    assert f"{shard} is damaged, or of another checkpoint: the digest of {key!r}" in damage_of(path)
+    with pytest.raises(JobError, match=f"the digest of '{key}' does not match"):
         engine(seed=1).load_state(SavedRun(path))
 
 

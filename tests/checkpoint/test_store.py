@@ -1,3 +1,4 @@
+import os
 import shutil
 from pathlib import Path
 
@@ -94,3 +95,31 @@ def test_a_copy_that_followed_the_link_to_the_best_can_be_continued(tmp_path: Pa
     assert not (tmp_path / "copy" / "checkpoints" / "best").is_symlink()
     store(tmp_path / "copy").save(2, write("2"), score=0.9)
     assert (tmp_path / "copy" / "checkpoints" / "best" / "state").read_text() == "2"
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name_and_its_name_soon_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a checkpoint that a power failure leaves with its name and without its content, or without its name."""
+    events: list[tuple[str, Path]] = []
+    fsync, rename = os.fsync, os.rename
+
+    def synced(descriptor: int) -> None:
+        events.append(("sync", Path(os.readlink(f"/proc/self/fd/{descriptor}"))))
+        fsync(descriptor)
+
+    def renamed(source: Path, target: Path) -> None:
+        events.append(("rename", Path(target)))
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "rename", renamed)
+    path = store(tmp_path).save(
+        1, write("written"), lambda directory: (directory / "manifest.json").touch(), score=0.5
+    )
+    at = events.index(("rename", path))
+    partial = path.with_name(f".{path.name}.partial")
+    before = [place for what, place in events[:at] if what == "sync"]
+    assert {partial / "state", partial / "manifest.json", partial / "score.json"} <= set(before)
+    assert before[-1] == partial
+    assert events[at + 1] == ("sync", path.parent)
