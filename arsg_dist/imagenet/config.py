@@ -9,6 +9,10 @@ Parameter: TypeAlias = bool | int | float | str | list[Any] | None
 """Of an optimizer; lists hold the same again, see `check_parameter`."""
 
 
+MOST_PIXELS = 178_956_970
+"""More than these Pillow refuses itself."""
+
+
 def check_parameter(value: Any, name: str) -> Any:
     """Return a value from outside if it is plain: a number, boolean, text, null, or a list of such.
 
@@ -127,6 +131,8 @@ class DataConfig:
             `dali`), with the same order, crops and flips; "imagenet" and "none" augmentation only.
         on_bad_image: what a file that cannot be decoded does: "error" ends the run and names it, "skip" leaves it
             out and counts it.
+        max_image_pixels: an image of more counts as one that cannot be decoded; decoding takes 4 bytes a pixel.
+        max_image_bytes: likewise of a file, or an image in a shard, of more.
     """
 
     source: Literal["folder", "shards", "synthetic"] = "folder"
@@ -147,6 +153,8 @@ class DataConfig:
     workers: int = 4
     loader: Literal["pillow", "dali"] = "pillow"
     on_bad_image: Literal["error", "skip"] = "error"
+    max_image_pixels: int = 64_000_000
+    max_image_bytes: int = 256 * 2**20
 
     def __post_init__(self) -> None:
         _require_values(self, "data.")
@@ -164,12 +172,23 @@ class DataConfig:
                 else "needs data.root, the directory of the shards"
             ),
         )
-        for name in ("synthetic_images", "synthetic_classes"):
+        _require(
+            1 <= self.max_image_pixels <= MOST_PIXELS,
+            f"data.max_image_pixels must be 1 to {MOST_PIXELS} (Pillow's own bound), not {self.max_image_pixels}",
+        )
+        for name in ("synthetic_images", "synthetic_classes", "max_image_bytes"):
             _require(getattr(self, name) >= 1, f"data.{name} must be at least 1, not {getattr(self, name)}")
         for read, names, where in (
             (
                 self.source != "synthetic",
-                ("augmentation", "rand_augment", "random_erasing", "on_bad_image"),
+                (
+                    "augmentation",
+                    "rand_augment",
+                    "random_erasing",
+                    "on_bad_image",
+                    "max_image_pixels",
+                    "max_image_bytes",
+                ),
                 "for images that are read, not with source: synthetic",
             ),
             (self.source == "synthetic", ("synthetic_images", "synthetic_classes"), "with source: synthetic"),

@@ -17,11 +17,12 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from arsg_dist.imagenet.augmentation import MEAN, STD, train_size, val_resize
 from arsg_dist.imagenet.config import DataConfig
-from arsg_dist.imagenet.data import Batch, ImageSplit, process_loader
-from arsg_dist.imagenet.image_source import UNDECODABLE, ImageSource, refuse_deep
+from arsg_dist.imagenet.data import Batch, ImageSplit, cannot_decode, process_loader
+from arsg_dist.imagenet.image_source import UNDECODABLE, ImageSource, open_image
 from arsg_dist.imagenet.order import IGNORED, SampleKey
 from arsg_dist.imagenet.seeding import seeded
 from arsg_dist.imagenet.torchvision_compat import v2
+from arsg_dist.safe_io.text import printable
 
 
 def check_dali() -> None:
@@ -85,12 +86,13 @@ class EncodedSplit(Dataset[Any]):
             return None
         try:
             encoded, label = self.source.read(index)
-            with Image.open(io.BytesIO(encoded)) as image:  # reads the header only
-                refuse_deep(image)
-                with seeded(self._seed, epoch, index):
-                    window, part, mirror, size = self._crop(image, batch_epoch)
+            with (
+                open_image(encoded, max_pixels=self._config.max_image_pixels) as image,
+                seeded(self._seed, epoch, index),
+            ):
+                window, part, mirror, size = self._crop(image, batch_epoch)
         except UNDECODABLE as error:
-            return f"cannot decode image {self.source.name(index)}: {error}" if counts else None
+            return cannot_decode(self.source, index, error) if counts else None
         data = np.frombuffer(encoded, dtype=np.uint8)
         return Encoded(data, label if counts else IGNORED, window, part, mirror, size, index)
 
@@ -227,7 +229,8 @@ class DaliLoader:
                 return
             except RuntimeError as error:
                 names = [self._source.name(image.index) for image in self._under_way[0].images]
-                raise RuntimeError(f"DALI could not decode one of {', '.join(names)}: {error}") from error
+                shown = printable(", ".join(names), limit=5000)
+                raise RuntimeError(f"DALI could not decode one of {shown}: {error}") from error
             batch = self._under_way.popleft()
             # DALI uses the memory again for the next batch but one.
             pixels = torch.utils.dlpack.from_dlpack(images.as_tensor()).clone()

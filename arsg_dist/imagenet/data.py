@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from arsg_dist.imagenet.seeding import seeded
 from arsg_dist.imagenet.stopping import signals_held
 from arsg_dist.imagenet.synthetic import SyntheticSplit
 from arsg_dist.imagenet.tar_shards import TarShards
+from arsg_dist.safe_io.processes import safe_start
+from arsg_dist.safe_io.text import printable
 
 __all__ = [
     "IGNORED",
@@ -31,6 +34,7 @@ __all__ = [
     "TrainingOrder",
     "ValidationOrder",
     "batches",
+    "cannot_decode",
     "collate",
     "loader",
     "open_splits",
@@ -64,11 +68,21 @@ class ImageSplit(Dataset[Any]):
         source: of encoded images.
         transform: from a PIL image and the epoch to a uint8 tensor; within an epoch of one shape.
         seed: of the random parts of `transform`.
+        max_pixels: that an image may have.
     """
 
-    def __init__(self, source: ImageSource, transform: Any, *, seed: int) -> None:
+    def __init__(
+        self,
+        source: ImageSource,
+        transform: Any,
+        *,
+        seed: int,
+        max_pixels: int = DataConfig.max_image_pixels,
+    ) -> None:
         self.classes = source.classes
+        self.notes = source.notes
         self.source = source
+        self._max_pixels = max_pixels
         self._transform = transform
         self._seed = seed
 
@@ -90,15 +104,19 @@ class ImageSplit(Dataset[Any]):
             return None
         try:
             encoded, label = self.source.read(index)
-            image = decode(encoded)
+            image = decode(encoded, max_pixels=self._max_pixels)
         except UNDECODABLE as error:
-            reason = str(error)
-            return f"cannot decode image {self.source.name(index)}: {reason}" if counts else None
+            return cannot_decode(self.source, index, error) if counts else None
         with seeded(self._seed, epoch, index):
             return self._transform(image, batch_epoch), label if counts else IGNORED
 
 
 Split = ImageSplit | SyntheticSplit
+
+
+def cannot_decode(source: ImageSource, index: int, error: Exception) -> str:
+    """Say which image is no usable one, and why; file names and Pillow's words come from outside."""
+    return printable(f"cannot decode image {source.name(index)}: {error}", limit=5000)
 
 
 def collate(samples: list[tuple[torch.Tensor, int] | str | None], *, image_size: int) -> Batch:
@@ -137,8 +155,18 @@ def open_splits(root: Path, config: DataConfig, *, seed: int) -> tuple[Split, Sp
     if config.source == "synthetic":
         return SyntheticSplit(config, train=True, seed=seed), SyntheticSplit(config, train=False, seed=seed)
     kind = TarShards if config.source == "shards" else ImageTree
-    train = ImageSplit(kind(root / config.train_split), TrainTransform(config), seed=seed)
-    val = ImageSplit(kind(root / config.val_split), ValTransform(config), seed=seed)
+    train, val = (
+        ImageSplit(
+            kind(root / name, max_bytes=config.max_image_bytes),
+            transform,
+            seed=seed,
+            max_pixels=config.max_image_pixels,
+        )
+        for name, transform in (
+            (config.train_split, TrainTransform(config)),
+            (config.val_split, ValTransform(config)),
+        )
+    )
     if train.classes != val.classes:
         only_train = sorted(set(train.classes) - set(val.classes))
         only_val = sorted(set(val.classes) - set(train.classes))
@@ -171,7 +199,10 @@ def process_loader(
     Worker processes are forked from a server that has only imported this: forking a rank that already communicates may
     hang, and importing everything anew takes each worker seconds.
     """
-    multiprocessing.set_forkserver_preload([__name__])
+    if workers:
+        multiprocessing.set_forkserver_preload([__name__])
+        with signals_held(), safe_start():
+            forkserver.ensure_running()
     return DataLoader(
         split,
         batch_sampler=order,

@@ -80,7 +80,7 @@ class Run:
             batch_size=config.batch_size,
         )
         say = self._progress.say
-        for note in notes:
+        for note in [*parts.notes, *notes]:
             say(printable(note, limit=2000))
         data = "synthetic images" if config.data.source == "synthetic" else config.data.root or DIGITS
         say(

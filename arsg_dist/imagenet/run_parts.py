@@ -56,6 +56,7 @@ class RunParts:
         train_loader: batches in that order.
         val_loader: this rank's share of the validation split.
         classes: names, in the order of the labels.
+        notes: on the data, for the user.
         stop: signals to end the run.
     """
 
@@ -70,6 +71,7 @@ class RunParts:
     train_loader: Iterable[Batch]
     val_loader: Iterable[Batch]
     classes: list[str]
+    notes: list[str]
     stop: StopRequest
 
     @property

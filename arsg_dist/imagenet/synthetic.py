@@ -21,6 +21,7 @@ class SyntheticSplit:
 
     def __init__(self, config: DataConfig, *, train: bool, seed: int) -> None:
         self.classes = [f"class {label:04d}" for label in range(config.synthetic_classes)]
+        self.notes: list[str] = []
         self._config, self._train, self._seed = config, train, seed
         self._images: dict[int, torch.Tensor] = {}
 

@@ -10,31 +10,43 @@ WebDataset reader takes, and beside them:
 """
 
 import hashlib
-import json
 import os
+import stat
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Final
 
 import numpy as np
 
-from arsg_dist.imagenet.image_tree import require_directory
+from arsg_dist.imagenet.config import DataConfig
+from arsg_dist.imagenet.image_tree import require_class_names, require_directory
+from arsg_dist.safe_io.documents import read_json
+from arsg_dist.safe_io.files import MiB, open_regular
+from arsg_dist.safe_io.text import printable
 
 INDEX, DESCRIPTION, NAMES, CHECKSUMS = "index.npy", "split.json", "images.txt", "SHA256SUMS"
 VERSION = 1
+LONGEST_NAME: Final = 4096
+"""Bytes that a line of `NAMES` may have, as a path may."""
+_LARGEST_DESCRIPTION, _LARGEST_INDEX = 64 * MiB, 4096 * MiB
 RECORD = np.dtype([("shard", "<i4"), ("offset", "<i8"), ("size", "<i8"), ("label", "<i4")])
 
 
 class TarShards:
-    """One split written by `arsg-imagenet shard`.
+    """One split written by `arsg-imagenet shard`. Its files may be links.
 
     Args:
         directory: of the split.
+        max_bytes: that an image may have.
+
+    Attributes:
+        classes: names, in the order of the labels.
+        notes: empty.
 
     Raises:
         ValueError: the directory holds no such split, or a shard is missing, cut off or of another size.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, max_bytes: int = DataConfig.max_image_bytes) -> None:
         require_directory(directory)
         if not (directory / DESCRIPTION).is_file():
             raise ValueError(
@@ -42,22 +54,25 @@ class TarShards:
                 "'arsg-imagenet shard SRC DST', or set data.source to folder for a tree of image files"
             )
         try:
-            description: dict[str, Any] = json.loads((directory / DESCRIPTION).read_text())
-            index_bytes = (directory / INDEX).read_bytes()
-        except (OSError, ValueError, RecursionError) as error:
+            description = read_json(directory / DESCRIPTION, limit=_LARGEST_DESCRIPTION, follow=True)
+            index_sha256 = _sha256_of_index(directory / INDEX)
+        except (OSError, ValueError) as error:
             raise ValueError(f"shards in {directory} cannot be used: {error}") from None
         if not isinstance(description, dict):
             raise ValueError(f"shards in {directory} cannot be used: {DESCRIPTION} holds no JSON object")
         if description.get("version") != VERSION:
             raise ValueError(
-                f"shards in {directory} have version {description.get('version')} and this program reads {VERSION}"
+                f"shards in {directory} have version {printable(description.get('version'), limit=20)} and this "
+                f"program reads {VERSION}"
             )
         _require_description(directory, description)
-        if hashlib.sha256(index_bytes).hexdigest() != description["index_sha256"]:
+        if index_sha256 != description["index_sha256"]:
             raise ValueError(
                 f"{directory / INDEX} does not belong to {DESCRIPTION} or is damaged: shard again"
             )
         self.classes: list[str] = description["classes"]
+        require_class_names(self.classes, str(directory / DESCRIPTION))
+        self.notes: list[str] = []
         self._paths = [directory / shard["name"] for shard in description["shards"]]
         wrong = [
             message
@@ -72,7 +87,8 @@ class TarShards:
         self._digest: str = description["index_sha256"]
         self._index = _index_of(directory, len(self.classes), [s["bytes"] for s in description["shards"]])
         self._directory = directory
-        self._descriptors: dict[int, int] = {}
+        self._max_bytes = max_bytes
+        self._files: dict[int, IO[bytes]] = {}
 
     def __len__(self) -> int:
         return len(self._index)
@@ -82,20 +98,33 @@ class TarShards:
 
         Raises:
             OSError: the shard cannot be read, or ends before the image does.
+            ValueError: the shard is no regular file, or the image too large.
         """
         shard, offset, size, label = (int(field) for field in self._index[index])
-        if shard not in self._descriptors:
-            self._descriptors[shard] = os.open(self._paths[shard], os.O_RDONLY)
-        encoded = os.pread(self._descriptors[shard], size, offset)
+        if size > self._max_bytes:
+            raise ValueError(f"{size:,} bytes are more than data.max_image_bytes, {self._max_bytes:,}")
+        if shard not in self._files:
+            self._files[shard] = open_regular(self._paths[shard], follow=True)
+        encoded = os.pread(self._files[shard].fileno(), size, offset)
         if len(encoded) != size:
             raise OSError(f"{self._paths[shard]} ends inside the image")
         return encoded, label
 
     def name(self, index: int) -> str:
         """The file the image was made from, and where it is now."""
-        with (self._directory / NAMES).open() as names:
-            original = next((line for number, line in enumerate(names) if number == index), "").strip()
-        return f"{original} (number {index}, in {self._paths[int(self._index[index]['shard'])]})"
+        return f"{self._original(index)} (number {index}, in {self._paths[int(self._index[index]['shard'])]})"
+
+    def _original(self, index: int) -> str:
+        try:
+            with open_regular(self._directory / NAMES, follow=True) as names:
+                line = b""
+                for _ in range(index + 1):
+                    line = names.readline(LONGEST_NAME + 1)
+                    if not line.endswith(b"\n"):
+                        return "an image"
+        except (OSError, ValueError):  # which is no reason to lose the message that the name is for
+            return "an image"
+        return printable(line.decode(errors="replace").strip(), limit=LONGEST_NAME)
 
     def fingerprint(self) -> list[str | int]:
         """The number of images, the classes and the index."""
@@ -103,15 +132,24 @@ class TarShards:
 
     def __getstate__(self) -> dict[str, Any]:
         # Every loader process opens the files itself, and maps the index instead of getting a copy.
-        return {**self.__dict__, "_descriptors": {}, "_index": None}
+        return {**self.__dict__, "_files": {}, "_index": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._index = np.load(self._directory / INDEX, mmap_mode="r")
+        self._index = np.load(self._directory / INDEX, mmap_mode="r", allow_pickle=False)
 
     def __del__(self) -> None:
-        for descriptor in self.__dict__.get("_descriptors", {}).values():
-            os.close(descriptor)
+        for file in self.__dict__.get("_files", {}).values():
+            file.close()
+
+
+def _sha256_of_index(path: Path) -> str:
+    with open_regular(path, follow=True) as file:
+        if os.fstat(file.fileno()).st_size > _LARGEST_INDEX:
+            raise ValueError(
+                f"{path.name} has more than the {_LARGEST_INDEX // MiB} MiB that an index may have"
+            )
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _require_description(directory: Path, description: dict[str, Any]) -> None:
@@ -124,8 +162,9 @@ def _require_description(directory: Path, description: dict[str, Any]) -> None:
             isinstance(shard, dict)
             # No path: a description from elsewhere must not make the program read other files.
             and isinstance(shard.get("name"), str)
-            and Path(shard["name"]).name == shard["name"]
-            and isinstance(shard.get("bytes"), int)
+            and Path(shard["name"]).name == shard["name"] == printable(shard["name"])
+            and type(shard.get("bytes")) is int
+            and 0 <= shard["bytes"] < 2**63
             for shard in shards
         )
         and isinstance(description.get("index_sha256"), str)
@@ -141,7 +180,7 @@ def _index_of(directory: Path, num_classes: int, sizes: list[int]) -> "np.ndarra
     refused = f"shards in {directory} cannot be used: {INDEX}"
     try:
         index: np.ndarray[Any, Any] = np.load(directory / INDEX, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, SyntaxError, TypeError, EOFError) as error:
+    except (OSError, ValueError, SyntaxError, TypeError, EOFError, OverflowError) as error:
         raise ValueError(f"{refused} is no array of records: {str(error).splitlines()[0]}") from None
     if index.dtype != RECORD or index.ndim != 1:
         raise ValueError(f"{refused} is no array of records")
@@ -161,7 +200,10 @@ def _index_of(directory: Path, num_classes: int, sizes: list[int]) -> "np.ndarra
 
 def _wrong_size(path: Path, expected: int) -> str | None:
     try:
-        size = path.stat().st_size
+        found = path.stat()
     except OSError:
         return f"{path.name} is missing"
+    if not stat.S_ISREG(found.st_mode):
+        return f"{path.name} is not a regular file"
+    size = found.st_size
     return None if size == expected else f"{path.name} has {size} bytes instead of {expected}"

@@ -112,6 +112,7 @@ def _train(config: TrainConfig, job: Job, ranks: Ranks, communicator: Communicat
         train_loader=make_loader(train_split, train_order, train=True, batch_size=micro_batch_size),
         val_loader=make_loader(val_split, val_order, train=False, batch_size=config.val_batch_size),
         classes=train_split.classes,
+        notes=[*train_split.notes, *val_split.notes],
         stop=stop,
     )
     fingerprint = hashlib.sha256(json.dumps(train_split.fingerprint()).encode()).hexdigest()[:16]

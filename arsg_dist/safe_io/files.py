@@ -14,6 +14,7 @@ import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
 from typing import IO, Final
 
@@ -78,7 +79,7 @@ def make_directory(directory: Path, *names: str) -> Path:
     return inside(directory, *names)
 
 
-def open_regular(path: Path, *, follow: bool = False, pipe: bool = False) -> IO[bytes]:
+def open_regular(path: Path, *, follow: bool = False, pipe: bool = False) -> BufferedReader:
     """Open a regular file for reading, without waiting for the writer of a named pipe.
 
     Args:
@@ -122,8 +123,12 @@ def read_bytes(path: Path, *, limit: int = DEFAULT_LIMIT, follow: bool = False, 
         ValueError: it is no regular file, or has more bytes.
     """
     with open_regular(path, follow=follow, pipe=pipe) as file:
-        content = file.read(limit + 1)
-    if len(content) > limit:
+        size = os.fstat(file.fileno()).st_size
+        # Asked for by its size, since a buffer is made for as many bytes as are asked for.
+        content = file.read(size + 1) if size <= limit else b""
+        if len(content) > size:  # a pipe, or it has grown
+            content += file.read(limit + 1 - len(content))
+    if max(size, len(content)) > limit:
         raise ValueError(f"{path} has more than the {_readable_size(limit)} that such a file may have")
     return content
 

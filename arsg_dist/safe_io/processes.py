@@ -6,7 +6,8 @@ import pwd
 import stat
 import tempfile
 import warnings
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from pathlib import Path
 
 CACHES = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
@@ -20,6 +21,23 @@ def environment_of_child(environ: Mapping[str, str] | None = None) -> dict[str, 
         environ: to start from, default `os.environ`.
     """
     return {**(os.environ if environ is None else environ), "PYTHONSAFEPATH": "1"}
+
+
+@contextmanager
+def safe_start() -> Iterator[None]:
+    """Give Python processes that a library starts meanwhile the environment of `environment_of_child`.
+
+    The servers of `multiprocessing` are such: they would import ``selectors.py`` of the current directory.
+    """
+    before = os.environ.get("PYTHONSAFEPATH")
+    os.environ["PYTHONSAFEPATH"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PYTHONSAFEPATH"]
+        else:
+            os.environ["PYTHONSAFEPATH"] = before
 
 
 def is_private(directory: Path) -> bool:

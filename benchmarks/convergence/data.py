@@ -129,13 +129,14 @@ def _cifar_records(paths: list[Path]) -> tuple[Tensor, Tensor]:
 
 
 def _image_tree(directory: Path) -> tuple[Tensor, Tensor]:
-    from PIL import Image
+    from arsg_dist.imagenet.image_source import decode
+    from arsg_dist.safe_io.files import read_bytes
 
     classes = sorted(path.name for path in directory.iterdir() if path.is_dir())
     files = [
         (path, label) for label, name in enumerate(classes) for path in sorted((directory / name).iterdir())
     ]
-    pixels = np.stack([np.asarray(Image.open(path).convert("RGB")) for path, _ in files])
+    pixels = np.stack([np.asarray(decode(read_bytes(path, follow=True))) for path, _ in files])
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), torch.tensor(
         [label for _, label in files]
     )

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from arsg_dist.imagenet import shard_writer
 from arsg_dist.imagenet.config import DataConfig
 from arsg_dist.imagenet.data import SampleKey, loader, open_splits
 from arsg_dist.imagenet.image_tree import ImageTree
@@ -115,7 +116,7 @@ def test_bad_images_stop_the_sharding_or_are_left_out_and_listed(
 
 
 def test_a_directory_that_holds_something_is_left_alone(
-    small_tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small_tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Catches shards written over others, and two runs that write into one directory."""
     taken = tmp_path / "taken"
@@ -123,11 +124,19 @@ def test_a_directory_that_holds_something_is_left_alone(
     (taken / "thesis.tex").touch()
     assert shard_command([str(small_tree), str(taken)]) == 2
     assert "not an empty directory" in capsys.readouterr().err
-    (tmp_path / ".new.partial").mkdir()
-    assert shard_command([str(small_tree), str(tmp_path / "new")]) == 2
-    assert "another run is writing" in capsys.readouterr().err
     assert shard_command([str(small_tree), str(tmp_path / "other"), "--splits", "test"]) == 2
     assert "test does not exist" in capsys.readouterr().err
+
+    def another_run_is_first(path: Path, content: bytes) -> None:
+        (tmp_path / "new").mkdir(exist_ok=True)
+        (tmp_path / "new" / "thesis.tex").touch()
+        write(path, content)
+
+    write = shard_writer._write
+    monkeypatch.setattr(shard_writer, "_write", another_run_is_first)
+    assert shard_command([str(small_tree), str(tmp_path / "new"), "--workers", "1"]) == 2
+    assert "not empty" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "small", "taken"]
 
 
 def test_a_full_disk_leaves_nothing(
