@@ -1,14 +1,20 @@
 """Joins a DeepSpeed JSON config with what the training program decides, without either overruling the other."""
 
 import inspect
-import json
 from pathlib import Path
 from typing import Any, Final
 
 from arsg_dist.deepspeed.refusals import check_nvme, check_sections, require_object
 from arsg_dist.deepspeed.schedules import check_scheduler
 from arsg_dist.deepspeed.settings import AUTO
+from arsg_dist.deepspeed.side_effects import (
+    check_imported,
+    check_names,
+    check_overwritten,
+    check_swap_directory,
+)
 from arsg_dist.optim import ARSG
+from arsg_dist.safe_io.documents import read_json
 
 _ADAM_ONLY: Final = {
     "max_grad_norm": "DeepSpeed refuses it for every optimizer: set 'gradient_clipping' at the top of the config",
@@ -45,6 +51,7 @@ def check_config(config: dict[str, Any], source: str = "the DeepSpeed config") -
     require_object(config.get("scheduler") or {}, "params", f"{source}'s scheduler")
     name = section.get("type")
     check_sections(config, source)
+    check_names(config, source)
     if isinstance(name, str) and name.lower() == "arsg":
         _check_optimizer(section, source)
         check_scheduler(config.get("scheduler"), source)
@@ -75,6 +82,23 @@ def _check_optimizer(section: dict[str, Any], source: str) -> None:
 
 
 _SETTINGS: Final = frozenset(inspect.signature(ARSG).parameters) - {"params"}
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read the file of a DeepSpeed config.
+
+    Raises:
+        ValueError: it is missing, no regular file, or no JSON object.
+    """
+    try:
+        config = read_json(path, follow=True)
+    except FileNotFoundError:
+        raise ValueError(f"DeepSpeed config {path} does not exist") from None
+    except OSError as error:
+        raise ValueError(f"DeepSpeed config {path} cannot be read: {error.strerror}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"DeepSpeed config {path} must hold a JSON object")
+    return config
 
 
 def resolve_config(
@@ -108,15 +132,7 @@ def resolve_config(
     """
     source = "the DeepSpeed config"
     if not isinstance(config, dict):
-        path, source = Path(config), str(config)
-        if not path.is_file():
-            raise ValueError(f"DeepSpeed config {path} does not exist")
-        try:
-            config = json.loads(path.read_text())
-        except (UnicodeDecodeError, RecursionError, json.JSONDecodeError) as error:
-            raise ValueError(f"DeepSpeed config {path} is not JSON: {error}") from None
-        if not isinstance(config, dict):
-            raise ValueError(f"DeepSpeed config {path} must hold a JSON object")
+        source, config = str(config), read_config(Path(config))
     resolved = dict(config)
     check_config(resolved, source)
     if "scheduler" in resolved:
@@ -152,6 +168,9 @@ def resolve_config(
     section["params"] = params
     resolved["optimizer"] = section
     check_config(resolved, source)  # again: now the optimizer has a name
+    check_overwritten(resolved, source)
+    check_imported(resolved, source)
+    check_swap_directory(resolved.get("zero_optimization") or {})
     return resolved
 
 

@@ -17,6 +17,7 @@ from arsg_dist.deepspeed.explain_memory import Memory, memory_of
 from arsg_dist.deepspeed.explain_notes import notes_on
 from arsg_dist.deepspeed.explain_plan import FP32, PRECISIONS, Plan
 from arsg_dist.deepspeed.settings import AUTO
+from arsg_dist.deepspeed.side_effects import check_overwritten
 from arsg_dist.optim import ARSG
 from arsg_dist.optim.settings import STATE_DTYPES
 from arsg_dist.optim.state import MOMENTS
@@ -86,6 +87,7 @@ def explain(config: dict[str, Any], *, parameters: Sequence[int], world_size: in
     total = sum(parameters)
     try:
         check_config(config, "the config")
+        check_overwritten(config, "the config")
         zero = DeepSpeedZeroConfig(**_without_auto(config.get("zero_optimization") or {}))
         plan = Plan(config, zero, tuple(parameters), world_size)
         state = _state_bytes(config)

@@ -5,6 +5,7 @@ from typing import Any
 
 from arsg_dist.deepspeed.explain_plan import PRECISIONS, Plan
 from arsg_dist.deepspeed.settings import AUTO
+from arsg_dist.deepspeed.side_effects import side_effects
 
 
 def notes_on(config: dict[str, Any], plan: Plan) -> Iterator[str]:
@@ -54,6 +55,7 @@ def notes_on(config: dict[str, Any], plan: Plan) -> Iterator[str]:
             "DeepSpeed all-reduces the gradients, where ZeRO's paper reduce-scatters them: half as much again is sent "
             'per update; "use_multi_rank_bucket_allreduce": false reduces to the owners only, in more messages'
         )
+    yield from side_effects(config)
     scheduler = config.get("scheduler")
     if scheduler:
         yield f"schedule: {_described(scheduler)}, stepped once per weight update"

@@ -17,6 +17,7 @@ from arsg_dist.deepspeed.offload import apply_offload
 from arsg_dist.deepspeed.repairs import Method, apply_repairs, wrap_once
 from arsg_dist.deepspeed.schedules import check_scheduler, with_schedules_for_arsg
 from arsg_dist.deepspeed.settings import AUTO
+from arsg_dist.deepspeed.side_effects import check_swap_directory
 from arsg_dist.deepspeed.state_access import repair_state_access
 from arsg_dist.optim import ARSG
 
@@ -160,6 +161,7 @@ def _check(engine: Any, *, from_config: bool) -> None:
         config.pop("scheduler", None)
     check_scheduler(config.get("scheduler"), "the DeepSpeed config")
     check_config(config)
+    check_swap_directory(config.get("zero_optimization") or {})
     if "gradient_clipping" not in config and deepspeed.comm.get_rank() == 0:
         warnings.warn(
             "the DeepSpeed config has no 'gradient_clipping', and DeepSpeed then clips the gradient at norm 1.0: "

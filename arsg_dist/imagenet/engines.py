@@ -1,5 +1,6 @@
 """Chooses and builds the engine a run was launched for; the only place of the application that tells engines apart."""
 
+import warnings
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Literal, get_args
@@ -158,8 +159,11 @@ def build_engine(
     skip_nonfinite = config.on_nonfinite == "skip"
     if name == "deepspeed":
         from arsg_dist.deepspeed import DeepSpeedEngine
+        from arsg_dist.deepspeed.side_effects import side_effects
 
         assert deepspeed_config is not None
+        for effect in side_effects(deepspeed_config) if communicator.rank == 0 else ():
+            warnings.warn(f"besides training, the DeepSpeed config has an effect: {effect}", stacklevel=2)
         return DeepSpeedEngine(
             module,
             deepspeed_config,

@@ -7,7 +7,7 @@ import json
 import sys
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from arsg_dist.engine.exit_codes import BAD_INPUT
 
@@ -43,10 +43,11 @@ def run(arguments: argparse.Namespace) -> int:
         0; 1 if the config is refused; 2 if the file, the model or a number cannot be read.
     """
     try:
+        with contextlib.redirect_stdout(sys.stderr):  # where DeepSpeed logs; stdout is for the answer
+            from arsg_dist.deepspeed.config import read_config
+            from arsg_dist.deepspeed.explain import explain
         config = read_config(arguments.file)
         parameters = _numels(arguments.model) if arguments.model else [_number(arguments.parameters)]
-        with contextlib.redirect_stdout(sys.stderr):  # where DeepSpeed logs; stdout is for the answer
-            from arsg_dist.deepspeed.explain import explain
         explanation = explain(config, parameters=parameters, world_size=arguments.world_size)
     except (ValueError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
@@ -54,23 +55,6 @@ def run(arguments: argparse.Namespace) -> int:
     as_json = json.dumps(dataclasses.asdict(explanation), indent=2) if arguments.json else None
     print(as_json or as_text(explanation))  # noqa: T201
     return REFUSED if explanation.refused else 0
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """The content of a config.
-
-    Raises:
-        ValueError: it is missing or no JSON object.
-    """
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist")
-    try:
-        config = json.loads(path.read_text())
-    except (UnicodeDecodeError, RecursionError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} must hold a JSON object")
-    return config
 
 
 def _number(text: str) -> int:

@@ -42,8 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--trust-pickle",
         action="store_true",
         help="execute what the pickles of DeepSpeed's checkpoint name besides tensors and plain values, as the objects "
-        "of your own classes in the client state of save_checkpoint: only for files whose writer you trust as you trust "
-        "a program of theirs",
+        "of your own classes in the client state of save_checkpoint: only for files whose writer you trust as "
+        "you trust a program of theirs",
     )
     export = add("export", "Writes the model's weights as one safetensors file.")
     export.add_argument(
