@@ -21,6 +21,10 @@ horovod=0.28.1 deepspeed=0.19.8
 
 die() { echo "build_engines: $*" >&2; exit 1; }
 
+# shellcheck source=launch/wheel_shelf.sh
+. "$(dirname "${BASH_SOURCE[0]}")/wheel_shelf.sh"
+unusable=$(make_shelves "$cache") || die "$unusable"
+
 nvcc=$(command -v nvcc || true)
 cuda_home="${HOROVOD_CUDA_HOME:-${CUDA_HOME:-${nvcc:+$(dirname "$(dirname "$nvcc")")}}}"
 gpu=${ARSG_GPU:-none}
@@ -71,7 +75,7 @@ cached() {
     made_of="$built_against"$'\n'"$name ${!1}${3:+ $3}"$'\n'"$(declare -f "$build")"
     key=$(printf '%s' "$made_of" | sha256sum | cut -c1-16)
     shelf="$cache/$name-$key"
-    if ! compgen -G "$shelf/*.whl" >/dev/null; then
+    if ! take_from_shelf "$shelf" "$output"; then
         echo "setup: compiling $name (minutes; kept in $shelf)"
         local log="$work/$name.log"
         mkdir -p "$work/$name"
@@ -82,12 +86,9 @@ cached() {
             cp "$log" "$cache/$name-failed.log"
             die "$name did not build; the whole log is in $cache/$name-failed.log"
         fi
-        mkdir -p "$shelf.partial.$$"
-        cp "$work/$name"/*.whl "$shelf.partial.$$/"
-        printf '%s\n' "$made_of" > "$shelf.partial.$$/built-against.txt"
-        mv -T "$shelf.partial.$$" "$shelf" 2>/dev/null || rm -rf "$shelf.partial.$$"  # another set-up was first
+        put_on_shelf "$shelf" "$work/$name" "$made_of"
+        cp "$work/$name"/*.whl "$output/"
     fi
-    cp "$shelf"/*.whl "$output/"
 }
 
 build_horovod() {

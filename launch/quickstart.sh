@@ -21,7 +21,7 @@ mpirun "${as_root[@]}" --oversubscribe --bind-to none -np "$ranks" \
     python launch/train_imagenet.py --engine horovod \
     --config configs/digits.yaml --output "$runs/horovod" "$@"
 
-python - "$runs" <<'PYTHON'
+python -P - "$runs" <<'PYTHON'
 import json, pathlib, sys
 for run in sorted(pathlib.Path(sys.argv[1]).iterdir()):
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

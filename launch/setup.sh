@@ -21,7 +21,7 @@ find_python() {  # a name on PATH proves nothing: version managers leave shims t
 }
 PYTHON=${PYTHON:-$(find_python)}
 [ -n "$PYTHON" ] || die "no python3 found; install Python 3.11 with its venv module and headers, or set PYTHON=/path/to/python3.11"
-inputs=(constraints.txt pyproject.toml setup.py launch/setup.sh launch/build_engines.sh)
+inputs=(constraints.txt pyproject.toml setup.py launch/setup.sh launch/build_engines.sh launch/wheel_shelf.sh)
 [ -d arsg_dist/optim/csrc ] && inputs+=(arsg_dist/optim/csrc/*)
 libaio=$([ -e /usr/include/libaio.h ] && echo yes || echo no)  # installed later, DeepSpeed is built anew with its operators for NVMe
 state="$(cat "${inputs[@]}" | sha256sum | cut -d' ' -f1) $("$PYTHON" -V 2>&1) gpu=${ARSG_GPU:-none} libaio=$libaio $PWD"
@@ -40,7 +40,8 @@ command -v g++ >/dev/null || die "g++ is missing; install g++ 11 or newer (Debia
 echo '#include <concepts>' | g++ -std=c++20 -x c++ -fsyntax-only - 2>/dev/null ||
     die "g++ $(g++ -dumpversion) cannot compile C++20, which torch's headers need; install g++ 11 or newer"
 cache=${ARSG_CACHE_DIR:-${XDG_CACHE_HOME:-$HOME/.cache}/arsg_dist}
-mkdir -p "$cache" 2>/dev/null && [ -w "$cache" ] || die "cannot write to $cache; set ARSG_CACHE_DIR to a directory of yours"
+. launch/wheel_shelf.sh
+unusable=$(make_shelves "$cache") || die "$unusable"
 [ -w . ] || die "cannot write to $PWD; clone into a directory of yours"
 need_gib=5; [ "${ARSG_GPU:-}" = cuda ] && need_gib=20
 for place in . "$cache" "${TMPDIR:-/tmp}"; do

@@ -24,6 +24,7 @@ TOOLS = (
     "rm",
     "flock",
     "mktemp",
+    "stat",
 )
 
 
@@ -169,6 +170,75 @@ def test_a_finished_set_up_does_nothing(machine: tuple[Path, Path]) -> None:
         file.write("# another pin\n")
     assert set_up(machine).returncode != 0
     assert recorder.exists()
+
+
+def shelf(command: str, folder: Path) -> int:
+    """Runs a function of launch/wheel_shelf.sh, with $f the folder of all shelves, under the umask of a cluster."""
+    program = f'umask 002; set -euo pipefail; . "{REPOSITORY}/launch/wheel_shelf.sh"; f={folder}; {command}'
+    return subprocess.run(["bash", "-c", program], capture_output=True, text=True).returncode
+
+
+@pytest.fixture
+def wheels(tmp_path: Path) -> Path:
+    """A folder of shelves with one, `horovod-key`, and the empty folder `out` for what is taken from it."""
+    for name in ("built", "out"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "built" / "horovod-1-py3-none-any.whl").write_text("a wheel")
+    folder = tmp_path / "cache"
+    assert shelf(f"make_shelves $f; put_on_shelf $f/horovod-key {tmp_path}/built 'torch 2'", folder) == 0
+    return folder
+
+
+TAKE = "take_from_shelf $f/horovod-key $f/../out"
+
+
+def test_a_wheel_comes_back_from_its_shelf(wheels: Path, tmp_path: Path) -> None:
+    """Catches a set-up that compiles anew each time, and shelves that a cluster's group may write to."""
+    assert shelf(TAKE, wheels) == 0
+    assert [path.read_text() for path in (tmp_path / "out").iterdir()] == ["a wheel"]
+    assert not [path for path in [wheels, *wheels.rglob("*")] if path.stat().st_mode & 0o022]
+    (tmp_path / "built" / "horovod-1-py3-none-any.whl").write_text("a newer wheel")
+    assert shelf(f"put_on_shelf $f/horovod-key {tmp_path}/built ''; {TAKE}", wheels) == 0
+    assert [path.read_text() for path in (tmp_path / "out").iterdir()] == ["a newer wheel"]
+    assert sorted(path.name for path in wheels.iterdir()) == ["horovod-key"]
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "rm $f/horovod-key/SHA256SUMS",  # as before there were digests
+        ": > $f/horovod-key/SHA256SUMS",
+        "rm $f/horovod-key/*.whl",
+        "echo more >> $f/horovod-key/horovod-1-py3-none-any.whl",
+        "cp $f/horovod-key/horovod-1-py3-none-any.whl $f/horovod-key/planted.whl",
+        "chmod g+w $f/horovod-key",
+        "chmod o+w $f/horovod-key/horovod-1-py3-none-any.whl",
+        "chmod o+w $f/horovod-key/SHA256SUMS",
+        "mv $f/horovod-key $f/elsewhere; ln -s elsewhere $f/horovod-key",
+        pytest.param(
+            "chown 65534 $f/horovod-key",
+            marks=pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder to another user"),
+        ),
+    ],
+)
+def test_a_wheel_that_somebody_else_may_have_put_there_is_not_installed(
+    wheels: Path, tmp_path: Path, fault: str
+) -> None:
+    """Catches a set-up that installs any wheel lying in the folder of the right name."""
+    assert shelf(fault, wheels) == 0
+    assert shelf(TAKE, wheels) != 0
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_cache_that_others_may_write_to_is_refused(machine: tuple[Path, Path]) -> None:
+    """Catches a set-up that goes on with a folder in which a neighbour can put wheels."""
+    cache = machine[0].parent / "cache"
+    cache.mkdir()
+    cache.chmod(0o777)
+    result = set_up(machine, ARSG_CACHE_DIR=str(cache))
+    assert result.returncode == 1
+    assert "others may write to it: chmod go-w" in result.stderr
+    assert not (machine[0] / ".venv").exists()
 
 
 def test_every_requirement_is_pinned() -> None:
