@@ -3,7 +3,7 @@ SHELL := /bin/bash
 VENV  := $(CURDIR)/.venv
 export PATH := $(VENV)/bin:$(PATH)
 
-.PHONY: train test lint setup clean
+.PHONY: train test lint audit setup clean
 
 train: setup            ## train a ResNet on real images: 2 ranks under deepspeed (ZeRO-1), then under Horovod
 	launch/quickstart.sh
@@ -13,6 +13,9 @@ test: setup lint        ## lint, types, import direction and the tests; PYTEST=-
 
 lint: setup
 	ruff check . && ruff format --check . && mypy && lint-imports
+
+audit: setup            ## known vulnerabilities of the pinned versions; needs the network, not part of the tests
+	launch/audit.sh
 
 setup:
 	launch/setup.sh

@@ -128,12 +128,16 @@ class MpiJob(_Manifest):
             name: f"-o ConnectionAttempts=10 {value}" if name.endswith("_args") else value
             for name, value in detection.open_mpi_daemons(job.detect_seconds).items()
         }
+        as_root = {
+            "runAsUser": 0
+        }  # for sshd and its keys; the image's own user is another (containers/Dockerfile)
         launcher = {
             "name": "launcher",
+            "securityContext": as_root,
             "command": [*command, *map(_literal, job.rank_command)],
             "env": _variables(daemons | variables, secrets),
         }
-        worker = {"name": "worker", "command": ["/usr/sbin/sshd", "-De"]}
+        worker = {"name": "worker", "command": ["/usr/sbin/sshd", "-De"], "securityContext": as_root}
         return {
             "apiVersion": "kubeflow.org/v2beta1",
             "kind": "MPIJob",
