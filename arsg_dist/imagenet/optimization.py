@@ -76,7 +76,6 @@ class Schedules:
         updates_per_epoch: float,
         communicator: Communicator,
     ) -> None:
-        self._optimizer = optimizer
         self._schedule = LambdaLR(optimizer, partial(lr_factor, config, updates_per_epoch))
         self._boost: ObservationBoost | None = None
         boost = config.boost
@@ -115,7 +114,7 @@ class Schedules:
         return {"schedule": self._schedule.state_dict(), "boost": boost}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues from a saved state; the optimizer's own must have been loaded before.
+        """Continues from a saved state; lr and mu come with the optimizer's own.
 
         Args:
             state: what `state_dict` gave, perhaps of somebody else's run.
@@ -137,8 +136,6 @@ class Schedules:
                 self._boost.load_state_dict(state["boost"])
         except KeyError as error:
             raise ValueError(f"the checkpoint's schedules lack {error}") from error
-        for group, lr in zip(self._optimizer.param_groups, self._schedule.get_last_lr(), strict=True):
-            group["lr"] = lr
 
 
 def _check_like(saved: Any, own: Any, what: str) -> None:

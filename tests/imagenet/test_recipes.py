@@ -371,3 +371,46 @@ def test_a_resumed_run_keeps_its_loss_scale(tmp_path: Path) -> None:
     second = engine()
     second.load_state(SavedRun(path))
     assert second._grad_scaler.get_scale() == first._grad_scaler.get_scale() == 65536 / 2
+
+
+def test_the_factor_at_the_borders_of_warm_up_milestones_and_end() -> None:
+    """Catches a milestone that takes effect an update late, a cosine that counts the warm-up, and a warm-up that starts
+    at 0, which would waste the first update."""
+    step = TrainConfig(epochs=4, schedule=ScheduleConfig(name="step", milestones=[2, 3], gamma=0.1))
+    factors = [
+        lr_factor(step, 2.5, update) for update in range(10)
+    ]  # epochs end with updates 2.5, 5, 7.5 and 10
+    assert factors == pytest.approx([1.0] * 5 + [0.1] * 3 + [0.01] * 2)
+    cosine = TrainConfig(epochs=4, schedule=ScheduleConfig(name="cosine", warmup_epochs=1))
+    factors = [lr_factor(cosine, 4, update) for update in (0, 1, 2, 3, 4, 10, 16)]
+    assert factors == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0, 0.5, 0.0])
+    scaled = TrainConfig(
+        epochs=4, batch_size=512, schedule=ScheduleConfig(warmup_epochs=1, linear_scaling_from=128)
+    )
+    factors = [lr_factor(scaled, 2, update) for update in (0, 1, 2, 7)]
+    assert factors == pytest.approx([2.0, 3.0, 4.0, 4.0])
+
+
+def test_a_resume_right_after_a_boost_keeps_the_boosted_learning_rate() -> None:
+    """Catches the schedule's last learning rate, of before the boost, written over the one that was loaded: the next
+    update would be four times too large."""
+    config = TrainConfig(
+        epochs=4,
+        optimizer=OptimizerConfig(params={"lr": 0.01, "mu": 0.05}),
+        boost=BoostConfig(milestones=[1]),
+    )
+
+    def made() -> tuple[Schedules, torch.optim.Optimizer]:
+        optimizer = build_optimizer(config.optimizer, [torch.nn.Parameter(torch.zeros(2))])
+        communicator = SingleProcessCommunicator()
+        return Schedules(config, optimizer, updates_per_epoch=1, communicator=communicator), optimizer
+
+    schedules, optimizer = made()
+    optimizer.step()
+    schedules.after_update()
+    schedules.after_epoch(1.0)
+    resumed, other = made()
+    other.load_state_dict(optimizer.state_dict())
+    resumed.load_state_dict(schedules.state_dict())
+    assert other.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
+    assert other.param_groups[0]["lr"] == pytest.approx(0.01 * boost_ratio(0.999, 0.05, 0.1))
