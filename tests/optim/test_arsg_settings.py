@@ -281,3 +281,22 @@ def test_default_path_on_cuda_is_foreach() -> None:
     x = torch.nn.Parameter(torch.ones(2, device="cuda"))
     assert step_function(ARSG([x]).param_groups[0], [x]) is foreach_step
     assert step_function(ARSG([x], lr=torch.tensor(0.1)).param_groups[0], [x]) is reference_step
+
+
+def test_the_ends_of_the_domains_are_in_them() -> None:
+    """Catches a setting refused at the end of its domain: a = 1 pulls all the way, 0 switches off."""
+    params = parameters(ONE)
+    optimizer = ARSG(
+        params,
+        lr=0.0,
+        betas=(0.0, 0.0),
+        eps=0.0,
+        mu=0.0,
+        weight_decay=0.0,
+        lookahead_k=1,
+        lookahead_alpha=1.0,
+    )
+    before = params[0].detach().clone()
+    run(optimizer, params, gradients(ONE, 2))
+    assert torch.equal(params[0], before)
+    ARSG(parameters(ONE), lookahead_k=1, lookahead_alpha=0.0, betas=(0.9, 0.99))

@@ -142,3 +142,43 @@ def test_tensor_lr_is_recorded_in_place() -> None:
     run(optimizer, params, grads[1:])
     assert optimizer.param_groups[0]["base_iterate_scale"] is scale
     assert scale.item() == pytest.approx(0.1 * 2.7)
+
+
+def test_the_floor_counts_when_theta_is_asked_for() -> None:
+    """Catches v̂ taken as it lies in the state: sharded padding comes back as 0, and ε may have been raised since."""
+    x = torch.nn.Parameter(torch.ones(4))
+    optimizer = ARSG([x], lr=0.1, betas=(0.9, 0.99), mu=0.3)
+    run(optimizer, [x], [[torch.zeros(4)]])
+    optimizer.state[x]["max_exp_avg_sq"].zero_()
+    with optimizer.base_iterate():
+        assert torch.equal(x, torch.ones(4))
+    run(optimizer, [x], [[torch.ones(4)]])
+    before = x.detach().clone()
+    optimizer.param_groups[0]["eps"] = 4.0
+    with optimizer.base_iterate():  # η = 2.7, m = 0.1, √v̂ = 2
+        assert_close(x.detach() - before, torch.full((4,), 0.1 * 2.7 * 0.1 / 2), 1e-5)
+
+
+def test_a_group_that_makes_no_step_keeps_the_alpha_of_its_last_one() -> None:
+    """Catches α·η of the first group for all, only the first group moved, and one recorded without a step."""
+    first, second = (torch.nn.Parameter(torch.ones(1)) for _ in range(2))
+    optimizer = ARSG([{"params": [first]}, {"params": [second], "lr": 0.1}], lr=0.01)
+    run(optimizer, [first, second], [[torch.ones(1), torch.ones(1)]])
+    optimizer.param_groups[1]["lr"] = 1.0
+    second.grad = None
+    optimizer.step()
+    # m = 0.001, √v̂ = 0.1 and η = 99.9: x = 1 − 0.1·(0.9·0.001 + 0.1)/0.1 = 0.8991.
+    assert second.item() == pytest.approx(0.8991, rel=1e-5)
+    with optimizer.base_iterate():
+        assert second.item() == pytest.approx(0.8991 + 0.1 * 99.9 * 0.001 / 0.1, rel=1e-5)
+
+
+@pytest.mark.parametrize("beta1", [0.0, 0.9])
+def test_nothing_lies_between_x_and_theta_where_nothing_is_averaged(beta1: float) -> None:
+    """Catches a distance of μ/(1 − β1), which is not 0 for β1 = 0."""
+    x = torch.nn.Parameter(torch.ones(1))
+    optimizer = ARSG([x], lr=0.1, betas=(beta1, 0.99), mu=0.5, preconditioner="none")
+    run(optimizer, [x], [[torch.ones(1)]])
+    before = x.item()
+    with optimizer.base_iterate():  # m = 1 − β1
+        assert x.item() - before == pytest.approx(0.1 * 0.5 * beta1, abs=1e-6)

@@ -261,3 +261,19 @@ def test_resume_where_the_optimizer_was_loaded_before_the_scheduler_was_made() -
     assert math.isclose(resumed.param_groups[0]["mu"], 0.6)
     lr = optimizer.param_groups[0]["lr"]
     assert history(resumed, again, steps=2) == [lr] * 3
+
+
+def test_another_schedules_base_values_are_scaled_by_each_groups_own_ratio() -> None:
+    """Catches the first group's ratio for all groups, seen where the other schedule computes lr anew."""
+    groups = [
+        {"params": [torch.nn.Parameter(torch.ones(1))], "betas": (beta1, 0.99)} for beta1 in (0.999, 0.5)
+    ]
+    optimizer = ARSG(groups, lr=0.1, mu=0.05)
+    other = torch_schedulers.LambdaLR(optimizer, lambda step: 0.5**step)
+    boost = ObservationBoost(optimizer, [1], rescale=[other])
+    for _ in range(2):
+        optimizer.step()
+        other.step()
+        boost.step()
+    expected = [0.1 * 0.25 * theory.boost_ratio(beta1, 0.05, 0.1) for beta1 in (0.999, 0.5)]
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(expected)

@@ -148,3 +148,25 @@ def test_qhm_goes_on_exactly(weight_decay_type: str) -> None:
         ARSG.from_qhm,
         1e-12,
     )
+
+
+@pytest.mark.parametrize("preconditioner", ["amsgrad", "none"])
+def test_young_moments_are_transferred_corrected(preconditioner: str) -> None:
+    """Catches moments that stay as small as Adam keeps them after a few steps, where nothing corrects them any more."""
+    x = torch.nn.Parameter(torch.zeros(1))
+    adam = torch.optim.Adam([x], betas=(0.9, 0.99))
+    run(adam, [x], [[torch.full((1,), 2.0)]] * 3)
+    state = ARSG.from_adam(adam, preconditioner=preconditioner).state[x]
+    assert state["exp_avg"].item() == pytest.approx(2.0)  # of three equal gradients
+    for name in ("exp_avg_sq", "max_exp_avg_sq"):
+        assert name not in state or state[name].item() == pytest.approx(4.0)
+    assert ("max_exp_avg_sq" in state) == (preconditioner == "amsgrad")
+
+
+def test_a_learning_rate_in_a_tensor_is_not_shared_with_the_source() -> None:
+    """Catches a boost of the converted optimizer that changes the source, which is to be left as it is."""
+    params = parameters([(2,)])
+    adam = torch.optim.Adam(params, lr=torch.tensor(0.5), capturable=False)
+    ours = ARSG.from_adam(adam)
+    ours.param_groups[0]["lr"].fill_(9.0)
+    assert adam.param_groups[0]["lr"].item() == 0.5

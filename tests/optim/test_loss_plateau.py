@@ -63,3 +63,22 @@ def test_a_loss_that_is_not_finite_is_refused() -> None:
     """Catches NaN in the average, which would end all improvement."""
     with pytest.raises(ValueError, match="finite"):
         LossPlateau().observe(float("nan"))
+
+
+def test_an_improvement_is_more_than_the_threshold() -> None:
+    """Catches equality taken for an improvement: with threshold 0 a constant loss would never be flat."""
+    assert first_flat(LossPlateau(0.0, threshold=0.0, patience=0), [1.0, 1.0]) == 1
+    assert first_flat(LossPlateau(0.0, threshold=0.5, patience=0), [4.0, 2.0]) == 1
+    assert first_flat(LossPlateau(0.0, threshold=0.0, patience=0), [0.0, 0.0]) == 1
+
+
+def test_the_cooldown_counts_observations_after_a_flat_one() -> None:
+    """Catches a cooldown that is one too long or short, and an improvement inside it that is forgotten."""
+    plateau = LossPlateau(0.0, threshold=0.0, patience=1, cooldown=2)
+    #        best  1st   flat  cool, cool, 1st   flat  cool, best         1st   flat
+    losses = [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.5, 0.5, 0.5]
+    assert [plateau.observe(loss) for loss in losses] == [
+        *(False, False, True),
+        *(False, False, False, True),
+        *(False, False, False, True),
+    ]

@@ -130,3 +130,66 @@ def test_lookahead_of_half_precision_parameters_keeps_a_float32_copy(path: Path,
     assert slow.dtype == torch.float32
     assert (slow < 1).all()
     assert torch.equal(x, slow.bfloat16())
+
+
+def test_restart_of_half_precision_parameters_goes_down_to_eps() -> None:
+    """Catches a floor of the parameter's dtype: float16 ends at 6e-5, and v̂ would be that large from then on."""
+    x = torch.nn.Parameter(torch.ones(2, dtype=torch.float16))
+    optimizer = ARSG([x], eps=1e-8)
+    run(optimizer, [x], [[torch.tensor([1.0, 0.0], dtype=torch.float16)]])
+    optimizer.state[x]["exp_avg_sq"].zero_()
+    optimizer.restart()
+    assert optimizer.state[x]["max_exp_avg_sq"].tolist() == pytest.approx([1e-8, 1e-8])
+
+
+def test_restart_reaches_every_group_and_complex_parameters() -> None:
+    """Catches a restart that ends at the first group without a maximum, and a clamp that complex numbers have not."""
+    plain, other = (torch.nn.Parameter(torch.ones(1)) for _ in range(2))
+    z = torch.nn.Parameter(torch.ones(1, dtype=torch.complex64))
+    optimizer = ARSG(
+        [{"params": [plain], "preconditioner": "none"}, {"params": [other, z]}], betas=(0.9, 0.5), eps=0.25
+    )
+    run(optimizer, [plain, other, z], [[torch.ones(1), torch.ones(1), torch.full((1,), 2 + 0j)]])
+    run(optimizer, [plain, other, z], [[torch.zeros(1)] * 2 + [torch.zeros(1, dtype=torch.complex64)]] * 2)
+    assert optimizer.state[other]["max_exp_avg_sq"].item() == 0.5
+    optimizer.restart()
+    assert optimizer.state[other]["max_exp_avg_sq"].item() == 0.25
+    assert optimizer.state[z]["max_exp_avg_sq"].item() == 0.5 + 0.25j  # v = 4·0.5³ beside ε
+    assert "max_exp_avg_sq" not in optimizer.state[plain]
+
+
+@pytest.mark.parametrize("betas", [(0.0, 0.5), (0.5, 0.0)])
+def test_a_decay_of_zero_corrects_nothing_where_steps_are_tensors(betas: tuple[float, float]) -> None:
+    """Catches the logarithm of 0 in 1 − βᵗ."""
+    x, y = (torch.nn.Parameter(torch.ones(3, dtype=torch.float64)) for _ in range(2))
+    settings = {"lr": 0.1, "betas": betas, "preconditioner": "adam"}
+    tensors, numbers = ARSG([x], capturable=True, foreach=False, **settings), ARSG([y], **settings)
+    grads = gradients([(3,)], 3)
+    run(tensors, [x], grads)
+    run(numbers, [y], grads)
+    assert_close(x.detach(), y.detach(), 1e-6)
+
+
+def test_the_kernel_leaves_tensors_to_the_reference_with_their_own_steps() -> None:
+    """Catches the first parameter's step count used for one that the kernel cannot take."""
+    dense, strided = parameters([(3,), (4, 3)])
+    strided = torch.nn.Parameter(strided.detach()[:, ::2])
+    alone = torch.nn.Parameter(strided.detach().clone())
+    optimizer, other = (ARSG(p, lr=0.1, preconditioner="adam") for p in ([dense, strided], [alone]))
+    for step, (grad, _, for_strided) in enumerate(gradients([(3,), (4, 3), (4, 2)], 5)):
+        dense.grad, strided.grad = grad.clone(), for_strided.clone() if step > 2 else None
+        optimizer.step()
+        if step > 2:
+            run(other, [alone], [[for_strided]])
+    assert [optimizer.state[p]["step"] for p in (dense, strided)] == [5, 2]
+    assert_close(strided.detach(), alone.detach(), 1e-12)
+
+
+@pytest.mark.usefixtures("denormals")
+@pytest.mark.parametrize("path", PATHS)
+def test_an_eps_below_the_normal_numbers_is_no_floor(path: Path) -> None:
+    """Catches 0/√ε with an ε that is flushed to 0."""
+    x = torch.nn.Parameter(torch.ones(4))
+    optimizer = ARSG([x], eps=1e-42, **path.settings)
+    run(optimizer, [x], [[torch.zeros(4)]] * 2)
+    assert torch.equal(x, torch.ones(4))

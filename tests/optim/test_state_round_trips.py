@@ -225,3 +225,29 @@ def test_state_holds_nothing_that_is_not_needed() -> None:
     ]:
         optimizer, params = trained(**settings)
         assert set(optimizer.state[params[0]]) == names
+
+
+def test_loading_brings_the_slow_parameters_to_the_dtype_of_the_arithmetic() -> None:
+    """Catches slow parameters that stay in float64, beside moments that do not: twice the memory from then on."""
+    optimizer, params = trained(torch.float64, lookahead_k=3)
+    for dtype in (torch.float32, torch.bfloat16):
+        copies = [torch.nn.Parameter(x.detach().to(dtype)) for x in params]
+        resumed = ARSG(copies)
+        resumed.load_state_dict(optimizer.state_dict())
+        assert {resumed.state[x]["slow_param"].dtype for x in copies} == {torch.float32}
+        run(resumed, copies, gradients(SHAPES, 3, dtype=dtype))
+
+
+def test_every_group_of_a_loaded_state_is_brought_to_its_own_settings() -> None:
+    """Catches only the first group's state converted, or converted as the first group's settings say."""
+    params = parameters([(2,), (2,)], dtype=torch.float32)
+    groups = [{"params": [x]} for x in params]
+    optimizer = ARSG([groups[0], {**groups[1], "state_dtype": "bfloat16", "preconditioner": "adam"}])
+    run(optimizer, params, gradients([(2,), (2,)], 3, dtype=torch.float32))
+    saved = optimizer.state_dict()
+    saved["state"][1]["step"] = torch.tensor(3.0)  # as engines restore it
+    resumed = ARSG([{"params": [x]} for x in params])
+    resumed.load_state_dict(saved)
+    assert [resumed.state[x]["exp_avg"].dtype for x in params] == [torch.float32, torch.bfloat16]
+    run(resumed, params, gradients([(2,), (2,)], 1, dtype=torch.float32))
+    assert resumed.state[params[1]]["step"] == 4
