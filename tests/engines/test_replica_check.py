@@ -50,3 +50,25 @@ def test_the_rank_in_the_minority_is_named() -> None:
         check_replicas(_Ranks(good, good), iter(bad.items()))
     with pytest.raises(JobError, match="the 2 ranks differ, and no majority"):
         check_replicas(_Ranks(bad), iter(good.items()))
+
+
+def test_chunks_that_have_changed_places_are_seen() -> None:
+    """Catches a sum of the chunks' numbers, in which their order is lost."""
+    tensor = torch.arange(3 * 65_536)
+    first, second, third = tensor.split(65_536)
+    assert fingerprint(torch.cat([second, first, third])) != fingerprint(tensor)
+    assert fingerprint(torch.cat([first, third, second])) != fingerprint(tensor)
+
+
+def test_half_of_the_ranks_is_no_majority_and_every_tensor_is_named() -> None:
+    """Catches two of four ranks taken for most, and tensors that only the second of the odd ranks has wrong."""
+    good = {"w": torch.ones(3), "b": torch.zeros(2), "c": torch.zeros(1)}
+    one, other = {**good, "w": torch.zeros(3)}, {**good, "c": torch.ones(1)}
+    with pytest.raises(
+        JobError, match="the 4 ranks differ, and no majority tells which is right; in 1 of 3 ten"
+    ):
+        check_replicas(_Ranks(good, one, one), iter(good.items()))
+    with pytest.raises(
+        JobError, match=r"rank 1, 3 differs from the 3 others, which agree; in 2 of 3.*: w, c\."
+    ):
+        check_replicas(_Ranks(one, good, other, good), iter(good.items()))

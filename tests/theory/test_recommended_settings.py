@@ -74,3 +74,21 @@ def test_settings_are_floats_for_numbers_and_tensors_otherwise() -> None:
     assert all(value.shape == (2, 3) and value.dtype is torch.float64 for value in settings)
     assert settings.lr[1, 2].item() == pytest.approx(theory.recommended_settings(1e4, 3.0).lr)
     assert math.isclose(settings.beta[1, 0].item(), 0.98)
+
+
+def test_one_of_several_settings_beyond_the_theorem_is_refused() -> None:
+    """Catches a check that only sees a tensor of which every element is wrong."""
+    with pytest.raises(ValueError, match="c_alpha must not exceed"):
+        theory.recommended_settings(1e4, c_alpha=torch.tensor([0.1, 0.6]))
+
+
+def test_equal_curvatures_are_a_spectrum_too() -> None:
+    """Catches the condition number 1 refused; and of two ends the slower one counts, whichever it is."""
+    settings = theory.recommended_settings(1.0, 2.0, c_beta=0.5, c_mu=0.25)
+    assert (settings.beta, settings.mu) == (0.5, 0.25)
+    assert settings.lr == pytest.approx(2 / 0.75 / 2)
+    assert settings.exact_rate == pytest.approx(theory.gain_factor(2 / 0.75, 0.5, 0.25))
+    steep = theory.recommended_settings(9.0, 1.0, c_beta=2.5, c_mu=0.0)
+    assert steep.exact_rate == pytest.approx(
+        max(theory.gain_factor(steep.lr * curvature, steep.beta, steep.mu) for curvature in (1 / 9, 1.0))
+    )

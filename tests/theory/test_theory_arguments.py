@@ -108,3 +108,9 @@ def test_names_and_documentation_survive_the_wrapping() -> None:
     assert theory.gain_factor.__name__ == "gain_factor"  # type: ignore[attr-defined]
     assert "Theorem 1" in (theory.gain_factor.__doc__ or "")
     assert theory.gain_factor(mu=0.1, tau=1.0, beta=0.9) == theory.gain_factor(1.0, 0.9, 0.1)
+
+
+def test_one_empty_spectrum_of_several_is_refused() -> None:
+    """Catches a check that only sees a tensor of which every element is wrong."""
+    with pytest.raises(ValueError, match="lambda_min must not exceed"):
+        theory.worst_gain_factor(1.0, 0.9, 0.1, torch.tensor([0.5, 2.0]), 1.0)
