@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from arsg_dist.imagenet.config import DataConfig
+from arsg_dist.imagenet.config import DataConfig, ProgressiveConfig
 from arsg_dist.imagenet.data import (
     IGNORED,
     SampleKey,
@@ -103,3 +103,26 @@ def test_digits_are_whole_even_when_two_processes_write_them(digits: Path, tmp_p
         patch.setattr(Path, "rename", rename_late)
         digits_tree(other)
     assert [path.name for path in other.parent.iterdir()] == ["digits"]
+
+
+def test_an_image_has_the_size_of_its_batch_and_the_crop_of_its_epoch(small_tree: Path) -> None:
+    """Catches a batch over the border of two epochs whose images get two sizes, and a crop that the batch decides."""
+    progressive = ProgressiveConfig(start_size=8, end_epoch=1, multiple=2)
+    config = DataConfig(augmentation="imagenet", image_size=16, progressive=progressive, workers=0)
+    train, _ = open_splits(small_tree, config, seed=1)
+    sizes = {
+        key: train[SampleKey(*key)][0].shape[-1]
+        for key in ((0, 5, True, 0), (1, 5, True, 0), (1, 5, True, 1))
+    }
+    assert list(sizes.values()) == [8, 8, 16]
+    assert not torch.equal(train[SampleKey(0, 5, True, 1)][0], train[SampleKey(1, 5, True, 1)][0])
+
+
+def test_a_place_that_only_fills_up_has_no_label_and_no_fault(small_tree: Path) -> None:
+    """Catches an image that counts twice, or a broken file reported again where it fills a batch up."""
+    broken = sorted((small_tree / "train" / "0").iterdir())[0]
+    broken.write_bytes(b"")
+    train, _ = open_splits(small_tree, CONFIG, seed=1)
+    assert train[SampleKey(0, 1, False)][1] == IGNORED
+    assert train[SampleKey(0, 0, False)] is None
+    assert str(broken) in train[SampleKey(0, 0)]

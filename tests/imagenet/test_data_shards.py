@@ -14,7 +14,7 @@ from arsg_dist.imagenet.config import DataConfig
 from arsg_dist.imagenet.data import SampleKey, loader, open_splits
 from arsg_dist.imagenet.image_tree import ImageTree
 from arsg_dist.imagenet.order import TrainingOrder
-from arsg_dist.imagenet.shard_writer import shard, shard_command
+from arsg_dist.imagenet.shard_writer import _describe, _plan, shard, shard_command, write_shard
 from arsg_dist.imagenet.tar_shards import TarShards
 
 
@@ -152,3 +152,29 @@ def test_a_full_disk_leaves_nothing(
     assert "No space left" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir() if "shards" in path.name] == []
     shutil.rmtree(small_tree)
+
+
+def test_a_shard_without_a_good_image_leaves_the_others_in_their_places(
+    small_tree: Path, tmp_path: Path
+) -> None:
+    """Catches an index that counts a shard which was not written: its images would be read from the next one."""
+    tree = ImageTree(small_tree / "train")
+    shards = [write_shard(shard) for shard in _plan(tree, tmp_path, shard_bytes=2048)]
+    assert len(shards) > 3
+    bad = shards[1]
+    bad.bad, bad.records = [f"{path}: bad" for _, path, _ in bad.images], []
+    _describe(tree, small_tree / "train", tmp_path, shards)
+    source = TarShards(tmp_path)
+    assert not bad.path.exists()
+    left_out = {number for number, _, _ in bad.images}
+    expected = [
+        (Path(path).read_bytes(), label)
+        for shard in shards
+        for number, path, label in shard.images
+        if number not in left_out
+    ]
+    assert [source.read(index) for index in range(len(source))] == expected
+    originals = [source.name(index).split(" ")[0] for index in range(len(source))]
+    assert [(small_tree / "train" / name).read_bytes() for name in originals] == [
+        image for image, _ in expected
+    ]

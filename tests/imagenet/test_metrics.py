@@ -94,3 +94,41 @@ def test_running_statistics_are_averaged_and_counters_are_not() -> None:
     for name, buffer in module.named_buffers():
         expected = before[name] if "tracked" in name else (5.5 * before[name].double()).float()
         assert torch.equal(buffer, expected), name
+
+
+def test_of_equal_logits_one_place_counts() -> None:
+    """Catches a tie that counts as right: a network that says the same of every class would be perfect."""
+    totals = Totals(torch.device("cpu"))
+    totals.add(torch.zeros(3, 3), torch.tensor([0, 1, 2]))
+    assert totals.over_all_ranks(SingleProcessCommunicator()).top1 == 1 / 3
+    totals = Totals(torch.device("cpu"))
+    totals.add(torch.zeros(9, 9), torch.arange(9))
+    evaluation = totals.over_all_ranks(SingleProcessCommunicator())
+    assert (evaluation.top1, evaluation.top5) == (1 / 9, 5 / 9)
+
+
+def test_a_batch_without_an_image_counts_nothing_and_no_image_at_all_is_an_error() -> None:
+    """Catches NaN from the mean over an empty batch: a rank whose last batch is all places filled up."""
+    totals = Totals(torch.device("cpu"))
+    totals.add(torch.full((2, 3), torch.nan), torch.full((2,), IGNORED))
+    with pytest.raises(ValueError, match="not one image"):
+        totals.over_all_ranks(SingleProcessCommunicator())
+    totals.add(torch.eye(3)[:1], torch.tensor([0]))
+    assert totals.over_all_ranks(SingleProcessCommunicator()).top1 == 1
+
+
+def test_sums_of_many_images_keep_every_one() -> None:
+    """Catches sums in float32, which stand still at 2²⁴: the loss of the last of many images would be lost."""
+    totals = Totals(torch.device("cpu"))
+    for logit in (2.0**24, 21.0):  # so large is the cross-entropy of the other class
+        totals.add(torch.tensor([[logit, 0.0]]), torch.tensor([1]))
+    assert totals.over_all_ranks(SingleProcessCommunicator()).loss == (2**24 + 21) / 2
+
+
+def test_an_average_over_one_rank_or_without_statistics_changes_nothing() -> None:
+    """Catches counters averaged, and a collective that some ranks make and some do not."""
+    average_buffers(nn.Linear(2, 2), _TwoRanks())
+    norm = nn.BatchNorm1d(2)
+    norm.running_mean.fill_(3.0)
+    average_buffers(norm, SingleProcessCommunicator())
+    assert norm.running_mean.tolist() == [3.0, 3.0]
