@@ -328,3 +328,16 @@ def test_parameters_of_one_group_with_different_counts_of_steps_are_refused(tmp_
     )
     with pytest.raises(JobError, match="'first' and 'last' of group 0 have made different numbers of steps"):
         engine.load_state(saved(first, tmp_path))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_of_every_stage_goes_on_in_one_process(stage: int, tmp_path: Path) -> None:
+    """Catches a piece saved with another parameter's elements or another group's settings, seen by one more update."""
+    first = sharded(stage)
+    go(first, (1.0, 2.0))
+    engine = alone()
+    go(engine, (-7.0, 5.0))
+    engine.load_state(saved(first, tmp_path))
+    go(engine, (0.25, 0.0))
+    expected = [1.0, by_hand(1.0, 0.25, lr=0.1, beta1=0.9)[0], by_hand(2.0, 0.0, lr=0.5, beta1=0.5)[0]]
+    assert weights(engine) == pytest.approx(expected, rel=1e-5)

@@ -1,11 +1,14 @@
 """Tar shards: what `arsg-imagenet shard` writes, refuses and reports, and how it is read."""
 
+import hashlib
+import json
 import os
 import pickle
 import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -178,3 +181,32 @@ def test_a_shard_without_a_good_image_leaves_the_others_in_their_places(
     assert [(small_tree / "train" / name).read_bytes() for name in originals] == [
         image for image, _ in expected
     ]
+
+
+def test_an_index_that_leads_anywhere_else_is_refused(small_tree: Path, tmp_path: Path) -> None:
+    """Catches a border of the index that is one off: bytes of another image, or a label without a class."""
+    tree = ImageTree(small_tree / "val")
+    shards = [write_shard(shard) for shard in _plan(tree, tmp_path, shard_bytes=4096)]
+    _describe(tree, small_tree / "val", tmp_path, shards)
+    good = np.load(tmp_path / "index.npy")
+    last = good[-1]
+    end = shards[int(last["shard"])].size
+
+    def refused(name: str, value: int) -> bool:
+        changed = good.copy()
+        changed[name][-1] = value
+        np.save(tmp_path / "index.npy", changed)
+        description = json.loads((tmp_path / "split.json").read_text())
+        description["index_sha256"] = hashlib.sha256((tmp_path / "index.npy").read_bytes()).hexdigest()
+        (tmp_path / "split.json").write_text(json.dumps(description))
+        try:
+            TarShards(tmp_path)
+        except ValueError as error:
+            return "index.npy leads outside" in str(error)
+        return False
+
+    fits = int(end - last["size"])
+    assert [refused("offset", value) for value in (fits, fits + 1, -1)] == [False, True, True]
+    assert [refused("size", value) for value in (int(end - last["offset"]) + 1, 2**62, -1)] == [True] * 3
+    assert [refused("label", value) for value in (2, 3, -1)] == [False, True, True]
+    assert [refused("shard", value) for value in (len(shards), -1)] == [True, True]

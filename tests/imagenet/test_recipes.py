@@ -414,3 +414,28 @@ def test_a_resume_right_after_a_boost_keeps_the_boosted_learning_rate() -> None:
     resumed.load_state_dict(schedules.state_dict())
     assert other.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
     assert other.param_groups[0]["lr"] == pytest.approx(0.01 * boost_ratio(0.999, 0.05, 0.1))
+
+
+@pytest.mark.parametrize(
+    ("borders", "last", "beyond"),
+    [
+        (lambda n: {"schedule": ScheduleConfig(name="step", milestones=[n])}, 2, 3),
+        (lambda n: {"schedule": ScheduleConfig(warmup_epochs=n)}, 2.9, 3.0),
+        (lambda n: {"boost": BoostConfig(milestones=[n])}, 2, 3),
+        (lambda n: {"data": DataConfig(progressive=ProgressiveConfig(start_size=8, end_epoch=n))}, 2, 3),
+        (lambda n: {"data": DataConfig(progressive=ProgressiveConfig(start_size=n, end_epoch=1))}, 224, 225),
+        (lambda n: {"data": DataConfig(augmentation="crop", crop_size=n)}, 224, 225),
+        (lambda n: {"data": DataConfig(rand_augment=n)}, 30, 31),
+        (lambda n: {"data": DataConfig(random_erasing=n)}, 1.0, 1.01),
+        (lambda n: {"ema_decay": n}, 0.99, 1.0),
+        (lambda n: {"label_smoothing": n}, 0.99, 1.0),
+        (lambda n: {"straggler_factor": n}, 1.01, 1.0),
+        (lambda n: {"batch_size": n}, 1, 0),
+        (lambda n: {"seed": n}, 0, -1),
+    ],
+)
+def test_settings_end_where_they_say(borders: Any, last: float, beyond: float) -> None:
+    """Catches a border that is one off: a milestone that no epoch reaches, a decay that never takes anything in."""
+    TrainConfig(epochs=3, **borders(last))
+    with pytest.raises(ValueError, match=r"must|larger"):
+        TrainConfig(epochs=3, **borders(beyond))
