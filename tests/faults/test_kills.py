@@ -101,7 +101,7 @@ POINTS = [
     {"rank": 1, "point": "reduce", "at": 3},
     {"rank": 0, "point": "step", "at": 3},
     {"rank": 0, "point": "write", "at": 1},
-    {"rank": 0, "point": "sync", "at": 6},  # the first four are of the run's records
+    {"rank": 0, "point": "sync", "at": 12},  # the first eight are of the run's records
     {"rank": 0, "point": "rename", "at": 1},
 ]
 
