@@ -248,6 +248,7 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         _require_values(self, "optimizer.")
         for name, value in self.params.items():
+            _require(name.isidentifier(), f"optimizer.params.{name} is no name of a parameter")
             check_parameter(value, f"optimizer.params.{name}")
 
 

@@ -21,6 +21,8 @@ from arsg_dist.safe_io.documents import parse_yaml, read_yaml
 from arsg_dist.safe_io.text import printable
 
 _Section = TypeVar("_Section")
+_LARGEST = 1 << 16
+"""Bytes of a recipe; PyYAML takes seconds for as many, and a recipe has a thousand."""
 
 
 @dataclass(kw_only=True)
@@ -199,7 +201,7 @@ def _require_recipe(content: Any) -> None:
 
 def _read(path: Path) -> Any:
     try:
-        return read_yaml(path, follow=True, pipe=True)
+        return read_yaml(path, limit=_LARGEST, follow=True, pipe=True)
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from None
 
