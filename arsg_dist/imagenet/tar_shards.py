@@ -48,7 +48,7 @@ class TarShards:
 
     def __init__(self, directory: Path, *, max_bytes: int = DataConfig.max_image_bytes) -> None:
         require_directory(directory)
-        if not (directory / DESCRIPTION).is_file():
+        if not (directory / DESCRIPTION).exists():
             raise ValueError(
                 f"data directory {directory} holds no {DESCRIPTION}: write shards with "
                 "'arsg-imagenet shard SRC DST', or set data.source to folder for a tree of image files"

@@ -1,5 +1,7 @@
 """Bad input gives one clear message on rank 0 and an exit code, without a hang, a traceback or a written file."""
 
+import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -94,14 +96,21 @@ def test_a_directory_with_another_run_is_left_alone(
 def test_corrupt_images_are_left_out_and_counted_when_asked(
     recipe: list[str], small_tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Catches skipped images that go unmentioned, or still count in the accuracy."""
+    """Catches skipped images that go unmentioned, or still count in the accuracy; a pipe that is waited for; and a
+    hidden directory that becomes a class."""
     broken = corrupt(small_tree)
+    os.mkfifo(small_tree / "train" / "6" / "pipe.jpg")
+    for split in ("train", "val"):
+        shutil.copytree(small_tree / split / "3", small_tree / split / ".ipynb_checkpoints")
     (small_tree / "val" / "0" / "extra.jpg").write_bytes(b"no image")
     assert train_command([*recipe, "--data.on_bad_image", "skip"]) == 0
     output = capsys.readouterr().out
     assert str(broken) in output
     assert "extra.jpg" in output
-    assert "left out 4 images" in output  # two files, two epochs
+    assert "pipe.jpg: is not a regular file" in output
+    assert "left out 6 images" in output  # three files, two epochs
+    assert output.count(f"no classes: {small_tree / 'train'} has .ipynb_checkpoints") == 1
+    assert (tmp_path / "run" / "classes.txt").read_text() == "0\n3\n6\n"
     assert all(record["val_images"] == 21 for record in epochs_of(tmp_path / "run"))
 
 
