@@ -6,6 +6,7 @@ from typing import Any
 from arsg_dist.deepspeed.explain_plan import PRECISIONS, Plan
 from arsg_dist.deepspeed.settings import AUTO
 from arsg_dist.deepspeed.side_effects import side_effects
+from arsg_dist.safe_io.text import printable
 
 
 def notes_on(config: dict[str, Any], plan: Plan) -> Iterator[str]:
@@ -28,11 +29,11 @@ def notes_on(config: dict[str, Any], plan: Plan) -> Iterator[str]:
             'recipe\'s value instead): write "gradient_clipping": 0.0 for none'
         )
     elif clip != AUTO:
-        yield f"the gradient is clipped at norm {clip}" if clip else "the gradient is not clipped"
+        yield f"the gradient is clipped at norm {printable(clip)}" if clip else "the gradient is not clipped"
     section = config.get("optimizer") or {}
     if section.get("type") not in ("ARSG", AUTO):
         yield (
-            f"the optimizer is {section['type']}, not ARSG: the bytes below are ARSG's"
+            f"the optimizer is {printable(section['type'])}, not ARSG: the bytes below are ARSG's"
             if "type" in section
             else "there is no optimizer section: the program has to pass an ARSG"
         )
@@ -43,7 +44,7 @@ def notes_on(config: dict[str, Any], plan: Plan) -> Iterator[str]:
             "betas are \"auto\": Hugging Face's Trainer then writes Adam's (0.9, 0.999); leave betas out for ARSG's "
             "(0.999, 0.99)"
         )
-    elif betas is not None and list(betas) == [0.9, 0.999]:
+    elif betas in ([0.9, 0.999], (0.9, 0.999)):
         yield "betas are Adam's (0.9, 0.999); ARSG's own are (0.999, 0.99): leave them out"
     if stage and zero.reduce_bucket_size > plan.total:
         yield (
@@ -61,7 +62,7 @@ def notes_on(config: dict[str, Any], plan: Plan) -> Iterator[str]:
         yield f"schedule: {_described(scheduler)}, stepped once per weight update"
     auto = sorted(_keys_with_auto(config))
     if auto:
-        yield f"the program has to fill in: {', '.join(auto)}"
+        yield f"the program has to fill in: {printable(', '.join(auto), limit=2000)}"
     if any(key.endswith("16.enabled") for key in auto):
         yield f"the precision is left to the program, and counted as {PRECISIONS[plan.dtype]} here"
 
@@ -75,9 +76,11 @@ def _keys_with_auto(section: dict[Any, Any], prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{key}"
 
 
-def _described(section: dict[str, Any]) -> str:
-    params = section.get("params")
+def _described(section: Any) -> str:
+    if not isinstance(section, dict):
+        return printable(section)
+    kind, params = printable(section.get("type")), section.get("params")
     members = params.get("schedulers") if isinstance(params, dict) else None
-    if not members:
-        return str(section["type"])
-    return f"{section['type']} of {' and '.join(_described(member) for member in members)}"
+    if not isinstance(members, list) or not members:
+        return kind
+    return f"{kind} of {' and '.join(map(_described, members))}"

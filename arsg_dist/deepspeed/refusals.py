@@ -137,11 +137,12 @@ def check_nvme(zero: Mapping[str, Any], groups: Iterable[Mapping[str, Any]], sou
                 f"{source} offloads the optimizer to NVMe, which does not work with ARSG's state_dtype 'bfloat16': "
                 "DeepSpeed's buffers are fp32, and the state would be, too, from the second update on"
             )
-        moments = MOMENTS.get(group.get("preconditioner", "amsgrad"), MOMENTS["amsgrad"])
+        moments = MOMENTS.get(str(group.get("preconditioner")), MOMENTS["amsgrad"])
         lookahead = group.get("lookahead_k", 0) not in (0, AUTO)
         tensors = max(tensors, 2 + len(moments) + lookahead)
     needed = tensors * (1 + bool(offload.get("pipeline_read")) + bool(offload.get("pipeline_write")))
-    if offload.get("buffer_count", _DEFAULT_BUFFER_COUNT) < needed:
+    count = offload.get("buffer_count", _DEFAULT_BUFFER_COUNT)
+    if not isinstance(count, int | float) or count < needed:
         raise ValueError(
             f"{source} needs zero_optimization.offload_optimizer.buffer_count of at least {needed} for NVMe "
             f"(DeepSpeed's default is {_DEFAULT_BUFFER_COUNT}): weights, gradient, {tensors - 2} state tensors"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from arsg_dist.engine.exit_codes import BAD_INPUT
+from arsg_dist.safe_io.text import printable
 
 if TYPE_CHECKING:
     from arsg_dist.deepspeed.explain import Explanation
@@ -18,6 +19,7 @@ SUMMARY: Final = (
     "say what a DeepSpeed config does with ARSG: bytes and messages per rank, and what is refused"
 )
 REFUSED: Final = 1
+_LONGEST: Final = 2000
 _UNITS: Final = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
@@ -50,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
         parameters = _numels(arguments.model) if arguments.model else [_number(arguments.parameters)]
         explanation = explain(config, parameters=parameters, world_size=arguments.world_size)
     except (ValueError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        print(f"error: {printable(error, limit=_LONGEST)}", file=sys.stderr)  # noqa: T201
         return BAD_INPUT
     as_json = json.dumps(dataclasses.asdict(explanation), indent=2) if arguments.json else None
     print(as_json or as_text(explanation))  # noqa: T201
@@ -92,7 +94,7 @@ def _numels(name: str) -> list[int]:
 def as_text(explanation: "Explanation") -> str:
     """The explanation for people."""
     if explanation.refused:
-        return f"REFUSED: {explanation.refused}"
+        return f"REFUSED: {printable(explanation.refused, limit=_LONGEST)}"
     ranks = f"{explanation.world_size} rank" + ("s" if explanation.world_size > 1 else "")
     lines = [
         f"ZeRO stage {explanation.stage}, {explanation.precision}, {explanation.parameters:,} parameters on {ranks}",

@@ -1,0 +1,112 @@
+"""Job for one process: saves a checkpoint of every stage and precision, and loads some that somebody else has prepared.
+
+usage: deepspeed_files_job.py DIRECTORY
+"""
+
+import argparse
+import itertools
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import numpy as np
+import torch
+from deepspeed.accelerator import get_accelerator
+
+import arsg_dist.deepspeed  # noqa: F401 (makes "type": "ARSG" known)
+from tests.support.hostile import Own, OwnDictionary, Payload
+
+PRECISIONS = ("fp32", "bf16", "fp16")
+STATE = {
+    "epoch": 7,
+    "args": argparse.Namespace(lr=0.1, dtype=torch.float16),
+    "best": np.float64(0.5),
+    "numpy": np.random.default_rng(0).integers(0, 9, (2, 3)),
+}
+
+
+def main() -> None:
+    root = Path(sys.argv[1])
+    torch.set_num_threads(1)
+    os.environ["LOCAL_RANK"] = "0"
+    deepspeed.init_distributed(
+        init_method=f"file://{root / 'rendezvous'}",
+        rank=0,
+        world_size=1,
+        auto_mpi_discovery=False,
+        verbose=False,
+    )
+    type(get_accelerator()).is_fp16_supported = lambda _: True  # torch computes in fp16 on every CPU
+    for stage, precision in itertools.product(range(4), PRECISIONS):
+        engine = build(stage, precision)
+        train(engine)
+        engine.save_checkpoint(str(root / f"zero{stage}-{precision}"), client_state=STATE)
+        engine.destroy()
+    (root / "loaded.json").write_text(json.dumps(loaded(root)))
+
+
+def build(stage: int, precision: str, **sections: Any) -> Any:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+    model[0].bias.requires_grad_(False)
+    model.register_buffer("seen", torch.ones(3))
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_clipping": 0.0,
+        "zero_optimization": {"stage": stage},
+        "optimizer": {"type": "ARSG", "params": {"lr": 0.01}},
+        **sections,
+    }
+    if precision != "fp32":
+        config[precision] = {"enabled": True}
+        config |= {"fp16": {"enabled": True, "initial_scale_power": 4}} if precision == "fp16" else {}
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=parameters, config=config)
+    return engine
+
+
+def train(engine: Any) -> None:
+    inputs = torch.ones(4, 4, dtype=next(engine.module.parameters()).dtype)
+    engine.backward(engine(inputs).float().square().mean())
+    engine.step()
+
+
+def loaded(root: Path) -> dict[str, Any]:
+    """What loading says, for checkpoints with objects of the user's own, and with those of somebody else."""
+    said: dict[str, Any] = {}
+    engine = build(1, "fp32")
+    for name, thing in {"own": Own(3), "own dictionary": OwnDictionary(x=3)}.items():
+        engine.save_checkpoint(str(root / name), client_state={"thing": thing})
+        _, state = engine.load_checkpoint(str(root / name))
+        said[name] = state["thing"].x if name == "own" else state["thing"]["x"]
+    for name, more in {"seven ranks": {"dp_world_size": 7}, "another": {}}.items():
+        shutil.copytree(root / "zero1-fp32", root / name)
+        for path in (root / name).glob("*/*.pt"):
+            content = torch.load(path, weights_only=False)
+            torch.save({**content, **more, "payload": Payload(root / f"{name} executed")}, path)
+    said["seven ranks"] = error_of(engine, root / "seven ranks")
+    (root / "another" / "latest").write_text("../another/global_step1")
+    said["latest"] = error_of(engine, root / "another")
+    (root / "another" / "global_step1" / "zero_pp_rank_0_mp_rank_00_optim_states.pt").unlink()
+    said["missing"] = error_of(engine, root / "another", tag="global_step1")
+    engine.destroy()
+    engine = build(3, "fp32")
+    said["another stage"] = error_of(engine, root / "another", tag="global_step1")
+    engine.destroy()
+    return said
+
+
+def error_of(engine: Any, folder: Path, **options: Any) -> str:
+    try:
+        engine.load_checkpoint(str(folder), **options)
+    except Exception as error:  # the test says which one is right
+        return f"{type(error).__name__}: {error}"
+    return "accepted"
+
+
+if __name__ == "__main__":
+    main()
