@@ -23,6 +23,7 @@ from arsg_dist.engine import (
     TorchCommunicator,
     announce_to_torch,
     collective_timeout,
+    init_method,
 )
 
 
@@ -43,7 +44,8 @@ def connect(ranks: Ranks) -> Communicator:
     announce_to_torch(ranks)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     timeout = collective_timeout()
-    deepspeed.init_distributed(verbose=False, **({"timeout": timeout} if timeout else {}))
+    options = {"timeout": timeout} if timeout else {}
+    deepspeed.init_distributed(verbose=False, init_method=init_method(), **options)
     communicator = TorchCommunicator(_device(ranks))
     if communicator.world_size != ranks.world_size:
         raise ValueError(

@@ -14,7 +14,7 @@ from arsg_dist.engine.communicator import (
     end_process,
 )
 from arsg_dist.engine.ranks import Ranks, discover_ranks
-from arsg_dist.engine.rendezvous import announce_to_torch, collective_timeout
+from arsg_dist.engine.rendezvous import announce_to_torch, collective_timeout, init_method
 from arsg_dist.engine.replica_check import check_replicas
 from arsg_dist.engine.saved_state import SavedState
 from arsg_dist.engine.single import SingleProcessEngine
@@ -36,5 +36,6 @@ __all__ = [
     "collective_timeout",
     "discover_ranks",
     "end_process",
+    "init_method",
     "package_versions",
 ]

@@ -1,19 +1,35 @@
-"""Where ranks that only know their number find each other: what torch.distributed wants to be told."""
+"""Where ranks that only know their number find each other: what torch.distributed wants to be told.
 
+Whoever reaches the place where ranks meet can ask for a rank, and torch trusts it. So the place is not on the network
+where all ranks are on one host, is at one address where that is known, and takes every rank once.
+"""
+
+import ipaddress
+import itertools
+import json
 import os
 import re
 import socket
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from datetime import timedelta
+from functools import cache
+from typing import Any
+
+from torch.distributed import HashStore, PrefixStore, TCPStore  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import register_rendezvous_handler
 
 from arsg_dist.engine.ranks import Ranks
+
+_LOOPBACK = "127.0.0.1"
+_SCHEME = "arsg-dist"
 
 
 def announce_to_torch(ranks: Ranks, environ: MutableMapping[str, str] | None = None) -> None:
     """Sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT where the launcher did not.
 
     srun and mpirun number the ranks but name no meeting point. DeepSpeed then asks mpi4py, which under srun without
-    an MPI answers that each rank is alone. Here it is the first host of the Slurm step, or the host of MPI's rank 0.
+    an MPI answers that each rank is alone. Here it is the first host of the Slurm step, or the host of MPI's rank 0,
+    and the host's own loopback where all ranks are on it.
 
     Args:
         ranks: from `discover_ranks`.
@@ -26,7 +42,7 @@ def announce_to_torch(ranks: Ranks, environ: MutableMapping[str, str] | None = N
     environ = os.environ if environ is None else environ
     if "MASTER_ADDR" not in environ or "MASTER_PORT" not in environ:
         if ranks.world_size == 1:
-            address, port = "127.0.0.1", _free_port()
+            address, port = _LOOPBACK, _free_port()
         elif ranks.launcher == "srun":
             address, port = _slurm_meeting_point(environ)
         elif ranks.launcher.startswith("mpi"):
@@ -88,7 +104,8 @@ def _slurm_meeting_point(environ: MutableMapping[str, str]) -> tuple[str, int]:
         )
     # Steps of one job may share a host, jobs on a shared host differ in their number.
     step = int(environ.get("SLURM_STEP_ID", "0"))
-    return first_host(nodes), 20000 + (int(environ["SLURM_JOB_ID"]) * 16 + step % 16) % 20000
+    address = _LOOPBACK if environ.get("SLURM_STEP_NUM_NODES") == "1" else first_host(nodes)
+    return address, 20000 + (int(environ["SLURM_JOB_ID"]) * 16 + step % 16) % 20000
 
 
 def _mpi_meeting_point(ranks: Ranks) -> tuple[str, int]:
@@ -105,15 +122,117 @@ def _mpi_meeting_point(ranks: Ranks) -> tuple[str, int]:
             f"{ranks.launcher} announced {ranks.world_size} ranks but mpi4py sees {world.Get_size()}: it was built for "
             "another MPI; set MASTER_ADDR and MASTER_PORT, or reinstall mpi4py with this MPI's mpicc on PATH"
         )
-    point = (socket.gethostname(), _free_port()) if ranks.rank == 0 else None
-    address, port = world.bcast(point, root=0)
+    on_one_host = world.Split_type(MPI.COMM_TYPE_SHARED).Get_size() == ranks.world_size
+    point = bytearray(512)  # a buffer: mpi4py pickles everything else
+    if ranks.rank == 0:
+        address = _LOOPBACK if on_one_host else socket.gethostname()
+        written = json.dumps([address, _free_port()]).encode()
+        point[: len(written)] = written
+    world.Bcast([point, MPI.BYTE], root=0)
+    address, port = json.loads(point.rstrip(b"\0"))
     return str(address), int(port)
 
 
 def _free_port() -> int:
     with socket.socket() as listener:
-        listener.bind(("", 0))
+        listener.bind((_LOOPBACK, 0))
         return int(listener.getsockname()[1])
+
+
+@cache
+def init_method() -> str:
+    """Return what to give torch's `init_process_group` as `init_method`, in place of "env://".
+
+    RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are read as there (`announce_to_torch` sets them), but:
+
+    - A job of one rank listens nowhere.
+    - Where MASTER_ADDR is an address and not a name, rank 0 listens at that one only; a name may be known as another
+      address on another host.
+    - Where it is the loopback, Gloo uses that too, unless GLOO_SOCKET_IFNAME says otherwise.
+    - A rank that is there already, or that was started for a job of another size, is a ValueError.
+    """
+    register_rendezvous_handler(_SCHEME, _handler)  # type: ignore[no-untyped-call]
+    return f"{_SCHEME}://"
+
+
+def _handler(url: str, timeout: timedelta, **_: Any) -> Iterator[tuple[Any, int, int]]:
+    if "GLOO_SOCKET_IFNAME" not in os.environ and _is_loopback(os.environ["MASTER_ADDR"]):
+        loopback = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
+        if loopback:
+            os.environ["GLOO_SOCKET_IFNAME"] = loopback[0]
+    store = meet(os.environ, f"{next(_meetings)}", timeout)
+    yield store, int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    raise RuntimeError("ranks that have met cannot meet again")
+
+
+_meetings = itertools.count()  # all ranks of a process that meets several times do so equally often
+
+
+def meet(environ: Mapping[str, str], label: str, timeout: timedelta) -> Any:
+    """Connect to the other ranks' store, and take this rank's place there.
+
+    Args:
+        environ: RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT, and what torchrun sets beside them.
+        label: the same on all ranks, and another one at each meeting.
+        timeout: how long to wait for the others.
+
+    Raises:
+        ValueError: another process has this rank, or takes the job for one of another size.
+        RuntimeError: nobody listens there, or somebody else does.
+    """
+    rank, world_size = int(environ["RANK"]), int(environ["WORLD_SIZE"])
+    if world_size == 1:
+        return HashStore()
+    address, port = environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
+    of_agent = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun's, which listens already
+    leads = rank == 0 and not of_agent
+    listener = _listener(address, port) if leads else None
+    store: Any = TCPStore(
+        address,
+        port,
+        world_size,
+        is_master=leads,
+        timeout=timeout,
+        multi_tenant=True,
+        master_listen_fd=None if listener is None else listener.detach(),
+    )
+    attempt = environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = PrefixStore(f"{_SCHEME} {label} {attempt}", store)
+    expected = store.compare_set("world size", "", str(world_size)).decode()
+    if expected != str(world_size):
+        raise ValueError(
+            f"rank {rank} was started as one of {world_size} ranks and meets a job of {expected} at {address}:{port}: "
+            "give every job a MASTER_PORT of its own"
+        )
+    if store.add(f"rank {rank}", 1) > 1:
+        raise ValueError(
+            f"another process has taken the place of rank {rank} of {world_size} at {address}:{port}: two ranks have "
+            "the same number, two jobs the same MASTER_PORT, or somebody who does not belong to the job has joined it"
+        )
+    return store
+
+
+def _listener(address: str, port: int) -> socket.socket | None:
+    """A socket at this address, if it is one; None leaves it to torch, which listens at all, or says what is wrong."""
+    try:
+        number = ipaddress.ip_address(_LOOPBACK if address == "localhost" else address)
+    except ValueError:
+        return None
+    listener = socket.socket(socket.AF_INET6 if number.version == 6 else socket.AF_INET)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((str(number), port))
+    except OSError:
+        listener.close()
+        return None
+    return listener
+
+
+def _is_loopback(address: str) -> bool:
+    try:
+        return address == "localhost" or ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return False
 
 
 def _visible_device(local_rank: int) -> int:

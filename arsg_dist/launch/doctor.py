@@ -20,6 +20,7 @@ from arsg_dist.engine import (
     TorchCommunicator,
     discover_ranks,
     end_process,
+    init_method,
 )
 from arsg_dist.launch import facts
 from arsg_dist.launch.collectives import Collectives, HorovodCollectives, TorchCollectives, self_test
@@ -77,7 +78,8 @@ def _connect(ranks: Ranks, device: torch.device) -> tuple[Communicator, Collecti
                 f"{ranks.launcher} started {ranks.world_size} ranks, which Horovod would connect, and it is not "
                 "installed: run launch/setup.sh"
             )
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", device_id=None)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        torch.distributed.init_process_group(backend, init_method(), device_id=None)
         return TorchCommunicator(device), TorchCollectives()
     from arsg_dist.horovod import connect
 

@@ -91,6 +91,9 @@ def test_srun_without_mpi_gets_a_meeting_point() -> None:
     assert (step["RANK"], step["WORLD_SIZE"], step["LOCAL_RANK"]) == ("5", "8", "1")
     assert step["MASTER_ADDR"] == "node3"
     assert 20000 <= int(step["MASTER_PORT"]) < 40000
+    on_one_node = SRUN | {"SLURM_JOB_ID": "4242", "SLURM_STEP_NODELIST": "node3", "SLURM_STEP_NUM_NODES": "1"}
+    announce_to_torch(discover_ranks(on_one_node), on_one_node)
+    assert on_one_node["MASTER_ADDR"] == "127.0.0.1", "other machines could join"
     chosen = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
     step = SRUN | chosen
     announce_to_torch(discover_ranks(step), step)
