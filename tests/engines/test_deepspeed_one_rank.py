@@ -131,7 +131,8 @@ def test_a_dynamic_loss_scale_grows_and_falls(stage: int) -> None:
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_run_of_one_process_goes_on_under_every_stage(stage: int, tmp_path: Path) -> None:
     """Catches moments lost where a group's first parameter never had a gradient, a second group with the first one's
-    settings, and a piece read from another place: seen by one more update, with numbers worked out by hand."""
+    settings, a piece read from another place, and a network that computes with the weights of before: seen at once or
+    by one more update, with numbers worked out by hand."""
     first = alone()
     go(first, (1.0, 2.0))
     run = saved(first, tmp_path)
@@ -139,6 +140,8 @@ def test_a_run_of_one_process_goes_on_under_every_stage(stage: int, tmp_path: Pa
     engine = sharded(stage)
     go(engine, (-7.0, 5.0))
     engine.load_state(run)
+    loaded = [1.0, by_hand(1.0, lr=0.1, beta1=0.9)[0], by_hand(2.0, lr=0.5, beta1=0.5)[0]]
+    assert weights(engine) == pytest.approx(loaded, rel=1e-5)
     go(engine, (0.25, 0.0))
     expected = [1.0, by_hand(1.0, 0.25, lr=0.1, beta1=0.9)[0], by_hand(2.0, 0.0, lr=0.5, beta1=0.5)[0]]
     assert weights(engine) == pytest.approx(expected, rel=1e-5)
