@@ -19,6 +19,7 @@ from torch.distributed import HashStore, PrefixStore, TCPStore  # type: ignore[a
 from torch.distributed.rendezvous import register_rendezvous_handler
 
 from arsg_dist.engine.ranks import Ranks
+from arsg_dist.safe_io.documents import parse_json
 
 _LOOPBACK = "127.0.0.1"
 _SCHEME = "arsg-dist"
@@ -129,7 +130,7 @@ def _mpi_meeting_point(ranks: Ranks) -> tuple[str, int]:
         written = json.dumps([address, _free_port()]).encode()
         point[: len(written)] = written
     world.Bcast([point, MPI.BYTE], root=0)
-    address, port = json.loads(point.rstrip(b"\0"))
+    address, port = parse_json(point.rstrip(b"\0").decode(), "the meeting point of rank 0")
     return str(address), int(port)
 
 
