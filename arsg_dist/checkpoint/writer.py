@@ -56,10 +56,12 @@ def save_run(
 
     Raises:
         JobError: on every rank, when it, or the one before, failed on any; older checkpoints are untouched.
+        ValueError: the progress is nested too deeply to be read again.
     """
     store.finish()  # before the copy, which goes into the memory of the last one
     kept = state if wait else snapshot(state, store.memory)
-    progress = parse_json(json.dumps(progress), "progress")  # a copy, as reading it back gives it
+    # As a reader will find it, whatever the caller does with it afterwards.
+    progress = parse_json(json.dumps({"progress": progress}), "the program's")["progress"]
     return store.save(
         step,
         lambda directory: write_part(directory, communicator.rank, kept),

@@ -22,12 +22,12 @@ class RunCheckpoints:
         output: the run's directory.
 
     Raises:
-        JobError: on every rank, when the directory of the checkpoints, or one of them, is a link.
+        JobError: on every rank, when the directory of the checkpoints, or one of them, is a link, or a score is none.
     """
 
     def __init__(self, parts: RunParts, output: Path) -> None:
         self._parts, self._output = parts, output
-        with parts.communicator.fail_together(ValueError):
+        with parts.communicator.fail_together(ValueError, OSError):
             directory = directory_of(output, CHECKPOINTS)
             self._store = CheckpointStore(directory, parts.communicator, keep=parts.config.keep_checkpoints)
             self._store.check()

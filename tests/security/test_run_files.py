@@ -19,14 +19,17 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from arsg_dist.checkpoint import CheckpointStore, SavedRun
+from arsg_dist.checkpoint import CheckpointStore, SavedRun, save_run
 from arsg_dist.checkpoint.convert import to_torch
 from arsg_dist.checkpoint.export import export_saved
 from arsg_dist.engine import JobError, SingleProcessCommunicator
 from arsg_dist.imagenet import compare, run_directory
 from arsg_dist.imagenet.cli import compare_command, export_command, train_command
+from arsg_dist.imagenet.config import TrainConfig
 from arsg_dist.imagenet.export import write_model_card
+from arsg_dist.imagenet.optimization import Schedules
 from arsg_dist.imagenet.position import Position
+from arsg_dist.imagenet.rank_state import add_rank_state, load_rank_state
 from arsg_dist.imagenet.run_directory import RunLog, read_metrics
 from arsg_dist.imagenet.stopping import write_marker
 from arsg_dist.imagenet.weights import LAST, WeightFiles
@@ -681,6 +684,72 @@ def test_what_a_checkpoint_says_is_shown_on_lines_of_its_own_without_escapes(
     shown = capsys.readouterr()
     assert not re.search("[\x00-\x09\x0b-\x1f\u202e\ud800]", shown.out + shown.err)
     assert "\nerror" not in shown.out
+
+
+SCHEDULES: dict[str, Callable[[dict[str, Any]], object]] = {
+    "a method is replaced": lambda s: s["schedule"].update(step="x"),
+    "a count is text": lambda s: s["schedule"].update(last_epoch="x"),
+    "a rate is a list": lambda s: s["schedule"].update(base_lrs=[[1.0]]),
+    "a function": lambda s: s["schedule"].update(lr_lambdas=["os.system"]),
+    "nothing of it": lambda s: s["schedule"].clear(),
+    "a part too many": lambda s: s.update(more={}),
+    "losses of a boost that is not": lambda s: s.update(boost={}),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedules_of_a_checkpoint_change_numbers_only(name: str) -> None:
+    """Catches torch's scheduler taking over whatever attributes a checkpoint says it has."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    schedules = Schedules(
+        TrainConfig(), optimizer, updates_per_epoch=3, communicator=SingleProcessCommunicator()
+    )
+    optimizer.step()
+    schedules.after_update()
+    state = json.loads(json.dumps(schedules.state_dict()))
+    schedules.load_state_dict(copy.deepcopy(state))
+    before = schedules.state_dict()
+    SCHEDULES[name](state)
+    with pytest.raises(ValueError, match="checkpoint"):
+        schedules.load_state_dict(state)
+    assert schedules.state_dict() == before
+    assert callable(schedules._schedule.step)
+
+
+@pytest.mark.parametrize("setting", [{"lr": "0.1"}, {"betas": 0.9}, {"eps": [1e-8]}, {"lr": True}])
+def test_settings_of_a_checkpoint_are_of_the_optimizers_kinds(
+    setting: dict[str, Any], checkpoint: Path, tmp_path: Path
+) -> None:
+    """Catches a learning rate that is a text, found out in the first update."""
+    shutil.copytree(checkpoint, tmp_path / "c")
+    path = tmp_path / "c" / "manifest.json"
+    content = json.loads(path.read_text())
+    content["groups"][0]["settings"].update(setting)
+    write_manifest(path, content)
+    made = engine(seed=1)
+    before = made.module.state_dict()["first.bias"].clone()
+    with pytest.raises(JobError, match=f"the saved setting '{next(iter(setting))}' of a parameter group is"):
+        made.load_state(SavedRun(path.parent))
+    assert torch.equal(made.module.state_dict()["first.bias"], before)
+
+
+def test_a_random_state_of_a_checkpoint_that_is_none_is_a_clear_error(tmp_path: Path) -> None:
+    """Catches a RuntimeError of torch, which ends one rank and leaves the others waiting."""
+    communicator, made = SingleProcessCommunicator(), engine()
+    for what, values in (
+        ("torch", torch.zeros(3)),
+        ("python", torch.zeros(0, dtype=torch.int64)),
+        ("numpy", torch.zeros(5, dtype=torch.int64)),
+        ("numpy gauss", torch.zeros(200_000)),
+    ):
+        state = made.state()
+        add_rank_state(state, {}, 0)
+        key = f"extra:rank 0, random state of {what}"
+        state.pieces = [piece for piece in state.pieces if piece.key != key]
+        state.add_whole(key, values)
+        path = save_run(store(tmp_path), 1, state, {}, communicator)
+        with pytest.raises(ValueError, match="random state of"):
+            load_rank_state(SavedRun(path), {}, communicator, seed=0, update=1)
 
 
 class Malicious:
