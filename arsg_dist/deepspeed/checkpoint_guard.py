@@ -170,6 +170,8 @@ def _checked_tag(engine: Any, load_dir: Path, tag: Any, universal: bool, with_op
         tag = named_by(load_dir / ("latest_universal" if universal else "latest"), follow=True)
     if tag is None:
         return None
+    if swaps_to_nvme(engine):
+        raise ValueError(_NVME)
     directory = load_dir / str(tag)
     with reading(directory):
         _check(engine, directory, universal, with_optimizer)
@@ -177,8 +179,6 @@ def _checked_tag(engine: Any, load_dir: Path, tag: Any, universal: bool, with_op
 
 
 def _check(engine: Any, directory: Path, universal: bool, with_optimizer: bool) -> None:
-    if swaps_to_nvme(engine):
-        raise ValueError(_NVME)
     if not directory.is_dir():
         raise ValueError(f"checkpoint directory {directory} does not exist")
     converted = (directory / "zero" / "optimizer_state.pt").is_file()

@@ -61,7 +61,7 @@ def test_a_refused_config_ends_with_1_and_the_reason(
     ("arguments", "message"),
     [
         (["nowhere.json"], "nowhere.json does not exist"),
-        ([__file__], "is not JSON"),
+        ([__file__], "is not valid JSON"),
         ([ZERO2, "--parameters", "many"], "give a whole number"),
         ([ZERO2, "--parameters", "0"], "at least 1"),
         ([ZERO2, "--world-size", "0"], "at least 1"),

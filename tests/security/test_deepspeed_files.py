@@ -31,6 +31,9 @@ from arsg_dist.deepspeed import pickles, universal
 from arsg_dist.deepspeed.config import resolve_config
 from arsg_dist.deepspeed.saved import read_checkpoint
 from arsg_dist.deepspeed.side_effects import check_swap_directory
+from arsg_dist.engine import SingleProcessCommunicator, discover_ranks
+from arsg_dist.imagenet.config import TrainConfig
+from arsg_dist.imagenet.engines import build_engine
 from arsg_dist.launch import cli
 from tests.support.deepspeed_files_job import PRECISIONS, STATE
 from tests.support.hostile import Own, Payload
@@ -173,6 +176,15 @@ def test_help_says_that_files_are_pickles(
     said = " ".join(capsys.readouterr().out.split())
     assert "pickles" in said
     assert "--trust-pickle execute what" in said
+
+
+def test_the_advice_to_convert_says_what_is_opened(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches users sent to a command without being told that it opens pickles."""
+    (tmp_path / "deepspeed").mkdir()
+    assert command("checkpoint", "show", tmp_path) == 2
+    assert "its files are pickles: the command takes data alone from them" in capsys.readouterr().err
 
 
 class _Spoiling:
@@ -524,6 +536,15 @@ def test_a_config_imports_nothing_new() -> None:
         resolved({"torch_autocast": {**section, "lower_precision_safe_modules": ["antigravity.X"]}})
     resolved({"torch_autocast": {**section, "lower_precision_safe_modules": ["torch.nn.Linear"]}})
     assert "antigravity" not in sys.modules
+
+
+def test_the_program_says_what_a_config_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches effects that only check-config says, to whom runs it."""
+    monkeypatch.setattr(arsg_dist.deepspeed, "DeepSpeedEngine", lambda *_, **__: None)
+    config = {"csv_monitor": {"enabled": True, "output_path": "/logs"}}
+    rank = SingleProcessCommunicator()
+    with pytest.warns(UserWarning, match="csv_monitor writes into the directory /logs/DeepSpeedJobName"):
+        build_engine("deepspeed", torch.nn.Linear(2, 2), TrainConfig(), rank, discover_ranks(), config)
 
 
 def test_tensors_are_not_swapped_through_a_link(tmp_path: Path) -> None:
