@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from arsg_dist.engine.messages import check_sizes, decode, encode
+from arsg_dist.engine.rendezvous import collective_timeout
 
 T = TypeVar("T")
 
@@ -139,7 +140,11 @@ class TorchCommunicator(Communicator):
         self.world_size = dist.get_world_size()
         self._device = device
         # Small answers between hosts go past the GPU: reading one from it would wait for all work it has been given.
-        self._host_group = None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+        self._host_group = (
+            None
+            if dist.get_backend() == "gloo"
+            else dist.new_group(backend="gloo", timeout=collective_timeout())
+        )
 
     def all_gather_object(self, value: T) -> list[T]:
         """Returns every rank's `value`, past the GPU."""

@@ -79,7 +79,13 @@ def load_rank_state(
         _copy(buffer, saved.whole(EXTRA, _buffer(communicator.rank, what)))
     try:
         _load_random_state(saved, communicator.rank)
-    except (RuntimeError, ValueError, TypeError, LookupError, OverflowError) as error:  # of torch, Python and numpy
+    except (
+        RuntimeError,
+        ValueError,
+        TypeError,
+        LookupError,
+        OverflowError,
+    ) as error:  # of torch, Python and numpy
         raise ValueError(
             f"{saved.where} has a random state of rank {communicator.rank} that is none: {printable(error)}"
         ) from error

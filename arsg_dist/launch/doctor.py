@@ -25,6 +25,7 @@ from arsg_dist.engine import (
 from arsg_dist.launch import facts
 from arsg_dist.launch.collectives import Collectives, HorovodCollectives, TorchCollectives, self_test
 from arsg_dist.launch.findings import Finding, find
+from arsg_dist.safe_io.text import printable_lines
 
 SUMMARY = "say what is installed and pinned and whether the ranks' collectives return what they should"
 
@@ -114,4 +115,4 @@ def _print_text(of_ranks: list[dict[str, Any]], findings: list[Finding]) -> None
     lines.append("")
     marks = {"wrong": "WRONG ", "warning": "careful", "good": "good  "}
     lines += [f"{marks[finding.level]} {finding.text}" for finding in findings]
-    print("\n".join(lines), flush=True)  # noqa: T201
+    print(printable_lines("\n".join(lines)), flush=True)  # noqa: T201

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
@@ -13,6 +14,7 @@ import torch.distributed as dist
 
 from arsg_dist.engine import announce_to_torch, discover_ranks, init_method
 from arsg_dist.engine.rendezvous import meet
+from arsg_dist.launch.targets.script import first_host
 
 _WAIT = timedelta(seconds=20)
 
@@ -107,3 +109,12 @@ def test_a_job_of_one_rank_listens_on_no_interface(monkeypatch: pytest.MonkeyPat
         assert {ip for ip, _ in _listening() - before} <= {"127.0.0.1", "::1"}
     finally:
         dist.destroy_process_group()
+
+
+def test_a_batch_script_meets_at_another_port_each_time() -> None:
+    """Catches a port that the job's number, which everybody sees in the queue, tells."""
+    script = "; ".join(["set -eu", *first_host("echo node1 | head -n1"), "echo $MASTER_ADDR $MASTER_PORT"])
+    printed = [subprocess.check_output(["bash", "-c", script], text=True).split() for _ in range(3)]
+    assert {address for address, _ in printed} == {"node1"}
+    assert len({port for _, port in printed}) > 1
+    assert all(20000 <= int(port) < 30000 for _, port in printed)

@@ -62,7 +62,7 @@ class Lsf(Target):
         lines += [*start_lines(job), *options.setup]
         lines += exports(variables)
         hosts = "awk '!seen[$1]++ && $1 !~ /batch|login/ {print $1}' \"$LSB_DJOB_HOSTFILE\""
-        lines += first_host(f"{hosts} | head -n1", "LSB_JOBID")
+        lines += first_host(f"{hosts} | head -n1")
         lines += program_lines(job, job.rank_command)
         if options.through == "jsrun":
             lines += [

@@ -48,7 +48,7 @@ class Pbs(Target):
         lines += [f"#PBS -q {word(options.queue, '--queue')}"] if options.queue else []
         lines += [*start_lines(job), *options.setup]
         lines += exports(rank_environment(job))
-        lines += first_host('head -n1 "$PBS_NODEFILE"', "${PBS_JOBID%%.*}")
+        lines += first_host('head -n1 "$PBS_NODEFILE"')
         lines += program_lines(job, job.rank_command)
         mpiexec = ["--envall", *profile.mpiexec]
         mpiexec += ["-n", str(job.ranks), "--ppn", str(job.ranks_per_node)]

@@ -72,9 +72,16 @@ def program_lines(job: Job, rank_command: tuple[str, ...]) -> list[str]:
     return lines
 
 
-def first_host(command: str, job_number: str) -> list[str]:
-    """Sets MASTER_ADDR and MASTER_PORT; without them each DeepSpeed rank may take itself for a job of one."""
+def first_host(command: str) -> list[str]:
+    """Set MASTER_ADDR and MASTER_PORT; without them each DeepSpeed rank may take itself for a job of one.
+
+    The port is another one at each start, below those that systems give out: the number of a job, which everybody sees
+    in the queue, would tell others where its ranks meet.
+
+    Args:
+        command: prints the name of the first host.
+    """
     return [
         f"export MASTER_ADDR=$({command})",
-        f"export MASTER_PORT=$((20000 + {job_number} % 10000))",
+        "export MASTER_PORT=$((20000 + $(od -An -N2 -tu2 /dev/urandom) % 10000))",
     ]

@@ -64,7 +64,7 @@ class Slurm(Target):
         lines += ['echo "job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, start $((${SLURM_RESTART_COUNT:-0} + 1))"']
         lines += options.setup
         lines += exports(rank_environment(job))
-        lines += first_host('scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n1', "SLURM_JOB_ID")
+        lines += first_host('scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n1')
         stoppable = options.through != "horovodrun"  # which a signal kills, with the ranks unsaved
         lines += program_lines(job, job.rank_command if stoppable else safe_path.rank_command(job))
         lines += ["", *self._step(job, options), "step=$!", *(_SIGNAL if stoppable else ()), *_WAIT]
