@@ -236,22 +236,18 @@ def test_stage_0_leaves_an_update_out_whichever_gradient_is_bad(place: str) -> N
     assert weights(engine) == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_boost_scales_deepspeeds_schedule_by_each_groups_ratio() -> None:
-    """Catches the first group's ratio for all, and a schedule that writes the unboosted learning rate back."""
+@pytest.mark.parametrize("boost_first", [False, True])
+def test_a_boost_scales_deepspeeds_schedule_by_each_groups_ratio(boost_first: bool) -> None:
+    """Catches the first group's ratio for all, and a schedule that writes the unboosted learning rate back, also where
+    it comes after the boost."""
     optimizer = ARSG(groups(Slopes()), mu=0.05, lr=0.1)
-    chain = {
-        "type": "ChainedScheduler",
-        "params": {
-            "schedulers": [
-                {
-                    "type": "WarmupLR",
-                    "params": {"warmup_max_lr": [0.1, 0.5], "warmup_num_steps": 4, "warmup_type": "linear"},
-                },
-                {"type": "ObservationBoost", "params": {"milestones": [5]}},
-            ]
-        },
+    warmup = {
+        "type": "WarmupLR",
+        "params": {"warmup_max_lr": [0.1, 0.5], "warmup_num_steps": 4, "warmup_type": "linear"},
     }
-    schedule = build_scheduler(chain, optimizer)
+    boost = {"type": "ObservationBoost", "params": {"milestones": [5]}}
+    members = [boost, warmup] if boost_first else [warmup, boost]
+    schedule = build_scheduler({"type": "ChainedScheduler", "params": {"schedulers": members}}, optimizer)
     for _ in range(8):
         optimizer.step()
         schedule.step()
@@ -298,11 +294,11 @@ def test_a_piece_is_named_once_and_padding_never() -> None:
         [Piece("b", 1, 0, 4)],
         [Piece("c", 0, 0, 1)],
     ]
-    # Every rank has ⌈3/3⌉, ⌈5/3⌉ and ⌈1/3⌉ places: the last has one element of b and none of c.
-    assert [pieces_of_each([("a", 3), ("b", 5), ("c", 1)], rank, 3) for rank in range(3)] == [
-        [Piece("a", 0, 0, 1), Piece("b", 0, 1, 2), Piece("c", 0, 3, 1)],
-        [Piece("a", 1, 0, 1), Piece("b", 2, 1, 2)],
-        [Piece("a", 2, 0, 1), Piece("b", 4, 1, 1)],
+    # Every rank has ⌈1/3⌉, ⌈3/3⌉ and ⌈5/3⌉ places; those of c are padding on all ranks but the first.
+    assert [pieces_of_each([("c", 1), ("a", 3), ("b", 5)], rank, 3) for rank in range(3)] == [
+        [Piece("c", 0, 0, 1), Piece("a", 0, 1, 1), Piece("b", 0, 2, 2)],
+        [Piece("a", 1, 1, 1), Piece("b", 2, 2, 2)],
+        [Piece("a", 2, 1, 1), Piece("b", 4, 2, 1)],
     ]
 
 
