@@ -12,6 +12,7 @@ from arsg_dist.imagenet.config import DataConfig
 
 FORMATS: Final = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF")
 """Of files that are decoded, whatever they are called. Pillow knows many more; one of them starts Ghostscript."""
+_MOST_SCANS: Final = 100
 UNDECODABLE: Final = (OSError, ValueError)
 """What reading and decoding raise for a file that is no usable image."""
 
@@ -86,6 +87,7 @@ def open_image(encoded: bytes, *, max_pixels: int) -> Iterator[Image.Image]:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(encoded), formats=FORMATS) as file:
                 _require_usable(file, max_pixels)
+                _require_few_scans(file, encoded)
                 yield file
     except MemoryError:
         raise
@@ -95,12 +97,22 @@ def open_image(encoded: bytes, *, max_pixels: int) -> Iterator[Image.Image]:
         raise ValueError(str(error) or type(error).__name__) from error
 
 
-def _require_usable(image: Image.Image, max_pixels: int) -> None:
-    width, height = image.size
-    if width * height > max_pixels:
-        raise ValueError(f"{width} × {height} pixels are more than data.max_image_pixels, {max_pixels:,}")
+def _require_usable(image: Any, max_pixels: int) -> None:
+    sizes = [image.size]
+    if image.format == "TIFF":  # of its tiles, which are decoded as a whole
+        sizes.append(tuple(image.tag_v2.get(tag, 0) for tag in (322, 323)))
+    for width, height in sizes:
+        if width * height > max_pixels:
+            raise ValueError(f"{width} × {height} pixels are more than data.max_image_pixels, {max_pixels:,}")
     if image.mode in ("I", "F") or image.mode.startswith("I;") or _deep_colour(image):
         raise ValueError(f"more than 8 bits per channel (mode {image.mode})")
+
+
+def _require_few_scans(image: Image.Image, encoded: bytes) -> None:
+    """Refuse a progressive JPEG of empty scans: each takes a few bytes, and a pass over all pixels to decode."""
+    scans = encoded.count(b"\xff\xda") if image.info.get("progressive") else 0
+    if scans > _MOST_SCANS:
+        raise ValueError(f"a JPEG of {scans:,} scans, where encoders write about 10")
 
 
 def _deep_colour(image: Any) -> bool:

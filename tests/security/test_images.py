@@ -50,6 +50,25 @@ def png(width: int, height: int, *, bits: int = 8, colour: int = 2, rows: bytes 
     )
 
 
+def jpeg_of_scans(more: int) -> bytes:
+    """A progressive JPEG whose last scan is there `more` times again."""
+    content = encoded("JPEG", progressive=True)
+    last = content[content.rindex(b"\xff\xda") : -2]
+    return content[:-2] + last * more + content[-2:]
+
+
+def tiff_of_large_tiles() -> bytes:
+    """A TIFF of 4 × 4 pixels in a tile of 65,536 × 65,536."""
+    pixels = zlib.compress(bytes(100))
+    place = 8 + 2 + 10 * 12 + 4
+    entries = [(256, 3, 1, 4), (257, 3, 1, 4), (258, 3, 1, 8), (259, 3, 1, 8), (262, 3, 1, 1), (277, 3, 1, 1)]
+    entries += [(322, 4, 1, 65536), (323, 4, 1, 65536), (324, 4, 1, place), (325, 4, 1, len(pixels))]
+    head = (
+        b"II*\0" + struct.pack("<IH", 8, len(entries)) + b"".join(struct.pack("<HHII", *e) for e in entries)
+    )
+    return head + struct.pack("<I", 0) + pixels
+
+
 def tiff_of_16_bits() -> bytes:
     pixels = bytes(4 * 4 * 6)
     place = 8 + 2 + 10 * 12 + 4
@@ -91,6 +110,8 @@ BAD = {
     "16 bits PPM": (b"P6 2 2 65535\n" + bytes(24), "more than 8 bits"),
     "bomb": (png(13_370, 13_370), "13370 × 13370 pixels are more than data.max_image_pixels, 64,000,000"),
     "larger bomb": (png(2**31 - 1, 2**31 - 1), "exceeds limit"),
+    "a large tile": (tiff_of_large_tiles(), "65536 × 65536 pixels are more than data.max_image_pixels"),
+    "many scans": (jpeg_of_scans(1000), "a JPEG of 1,010 scans"),
     "cut off": (JPEG[:-200], ""),
 }
 
@@ -133,6 +154,7 @@ def test_the_number_of_pixels_is_read_from_the_header(monkeypatch: pytest.Monkey
             ):
                 decode(encoded(kind, (80, 60)), max_pixels=4799)
     assert decode(encoded("PNG", (80, 60)), max_pixels=4800).size == (80, 60)
+    assert decode(jpeg_of_scans(20)).size == (8, 6)
     for pixels in (0, 178_956_971):
         with pytest.raises(ValueError, match=r"data\.max_image_pixels must be 1 to 178956970"):
             DataConfig(max_image_pixels=pixels)

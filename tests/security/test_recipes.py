@@ -21,6 +21,7 @@ from arsg_dist.imagenet import cli
 from arsg_dist.imagenet.config import OptimizerConfig, TrainConfig
 from arsg_dist.imagenet.optimization import build_optimizer
 from arsg_dist.imagenet.recipe import read_arguments, resolved
+from arsg_dist.safe_io.documents import parse_yaml
 from tests.security.watch import nothing_happens
 from tests.support.launchers import REPOSITORY
 
@@ -184,6 +185,18 @@ def test_a_recipe_is_bounded(case: str, hostile: Path, capsys: pytest.CaptureFix
     text, message = BOUNDS[case]
     (hostile / "r.yaml").write_text(text)
     assert message in refused(["--config", "r.yaml"], capsys)
+
+
+@pytest.mark.parametrize(
+    "text", ["!!binary aGk=", "!!set {a}", "!!omap [a: 1]", "!!timestamp 2026-01-31", "!a b", "="]
+)
+def test_yaml_holds_plain_values_only(text: str) -> None:
+    """Catches bytes, sets and dates, which nothing that reads a document expects."""
+    with pytest.raises(ValueError, match="no plain value"):
+        parse_yaml(text, "r.yaml")
+    assert parse_yaml("[2026-01-31, 1:30, 1e-3, .5, -1_0, 0x1F, on, ~]", "r.yaml") == [
+        *("2026-01-31", "1:30", 0.001, 0.5, -10, 31, True, None)
+    ]
 
 
 @pytest.mark.timeout(60)
