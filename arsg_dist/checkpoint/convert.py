@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -20,6 +20,13 @@ from arsg_dist.engine.state import (
     state_numbers,
 )
 from arsg_dist.safe_io.files import new_directory, writing
+
+TRUST_HELP: Final = (
+    "execute what the pickles of DeepSpeed's checkpoint name besides tensors and plain values, as the objects of your "
+    "own classes in the client state of save_checkpoint: only for files whose writer you trust as you trust a program "
+    "of theirs"
+)
+"""Help of --trust-pickle, of each command that opens DeepSpeed's own checkpoints."""
 
 
 def to_portable(saved: SavedState, target: Path, engine: str, progress: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import deepspeed
 from deepspeed.checkpoint.constants import BASE_OPTIMIZER_STATE, OPTIMIZER_STATE_DICT
 from deepspeed.runtime.engine import DeepSpeedEngine as _Engine
+from deepspeed.utils import groups
 
 from arsg_dist.deepspeed.load_saved import (
     check_saved,
@@ -216,7 +217,14 @@ def _check_sharded(engine: Any, directory: Path) -> None:
             f"{directory} was written by {written} ranks and this job has {engine.seq_dp_world_size}: resume on "
             f'{written}, or convert it by \'{_CONVERT}\' and set "checkpoint": {{"load_universal": true}}'
         )
-    path = Path(engine._get_zero_ckpt_name(str(directory.parent), directory.name)) if sharded else files[0]
+    above, tag = str(directory.parent), directory.name
+    if sharded:
+        path = Path(engine._get_zero_ckpt_name(above, tag))
+    elif engine.has_moe_layers:  # each expert-parallel rank has an optimizer file of its own
+        rank = groups._get_expert_parallel_rank(groups._get_max_expert_size_name())
+        path = Path(engine._get_optimizer_ckpt_name(above, tag, rank))
+    else:
+        path = files[0]
     if path not in files and not path.is_file():
         _refuse_other_kind(directory, "it was written under another ZeRO stage or precision")
     content = look_into(path)
@@ -229,9 +237,9 @@ def _check_sharded(engine: Any, directory: Path) -> None:
     inner = saved.get(BASE_OPTIMIZER_STATE, saved.get(OPTIMIZER_STATE_DICT, saved))
     if not isinstance(inner, dict):
         return  # an elastic checkpoint, which DeepSpeed checks itself
-    groups = settings_of(inner["param_groups"], directory)
+    settings = settings_of(inner["param_groups"], directory)
     check_state_is_there(directory, model, found=any(inner["state"].values()))
-    for group, parameters in zip(groups, (group["params"] for group in inner["param_groups"]), strict=True):
+    for group, parameters in zip(settings, (group["params"] for group in inner["param_groups"]), strict=True):
         for parameter in parameters:
             state = inner["state"].get(parameter)
             lost = needed_state(group) - state.keys() if state else set()

@@ -26,12 +26,6 @@ from arsg_dist.safe_io.text import printable
 Reader = Callable[[Path], Any]
 """What turns a file of a checkpoint into its content: `load`, or `look_into`."""
 
-TRUST_HELP: Final = (
-    "execute what the checkpoint's pickles name besides tensors and plain values, as the objects of your own classes "
-    "in the client state of save_checkpoint: only for files whose writer you trust as you trust a program of theirs"
-)
-"""Help of the command line's --trust-pickle."""
-
 _PICKLE_LIMIT: Final = 256 * MiB
 _NEVER_DATA: Final = ("nt", "os", "posix", "sys")
 _SHOWN: Final = 5

@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from arsg_dist.deepspeed.pickles import TRUST_HELP, load
+from arsg_dist.checkpoint.convert import TRUST_HELP
+from arsg_dist.deepspeed.pickles import load
 from arsg_dist.deepspeed.saved import ShardedCheckpoint
 from arsg_dist.deepspeed.saved_files import (
     ARSG_SECTION,

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from arsg_dist.checkpoint.convert import TRUST_HELP
 from arsg_dist.engine.exit_codes import BAD_INPUT, FAILED
 from arsg_dist.safe_io.text import printable, printable_lines
 
@@ -41,9 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     convert.add_argument(
         "--trust-pickle",
         action="store_true",
-        help="execute what the pickles of DeepSpeed's checkpoint name besides tensors and plain values, as the objects "
-        "of your own classes in the client state of save_checkpoint: only for files whose writer you trust as "
-        "you trust a program of theirs",
+        help=TRUST_HELP,
     )
     export = add("export", "Writes the model's weights as one safetensors file.")
     export.add_argument(
