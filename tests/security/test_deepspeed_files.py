@@ -239,6 +239,12 @@ def test_an_engine_resumes_with_objects_of_own_classes() -> None:
     assert (said["own"], said["own dictionary"]) == (3, 3)
 
 
+@pytest.mark.parametrize("stage", [0, 1])
+def test_an_engine_with_experts_resumes(stage: int) -> None:
+    """Catches an expert's file taken for the model's in the checks before a load: KeyError 'dp_world_size'."""
+    assert json.loads((saved() / "loaded.json").read_text())[f"experts {stage}"] is True
+
+
 # Names that become paths, and files that are none.
 
 

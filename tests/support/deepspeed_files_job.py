@@ -16,6 +16,8 @@ import deepspeed
 import numpy as np
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.moe.layer import MoE
+from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 
 import arsg_dist.deepspeed  # noqa: F401 (makes "type": "ARSG" known)
 from tests.support.hostile import Own, OwnDictionary, Payload
@@ -97,7 +99,51 @@ def loaded(root: Path) -> dict[str, Any]:
     engine = build(3, "fp32")
     said["another stage"] = error_of(engine, root / "another", tag="global_step1")
     engine.destroy()
+    for stage in (0, 1):
+        said[f"experts {stage}"] = experts_resume(root / f"experts{stage}", stage)
     return said
+
+
+class Mixture(torch.nn.Module):
+    """A small network with two experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = torch.nn.Linear(4, 6), torch.nn.Linear(6, 2)
+        self.experts = MoE(6, torch.nn.Linear(6, 6), num_experts=2, ep_size=1)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        outputs: torch.Tensor = self.second(self.experts(self.first(inputs))[0])
+        return outputs
+
+
+def experts_resume(folder: Path, stage: int) -> bool:
+    """Whether weights come back, and the next update is the one that followed the save."""
+    torch.manual_seed(0)
+    model = Mixture()
+    groups = split_params_into_different_moe_groups_for_optimizer(
+        {"params": list(model.parameters()), "name": "all"}
+    )
+    config = {
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_clipping": 0.0,
+        "zero_optimization": {"stage": stage},
+        "optimizer": {"type": "ARSG", "params": {"lr": 0.01}},
+    }
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=groups, config=config)
+    seen = []
+    for attempt in ("first", "loaded"):
+        if attempt == "loaded":
+            engine.load_checkpoint(str(folder))
+        else:
+            train(engine)
+            engine.save_checkpoint(str(folder))
+        for _ in range(2):
+            seen.append([parameter.detach().clone() for parameter in engine.module.parameters()])
+            torch.manual_seed(1)
+            train(engine)
+    engine.destroy()
+    return all(torch.equal(a, b) for i in (0, 1) for a, b in zip(seen[i], seen[i + 2], strict=True))
 
 
 def error_of(engine: Any, folder: Path, **options: Any) -> str:
