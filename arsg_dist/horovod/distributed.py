@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from arsg_dist.horovod.gradients import Exchange, ExchangeSettings, build_exchange, check_passes
 from arsg_dist.horovod.guards import check_world_size
+from arsg_dist.horovod.same_settings import same_settings
 from arsg_dist.optim import ARSG
 
 _PICKLED = "_horovod_exchange"
@@ -34,7 +35,8 @@ def DistributedOptimizer(  # noqa: N802  # the name Horovod's users know
     """Wraps an optimizer so that `step()` uses the gradient averaged over all ranks.
 
     The arguments are those of `hvd.DistributedOptimizer` (Horovod 0.28.1), and the result is used in the same way. It
-    shares parameter groups and state with `optimizer`: a trained optimizer goes on where it is.
+    shares parameter groups and state with `optimizer`: a trained optimizer goes on where it is. An earlier one of the
+    same parameters has ended then.
 
     Args:
         optimizer: `ARSG`, or any of torch's.
@@ -55,8 +57,7 @@ def DistributedOptimizer(  # noqa: N802  # the name Horovod's users know
 
     Raises:
         ValueError: Horovod is not initialised or has another number of ranks than the launcher; names missing or
-            repeated; settings out of range or contradicting each other; parameters of another such optimizer that is
-            still in use.
+            repeated; settings out of range or contradicting each other.
         TypeError: an argument of the wrong kind, or an optimizer that is wrapped already.
     """
     check_world_size(whole_job=False)
@@ -80,6 +81,7 @@ def DistributedOptimizer(  # noqa: N802  # the name Horovod's users know
     # Shared, not rebuilt from param_groups: rebuilding would drop the state, and run an __init__ that may want more.
     # A `step` of the instance is a scheduler's, bound to the class without an exchange.
     replicated.__dict__.update({key: value for key, value in vars(optimizer).items() if key != "step"})
+    replicated._given = optimizer
     replicated._join(settings, names)
     return replicated
 
@@ -93,6 +95,7 @@ class ReplicatedOptimizer(Optimizer):
 
     _settings: ExchangeSettings | None = None
     _exchange: Exchange | None = None
+    _given: Any = None
     _names: dict[Tensor, str]
     _passes: int
     _connected: set[Tensor]
@@ -128,6 +131,11 @@ class ReplicatedOptimizer(Optimizer):
         return self._exchange
 
     @property
+    def _parameter_names(self) -> dict[Tensor, str]:
+        """Parameter → name, as Horovod calls what its users read."""
+        return self._names
+
+    @property
     def backward_passes_per_step(self) -> int:
         """Backward passes whose gradients are summed before they are sent."""
         return self._passes
@@ -148,11 +156,16 @@ class ReplicatedOptimizer(Optimizer):
         `step()` then does not repeat it, with or without `skip_synchronize()`.
 
         Raises:
-            RuntimeError: a gradient was changed or removed since `backward()`.
+            RuntimeError: a gradient was changed or removed since `backward()`; or the ranks have different settings
+                (lr, ...).
         """
         self._connect_new()
-        self._joined().synchronize()
-        self._synchronized = True
+        exchange = self._joined()
+        process_set = hvd.global_process_set if self._settings is None else self._settings.process_set
+        first = next(iter(self._names.values()), "")
+        with same_settings(self, process_set, f"{first}.update"):
+            exchange.synchronize()
+            self._synchronized = True
 
     @contextmanager
     def skip_synchronize(self) -> Iterator[None]:
@@ -191,6 +204,8 @@ class ReplicatedOptimizer(Optimizer):
         exchange.before_update()
         result = super().step(evaluate)
         exchange.after_update()
+        if self._given is not None:
+            self._given._opt_called = True  # a scheduler made from it warns otherwise
         return result
 
     # Torch wraps a class's step to call the step hooks. The inner class's step calls them already, after the exchange.

@@ -1,19 +1,21 @@
 """What replicated ranks exchange: gradients before the update, or (Adasum) the updates themselves."""
 
-import gc
+import functools
 import os
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import horovod.torch as hvd
 import torch
+from horovod.torch import mpi_ops
 from horovod.torch.compression import Compression
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from arsg_dist.horovod.in_flight import InFlight
 from arsg_dist.horovod.wire import WireFormat
 
 Named = Sequence[tuple[str, Tensor]]
@@ -143,21 +145,26 @@ class GradientExchange(Exchange):
         self._passes = settings.backward_passes_per_step
         self._dense_only = dense_only
         self._parts: list[Any] = []
+        self._sent: dict[Tensor, InFlight] = {}
+        self._sparse: dict[Tensor, int] = {}  # how many dimensions of a parameter its gradients index
         self._exchanged: list[frozenset[Tensor]] = []  # of each part, with frozen ones
 
     @property
     def in_flight(self) -> bool:
         """Whether a backward pass sent, or held back, gradients that no `synchronize()` has waited for."""
-        return any(part._handles for part in self._parts)
+        return any(part._handles for part in self._parts) and not self._ended
+
+    @property
+    def _ended(self) -> bool:
+        return any(isinstance(part._allreduce_delay, _Never) for part in self._parts)
 
     def connect(self, parameters: Named) -> None:
         """Registers the hooks that send gradients. With `groups` the first call is a collective.
 
-        Raises:
-            ValueError: hooks of another optimizer, which is still in use, send them already.
+        An earlier optimizer's exchange of the same parameters ends; gradients that it has in flight arrive before.
         """
         parameters = list(parameters)
-        _refuse_sent(parameters)
+        _take_over(parameters)
         settings = self._settings
         part = hvd.DistributedOptimizer(
             torch.optim.SGD([parameter for _, parameter in parameters]),
@@ -172,6 +179,11 @@ class GradientExchange(Exchange):
         )
         if self._dense_only and not settings.sparse_as_dense:
             part._sparse_allreduce_grad_async = _refuse_sparse
+        else:
+            part._sparse_allreduce_grad_async = functools.partial(_send_sparse, settings)
+        for one_or_several in ("_allreduce_grad_async", "_grouped_allreduce_grad_async"):
+            send = functools.partial(_send, getattr(part, one_or_several), self._sent, self._sparse)
+            setattr(part, one_or_several, send)
         if part._grad_accs:  # none on a single rank
             for _, parameter in parameters:
                 _sent_by[parameter] = weakref.ref(part)
@@ -182,24 +194,50 @@ class GradientExchange(Exchange):
         """Waits until every gradient is reduced; parameters without one take part with zeros.
 
         Raises:
-            RuntimeError: a gradient was removed or changed after `backward()`.
+            RuntimeError: a gradient was removed or changed after `backward()`; it is the reduced one as it was sent.
+                Or a later optimizer has taken over.
         """
+        if self._ended:
+            raise RuntimeError(
+                "a later DistributedOptimizer has taken over parameters of this one, which has ended"
+            )
+        changed = self._changed()
+        for p in changed:
+            if p in self._sent:
+                p.grad = self._sent[p].gradient  # the other ranks have to have it
         for part, exchanged in zip(self._parts, self._exchanged, strict=True):
             part._requires_update = {p for p in exchanged if p.requires_grad}
             _launch_incomplete_groups(part)
-            for key in part._handles:
-                if any(p.grad is None for p in (key if isinstance(key, tuple) else (key,))):
-                    raise RuntimeError(
-                        "a gradient was set to None between backward() and step(): clear gradients after step() only"
-                    )
+            for p in self._sparse.keys() & part._requires_update:
+                if p.grad is None:  # Horovod would send a dense one, and wait for ever for the other ranks'
+                    p.grad = _no_rows(p, self._sparse[p])
         for part in self._parts:
-            reduced = [p for key in part._handles for p in (key if isinstance(key, tuple) else (key,))]
+            reduced = [p for key in part._handles for p in _parameters_of(key)]
             part.synchronize()
             for p in reduced:
-                if self._dense_only and p.grad.is_sparse:
-                    p.grad = p.grad.to_dense()
+                gradient = p.grad
+                if self._dense_only and gradient is not None and gradient.is_sparse:
+                    p.grad = gradient.to_dense()
                 if not p.requires_grad:
                     p.grad = None
+        self._sent.clear()
+        if changed:
+            raise RuntimeError(
+                f"the gradient of {', '.join(changed.values())} was changed, replaced or set to None between "
+                "backward() and the end of its exchange, which would be lost or reduced twice: call "
+                "optimizer.synchronize() before clipping or unscaling gradients, then "
+                "'with optimizer.skip_synchronize(): optimizer.step()', and clear gradients after step() only"
+            )
+
+    def _changed(self) -> dict[Tensor, str]:
+        """Parameters, and their names, whose gradient is no more what the backward pass left."""
+        names = {p: name for part in self._parts for p, name in part._parameter_names.items()}
+        held_back = [p for part in self._parts for key in part._handles for p in _parameters_of(key)]
+        return {
+            p: names[p]
+            for p in {**dict.fromkeys(held_back), **self._sent}
+            if (self._sent[p].changed(p.grad) if p in self._sent else p.grad is None)
+        }
 
     def set_backward_passes_per_step(self, passes: int) -> None:
         """Changes after how many backward passes gradients are sent."""
@@ -212,6 +250,7 @@ class GradientExchange(Exchange):
         for part in self._parts:
             part._group_counts = dict.fromkeys(part._group_counts, 0)
             part.load_state_dict(part.state_dict())
+        self._sent.clear()
 
     def before_update(self) -> None:
         """Does nothing."""
@@ -276,19 +315,69 @@ def build_exchange(settings: ExchangeSettings, *, dense_only: bool) -> Exchange:
     return GradientExchange(settings, dense_only=dense_only)
 
 
-def _refuse_sent(parameters: Named) -> None:
-    if any(_is_sent(parameter) for _, parameter in parameters):
-        gc.collect()  # an optimizer that was dropped has its hooks until then
-    if taken := [name for name, parameter in parameters if _is_sent(parameter)]:
-        raise ValueError(
-            f"the gradients of {', '.join(taken)} are sent by another DistributedOptimizer that is still in use, and "
-            "would be sent twice: drop that one before (del optimizer), or go on with it"
-        )
+class _Never(dict[Tensor, int]):
+    """Counts backward passes for a stand-in of Horovod's whose hooks have nothing to send any more."""
+
+    def __getitem__(self, parameter: Tensor) -> int:
+        return 1
+
+    def __setitem__(self, parameter: Tensor, passes: int) -> None:
+        pass
 
 
-def _is_sent(parameter: Tensor) -> bool:
-    part: weakref.ref[Any] | None = _sent_by.get(parameter)  # type: ignore[no-untyped-call]
-    return part is not None and part() is not None
+def _take_over(parameters: Named) -> None:
+    """Ends the exchange of an earlier optimizer, dropped or not: both would send the gradients, by the same names."""
+    references = [_sent_by.get(parameter) for _, parameter in parameters]  # type: ignore[no-untyped-call]
+    parts = {id(part): part for reference in references if reference and (part := reference()) is not None}
+    for part in parts.values():
+        if any(handle is not None for handle, _ in part._handles.values()):
+            for parameter in part._requires_update:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+            part.synchronize()  # the other ranks' part of what is in flight
+        part._allreduce_delay = _Never()
+
+
+def _send(
+    send: Callable[[Any], Any], in_flight: dict[Tensor, InFlight], sparse: dict[Tensor, int], key: Any
+) -> Any:
+    """Horovod's way to send the gradient of a parameter or of a group, and notes of what was sent."""
+    handle, contexts = send(key)
+    for parameter, context in zip(
+        _parameters_of(key), contexts if isinstance(key, tuple) else (contexts,), strict=True
+    ):
+        gradient = parameter.grad
+        assert gradient is not None
+        copied = context is None or context.copied or context.gradient is not gradient
+        in_flight[parameter] = InFlight.of(gradient, copied=copied)
+        if gradient.is_sparse:
+            sparse[parameter] = gradient.sparse_dim()
+    return handle, contexts
+
+
+def _no_rows(parameter: Tensor, indexed: int) -> Tensor:
+    """A sparse gradient without elements."""
+    return torch.sparse_coo_tensor(
+        torch.empty((indexed, 0), dtype=torch.int64, device=parameter.device),
+        torch.empty((0, *parameter.shape[indexed:]), dtype=parameter.dtype, device=parameter.device),
+        parameter.shape,
+    )
+
+
+def _parameters_of(key: Any) -> Sequence[Tensor]:
+    """Of a key of Horovod's handles: a parameter, or a group of them."""
+    return key if isinstance(key, tuple) else (key,)
+
+
+def _send_sparse(
+    settings: ExchangeSettings, parameter: Tensor, name: str
+) -> tuple[Callable[[], Tensor], None]:
+    """As Horovod's, for bfloat16 too."""
+    gradient = parameter.grad
+    assert gradient is not None
+    wire = gradient.float() if gradient.dtype == torch.bfloat16 else gradient
+    handle = mpi_ops.sparse_allreduce_async(wire, name=name, op=settings.op, process_set=settings.process_set)
+    return lambda: handle().to(gradient.dtype), None
 
 
 def _refuse_sparse(parameter: Tensor, name: str) -> Any:

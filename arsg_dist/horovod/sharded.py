@@ -16,6 +16,7 @@ from arsg_dist.horovod.guards import check_world_size
 from arsg_dist.horovod.inner_optimizer import InnerOptimizer
 from arsg_dist.horovod.parameter_gather import GatherMode, PendingGather
 from arsg_dist.horovod.partition import Exchange, pieces_of_group, shard_groups
+from arsg_dist.horovod.same_settings import same_settings
 from arsg_dist.horovod.second_sum import CheckedReduceScatter
 from arsg_dist.horovod.sharded_gradients import ShardedGradients
 from arsg_dist.horovod.sharded_state import ShardedState
@@ -158,7 +159,8 @@ class ShardedOptimizer(ShardedGradients, ShardedState):
 
         Raises:
             RuntimeError: inside `base_iterate`; in `skip_synchronize()` without `synchronize()`; if a parameter's
-                memory was replaced; at the first update, if the ranks have different parameters.
+                memory was replaced; if the ranks have different settings (lr, ...); at the first update, if they have
+                different parameters.
         """
         self._refuse_at_base_iterate("step")
         self._require_layout("step()")
@@ -168,7 +170,9 @@ class ShardedOptimizer(ShardedGradients, ShardedState):
                 loss = closure()
         if not self._should_synchronize and not all(p.gradients.synchronized for p in self._partitions):
             raise RuntimeError("step() in skip_synchronize(): call synchronize() before it")
-        self.synchronize()
+        world = self._groups.world
+        with same_settings(self, world.process_set, world.name):
+            self.synchronize()
         self._bring_masters_up_to_date()
         for partition in self._partitions:
             partition.hand_out_gradients()

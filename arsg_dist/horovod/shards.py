@@ -62,6 +62,11 @@ class Shards(torch.optim.Optimizer):
         return nullcontext() if self._elastic else self._groups.world.fail_together()
 
     @property
+    def _parameter_names(self) -> dict[Tensor, str]:
+        """Parameter → name, as Horovod calls what its users read."""
+        return {parameter: name for part in (*self._trained, self._frozen) for name, parameter in part}
+
+    @property
     def shard_world_size(self) -> int:
         """Among how many ranks the state is divided."""
         return self._groups.shard.size

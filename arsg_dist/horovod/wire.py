@@ -12,7 +12,7 @@ class _Sent:
     """What `WireFormat.decompress` has to know about a tensor in flight."""
 
     gradient: Tensor
-    version: int
+    copied: bool
     compressed_dtype: torch.dtype
     context: Any
 
@@ -22,8 +22,7 @@ class WireFormat:
 
     - bfloat16 travels and is reduced in float32, rounded once on arrival; complex numbers as pairs of real ones;
     - a gradient that is not contiguous (channels_last) travels as a copy and arrives in its own layout;
-    - a gradient that was changed between `backward()` and its arrival (clipped, unscaled) is refused: the change would
-      race with the reduction, or be lost.
+    - a sparse gradient is not compressed.
 
     Args:
         compression: Horovod's, with `compress(tensor)` → (tensor, context) and `decompress(tensor, context)`.
@@ -41,23 +40,17 @@ class WireFormat:
             )
         real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
         compressed, context = self._compression.compress(real)
-        sent = _Sent(tensor, tensor._version, compressed.dtype, context)
-        if compressed.dtype == torch.bfloat16:
+        compressed_dtype = compressed.dtype
+        if compressed_dtype == torch.bfloat16:
             compressed = compressed.float()
-        return compressed.contiguous(), sent
+        compressed = compressed.contiguous()
+        copied = compressed.data_ptr() != tensor.data_ptr()
+        return compressed, _Sent(tensor, copied, compressed_dtype, context)
 
-    def decompress(self, tensor: Tensor, sent: _Sent) -> Tensor:
-        """Returns the reduced gradient in the dtype, shape and layout that it had.
-
-        Raises:
-            RuntimeError: the gradient was changed while it was in flight.
-        """
-        if sent.gradient._version != sent.version:
-            raise RuntimeError(
-                "a gradient was changed between backward() and the end of its exchange, which would be lost or reduced "
-                "twice: call optimizer.synchronize() before clipping or unscaling gradients, then "
-                "'with optimizer.skip_synchronize(): optimizer.step()'"
-            )
+    def decompress(self, tensor: Tensor, sent: _Sent | None) -> Tensor:
+        """Returns the reduced gradient in the dtype, shape and layout that it had."""
+        if sent is None:
+            return tensor  # a sparse one
         reduced: Tensor = self._compression.decompress(tensor.to(sent.compressed_dtype), sent.context)
         if sent.gradient.is_complex():
             reduced = torch.view_as_complex(reduced)

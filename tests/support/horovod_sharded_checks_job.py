@@ -7,6 +7,7 @@ import copy
 import gc
 import sys
 import tempfile
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -212,6 +213,17 @@ def trained_in_a_function(**arguments: Any) -> nn.Module:
     return model
 
 
+def hold_back_update(optimizer: ShardedOptimizer, until: Callable[[], Any]) -> None:
+    """Makes this rank slow: it sends parameters only after a call has returned."""
+    update = optimizer._inner.step
+
+    def late() -> None:
+        until()
+        update()
+
+    optimizer._inner.step = late  # type: ignore[method-assign]
+
+
 def check_the_model_outlives_its_optimizer() -> None:
     """Readers wait for the last update's parameters when nobody holds the optimizer any more."""
     expected = plain_after(2)[0]
@@ -243,7 +255,6 @@ def check_a_model_and_its_optimizer_free_everything() -> None:
     pending = weakref.ref(optimizer._pending)
     inputs, targets = toy.batch(1)
     toy.loss_of(model(inputs), targets).backward()
-    optimizer.synchronize()
     if hvd.rank() == 0:
         optimizer.step()
         optimizer.zero_grad()
@@ -258,12 +269,13 @@ def check_a_model_and_its_optimizer_free_everything() -> None:
         assert not mpi_ops._handle_map, "Horovod keeps the memory of an exchange that nobody waits for"
         hvd.allgather_object(None, name="rank 0 has dropped everything")
     else:
-        hvd.allgather_object(None, name="rank 0 has dropped everything")
+        hold_back_update(optimizer, lambda: hvd.allgather_object(None, name="rank 0 has dropped everything"))
         optimizer.step()
         assert_equal(model, plain_after(2)[0])
         optimizer.zero_grad()
         del model, optimizer
     del inputs, targets
+    gc.collect()  # an update held back is in a circle
     hvd.allgather_object(None, name="all have")
     assert all(arena.expired() for arena in arenas)
 
@@ -272,15 +284,15 @@ def check_a_new_optimizer_takes_over() -> None:
     """It starts from the parameters that were on their way, and the old one's hooks are gone."""
     model, expected = toy.build_model(), toy.build_model()
     parameters = list(model.parameters())  # read before: no module waits when the next optimizers are made
-    for scheduled in (False, True):  # a schedule makes a circle, which only the garbage collector takes apart
+    for in_a_circle in (False, True):  # which only the garbage collector takes apart
         with late_exchange():
             optimizer = ShardedOptimizer(
                 torch.optim.SGD(parameters, lr=1e-3), model.named_parameters(), bucket_mb=0.01
             )
-            scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0) if scheduled else None
+            optimizer.__dict__["itself"] = optimizer if in_a_circle else None
             update(model, optimizer)
             assert optimizer._pending.started
-            del optimizer, scheduler
+            del optimizer
             optimizer = ShardedOptimizer(torch.optim.SGD(parameters, lr=1e-3), bucket_mb=0.01)
             update(model, optimizer, 1)
         reference = torch.optim.SGD(expected.parameters(), lr=1e-3)
@@ -352,6 +364,71 @@ def check_passes_can_change() -> None:
     optimizer.set_backward_passes_per_step(1)
     update(model, optimizer, 1)
     assert_equal(model, plain_after(2)[0])
+    optimizer.close()
+
+
+def check_settings_that_differ_are_refused_before_the_update() -> None:
+    """A schedule fed with each rank's own loss would give every shard another learning rate, without a word."""
+    if hvd.size() == 1:
+        return
+    model, optimizer = build()
+    assert optimizer._parameter_names == {parameter: name for name, parameter in model.named_parameters()}
+    update(model, optimizer)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    optimizer.param_groups[0]["lr"] *= 0.5 if hvd.rank() == 1 else 1.0
+    lr = SETTINGS["lr"]
+    with refused(RuntimeError, f"lr of group 0 is {lr:g} on rank 0, {lr / 2:g} on rank 1. A schedule"):
+        update(model, optimizer, 1)
+    assert all(map(torch.equal, before, model.parameters()))
+    optimizer.param_groups[0]["lr"] = lr
+    optimizer.step()
+    assert_equal(model, plain_after(2)[0])
+    optimizer.close()
+
+
+def check_padding_is_no_overflow() -> None:
+    """What an earlier exchange left in memory behind a bucket's last gradient does not skip updates."""
+    model, optimizer = build()
+    assert any(
+        used < bucket.numel
+        for p in optimizer._partitions
+        for used, bucket in zip(p.gradients._used, p.layout.buckets, strict=True)
+    )
+    take = BufferPool.take
+
+    def take_what_was_used_before(*arguments: Any) -> Tensor:
+        return take(*arguments).fill_(float("inf"))
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(BufferPool, "take", take_what_was_used_before)
+        inputs, targets = toy.batch(0)
+        scaler.scale(toy.loss_of(model(inputs), targets)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert scaler.get_scale() == 64.0
+    assert_equal(model, plain_after(1)[0])
+    optimizer.close()
+
+
+def check_pieces_of_a_loaded_parameter_count_their_own_steps() -> None:
+    """Torch's step tensors: one that all pieces of a parameter share is counted up by each of them."""
+
+    def adamw(model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(model.parameters(), lr=0.01, eps=1e-2)
+
+    model, expected = toy.build_model(), toy.build_model()
+    plain = adamw(expected)
+    optimizer = ShardedOptimizer(adamw(model), model.named_parameters(), bucket_mb=0.002)
+    for number in range(2):
+        update(expected, plain, number)
+        update(model, optimizer, number)
+        state = optimizer.state_dict()
+        if hvd.rank() == 0:
+            assert [float(entry["step"]) for entry in state["state"].values()] == [number + 1.0] * 6
+        for given in (state, hvd.broadcast_object(state, root_rank=0)):
+            optimizer.load_state_dict(given)
+    assert_equal(model, expected)
     optimizer.close()
 
 
@@ -573,8 +650,13 @@ def check_state_travels_one_bucket_at_a_time() -> None:
     assert len(buckets) > 2
     seen: list[StorageWeakRef] = []
 
+    def held_by_horovod_no_more() -> None:
+        # Its thread reports the end of an operation shortly before it lets go of the tensors.
+        hvd.allreduce(torch.zeros(1), name="the operation before is over")
+
     def watch(tensor: Tensor | None) -> None:
         assert (tensor is not None) == (hvd.rank() == 0)
+        held_by_horovod_no_more()
         assert all(storage.expired() for storage in seen), "the bucket before is still held"
         if tensor is not None:
             assert tensor.numel() <= max(bucket.numel for bucket in buckets)
@@ -583,6 +665,7 @@ def check_state_travels_one_bucket_at_a_time() -> None:
     gather, scatter = Group.gather_to_first, Group.scatter_from_first
 
     def watched_gather(self: Group, shard: Tensor, what: str) -> Tensor | None:
+        held_by_horovod_no_more()
         assert all(storage.expired() for storage in seen), "the bucket before is held while the next arrives"
         received = gather(self, shard, what)
         watch(received)
@@ -962,20 +1045,39 @@ def check_a_rank_that_leaves_lets_the_others_have_the_parameters() -> None:
     optimizer.zero_grad()
     inputs, targets = toy.batch(1)
     toy.loss_of(model(inputs), targets).backward()
-    optimizer.synchronize()
-    hvd.barrier()
     if hvd.rank() == 0:
-        while len(list(signs.iterdir())) < hvd.size() - 1:
-            pass
+        others = hvd.size() - 1
+
+        def wait_for_signs() -> None:
+            while len(list(signs.iterdir())) < others:
+                pass
+
+        hold_back_update(optimizer, wait_for_signs)
     optimizer.step()
     if hvd.rank():
+        sign_when_waiting_or_gone(signs / str(hvd.rank()))
         del optimizer, model
-        (signs / str(hvd.rank())).touch()
         if hvd.rank() == hvd.size() - 1:
             sys.exit()
     hvd.shutdown()
     if "model" in locals():
         assert_equal(model, plain_after(2)[0])
+
+
+def sign_when_waiting_or_gone(path: Path) -> None:
+    """Touches a file once this rank waits for others, or has left them without."""
+    horovod, sleep = mpi_ops._basics.MPI_LIB_CTYPES, time.sleep
+    leave = horovod.horovod_shutdown
+
+    def signing_sleep(seconds: float) -> None:
+        path.touch()
+        sleep(seconds)
+
+    def signing_leave() -> None:
+        leave()
+        path.touch()
+
+    time.sleep, horovod.horovod_shutdown = signing_sleep, signing_leave
 
 
 CHECKS = {
