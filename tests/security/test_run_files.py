@@ -389,7 +389,8 @@ def test_a_models_name_is_no_code(
 def test_text_of_a_run_is_text_in_its_card(run: Path, tmp_path: Path) -> None:
     """Catches Markdown, HTML and ends of code blocks that a stranger's settings bring into a published card."""
     evil = f"`<script>`\n```\n[x](http://evil) {STEERING}"
-    config = {**CONFIG, "model": "timm:vit.x-1", "engine": evil, "note": evil}
+    ended = "a\n```\n<script>"  # which YAML writes on lines of their own
+    config = {**CONFIG, "model": "timm:vit.x-1", "engine": evil, "note": evil, "other": ended}
     config["optimizer"] = {"type": evil, "params": {}}
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     start = {**START, "device": evil, "command": [evil], "packages": {evil: evil}, "git": {"revision": evil}}
