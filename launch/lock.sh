@@ -14,8 +14,17 @@ work=$(mktemp -d); trap 'rm -rf "$work"' EXIT
 unset PIP_FIND_LINKS PIP_EXTRA_INDEX_URL PIP_INDEX_URL PIP_NO_INDEX PIP_CONSTRAINT
 export PIP_CONFIG_FILE=/dev/null PIP_DISABLE_PIP_VERSION_CHECK=1
 
-"$python" -m pip list --format=freeze |
-    grep -viE '^(arsg[-_]dist|torch|torchvision|deepspeed|horovod)==|^nvidia-|^triton==' > "$work/wanted.txt"
+"$python" -P - > "$work/wanted.txt" <<'PYTHON'
+import importlib.metadata, re, sys
+def plain(name): return re.sub("[-_.]+", "-", name).lower()
+pinned = {plain(line.partition("==")[0]): line.strip() for line in open("constraints.txt") if re.match("[^#]+==", line)}
+installed = {plain(package.name) for package in importlib.metadata.distributions()}
+unpinned = installed - pinned.keys() - {"arsg-dist"}
+print("lock: installed, and not in constraints.txt: ", *sorted(unpinned) or ["nothing"], file=sys.stderr)
+for name in sorted(installed & pinned.keys() - {"torch", "torchvision", "deepspeed", "horovod"}):
+    if not name.startswith("nvidia-") and name != "triton":
+        print(pinned[name])
+PYTHON
 report() { "$python" -m pip install --quiet --dry-run --ignore-installed --no-deps -r "$work/wanted.txt" --report "$@"; }
 report "$work/this.json"
 # The oldest C library that torch's wheels run on, glibc 2.28.
