@@ -88,7 +88,9 @@ def test_equal_curvatures_are_a_spectrum_too() -> None:
     assert (settings.beta, settings.mu) == (0.5, 0.25)
     assert settings.lr == pytest.approx(2 / 0.75 / 2)
     assert settings.exact_rate == pytest.approx(theory.gain_factor(2 / 0.75, 0.5, 0.25))
-    steep = theory.recommended_settings(9.0, 1.0, c_beta=2.5, c_mu=0.0)
-    assert steep.exact_rate == pytest.approx(
-        max(theory.gain_factor(steep.lr * curvature, steep.beta, steep.mu) for curvature in (1 / 9, 1.0))
+    steep = theory.recommended_settings(1.5, 1.0, c_beta=1.2, c_mu=0.0)
+    slow, fast = (
+        theory.gain_factor(steep.lr * curvature, steep.beta, steep.mu) for curvature in (1.0, 1 / 1.5)
     )
+    assert steep.exact_rate == pytest.approx(slow)
+    assert slow > 2 * fast
