@@ -1,22 +1,20 @@
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.imagenet.conftest import digits, recipe, small_tree
-from tests.support.warm_ranks import WarmRanks
+from tests.support.warm_ranks import WarmRanks, warm_ranks
 
 __all__ = ["digits", "recipe", "small_tree"]
 
 
 @pytest.fixture(scope="session")
-def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmRanks]:
+def warm() -> WarmRanks:
     """Ranks that start in a moment."""
-    ranks = WarmRanks(tmp_path_factory.mktemp("warm"))
-    yield ranks
-    ranks.close()
+    return warm_ranks()
 
 
 @pytest.fixture

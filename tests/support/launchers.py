@@ -1,16 +1,15 @@
-"""Starts real ranks through the real launchers."""
+"""Starts real ranks, through the real launchers or forked from processes that are warm."""
 
 import os
 import resource
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from tests.support.warm_ranks import REPOSITORY, free_port, warm_ranks
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,8 @@ def launch(
     Args:
         launcher: "deepspeed", "deepspeed --module" (`script` is a module then), "mpirun", "horovodrun" (over Gloo),
             "horovodrun, two hosts" (two names of this machine with half of the ranks each) or "alone" (one process, no
-            launcher).
+            launcher). "warm deepspeed", "warm horovodrun" and "warm alone" start in a moment, for tests that ask
+            nothing of the launcher: the ranks have its variables. When one fails, the others must end by themselves.
         ranks: how many.
         script: relative to the repository, or absolute.
         arguments: of the script.
@@ -50,10 +50,7 @@ def launch(
         variables: more environment variables.
         hosts_file: lines "host:slots", all of them this machine; the job is elastic and follows the file's changes.
     """
-    port = _free_port()
-    target = str(script) if launcher.endswith("--module") else str(REPOSITORY / script)
-    command = _elastic_command(ranks, hosts_file) if hosts_file else _command(launcher, ranks, port)
-    run = [*command, target, *map(str, arguments)]
+    port = free_port()
     environment = {
         key: value
         for key, value in os.environ.items()
@@ -62,8 +59,37 @@ def launch(
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(REPOSITORY)}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     environment |= variables or {}
+    try:
+        if launcher.startswith("warm "):
+            job = warm_ranks().run_program(
+                launcher.removeprefix("warm "),
+                script,
+                *arguments,
+                environment=environment,
+                ranks=ranks,
+                timeout=timeout,
+                port=port,
+                largest_file=largest_file,
+                end_together=True,
+            )
+            finished = Finished(job.code, job.output)
+        else:
+            target = str(script) if launcher.endswith("--module") else str(REPOSITORY / script)
+            command = _elastic_command(ranks, hosts_file) if hosts_file else _command(launcher, ranks, port)
+            finished = _run([*command, target, *map(str, arguments)], environment, timeout, largest_file)
+    finally:
+        left = list(Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"))
+        for path in left:
+            path.unlink()
+    assert not left or finished.code, f"the job left shared memory behind: {left}"
+    return finished
+
+
+def _run(
+    command: list[str], environment: dict[str, str], timeout: float, largest_file: int | None
+) -> Finished:
     process = subprocess.Popen(
-        run,
+        command,
         cwd=REPOSITORY,
         env=environment,
         stdin=subprocess.DEVNULL,
@@ -81,13 +107,8 @@ def launch(
         os.killpg(process.pid, signal.SIGKILL)
         output, _ = process.communicate()
         raise AssertionError(
-            f"{' '.join(run)} was still running after {timeout} s:\n{output[-5000:]}"
+            f"{' '.join(command)} was still running after {timeout} s:\n{output[-5000:]}"
         ) from None
-    finally:
-        left = list(Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"))
-        for path in left:
-            path.unlink()
-    assert not left or process.returncode, f"the job left shared memory behind: {left}"
     return Finished(process.returncode, output)
 
 
@@ -118,9 +139,3 @@ def _elastic_command(ranks: int, hosts_file: Path) -> list[str]:
     sizes = ["-np", str(ranks), "--min-np", "1", "--max-np", "3"]
     found = ["--host-discovery-script", str(discovery), "--network-interface", "lo", "--gloo"]
     return ["horovodrun", *sizes, *found, sys.executable]
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])

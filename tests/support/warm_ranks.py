@@ -1,17 +1,26 @@
-"""Ranks that start in a moment: forked from a process that has imported everything, without a launcher.
+"""Ranks that start in a moment: forked from processes that have imported everything, without a launcher.
 
-What ends the others when one dies is then the training itself, not a launcher that kills them.
+A start of Python with torch, DeepSpeed and Horovod takes longer than most trainings of the tests, and the launchers are
+such starts too. Those have tests of their own; what is asked of the ranks alone is asked of forked ones.
 
-This file is also the program of that process: it reads requests (JSON lines), forks, and reports pids and ends.
+There is one process to fork from for each rank, with a hash seed of its own, so that ranks that go through a set differ
+in its order here as they do under a launcher.
+
+This file is also the program of such a process: it reads requests (JSON lines), forks, and reports pids and ends.
 """
 
+import atexit
+import functools
 import json
 import os
 import select
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -27,6 +36,7 @@ ENGINES = {
     "deepspeed-2": ["--deepspeed_config", "configs/deepspeed/zero2.json"],
     "deepspeed-3": ["--deepspeed_config", "configs/deepspeed/zero3.json"],
 }
+GRACE = 60  # seconds in which ranks are to end by themselves once another has failed
 
 
 @dataclass
@@ -50,15 +60,31 @@ class EndedJob:
         """What all ranks printed."""
         return "\n".join(f"--- rank {rank}\n{text}" for rank, text in enumerate(self.outputs))
 
+    @property
+    def code(self) -> int:
+        """The exit code of the rank that failed first, 0 if none did."""
+        failed = [(at, code) for at, code in zip(self.ended, self.codes, strict=True) if code]
+        return min(failed)[1] if failed else 0
+
     def seconds_to_end(self) -> float:
         """From the fault to the end of the last rank."""
         assert self.fault_at is not None, f"the fault was not injected:\n{self.output[-6000:]}"
         return max(self.ended) - self.fault_at
 
 
+@functools.cache
+def warm_ranks() -> "WarmRanks":
+    """The ones of this test session."""
+    directory = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    ranks = WarmRanks(directory)
+    atexit.register(ranks.close)
+    return ranks
+
+
 @dataclass
 class WarmRanks:
-    """Starts `arsg-imagenet train` on ranks of this machine.
+    """Runs programs on ranks of this machine.
 
     Args:
         directory: for the ranks' output.
@@ -66,25 +92,12 @@ class WarmRanks:
 
     directory: Path
     _jobs: int = 0
-    _reaped: dict[int, tuple[int, float]] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, __file__],
-            cwd=REPOSITORY,
-            env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            bufsize=0,
-        )
-        self._pending = b""
-        self._wait_for("ready", 180)
+    _forks: list["_Fork"] = field(default_factory=list)
 
     def close(self) -> None:
-        """Ends the process; ranks still running are killed."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(20)
+        """Ends the processes; ranks still running are killed."""
+        for fork in self._forks:
+            fork.close()
 
     def run(
         self,
@@ -94,7 +107,7 @@ class WarmRanks:
         faults: tuple[Mapping[str, Any], ...] = (),
         timeout: float = 60,
     ) -> EndedJob:
-        """Runs a training to its end on all ranks.
+        """Runs a training to its end on all ranks; nothing but the training itself ends ranks when one dies.
 
         Args:
             engine: of `ENGINES`.
@@ -103,53 +116,123 @@ class WarmRanks:
             faults: see `fault_points.install`.
             timeout: seconds; after it the ranks are killed and the test fails, since that is a hang.
         """
+        return self.run_program(
+            "deepspeed" if engine.startswith("deepspeed") else "horovodrun",
+            "launch/train_imagenet.py",
+            *ENGINES[engine],
+            *arguments,
+            environment=dict(os.environ),
+            ranks=ranks,
+            faults=faults,
+            timeout=timeout,
+        )
+
+    def run_program(
+        self,
+        launcher: str,
+        program: str | Path,
+        *arguments: object,
+        environment: Mapping[str, str],
+        ranks: int,
+        faults: tuple[Mapping[str, Any], ...] = (),
+        timeout: float = 60,
+        port: int = 0,
+        largest_file: int | None = None,
+        end_together: bool = False,
+    ) -> EndedJob:
+        """Runs a program to its end on all ranks.
+
+        Args:
+            launcher: whose variables the ranks find: "deepspeed", "horovodrun" (over Gloo) or "alone".
+            program: relative to the repository, or absolute.
+            arguments: of the program.
+            environment: all variables, besides those of the launcher.
+            ranks: how many.
+            faults: see `fault_points.install`.
+            timeout: seconds; after it the ranks are killed and the test fails, since that is a hang.
+            port: at which torch's ranks meet; 0: any that is free.
+            largest_file: bytes; writing more to a file fails, as on a full disk.
+            end_together: when a rank has failed and others have not ended soon after, the test fails then: it need not
+                wait for `timeout` to show what the rank said.
+        """
         self._jobs += 1
         job = self.directory / f"job-{self._jobs}"
         job.mkdir(parents=True)
-        variables, server = _wiring(engine, ranks)
-        pids = []
-        for rank in range(ranks):
+        while len(self._forks) < ranks:
+            self._forks.append(_Fork(seed=len(self._forks)))
+        for fork in self._forks[:ranks]:  # all, before a rank begins to wait for the others
+            fork.get_ready()
+        variables, server = _wiring(launcher, ranks, port)
+        running = []
+        for rank, fork in enumerate(self._forks[:ranks]):
             request = {
-                "arguments": [*ENGINES[engine], *map(str, arguments)],
-                "environment": {key: value.format(rank=rank) for key, value in variables.items()},
+                "program": str(REPOSITORY / program),
+                "arguments": [*map(str, arguments)],
+                "environment": {
+                    **environment,
+                    **{key: value.format(rank=rank) for key, value in variables.items()},
+                },
                 "faults": [fault for fault in faults if fault["rank"] in (rank, "all")],
                 "fault_file": str(job / "fault"),
                 "output": str(job / f"rank-{rank}"),
+                "largest_file": largest_file,
             }
-            self._send(request)
-            pids.append(self._wait_for("pid", 30))
-        end = time.monotonic() + timeout
+            running.append((fork, fork.start(request)))
         try:
-            while any(pid not in self._reaped for pid in pids):
-                left = end - time.monotonic()
-                if left <= 0:
-                    hung = [rank for rank, pid in enumerate(pids) if pid not in self._reaped]
-                    for rank in hung:
-                        os.kill(pids[rank], signal.SIGKILL)
-                    self._wait_until(pids)
-                    text = "\n".join((job / f"rank-{rank}").read_text()[-4000:] for rank in hung)
-                    raise AssertionError(f"ranks {hung} were still running after {timeout} s:\n{text}")
-                self._take(left)
+            _wait(running, timeout, job, end_together=end_together)
         finally:
             if server is not None:
                 server.stop()
         fault_file = job / "fault"
+        ends = [fork.ended[pid] for fork, pid in running]
         return EndedJob(
-            codes=[self._reaped[pid][0] for pid in pids],
-            ended=[self._reaped[pid][1] for pid in pids],
+            codes=[code for code, _ in ends],
+            ended=[at for _, at in ends],
             outputs=[(job / f"rank-{rank}").read_text() for rank in range(ranks)],
             fault_at=float(fault_file.read_text()) if fault_file.exists() else None,
         )
 
-    def _wait_until(self, pids: list[int]) -> None:
-        while any(pid not in self._reaped for pid in pids):
-            self._take(20)
 
-    def _send(self, request: dict[str, Any]) -> None:
+class _Fork:
+    """The process that ranks of one number are forked from, seen from the test."""
+
+    def __init__(self, seed: int) -> None:
+        self.ended: dict[int, tuple[int, float]] = {}
+        self._process = subprocess.Popen(
+            [sys.executable, "-u", __file__],
+            cwd=REPOSITORY,
+            env={
+                **os.environ,
+                "PYTHONPATH": str(REPOSITORY),
+                "OMP_NUM_THREADS": "1",
+                "PYTHONHASHSEED": str(seed),
+            },
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,
+        )
+        self._pending = b""
+        self._ready = False
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(20)
+
+    def get_ready(self) -> None:
+        """Waits until everything is imported."""
+        if not self._ready:
+            self._wait_for("ready", 300)
+            self._ready = True
+
+    def start(self, request: dict[str, Any]) -> int:
+        """Forks a rank; its pid."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(request).encode() + b"\n")
+        return self._wait_for("pid", 30)
 
-    def _take(self, seconds: float) -> dict[str, Any] | None:
+    def take(self, seconds: float) -> dict[str, Any] | None:
+        """The next answer, if there is one within this time."""
         assert self._process.stdout is not None
         if b"\n" not in self._pending:
             if not select.select([self._process.stdout], [], [], seconds)[0]:
@@ -162,36 +245,62 @@ class WarmRanks:
         line, _, self._pending = self._pending.partition(b"\n")
         answer: dict[str, Any] = json.loads(line)
         if "ended" in answer:
-            self._reaped[answer["ended"]] = (answer["code"], answer["at"])
+            self.ended[answer["ended"]] = (answer["code"], answer["at"])
         return answer
 
     def _wait_for(self, key: str, seconds: float) -> int:
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            answer = self._take(end - time.monotonic())
+            answer = self.take(end - time.monotonic())
             if answer and key in answer:
                 return int(answer[key])
         raise AssertionError(f"no {key} from the process that forks ranks")
 
 
-def _wiring(engine: str, ranks: int) -> tuple[dict[str, str], Any]:
+def _wait(running: list[tuple[_Fork, int]], timeout: float, job: Path, *, end_together: bool) -> None:
+    """Until every rank has ended; AssertionError if they do not."""
+    end = time.monotonic() + timeout
+    hang = f"after {timeout} s"
+    while left := [rank for rank, (fork, pid) in enumerate(running) if pid not in fork.ended]:
+        if time.monotonic() > end:
+            for rank in left:
+                os.kill(running[rank][1], signal.SIGKILL)
+            for rank in left:
+                fork, pid = running[rank]
+                while pid not in fork.ended:
+                    fork.take(1)
+            text = "\n".join(
+                f"--- {path.name}\n{path.read_text()[-4000:]}" for path in sorted(job.glob("rank-*"))
+            )
+            raise AssertionError(f"ranks {left} were still running {hang}:\n{text}")
+        for rank in left:
+            running[rank][0].take(0.1 / len(left))
+        failed = [rank for rank, (fork, pid) in enumerate(running) if fork.ended.get(pid, (0, 0))[0]]
+        if failed and end_together:
+            end_together = False
+            end = min(end, time.monotonic() + GRACE)
+            hang = f"{GRACE} s after rank {failed[0]} had failed"
+
+
+def _wiring(launcher: str, ranks: int, port: int) -> tuple[dict[str, str], Any]:
     """The variables a launcher would set, {rank} standing for the rank, and a server to be stopped at the end."""
-    if engine.startswith("deepspeed"):
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            port = listener.getsockname()[1]
+    if launcher == "alone":
+        assert ranks == 1
+        return {}, None
+    if launcher == "deepspeed":
         return {
             "RANK": "{rank}",
             "LOCAL_RANK": "{rank}",
             "WORLD_SIZE": str(ranks),
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
+            "MASTER_PORT": str(port or free_port()),
         }, None
+    assert launcher == "horovodrun", launcher
     from horovod.runner.common.util.hosts import get_host_assignments, parse_hosts
     from horovod.runner.http.http_server import RendezvousServer
 
     server = RendezvousServer(0)
-    port = server.start()
+    server_port = server.start()
     server.init(get_host_assignments(parse_hosts(f"localhost:{ranks}"), ranks))
     return {
         "HOROVOD_RANK": "{rank}",
@@ -204,10 +313,19 @@ def _wiring(engine: str, ranks: int) -> tuple[dict[str, str], Any]:
         "HOROVOD_CONTROLLER": "gloo",
         "HOROVOD_CPU_OPERATIONS": "gloo",
         "HOROVOD_GLOO_RENDEZVOUS_ADDR": "127.0.0.1",
-        "HOROVOD_GLOO_RENDEZVOUS_PORT": str(port),
+        "HOROVOD_GLOO_RENDEZVOUS_PORT": str(server_port),
         "HOROVOD_GLOO_IFACE": "lo",
+        # Milliseconds between two looks at what the other ranks want: looking every one takes half of a rank's time.
+        "HOROVOD_CYCLE_TIME": "3",
         "PYTHONUNBUFFERED": "1",
     }, server
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 def _serve() -> None:
@@ -217,9 +335,12 @@ def _serve() -> None:
     global _answers
     _answers = os.dup(1)
     os.dup2(2, 1)  # imports print
-    import deepspeed  # noqa: F401
+    # Beside what a program imports, what DeepSpeed and the others import or load when they are used first: seconds of
+    # every rank. Nothing here starts a thread, which a fork would lose.
+    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  (torch's compiler, by a decorator)
+    import docstring_parser  # noqa: F401
     import horovod.torch  # noqa: F401
-    import matplotlib.figure  # noqa: F401
+    import matplotlib.figure
     import torch.utils.tensorboard  # noqa: F401
 
     import arsg_dist.deepspeed
@@ -227,6 +348,9 @@ def _serve() -> None:
     import arsg_dist.imagenet.cli  # noqa: F401
     from tests.support import fault_points  # noqa: F401
 
+    with tempfile.TemporaryFile() as file:
+        matplotlib.figure.Figure().savefig(file)
+    assert threading.active_count() == 1, threading.enumerate()
     gc.freeze()
     running: set[int] = set()
     _say({"ready": True})
@@ -237,7 +361,7 @@ def _serve() -> None:
             if done:
                 running.discard(pid)
                 _say({"ended": pid, "code": os.waitstatus_to_exitcode(status), "at": time.monotonic()})
-        if not select.select([0], [], [], 0.02)[0]:
+        if not select.select([0], [], [], 0.02 if running else 1)[0]:
             continue
         read = os.read(0, 65536)
         if not read:
@@ -263,20 +387,33 @@ def _say(answer: dict[str, Any]) -> None:
 
 
 def _be_a_rank(request: dict[str, Any]) -> None:
-    output = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    import random
+    import resource
+    import runpy
+
+    output = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     os.dup2(output, 1)
     os.dup2(output, 2)
+    os.close(_answers)
+    os.environ.clear()
     os.environ.update(request["environment"])
+    random.seed()
+    if request["largest_file"]:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (request["largest_file"],) * 2)
     from arsg_dist.engine import end_process
-    from arsg_dist.imagenet.cli import train_command
     from tests.support import fault_points
 
+    sys.argv = [request["program"], *request["arguments"]]
+    sys.path[0] = str(Path(request["program"]).parent)
     code = 1
     try:
         fault_points.install(request["faults"], Path(request["fault_file"]))
-        code = train_command(request["arguments"])
+        runpy.run_path(request["program"], run_name="__main__")
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
     except BaseException:
         import traceback
 
