@@ -16,31 +16,31 @@ from torch.nn import functional
 from arsg_dist.engine import SingleProcessCommunicator, discover_ranks
 from arsg_dist.imagenet.config import OptimizerConfig, TrainConfig
 from arsg_dist.imagenet.engines import build_engine
-from arsg_dist.imagenet.models import build_model
 from tests.imagenet.test_training import epochs_of
 from tests.support.compare import assert_same_weights
 from tests.support.launchers import launch
+from tests.support.small_network import SmallResNet
 
 ENGINES = {
-    "single": ("alone", 1, []),
-    "zero2": ("deepspeed", 2, ["--deepspeed_config", "configs/deepspeed/zero2.json"]),
-    "horovod-sharded": ("mpirun", 2, ["--engine", "horovod-sharded"]),
+    "single": ("warm alone", 1, []),
+    "zero2": ("warm deepspeed", 2, ["--deepspeed_config", "configs/deepspeed/zero2.json"]),
+    "horovod-sharded": ("warm horovodrun", 2, ["--engine", "horovod-sharded"]),
 }
 JOB = "tests/support/imagenet_job.py"
+SMALL = {"ARSG_TEST_SMALL_NETWORK": "1"}
 
 
 def trained(*, compile_network: bool) -> tuple[nn.Module, Tensor]:
     """A network after ten updates in fp64, and its logits in validation."""
     torch.manual_seed(0)
     config = TrainConfig(
-        model="resnet20",
         compile=compile_network,
         channels_last=True,
         optimizer=OptimizerConfig(params={"lr": 0.002, "mu": 0.05, "weight_decay": 1e-3}),
     )
     engine = build_engine(
         "single",
-        build_model(config.model, 10).double(),
+        SmallResNet(10).double(),
         config,
         SingleProcessCommunicator(),
         discover_ranks(),
@@ -66,7 +66,7 @@ def test_the_compiled_network_is_the_network() -> None:
     compiled, compiled_logits = trained(compile_network=True)
     plain, plain_logits = trained(compile_network=False)
     torch.manual_seed(0)
-    start = build_model("resnet20", 10).double()
+    start = SmallResNet(10).double()
     assert_same_weights(
         {name: tensor.detach() for name, tensor in compiled.named_parameters()},
         {name: tensor.detach() for name, tensor in plain.named_parameters()},
@@ -86,14 +86,14 @@ def test_a_compiled_run_is_the_run(engine: str, recipe: list[str], tmp_path: Pat
     compilation loses; the compiled run is interrupted in its second epoch and resumed."""
     launcher, ranks, options = ENGINES[engine]
     settings = [*recipe, *options, "--checkpoint_every", "6"]
-    exact = {"ARSG_TEST_COMPILE_BACKEND": "aot_eager"}
+    exact = {**SMALL, "ARSG_TEST_COMPILE_BACKEND": "aot_eager"}
     for more in (["--max_updates", "7"], ["--resume"]):
         job = launch(launcher, ranks, JOB, *settings, "--compile", "true", *more, variables=exact)
         assert job.code == 0, job.output[-5000:]
-    job = launch(launcher, ranks, JOB, *settings, "--output", tmp_path / "plain")
+    job = launch(launcher, ranks, JOB, *settings, "--output", tmp_path / "plain", variables=SMALL)
     assert job.code == 0, job.output[-5000:]
     compiled, plain = (load_file(tmp_path / name / "weights/last.safetensors") for name in ("run", "plain"))
-    assert compiled.keys() == plain.keys() == build_model("resnet20", 3).state_dict().keys()
+    assert compiled.keys() == plain.keys() == SmallResNet(3).state_dict().keys()
     for name, weight in plain.items():
         assert torch.equal(compiled[name], weight), name
     for key in ("train_loss", "val_loss"):
@@ -107,7 +107,7 @@ def test_a_compiled_run_is_the_run(engine: str, recipe: list[str], tmp_path: Pat
 def test_ranks_compile(recipe: list[str], tmp_path: Path) -> None:
     """Catches ranks that are in each other's way in the compiler's cache, and losses that have nothing in common."""
     launcher, ranks, options = ENGINES["horovod-sharded"]
-    cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
+    cache = {**SMALL, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
     settings = [*recipe, *options, "--epochs", "1"]
     for output, value in (("run", "true"), ("plain", "false")):
         arguments = [*settings, "--compile", value, "--output", str(tmp_path / output)]

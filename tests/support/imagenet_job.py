@@ -1,8 +1,8 @@
 """`arsg-imagenet train` with a signal at a known update and a record of what each rank was given.
 
-Environment: ARSG_TEST_SIGNAL="UPDATES RANK SIGNAL TARGET" sends SIGNAL after so many updates of this start from RANK
-to TARGET ("self", "self-twice": again when it is another keystroke, "launcher": the process the test started,
-"group": that process's group); ARSG_TEST_KEYS is a directory for the images of every micro-batch, one file per rank;
+Environment: ARSG_TEST_SIGNAL="UPDATES RANK SIGNAL TARGET" sends SIGNAL after so many updates of this start from RANK to
+itself (TARGET "self", or "self-twice": again when it is another keystroke); ARSG_TEST_KEYS is a directory for the
+images of every micro-batch, one file per rank; ARSG_TEST_SMALL_NETWORK makes resnet20 a `SmallResNet`;
 ARSG_TEST_COMPILE_BACKEND is the backend of torch.compile.
 """
 
@@ -15,13 +15,14 @@ from collections.abc import Iterator
 from functools import partialmethod
 from pathlib import Path
 
-import psutil
 from torch import nn
 
 from arsg_dist.engine import discover_ranks, end_process
+from arsg_dist.imagenet import models
 from arsg_dist.imagenet.cli import train_command
 from arsg_dist.imagenet.optimization import Schedules
 from arsg_dist.imagenet.order import SampleKey, TrainingOrder
+from tests.support.small_network import SmallResNet
 
 
 def send_at(updates: int, number: signal.Signals, target: str) -> None:
@@ -34,25 +35,12 @@ def send_at(updates: int, number: signal.Signals, target: str) -> None:
         done += 1
         if done == updates:
             print(f"sending {number.name} to {target}", flush=True)
-            if target.startswith("self"):
+            os.kill(os.getpid(), number)
+            if target == "self-twice":
+                time.sleep(1.2)
                 os.kill(os.getpid(), number)
-                if target == "self-twice":
-                    time.sleep(1.2)
-                    os.kill(os.getpid(), number)
-            else:
-                launcher = launched()
-                (os.killpg if target == "group" else os.kill)(launcher, number)
 
     Schedules.after_update = after_update  # type: ignore[method-assign]
-
-
-def launched() -> int:
-    """The process the test started: a child of the test's own."""
-    process = psutil.Process()
-    while process.ppid() != int(os.environ["ARSG_TEST_PID"]):
-        process = process.parent()
-        assert process is not None
-    return process.pid
 
 
 def record(path: Path) -> None:
@@ -76,6 +64,8 @@ if __name__ == "__main__":
             send_at(int(updates), signal.Signals[name], target)
     if "ARSG_TEST_KEYS" in os.environ:
         record(Path(os.environ["ARSG_TEST_KEYS"]) / f"rank-{ranks.rank}.jsonl")
+    if "ARSG_TEST_SMALL_NETWORK" in os.environ:
+        models.ResNet20 = SmallResNet  # type: ignore[misc]
     if "ARSG_TEST_COMPILE_BACKEND" in os.environ:
         nn.Module.compile = partialmethod(  # type: ignore[method-assign, assignment]
             nn.Module.compile, backend=os.environ["ARSG_TEST_COMPILE_BACKEND"]
