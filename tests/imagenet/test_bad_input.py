@@ -186,7 +186,7 @@ def contents(directory: Path) -> dict[str, bytes]:
 @pytest.mark.ranks
 def test_a_full_disk_while_weights_are_written_is_said(recipe: list[str], tmp_path: Path) -> None:
     """Catches a traceback instead of the file's name, and half a file under the name of a whole one."""
-    job = launch("alone", 1, SCRIPT, *recipe, timeout=90, largest_file=500_000)
+    job = launch("warm alone", 1, SCRIPT, *recipe, timeout=90, largest_file=500_000)
     assert job.code == 2, job.output[-5000:]
     assert f"cannot write {tmp_path / 'run' / 'weights'}" in job.output
     assert "Traceback" not in job.output
@@ -196,7 +196,7 @@ def test_a_full_disk_while_weights_are_written_is_said(recipe: list[str], tmp_pa
 @pytest.mark.ranks
 def test_ranks_without_an_engine_are_refused(recipe: list[str]) -> None:
     """Catches a job that silently comes up as two jobs of one rank."""
-    job = launch("mpirun", 2, SCRIPT, *recipe)
+    job = launch("warm horovodrun", 2, SCRIPT, *recipe)
     assert job.code != 0
     assert "started 2 ranks but no engine was chosen" in job.output
 
@@ -208,6 +208,6 @@ def test_contradicting_deepspeed_config_is_refused(recipe: list[str], tmp_path: 
     path.write_text(
         '{"optimizer": {"type": "ARSG", "params": {"lr": 0.5}}, "zero_optimization": {"stage": 1}}'
     )
-    job = launch("deepspeed", 2, SCRIPT, "--deepspeed_config", path, *recipe)
+    job = launch("warm deepspeed", 2, SCRIPT, "--deepspeed_config", path, *recipe)
     assert job.code != 0
     assert "optimizer.params.lr = 0.5 but this run uses 0.01" in job.output

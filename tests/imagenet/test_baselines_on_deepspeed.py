@@ -36,7 +36,7 @@ def test_two_ranks_train_as_one_process_does(
     settings = [*recipe, "--optimizer.type", name, "--optimizer.params", OPTIMIZERS[name]]
     stopped = ["--deepspeed_config", f"configs/deepspeed/zero{stage}.json", "--checkpoint_every", "6"]
     for more in (["--max_updates", "7"], ["--resume"]):
-        job = launch("deepspeed", 2, SCRIPT, *settings, *stopped, *more)
+        job = launch("warm deepspeed", 2, SCRIPT, *settings, *stopped, *more)
         assert job.code == 0, job.output[-5000:]
     alone = [*settings, "--accumulation_steps", "2", "--output", str(tmp_path / "alone")]
     assert train_command(alone) == 0

@@ -21,10 +21,10 @@ FEATURES = [
     *("--batch_size", "28", "--evaluate_at", "theta"),
 ]
 ENGINES = {
-    "zero1": ("deepspeed", ["--deepspeed_config", "configs/deepspeed/zero1.json", "--ema_decay", "0.9"]),
-    "zero3": ("deepspeed", ["--deepspeed_config", "configs/deepspeed/zero3.json"]),
-    "horovod": ("mpirun", ["--engine", "horovod", "--ema_decay", "0.9"]),
-    "horovod-sharded": ("mpirun", ["--engine", "horovod-sharded", "--ema_decay", "0.9"]),
+    "zero1": ("warm deepspeed", ["--deepspeed_config", "configs/deepspeed/zero1.json", "--ema_decay", "0.9"]),
+    "zero3": ("warm deepspeed", ["--deepspeed_config", "configs/deepspeed/zero3.json"]),
+    "horovod": ("warm horovodrun", ["--engine", "horovod", "--ema_decay", "0.9"]),
+    "horovod-sharded": ("warm horovodrun", ["--engine", "horovod-sharded", "--ema_decay", "0.9"]),
 }
 FP16 = [
     "--precision",

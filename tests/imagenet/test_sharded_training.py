@@ -17,7 +17,7 @@ SCRIPT = "launch/train_imagenet.py"
 
 
 def train(engine: str, *arguments: object) -> None:
-    job = launch("mpirun", 2, SCRIPT, "--engine", engine, *arguments)
+    job = launch("warm horovodrun", 2, SCRIPT, "--engine", engine, *arguments)
     assert job.code == 0, job.output[-5000:]
     assert "over all 21 images" in job.output
 
