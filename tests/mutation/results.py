@@ -41,7 +41,7 @@ def write(results: dict[str, Result], mutations: list[Mutation], path: Path = RE
         "",
         f"Written by `python -m tests.mutation`. **{seen} of {len(done)} are seen**"
         + (f" ({seen / len(done):.0%})." if done else ".")
-        + (f" {len(mutations) - len(done)} have not been tried." if len(done) < len(mutations) else ""),
+        + (f" {len(mutations) - len(done)} not tried." if len(done) < len(mutations) else ""),
         "",
         "| mistake | result | by | what goes wrong |",
         "|---|---|---|---|",
