@@ -428,6 +428,11 @@ def test_the_index_of_a_split_is_bounded(tmp_path: Path, monkeypatch: pytest.Mon
     write_index(split, [(0, 2**62, 2**62, 0)])
     with pytest.raises(ValueError, match="leads outside"):
         TarShards(split)
+    write_index(split, [])
+    fifo(split / "shard-000000.tar")
+    describe(split, shards=[{"name": "shard-000000.tar", "bytes": 0}])
+    with pytest.raises(ValueError, match="is not a regular file"):
+        TarShards(split)
     monkeypatch.setattr(tar_shards, "_LARGEST_INDEX", 10)
     with pytest.raises(ValueError, match=r"index\.npy has more than"):
         TarShards(split)
