@@ -1,4 +1,6 @@
 import os
+import subprocess
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -22,3 +24,35 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=12,
         help="kill points of the slow test, per engine; hundreds take half an hour",
     )
+    parser.addoption(
+        "--turn", type=int, help="which of the tests that take turns run (default: the commit decides)"
+    )
+    parser.addoption("--full", action="store_true", help="tests that take turns run all")
+
+
+def _turn(config: pytest.Config) -> int:
+    given: int | None = config.getoption("--turn")
+    if given is not None:
+        return given
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
+    return int(commit.stdout, 16) if commit.returncode == 0 else 0
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    if config.getoption("--full"):
+        return "tests that take turns: all"
+    return f"tests that take turns: as with --turn {_turn(config) % 2}; --full has all"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out the tests whose turn it is not."""
+    if config.getoption("--full"):
+        return
+    turn, kept, others = _turn(config), list[pytest.Item](), list[pytest.Item]()
+    for item in items:
+        mark = item.get_closest_marker("turn")
+        (kept if not mark or turn % mark.kwargs["of"] == mark.args[0] else others).append(item)
+    config.hook.pytest_deselected(items=others)
+    items[:] = kept

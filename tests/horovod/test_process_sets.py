@@ -7,7 +7,7 @@ from tests.support.launchers import launch
 pytestmark = pytest.mark.ranks
 
 
-@pytest.mark.parametrize("launcher", ["mpirun", pytest.param("horovodrun", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("launcher", ["mpirun", pytest.param("warm horovodrun", marks=pytest.mark.slow)])
 def test_some_ranks_train_together(launcher: str) -> None:
     """Catches an exchange with ranks of another set, an average over the wrong number, a state on the wrong rank, and
     a hang of an optimizer of all ranks after one of some."""

@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from tests.horovod.test_sharded import MPI_AND_GLOO
 from tests.support.horovod_exchange_stress_job import ROUNDS
 from tests.support.launchers import launch
 
@@ -12,8 +13,7 @@ pytestmark = [pytest.mark.ranks, pytest.mark.slow]
 JOB = "tests/support/horovod_exchange_stress_job.py"
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4])
-@pytest.mark.parametrize("launcher", ["mpirun", "horovodrun"])
+@pytest.mark.parametrize(("launcher", "ranks"), MPI_AND_GLOO)
 def test_the_chosen_exchange_is_right_every_time(launcher: str, ranks: int) -> None:
     """Catches data that arrive wrong once in hundreds of times."""
     few_cores = {"OMPI_MCA_mpi_yield_when_idle": "1"}  # a waiting rank would keep a core from the others
