@@ -39,7 +39,12 @@ def finished_job(ranks: int, selection: str) -> tuple[Finished, dict[str, Any]]:
     with tempfile.TemporaryDirectory() as directory:
         output = Path(directory) / "results.pt"
         job = launch(
-            "deepspeed", ranks, "tests/support/deepspeed_base_iterate_job.py", output, selection, timeout=500
+            "warm deepspeed",
+            ranks,
+            "tests/support/deepspeed_base_iterate_job.py",
+            output,
+            selection,
+            timeout=500,
         )
         return job, torch.load(output, weights_only=True) if output.exists() else {}
 

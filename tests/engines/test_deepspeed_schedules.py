@@ -27,7 +27,9 @@ def finished_job() -> tuple[Finished, dict[str, Any]]:
     """All schedules and stages in one job on 2 ranks."""
     with tempfile.TemporaryDirectory() as directory:
         output = Path(directory)
-        finished = launch("deepspeed", 2, "tests/support/deepspeed_schedules_job.py", output, timeout=550)
+        finished = launch(
+            "warm deepspeed", 2, "tests/support/deepspeed_schedules_job.py", output, timeout=550
+        )
         results = output / "results.pt"
         return finished, torch.load(results, weights_only=True) if results.exists() else {}
 
