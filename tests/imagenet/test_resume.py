@@ -1,7 +1,6 @@
 """Runs that are killed or told to stop in mid-epoch go on as if nothing had happened."""
 
 import json
-import os
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -15,6 +14,7 @@ from arsg_dist.engine.exit_codes import PREEMPTED
 from arsg_dist.imagenet.models import build_model
 from arsg_dist.imagenet.shard_writer import shard_command
 from arsg_dist.imagenet.stopping import MARKER
+from tests.imagenet.test_training import epochs_of, without_speed
 from tests.support.compare import assert_same_weights
 from tests.support.launchers import Finished, launch
 
@@ -22,8 +22,8 @@ JOB = "tests/support/imagenet_job.py"
 ENGINES = {
     "single": ("alone", 1, []),
     "deepspeed": ("deepspeed", 2, ["--deepspeed_config", "configs/deepspeed/zero1.json"]),
-    "horovod": ("mpirun", 2, ["--engine", "horovod"]),
-    "horovod-sharded": ("mpirun", 2, ["--engine", "horovod-sharded"]),
+    "horovod": ("horovodrun", 2, ["--engine", "horovod"]),
+    "horovod-sharded": ("horovodrun", 2, ["--engine", "horovod-sharded"]),
 }
 # 60 images, 18 per update: the three epochs end with updates 4, 7 and 10, the last of which is not full.
 SETTINGS = ["--epochs", "3", "--batch_size", "18", "--checkpoint_every", "2", "--seed", "7"]
@@ -36,18 +36,20 @@ class Run:
         self.directory, self._recipe, self._monkeypatch = directory, recipe, monkeypatch
         self.keys: list[Path] = []
 
-    def start(self, engine: str, *more: str, signal: str = "", ranks: int = 0) -> Finished:
+    def start(
+        self, engine: str, *more: str, signal: str = "", ranks: int = 0, real_launcher: str = ""
+    ) -> Finished:
+        """On warm ranks, or through a real launcher."""
         launcher, usual_ranks, options = ENGINES[engine]
         keys = self.directory.with_name(f"{self.directory.name}-keys-{len(self.keys)}")
         keys.mkdir()
         self.keys.append(keys)
         self._monkeypatch.setenv("ARSG_TEST_KEYS", str(keys))
-        self._monkeypatch.setenv("ARSG_TEST_PID", str(os.getpid()))
         self._monkeypatch.delenv("ARSG_TEST_SIGNAL", raising=False)
         if signal:
             self._monkeypatch.setenv("ARSG_TEST_SIGNAL", signal)
         return launch(
-            launcher,
+            real_launcher or f"warm {launcher}",
             ranks or usual_ranks,
             JOB,
             *options,
@@ -75,12 +77,7 @@ class Run:
         )
 
     def epochs(self) -> list[dict[str, object]]:
-        records = [json.loads(line) for line in (self.directory / "metrics.jsonl").read_text().splitlines()]
-        return [
-            {key: record[key] for key in ("epoch", "update", "train_loss", "val_loss", "val_top1", "lr")}
-            for record in records
-            if record["kind"] == "epoch"
-        ]
+        return without_speed(epochs_of(self.directory))
 
     def weights(self) -> dict[str, torch.Tensor]:
         return load_file(self.directory / "weights" / "last.safetensors")
@@ -105,12 +102,12 @@ def test_killed_and_stopped_in_mid_epoch_gives_the_bits_of_the_uninterrupted_run
     """Catches anything missing in a checkpoint (weights, shards, ranks' own running statistics, schedule, place in the
     data, sums for the epoch's loss), images seen twice or never, also those that loader processes had read ahead, a
     rank that stops alone, and loader processes that die of its signal or outlive it."""
+    whole = Run(monkeypatch, recipe, tmp_path / "whole")  # the images come without workers or shards here
     if loading == "workers":
         recipe = [*recipe, "--data.workers", "2"]
     elif loading == "shards":
         assert shard_command([str(small_tree), str(tmp_path / "shards"), "--workers", "1"]) == 0
         recipe = [*recipe, "--data.source", "shards", "--data.root", str(tmp_path / "shards")]
-    whole = Run(monkeypatch, recipe, tmp_path / "whole")
     job = whole.start(engine)
     assert job.code == 0, job.output[-5000:]
     assert whole.seen(0) == EVERYTHING
@@ -122,7 +119,13 @@ def test_killed_and_stopped_in_mid_epoch_gives_the_bits_of_the_uninterrupted_run
     assert killed.code != 0
     assert run.checkpoints() == [2]
 
-    stopped = run.start(engine, "--resume", signal=f"3 {last_rank} SIGUSR1 self")
+    # DeepSpeed's launcher must hand the exit code on; mpirun is below.
+    stopped = run.start(
+        engine,
+        "--resume",
+        signal=f"3 {last_rank} SIGUSR1 self",
+        real_launcher="deepspeed" if engine == "deepspeed" else "",
+    )
     assert stopped.code == PREEMPTED, stopped.output[-5000:]
     assert stopped.output.count("stopped by SIGUSR1 after 6 updates") == 1, stopped.output[-5000:]
     assert run.checkpoints() == [4, 6]
@@ -158,7 +161,7 @@ def test_another_number_of_ranks_goes_on_with_the_same_images(
 ) -> None:
     """Catches a place in the data that is counted in batches of a rank, and state that only two ranks can read."""
     run = Run(monkeypatch, recipe, tmp_path / "run")
-    assert run.start("horovod", signal="2 0 SIGTERM self").code == PREEMPTED
+    assert run.start("horovod", signal="2 0 SIGTERM self", real_launcher="mpirun").code == PREEMPTED
     shutil.copytree(run.directory, tmp_path / "alone")
     job = run.start("horovod", "--resume", ranks=3)
     assert job.code == 0, job.output[-5000:]
