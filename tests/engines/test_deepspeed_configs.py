@@ -24,7 +24,9 @@ def finished_job() -> tuple[Finished, dict[str, Any]]:
     """All configs and all counts in one job."""
     with tempfile.TemporaryDirectory() as directory:
         output = Path(directory)
-        finished = launch("deepspeed", RANKS, "tests/support/deepspeed_configs_job.py", output, timeout=550)
+        finished = launch(
+            "warm deepspeed", RANKS, "tests/support/deepspeed_configs_job.py", output, timeout=550
+        )
         results = output / "results.pt"
         return finished, torch.load(results, weights_only=True) if results.exists() else {}
 

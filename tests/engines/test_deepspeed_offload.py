@@ -114,7 +114,7 @@ def outcomes() -> list[dict[str, Any]]:
     """Of both ranks."""
     with tempfile.TemporaryDirectory() as directory:
         output = Path(directory) / "outcomes.pt"
-        job = launch("deepspeed", 2, "tests/support/deepspeed_offload_job.py", output)
+        job = launch("warm deepspeed", 2, "tests/support/deepspeed_offload_job.py", output)
         assert job.code == 0, job.output[-5000:]
         found: list[dict[str, Any]] = torch.load(output, weights_only=True)
         return found

@@ -14,7 +14,7 @@ from tests.support.launchers import launch
 
 pytestmark = [pytest.mark.ranks, pytest.mark.slow]
 
-CHAIN = (("mpirun", 2), ("horovodrun", 3), ("alone", 1))
+CHAIN = (("mpirun", 2), ("warm horovodrun", 3), ("warm alone", 1))
 
 
 def one_process(dtype: torch.dtype, ranks_of_update: list[int]) -> dict[str, Tensor]:

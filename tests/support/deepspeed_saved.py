@@ -23,7 +23,12 @@ def saved_by(ranks: int, selection: str) -> tuple[Finished, Path]:
     directory = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
     job = launch(
-        "deepspeed", ranks, "tests/support/deepspeed_checkpoint_job.py", directory, selection, timeout=500
+        "warm deepspeed",
+        ranks,
+        "tests/support/deepspeed_checkpoint_job.py",
+        directory,
+        selection,
+        timeout=500,
     )
     return job, directory
 
