@@ -222,7 +222,7 @@ class _Fork:
     def get_ready(self) -> None:
         """Waits until everything is imported."""
         if not self._ready:
-            self._wait_for("ready", 300)
+            self._wait_for("ready", 590)
             self._ready = True
 
     def start(self, request: dict[str, Any]) -> int:
