@@ -102,12 +102,12 @@ def test_killed_and_stopped_in_mid_epoch_gives_the_bits_of_the_uninterrupted_run
     """Catches anything missing in a checkpoint (weights, shards, ranks' own running statistics, schedule, place in the
     data, sums for the epoch's loss), images seen twice or never, also those that loader processes had read ahead, a
     rank that stops alone, and loader processes that die of its signal or outlive it."""
-    whole = Run(monkeypatch, recipe, tmp_path / "whole")  # the images come without workers or shards here
-    if loading == "workers":
-        recipe = [*recipe, "--data.workers", "2"]
-    elif loading == "shards":
+    if loading == "shards":
         assert shard_command([str(small_tree), str(tmp_path / "shards"), "--workers", "1"]) == 0
         recipe = [*recipe, "--data.source", "shards", "--data.root", str(tmp_path / "shards")]
+    whole = Run(monkeypatch, recipe, tmp_path / "whole")
+    if loading == "workers":  # the run that it is compared with needs none
+        recipe = [*recipe, "--data.workers", "2"]
     job = whole.start(engine)
     assert job.code == 0, job.output[-5000:]
     assert whole.seen(0) == EVERYTHING
