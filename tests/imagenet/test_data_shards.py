@@ -162,7 +162,7 @@ def test_a_shard_without_a_good_image_leaves_the_others_in_their_places(
 ) -> None:
     """Catches an index that counts a shard which was not written: its images would be read from the next one."""
     tree = ImageTree(small_tree / "train")
-    shards = [write_shard(shard) for shard in _plan(tree, tmp_path, shard_bytes=2048)]
+    shards = [write_shard(shard) for shard in _plan(tree, tmp_path, 2048, DataConfig())]
     assert len(shards) > 3
     bad = shards[1]
     bad.bad, bad.records = [f"{path}: bad" for _, path, _ in bad.images], []
@@ -186,7 +186,7 @@ def test_a_shard_without_a_good_image_leaves_the_others_in_their_places(
 def test_an_index_that_leads_anywhere_else_is_refused(small_tree: Path, tmp_path: Path) -> None:
     """Catches a border of the index that is one off: bytes of another image, or a label without a class."""
     tree = ImageTree(small_tree / "val")
-    shards = [write_shard(shard) for shard in _plan(tree, tmp_path, shard_bytes=4096)]
+    shards = [write_shard(shard) for shard in _plan(tree, tmp_path, 4096, DataConfig())]
     _describe(tree, small_tree / "val", tmp_path, shards)
     good = np.load(tmp_path / "index.npy")
     last = good[-1]
