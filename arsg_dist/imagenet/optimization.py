@@ -149,6 +149,8 @@ def _check_like(saved: Any, own: Any, what: str) -> None:
     elif isinstance(own, list) and isinstance(saved, list):
         for value in saved:
             _check_like(value, own[0] if own else 0, what)
+    elif own is None and isinstance(saved, list):  # nothing yet, as the ratios of a boost that has not been
+        _check_like(saved, [0.0], what)
     elif not (type(saved) is type(own) or (type(saved) in number and type(own) in number)):
         raise ValueError(f"{what} have {printable(saved, limit=100)!r} where {own!r} is now")
 
