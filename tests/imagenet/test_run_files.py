@@ -71,8 +71,12 @@ def test_records_up_to_the_checkpoint_stay_and_their_clock_goes_on(tmp_path: Pat
     """Catches the record of the very update that a run is resumed at lost, later ones kept twice, a line that a kill
     cut off, and wall time that begins anew."""
 
+    start = {"time": "", "command": [], "packages": {}, "device": "", "hosts": 1, "seed": 1, "data": ""}
+
     def log(resumed_updates: int | None) -> RunLog:
-        return RunLog(tmp_path, {"seed": 1}, resumed_updates=resumed_updates, environment={}, classes=["a"])
+        return RunLog(
+            tmp_path, {"seed": 1}, resumed_updates=resumed_updates, environment=start, classes=["a"]
+        )
 
     first = log(None)
     for update in (2, 4, 6):
