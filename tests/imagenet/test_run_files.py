@@ -86,7 +86,7 @@ def test_records_up_to_the_checkpoint_stay_and_their_clock_goes_on(tmp_path: Pat
     metrics.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"kind": "tra')
     second = log(4)
     second.write("train", 6, {"loss": 2.0})
-    records = read_metrics(tmp_path)
+    records = list(read_metrics(tmp_path))
     assert [record["update"] for record in records] == [2, 4, 6]
     assert records[-1]["loss"] == 2.0
     assert 400 <= records[-1]["seconds"] < 460
