@@ -19,6 +19,8 @@ from arsg_dist.horovod.group import Group
 
 _RELATIVE_VARIANCE = 1e-12
 _NAMED = 8
+_RECORDED = "base_iterate_scale"
+"""No setting but what ARSG notes of its last step, which a rank that holds nothing of a group does not make."""
 
 
 @contextmanager
@@ -70,6 +72,8 @@ def _numbers(optimizer: Optimizer) -> Iterator[tuple[str, float]]:
     """Names and values, as many on every rank."""
     for index, group in enumerate(optimizer.param_groups):
         for setting in optimizer.defaults:
+            if setting == _RECORDED:
+                continue
             value = group.get(setting)
             for member in value if isinstance(value, (tuple, list)) else (value,):
                 yield f"{setting} of group {index}", _number(member)
