@@ -1,6 +1,7 @@
 """Universal checkpoints: another number of ranks, another ZeRO stage, and what is refused."""
 
 import functools
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -254,7 +255,7 @@ def test_an_incomplete_checkpoint_is_not_converted(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     for path in (source / tag).glob("*.pt"):
         if "rank_1_" not in path.name:
-            (tmp_path / "in" / path.name).symlink_to(path)
+            shutil.copy(path, tmp_path / "in" / path.name)
     with pytest.raises(ValueError, match=r"incomplete.*2 ranks wrote it"):
         convert(tmp_path / "in", tmp_path / "out")
     assert not (tmp_path / "out").exists()

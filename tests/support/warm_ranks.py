@@ -338,7 +338,6 @@ def _serve() -> None:
     # Beside what a program imports, what DeepSpeed and the others import or load when they are used first: seconds of
     # every rank. Nothing here starts a thread, which a fork would lose.
     import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  (torch's compiler, by a decorator)
-    import docstring_parser  # noqa: F401
     import horovod.torch  # noqa: F401
     import matplotlib.figure
     import torch.utils.tensorboard  # noqa: F401
