@@ -14,18 +14,9 @@ CACHES = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
 """Variable → directory in `private_cache`: compiled code that the next start loads and runs."""
 
 
-def environment_of_child(environ: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Return the environment for a Python process that we start: modules of its current directory are not imported.
-
-    Args:
-        environ: to start from, default `os.environ`.
-    """
-    return {**(os.environ if environ is None else environ), "PYTHONSAFEPATH": "1"}
-
-
 @contextmanager
 def safe_start() -> Iterator[None]:
-    """Give Python processes that a library starts meanwhile the environment of `environment_of_child`.
+    """Keep Python processes that a library starts meanwhile from importing modules of their current directory.
 
     The servers of `multiprocessing` are such: they would import ``selectors.py`` of the current directory.
     """
