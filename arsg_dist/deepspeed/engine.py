@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import deepspeed
@@ -15,14 +15,17 @@ from arsg_dist.deepspeed.engine_state import COUNTERS, engine_state
 from arsg_dist.deepspeed.load_saved import check_saved, fill, publish
 from arsg_dist.deepspeed.shared_memory import release_shared_memory
 from arsg_dist.engine import (
+    Capabilities,
     Communicator,
     Engine,
     EngineState,
     Ranks,
     SavedState,
     TorchCommunicator,
+    all_finite,
     announce_to_torch,
     collective_timeout,
+    copy_weights,
     init_method,
 )
 
@@ -53,6 +56,16 @@ def connect(ranks: Ranks) -> Communicator:
         )
     release_shared_memory()
     return communicator
+
+
+def capabilities_at(stage: int) -> Capabilities:
+    """What code above an engine may count on at a ZeRO stage."""
+    if stage < 3:
+        return Capabilities()
+    return Capabilities(
+        no_whole_weights="ZeRO stage 3, under which no rank holds the whole weights: "
+        "use a DeepSpeed config with stage 0, 1 or 2"
+    )
 
 
 def _device(ranks: Ranks) -> torch.device:
@@ -103,6 +116,7 @@ class DeepSpeedEngine(Engine):
         elif self.engine.fp16_enabled():
             self.input_dtype = torch.float16
         self.loss_scaling = self.engine.fp16_enabled()
+        self.capabilities = capabilities_at(self.engine.zero_optimization_stage())
         self._skip_nonfinite = skip_nonfinite and not self.loss_scaling
         if self._skip_nonfinite and hasattr(self.engine.optimizer, "check_grad_overflow"):
             self.engine.optimizer.check_grad_overflow = (
@@ -125,14 +139,25 @@ class DeepSpeedEngine(Engine):
         """Stage 0 in fp32 has no check of its own; without gradients its step changes nothing."""
         if not self.engine.is_gradient_accumulation_boundary():
             return
-        gradients = [p.grad for p in self.engine.module.parameters() if p.grad is not None]
-        if gradients and not torch.stack(torch._foreach_norm(gradients, torch.inf)).isfinite().all():
+        if not all_finite(p.grad for p in self.engine.module.parameters() if p.grad is not None):
             self.engine.module.zero_grad(set_to_none=True)
             self.skipped_updates += 1
 
+    def whole_weights(self) -> dict[str, torch.Tensor]:
+        """Gather the model's state dict, under ZeRO stage 3 from all ranks."""
+        parts = [p for p in self.engine.module.parameters() if hasattr(p, "ds_id")]
+        gathered = deepspeed.zero.GatheredParameters(parts) if parts else nullcontext()
+        with gathered:
+            return copy_weights(self.engine.module) if self.communicator.rank == 0 else {}
+
+    def local_parameters(self) -> Iterator[torch.Tensor]:
+        """Yield the parameters, under ZeRO stage 3 this rank's parts."""
+        for parameter in self.engine.module.parameters():
+            yield getattr(parameter, "ds_tensor", parameter)
+
     def replicated_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The parameters, at stages 0 to 2."""
-        if self.engine.zero_optimization_stage() == 3:
+        if self.capabilities.no_whole_weights:
             raise NotImplementedError("under ZeRO stage 3 no rank holds whole weights to compare")
         yield from self.engine.module.named_parameters()
 
@@ -158,8 +183,7 @@ class DeepSpeedEngine(Engine):
         """Moves the parameters to θ and back; see `arsg_dist.deepspeed.base_iterate`."""
         return base_iterate(self.engine)
 
-    def _refuse_at_base_iterate(self, what: str) -> None:
-        if getattr(self.engine.basic_optimizer, "_at_base_iterate", False):
-            raise RuntimeError(
-                f"{what} inside base_iterate(): the parameters are not at the observation point x"
-            )
+    @property
+    def at_base_iterate(self) -> bool:
+        """Whether a `base_iterate` context is entered."""
+        return bool(getattr(self.engine.basic_optimizer, "_at_base_iterate", False))

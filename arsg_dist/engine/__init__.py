@@ -5,7 +5,8 @@
 """
 
 from arsg_dist.engine.agreement import check_agreement, package_versions
-from arsg_dist.engine.base import Engine
+from arsg_dist.engine.base import Capabilities, Engine, all_finite, copy_weights
+from arsg_dist.engine.builder import EngineBuilder, TrainingSettings
 from arsg_dist.engine.communicator import (
     Communicator,
     JobError,
@@ -13,29 +14,40 @@ from arsg_dist.engine.communicator import (
     TorchCommunicator,
     end_process,
 )
+from arsg_dist.engine.local import LocalBuilder, LocalEngine, SingleProcessEngine
 from arsg_dist.engine.ranks import Ranks, discover_ranks
+from arsg_dist.engine.registry import ENGINES, EngineEntry, load_builder
 from arsg_dist.engine.rendezvous import announce_to_torch, collective_timeout, init_method
 from arsg_dist.engine.replica_check import check_replicas
 from arsg_dist.engine.saved_state import SavedState
-from arsg_dist.engine.single import SingleProcessEngine
 from arsg_dist.engine.state import EngineState
 
 __all__ = [
+    "ENGINES",
+    "Capabilities",
     "Communicator",
     "Engine",
+    "EngineBuilder",
+    "EngineEntry",
     "EngineState",
     "JobError",
+    "LocalBuilder",
+    "LocalEngine",
     "Ranks",
     "SavedState",
     "SingleProcessCommunicator",
     "SingleProcessEngine",
     "TorchCommunicator",
+    "TrainingSettings",
+    "all_finite",
     "announce_to_torch",
     "check_agreement",
     "check_replicas",
     "collective_timeout",
+    "copy_weights",
     "discover_ranks",
     "end_process",
     "init_method",
+    "load_builder",
     "package_versions",
 ]

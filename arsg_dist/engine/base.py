@@ -1,8 +1,9 @@
 """The interface between a training loop and whatever distributes it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -10,6 +11,35 @@ from torch import nn
 from arsg_dist.engine.communicator import Communicator
 from arsg_dist.engine.saved_state import SavedState
 from arsg_dist.engine.state import EngineState
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What code above an engine may count on.
+
+    Attributes:
+        no_whole_weights: "" where every rank holds the whole weights between updates; else under what it does not, and
+            what to use instead, for a message.
+    """
+
+    no_whole_weights: str = ""
+
+
+def all_finite(tensors: Iterable[torch.Tensor]) -> bool:
+    """Whether no element of any of these tensors is NaN or infinite; waits for their device once."""
+    held = [tensor for tensor in tensors if tensor.numel()]
+    largest = torch._foreach_norm(held, torch.inf) if held else []
+    return not largest or bool(torch.stack([norm.float() for norm in largest]).isfinite().all())
+
+
+def copy_weights(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Copy a module's state dict to contiguous CPU tensors, floating ones as float32."""
+    return {
+        name: (tensor.detach().float() if tensor.is_floating_point() else tensor.detach())
+        .to("cpu", copy=True)
+        .contiguous()
+        for name, tensor in module.state_dict().items()
+    }
 
 
 class Engine(ABC):
@@ -33,6 +63,7 @@ class Engine(ABC):
         accumulation_steps: micro-batches per update and rank.
         loss_scaling: whether updates whose scaled gradient overflows are left out as a matter of course (fp16).
         skipped_updates: updates left out so far, since their gradient was not finite; the same on every rank.
+        capabilities: what code above it may count on.
     """
 
     kind: str
@@ -44,6 +75,7 @@ class Engine(ABC):
     input_dtype: torch.dtype = torch.float32
     loss_scaling: bool = False
     skipped_updates: int = 0
+    capabilities: Capabilities = Capabilities()
 
     @abstractmethod
     def backward(self, loss: torch.Tensor) -> None:
@@ -71,6 +103,29 @@ class Engine(ABC):
             JobError: on every rank: the saved run does not fit this model and optimizer, which is found before anything
                 changes; or a file of it is damaged, after which this engine is to be thrown away or to load another.
         """
+
+    @abstractmethod
+    def whole_weights(self) -> dict[str, torch.Tensor]:
+        """Copy the model's state dict to rank 0's main memory, floating tensors as float32. Collective.
+
+        Returns:
+            Contiguous CPU tensors by name on rank 0, nothing on the others.
+        """
+
+    def local_parameters(self) -> Iterator[torch.Tensor]:
+        """Yield what this rank holds of the model's parameters: all of them, or its parts."""
+        yield from self.module.parameters()
+
+    @property
+    def at_base_iterate(self) -> bool:
+        """Whether a `base_iterate` context is entered."""
+        return False
+
+    def _refuse_at_base_iterate(self, what: str) -> None:
+        if self.at_base_iterate:
+            raise RuntimeError(
+                f"{what} inside base_iterate(): the parameters are not at the observation point x"
+            )
 
     def replicated_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Name → tensor of what every rank holds and must hold the same, bit for bit, between updates.

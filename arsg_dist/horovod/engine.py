@@ -1,17 +1,19 @@
-"""Horovod's replicated data parallelism behind the common `Engine` interface."""
+"""Horovod behind the common `Engine` interface: replicated, and with sharded optimizer state."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-from arsg_dist.engine import Communicator, SingleProcessEngine
+from arsg_dist.engine import Communicator, EngineState, LocalEngine, SavedState
 from arsg_dist.horovod.broadcast import broadcast_parameters
 from arsg_dist.horovod.distributed import DistributedOptimizer
+from arsg_dist.horovod.sharded import ShardedOptimizer
+from arsg_dist.horovod.sharded_checkpoint import load_sharded, sharded_engine_state
 
 
-class HorovodEngine(SingleProcessEngine):
+class HorovodEngine(LocalEngine):
     """Every rank holds model and optimizer; Horovod averages the gradients while they are computed.
 
     Subclasses distribute the optimizer in another way.
@@ -52,12 +54,12 @@ class HorovodEngine(SingleProcessEngine):
         super().__init__(
             module,
             distributed,
+            communicator,
             accumulation_steps=accumulation_steps,
             clip_grad_norm=clip_grad_norm,
             loss_scaling=loss_scaling,
             skip_nonfinite=skip_nonfinite,
         )
-        self.communicator = communicator
 
     def _update(self) -> None:
         if not (self._clip_grad_norm or self._grad_scaler.is_enabled() or self._skip_nonfinite):
@@ -67,3 +69,50 @@ class HorovodEngine(SingleProcessEngine):
         self.optimizer.synchronize()  # type: ignore[attr-defined]
         with self.optimizer.skip_synchronize():  # type: ignore[attr-defined]
             super()._update()
+
+
+class HorovodShardedEngine(HorovodEngine):
+    """Every rank holds the model; optimizer state and fp32 masters are divided among the ranks.
+
+    Arguments as of `HorovodEngine`, the further ones of `ShardedOptimizer`, such as `bucket_mb`.
+    """
+
+    kind = "horovod-sharded"
+    optimizer: ShardedOptimizer
+    _distribute = staticmethod(ShardedOptimizer)
+
+    def _gradient_is_finite(self) -> bool:
+        return self.optimizer.gradient_is_finite()
+
+    def replicated_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The parameters."""
+        self.optimizer.synchronize_parameters()
+        yield from self.module.named_parameters()
+
+    def check_next_sums(self) -> None:
+        """Every bucket's sum is computed by the next rank too, from the same gradients."""
+        self.optimizer.check_sums(True)
+
+    def faulty_sums(self) -> list[str]:
+        """The buckets whose two sums differ."""
+        self.optimizer.check_sums(False)
+        return self.optimizer.faulty_sums()
+
+    def _clip(self) -> None:
+        if self._clip_grad_norm:
+            self.optimizer.synchronize()
+            self._grad_scaler.unscale_(self.optimizer)
+            self.optimizer.clip_grad_norm_(self._clip_grad_norm)
+
+    def _own_state(self) -> EngineState:
+        return sharded_engine_state(
+            self.module, self.optimizer, self.communicator.rank, self.communicator.world_size
+        )
+
+    def load_state(self, saved: SavedState) -> None:
+        """Every rank reads the pieces it owns."""
+        super().load_state(saved)
+        self.optimizer.publish_masters()
+
+    def _load_own_state(self, saved: SavedState) -> None:
+        load_sharded(self.module, self.optimizer, saved)

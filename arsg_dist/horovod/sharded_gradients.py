@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from arsg_dist.engine import all_finite
 from arsg_dist.horovod import sharded_arguments
 from arsg_dist.horovod.clipping import clip_shards
 from arsg_dist.horovod.shards import Shards
@@ -102,10 +103,7 @@ class ShardedGradients(Shards):
         """Whether the reduced gradient is finite in every element, the same on all ranks; every rank calls it."""
         self.synchronize()
         shards = [shard for p in self._partitions for shard in p.gradients.shards if shard is not None]
-        bad = torch.zeros(1)
-        if shards:
-            largest = torch.stack([value.float() for value in torch._foreach_norm(shards, torch.inf)])
-            bad += float(not largest.isfinite().all())
+        bad = torch.tensor([float(not all_finite(shards))])
         return not self._groups.shard.max(bad, "nonfinite").item()
 
     def check_sums(self, on: bool) -> None:

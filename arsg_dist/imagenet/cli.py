@@ -5,12 +5,11 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import Any
 
-from arsg_dist.engine import Communicator, JobError, Ranks, discover_ranks, end_process
+from arsg_dist.engine import Communicator, JobError, Ranks, discover_ranks, end_process, load_builder
 from arsg_dist.engine.exit_codes import BAD_INPUT, DONE, FAILED
 from arsg_dist.imagenet import compare
-from arsg_dist.imagenet.engines import choose_engine, connect
+from arsg_dist.imagenet.engines import choose_engine
 from arsg_dist.imagenet.export import CARD, export
 from arsg_dist.imagenet.recipe import read_arguments, resolved
 from arsg_dist.imagenet.run_parts import Job
@@ -113,7 +112,7 @@ def train_command(arguments: list[str]) -> int:
         keep_compiled_code_private()
         chosen = _launch_options().parse_known_args(arguments)[0]
         engine = choose_engine(chosen.engine, chosen.deepspeed_config, ranks)
-        communicator = connect(engine, ranks)
+        communicator = load_builder(engine).connect(ranks)
     except (ValueError, ImportError) as error:
         # Without a working connection every rank can only speak for itself.
         _say_error(error, f" (rank {rank})" if rank > 0 else "")
@@ -143,7 +142,7 @@ def _say_error(error: Exception, suffix: str = "") -> None:
     print("error: " + printable_lines(f"{error}{suffix}"), file=sys.stderr, flush=True)  # noqa: T201
 
 
-def _connected(arguments: list[str], engine: Any, ranks: Ranks, communicator: Communicator) -> int:
+def _connected(arguments: list[str], engine: str, ranks: Ranks, communicator: Communicator) -> int:
     code = 0
     try:
         with communicator.fail_together():

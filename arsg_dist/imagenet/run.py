@@ -4,6 +4,7 @@ import dataclasses
 from contextlib import nullcontext
 from typing import Any
 
+from arsg_dist.engine import copy_weights
 from arsg_dist.engine.exit_codes import PREEMPTED
 from arsg_dist.imagenet.augmentation import train_size
 from arsg_dist.imagenet.digits import DIGITS
@@ -18,7 +19,7 @@ from arsg_dist.imagenet.run_checkpoint import RunCheckpoints
 from arsg_dist.imagenet.run_directory import RunLog
 from arsg_dist.imagenet.run_parts import Job, RunParts
 from arsg_dist.imagenet.stopping import MARKER, write_marker
-from arsg_dist.imagenet.weights import EMA, LAST, WeightFiles, whole_weights
+from arsg_dist.imagenet.weights import EMA, LAST, WeightFiles
 from arsg_dist.safe_io.text import printable
 
 
@@ -104,12 +105,12 @@ class Run:
             average_buffers(parts.model, parts.communicator)
             with parts.engine.base_iterate() if config.evaluate_at == "theta" else nullcontext():
                 evaluation = loop.evaluate(parts.engine.module)
-                weights = whole_weights(parts.model, leader=parts.leader)
+                weights = parts.engine.whole_weights()
             ema, ema_weights = None, {}
             if parts.average and evaluation:
                 average_buffers(parts.average.module, parts.communicator)
                 ema = loop.evaluate(parts.average.module)
-                ema_weights = whole_weights(parts.average.module, leader=parts.leader)
+                ema_weights = copy_weights(parts.average.module) if parts.leader else {}
             if evaluation is None or (parts.average and ema is None):
                 self._checkpoints.save(at)
                 return self._stopped(log)

@@ -13,7 +13,6 @@ from arsg_dist.imagenet.augmentation import BatchMixing, normalised
 from arsg_dist.imagenet.config import TrainConfig
 from arsg_dist.imagenet.data import Batch, TrainingOrder
 from arsg_dist.imagenet.ema import WeightAverage
-from arsg_dist.imagenet.engines import EngineName
 from arsg_dist.imagenet.optimization import Schedules
 from arsg_dist.imagenet.stopping import StopRequest
 
@@ -23,16 +22,16 @@ class Job:
     """One start of a run: what the recipe does not say.
 
     Attributes:
-        engine: what distributes the training.
+        engine: what distributes the training, a name of `arsg_dist.engine.ENGINES`.
         output: the run's directory.
         resume: continue the run in `output`.
         skip_damaged: with `resume`: continue from the newest checkpoint that is not damaged.
-        deepspeed_config: path of a DeepSpeed JSON config, for the engine "deepspeed".
+        deepspeed_config: path of a DeepSpeed JSON config, for the engine that has one.
         max_updates: end after this many weight updates of the whole run, inside an epoch or not, without validation
             and checkpoint of an epoch that is not finished; None for the recipe's end.
     """
 
-    engine: EngineName
+    engine: str
     output: Path
     resume: bool = False
     deepspeed_config: str | None = None

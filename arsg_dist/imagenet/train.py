@@ -57,10 +57,7 @@ def _train(config: TrainConfig, job: Job, ranks: Ranks, communicator: Communicat
             dali.check_dali()
         if config.wandb_project:
             import_wandb()
-        engine_config = None
-        if job.engine == "deepspeed":
-            assert job.deepspeed_config is not None
-            engine_config = engines.deepspeed_settings(config, job.deepspeed_config, communicator.world_size)
+        builder = engines.prepare(job.engine, config, job.deepspeed_config, communicator.world_size)
     data = config.data
     with communicator.fail_together():
         use_digits = data.source == "folder" and data.root is None
@@ -82,7 +79,7 @@ def _train(config: TrainConfig, job: Job, ranks: Ranks, communicator: Communicat
     )
     hosts = share_cores(communicator)
     average = WeightAverage(model, config.ema_decay) if config.ema_decay else None
-    engine = engines.build_engine(job.engine, model, config, communicator, ranks, engine_config)
+    engine = engines.build_engine(builder, model, config, communicator, ranks)
     val_order = ValidationOrder(
         len(val_split),
         batch_size=config.val_batch_size,
@@ -101,7 +98,7 @@ def _train(config: TrainConfig, job: Job, ranks: Ranks, communicator: Communicat
             updates_per_epoch=train_order.updates_per_epoch,
             communicator=engine.communicator,
         ),
-        autocast=engines.autocast(config, job.engine, engine.device),
+        autocast=engines.autocast(builder.precision, engine.device),
         mixing=BatchMixing(
             data,
             num_classes=len(train_split.classes),

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from arsg_dist.engine import Engine, JobError, check_replicas
+from arsg_dist.engine import Engine, JobError, all_finite, check_replicas
 from arsg_dist.imagenet.config import TrainConfig
 
 _NEVER = 2**62
@@ -167,9 +167,7 @@ class RunWatch:
             JobError: on every rank.
         """
         with self._engine.communicator.fail_together():
-            shards = [getattr(p, "ds_tensor", p).detach() for p in self._engine.module.parameters()]
-            norms = torch._foreach_norm([s for s in shards if s.numel()], torch.inf)
-            if norms and not torch.stack([norm.float() for norm in norms]).isfinite().all():
+            if not all_finite(p.detach() for p in self._engine.local_parameters()):
                 raise ValueError(f"weights are not finite; no checkpoint was written of them; {_ADVICE}")
 
 

@@ -2,13 +2,11 @@
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from arsg_dist.checkpoint.safetensors_file import write_safetensors
 from arsg_dist.imagenet.run_directory import WEIGHTS, directory_of
@@ -19,36 +17,6 @@ from arsg_dist.safe_io.text import printable
 LAST, BEST, EMA = "last", "best", "ema"
 POINTS = {"x": "as trained (observation point x)", "theta": "base iterate θ", "ema": "moving average (EMA)"}
 """What weights can be, as the metadata of a file and as a reader is told."""
-
-
-def whole_weights(model: nn.Module, *, leader: bool) -> dict[str, Tensor]:
-    """The model's state dict as contiguous CPU tensors, floating ones float32. Every rank must call it.
-
-    Args:
-        model: as an engine trains it; parameters partitioned by ZeRO stage 3 are gathered.
-        leader: whether this rank wants them; the others get an empty dict.
-    """
-    with _gathered(model):
-        if not leader:
-            return {}
-        return {
-            name: (tensor.detach().float() if tensor.is_floating_point() else tensor.detach())
-            .to("cpu", copy=True)
-            .contiguous()
-            for name, tensor in model.state_dict().items()
-        }
-
-
-@contextmanager
-def _gathered(model: nn.Module) -> Iterator[None]:
-    partitioned = [parameter for parameter in model.parameters() if hasattr(parameter, "ds_id")]
-    if not partitioned:
-        yield
-        return
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters(partitioned):
-        yield
 
 
 class WeightFiles:
@@ -82,7 +50,7 @@ class WeightFiles:
 
         Args:
             name: `LAST` or `EMA`.
-            weights: from `whole_weights`.
+            weights: from `Engine.whole_weights`.
             metadata: with `epoch`, `val_top1` and `weights` ("x", "theta" or "ema"); written into the file.
         """
         self._write(name, weights, metadata)

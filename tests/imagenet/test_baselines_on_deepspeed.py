@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from arsg_dist.deepspeed.build import DeepSpeedBuilder
 from arsg_dist.imagenet.cli import train_command
 from arsg_dist.imagenet.config import OptimizerConfig, TrainConfig
-from arsg_dist.imagenet.engines import deepspeed_settings
+from arsg_dist.imagenet.engines import prepare
 from arsg_dist.imagenet.models import build_model
 from tests.imagenet.test_features_on_ranks import parameters
 from tests.imagenet.test_training import SCRIPT
@@ -56,7 +57,9 @@ def test_the_shipped_configs_take_any_optimizer(name: str, stage: int) -> None:
     """Catches a config that names an optimizer for the recipe."""
     config = TrainConfig(optimizer=OptimizerConfig(type=name, params={"lr": 0.1}))
     path = str(REPOSITORY / f"configs/deepspeed/zero{stage}.json")
-    assert deepspeed_settings(config, path, 2)["optimizer"] == {"type": name, "params": {"lr": 0.1}}
+    builder = prepare("deepspeed", config, path, 2)
+    assert isinstance(builder, DeepSpeedBuilder)
+    assert builder.config["optimizer"] == {"type": name, "params": {"lr": 0.1}}
 
 
 def test_stage_0_in_half_precision_is_for_arsg() -> None:
@@ -64,5 +67,5 @@ def test_stage_0_in_half_precision_is_for_arsg() -> None:
     path = str(REPOSITORY / "configs/deepspeed/zero0.json")
     config = TrainConfig(precision="bf16", optimizer=OptimizerConfig(type="Adam"))
     with pytest.raises(ValueError, match="Adam does not work with ZeRO stage 0 in bf16"):
-        deepspeed_settings(config, path, 2)
-    deepspeed_settings(TrainConfig(precision="bf16"), path, 2)
+        prepare("deepspeed", config, path, 2)
+    prepare("deepspeed", TrainConfig(precision="bf16"), path, 2)

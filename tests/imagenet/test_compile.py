@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from arsg_dist.engine import SingleProcessCommunicator, discover_ranks
 from arsg_dist.imagenet.config import OptimizerConfig, TrainConfig
-from arsg_dist.imagenet.engines import build_engine
+from arsg_dist.imagenet.engines import build_engine, prepare
 from tests.imagenet.test_training import epochs_of
 from tests.support.compare import assert_same_weights
 from tests.support.launchers import launch
@@ -39,12 +39,11 @@ def trained(*, compile_network: bool) -> tuple[nn.Module, Tensor]:
         optimizer=OptimizerConfig(params={"lr": 0.002, "mu": 0.05, "weight_decay": 1e-3}),
     )
     engine = build_engine(
-        "single",
+        prepare("single", config, None, 1),
         SmallResNet(10).double(),
         config,
         SingleProcessCommunicator(),
         discover_ranks(),
-        None,
     )
     generator = torch.Generator().manual_seed(1)
     for size in [16] * 8 + [20] * 2:

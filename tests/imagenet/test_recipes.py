@@ -12,6 +12,7 @@ import yaml
 from PIL import Image
 
 from arsg_dist.checkpoint import CheckpointStore, SavedRun, save_run
+from arsg_dist.deepspeed.build import settle_precision
 from arsg_dist.engine import SingleProcessCommunicator, SingleProcessEngine, discover_ranks
 from arsg_dist.imagenet.augmentation import train_size
 from arsg_dist.imagenet.cli import train_command
@@ -23,7 +24,7 @@ from arsg_dist.imagenet.config import (
     ScheduleConfig,
     TrainConfig,
 )
-from arsg_dist.imagenet.engines import _settle_precision, build_engine
+from arsg_dist.imagenet.engines import build_engine, prepare
 from arsg_dist.imagenet.models import build_model
 from arsg_dist.imagenet.optimization import Schedules, build_optimizer, lr_factor, parameter_groups
 from arsg_dist.theory import boost_ratio
@@ -313,14 +314,14 @@ def test_models_that_are_not_known_or_have_no_such_start_are_named() -> None:
 def test_precision_of_recipe_and_deepspeed_config_must_agree() -> None:
     """Catches a run whose recipe says bf16 and that trains in fp32, or the other way round."""
     open_config: dict[str, object] = {}
-    _settle_precision(open_config, "bf16", "ds.json")
+    settle_precision(open_config, "bf16", "ds.json")
     assert open_config == {"bf16": {"enabled": True}}
     for precision in ("auto", "fp16"):
         given = {"fp16": {"enabled": True, "loss_scale": 128}}
-        _settle_precision(given, precision, "ds.json")
+        settle_precision(given, precision, "ds.json")
         assert given == {"fp16": {"enabled": True, "loss_scale": 128}}
     with pytest.raises(ValueError, match="has bf16 enabled but this run has precision: fp32"):
-        _settle_precision({"bf16": {"enabled": True}}, "fp32", "ds.json")
+        settle_precision({"bf16": {"enabled": True}}, "fp32", "ds.json")
 
 
 @pytest.mark.parametrize(("start_size", "expected"), [(0, True), (16, False)])
@@ -331,9 +332,8 @@ def test_cudnn_tries_its_kernels_out_where_images_have_one_size(
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", not expected)
     progressive = ProgressiveConfig(start_size=start_size, end_epoch=3 if start_size else 0)
     config = TrainConfig(data=DataConfig(progressive=progressive))
-    build_engine(
-        "single", build_model("resnet20", 3), config, SingleProcessCommunicator(), discover_ranks(), None
-    )
+    single = prepare("single", config, None, 1)
+    build_engine(single, build_model("resnet20", 3), config, SingleProcessCommunicator(), discover_ranks())
     assert torch.backends.cudnn.benchmark is expected
 
 

@@ -25,7 +25,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-import arsg_dist.deepspeed
+import arsg_dist.deepspeed.build
 from arsg_dist.checkpoint import SavedRun
 from arsg_dist.deepspeed import pickles, universal
 from arsg_dist.deepspeed.config import resolve_config
@@ -33,7 +33,7 @@ from arsg_dist.deepspeed.saved import read_checkpoint
 from arsg_dist.deepspeed.side_effects import check_swap_directory
 from arsg_dist.engine import SingleProcessCommunicator, discover_ranks
 from arsg_dist.imagenet.config import TrainConfig
-from arsg_dist.imagenet.engines import build_engine
+from arsg_dist.imagenet.engines import build_engine, prepare
 from arsg_dist.launch import cli
 from tests.support.deepspeed_files_job import PRECISIONS, STATE
 from tests.support.hostile import Own, Payload
@@ -544,13 +544,15 @@ def test_a_config_imports_nothing_new() -> None:
     assert "antigravity" not in sys.modules
 
 
-def test_the_program_says_what_a_config_does(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_program_says_what_a_config_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches effects that only check-config says, to whom runs it."""
-    monkeypatch.setattr(arsg_dist.deepspeed, "DeepSpeedEngine", lambda *_, **__: None)
+    monkeypatch.setattr(arsg_dist.deepspeed.build, "DeepSpeedEngine", lambda *_, **__: None)
     config = {"csv_monitor": {"enabled": True, "output_path": "/logs"}}
+    (tmp_path / "ds.json").write_text(json.dumps(config))
+    builder = prepare("deepspeed", TrainConfig(), str(tmp_path / "ds.json"), 1)
     rank = SingleProcessCommunicator()
     with pytest.warns(UserWarning, match="csv_monitor writes into the directory /logs/DeepSpeedJobName"):
-        build_engine("deepspeed", torch.nn.Linear(2, 2), TrainConfig(), rank, discover_ranks(), config)
+        build_engine(builder, torch.nn.Linear(2, 2), TrainConfig(), rank, discover_ranks())
 
 
 def test_tensors_are_not_swapped_through_a_link(tmp_path: Path) -> None:

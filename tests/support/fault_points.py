@@ -168,10 +168,10 @@ def _at_point(strike: Callable[[], None], point: str, number: int) -> None:
     elif point == "reduce":
         real = engines.build_engine
 
-        def build(name: Any, module: torch.nn.Module, *arguments: Any) -> Any:
+        def build(builder: Any, module: torch.nn.Module, *arguments: Any) -> Any:
             parameters = list(module.parameters())
             parameters[len(parameters) // 2].register_post_accumulate_grad_hook(lambda _: passed())
-            return real(name, module, *arguments)
+            return real(builder, module, *arguments)
 
         engines.build_engine = build
     elif point == "step":

@@ -1,5 +1,6 @@
-"""The engine of a job with one rank, and of replicated ranks whose optimizer exchanges the gradients itself."""
+"""The engines whose ranks step an optimizer of their own: a single process, and what replicated ones build on."""
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -7,41 +8,42 @@ from typing import Any
 import torch
 from torch import nn
 
-from arsg_dist.engine.base import Engine
+from arsg_dist.engine.base import Capabilities, Engine, all_finite, copy_weights
+from arsg_dist.engine.builder import EngineBuilder, TrainingSettings
 from arsg_dist.engine.communicator import Communicator, SingleProcessCommunicator
+from arsg_dist.engine.ranks import Ranks
 from arsg_dist.engine.replicated_state import load_replicated, replicated_state
 from arsg_dist.engine.saved_state import SavedState
 from arsg_dist.engine.state import EngineState
-from arsg_dist.optim import ARSG
 
 _SCALER = "GradScaler"
 
 
-class SingleProcessEngine(Engine):
-    """Plain PyTorch training with gradient accumulation.
+class LocalEngine(Engine):
+    """Accumulate, scale, clip and check gradients on a rank that holds the whole model and steps its own optimizer.
 
     Args:
         module: the model, on the device to train on.
         optimizer: over the model's parameters.
+        communicator: of the ranks that train it.
         accumulation_steps: micro-batches per update.
         clip_grad_norm: the gradient is scaled down to this norm if it is larger; 0 for never.
         loss_scaling: scale the loss dynamically, as fp16 autocast needs; updates whose gradients overflow are skipped.
         skip_nonfinite: leave out updates whose gradient is not finite; under loss scaling they are in any case.
     """
 
-    kind = "single"
-
     def __init__(
         self,
         module: nn.Module,
         optimizer: torch.optim.Optimizer,
+        communicator: Communicator,
         *,
         accumulation_steps: int = 1,
         clip_grad_norm: float = 0.0,
         loss_scaling: bool = False,
         skip_nonfinite: bool = False,
     ) -> None:
-        self.communicator: Communicator = SingleProcessCommunicator()
+        self.communicator = communicator
         self.module = module
         self.optimizer = optimizer
         self.accumulation_steps = accumulation_steps
@@ -77,9 +79,7 @@ class SingleProcessEngine(Engine):
 
     def _gradient_is_finite(self) -> bool:
         """Of the averaged gradient, so that all ranks say the same."""
-        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-        largest = torch._foreach_norm(gradients, torch.inf)
-        return bool(torch.stack([value.float() for value in largest]).isfinite().all()) if largest else True
+        return all_finite(p.grad for p in self.module.parameters() if p.grad is not None)
 
     def _clip(self) -> None:
         if self._clip_grad_norm:
@@ -90,25 +90,35 @@ class SingleProcessEngine(Engine):
         self._grad_scaler.step(self.optimizer)
         self._grad_scaler.update()
 
+    def whole_weights(self) -> dict[str, torch.Tensor]:
+        """Copy the model's state dict on rank 0."""
+        return copy_weights(self.module) if self.communicator.rank == 0 else {}
+
     def state(self) -> EngineState:
         """This rank's share of what every rank holds alike."""
         self._refuse_at_base_iterate("state")
-        state = replicated_state(
+        state = self._own_state()
+        state.loss_scale = self._loss_scale()
+        return state
+
+    def _own_state(self) -> EngineState:
+        return replicated_state(
             self.kind,
             self.module,
             self.optimizer,
             self.communicator.rank,
             self.communicator.world_size,
         )
-        state.loss_scale = self._loss_scale()
-        return state
 
     def load_state(self, saved: SavedState) -> None:
-        """Every rank reads everything."""
+        """Every rank reads what it holds."""
         self._refuse_at_base_iterate("load_state")
         with self.communicator.fail_together():
-            load_replicated(self.module, self.optimizer, saved)
+            self._load_own_state(saved)
         self._load_loss_scale(saved)
+
+    def _load_own_state(self, saved: SavedState) -> None:
+        load_replicated(self.module, self.optimizer, saved)
 
     def _loss_scale(self) -> dict[str, Any] | None:
         if not self._grad_scaler.is_enabled():
@@ -132,21 +142,88 @@ class SingleProcessEngine(Engine):
                 if isinstance(value, torch.Tensor):
                     yield f"{name}'s {entry}", value
 
+    @property
+    def at_base_iterate(self) -> bool:
+        """Whether a `base_iterate` context is entered."""
+        return self._at_base_iterate
+
     @contextmanager
     def base_iterate(self) -> Iterator[None]:
-        """Moves the parameters to θ and back; every rank moves its own."""
-        if not isinstance(self.optimizer, ARSG):
+        """Moves the parameters to θ and back, on every rank."""
+        base_iterate = getattr(self.optimizer, "base_iterate", None)
+        if base_iterate is None:
             raise TypeError(f"the base iterate is ARSG's; this optimizer is {type(self.optimizer).__name__}")
         self._refuse_at_base_iterate("base_iterate")
-        with self.optimizer.base_iterate():
+        with base_iterate():
             self._at_base_iterate = True
             try:
                 yield
             finally:
                 self._at_base_iterate = False
 
-    def _refuse_at_base_iterate(self, what: str) -> None:
-        if self._at_base_iterate:
-            raise RuntimeError(
-                f"{what} inside base_iterate(): the parameters are not at the observation point x"
-            )
+
+class SingleProcessEngine(LocalEngine):
+    """Train with plain PyTorch in a single process.
+
+    Arguments as of `LocalEngine`, without the communicator.
+    """
+
+    kind = "single"
+
+    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, **options: Any) -> None:
+        super().__init__(module, optimizer, SingleProcessCommunicator(), **options)
+
+
+class LocalBuilder(EngineBuilder):
+    """Build an engine that takes a network and an optimizer."""
+
+    capabilities = Capabilities()
+    _channels_last = True
+
+    def __init__(self, settings: TrainingSettings, world_size: int) -> None:
+        self._settings = settings
+        self.precision = "fp32" if settings.precision == "auto" else settings.precision
+
+    def build(self, module: nn.Module, communicator: Communicator, ranks: Ranks) -> Engine:
+        """Put the network on this rank's device and make its optimizer."""
+        settings = self._settings
+        if torch.cuda.is_available():
+            torch.cuda.set_device(ranks.local_rank % torch.cuda.device_count())
+            module = module.cuda()
+        if settings.channels_last and self._channels_last:
+            module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        optimizer = settings.build_optimizer(settings.parameter_groups(module))
+        options = {
+            "accumulation_steps": settings.accumulation_steps,
+            "clip_grad_norm": settings.clip_grad_norm,
+            "loss_scaling": self.precision == "fp16",
+            "skip_nonfinite": settings.skip_nonfinite,
+        }
+        return self._engine(module, optimizer, communicator, options)
+
+    @abstractmethod
+    def _engine(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        communicator: Communicator,
+        options: dict[str, Any],
+    ) -> Engine: ...
+
+
+class SingleProcessBuilder(LocalBuilder):
+    """Build a `SingleProcessEngine`."""
+
+    @staticmethod
+    def connect(ranks: Ranks) -> Communicator:
+        """Make the communicator of one rank."""
+        return SingleProcessCommunicator()
+
+    def _engine(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        communicator: Communicator,
+        options: dict[str, Any],
+    ) -> Engine:
+        return SingleProcessEngine(module, optimizer, **options)

@@ -1,0 +1,85 @@
+"""How a training asks for an engine without knowing which."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from arsg_dist.engine.base import Capabilities, Engine
+from arsg_dist.engine.communicator import Communicator
+from arsg_dist.engine.ranks import Ranks
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """What a training asks of its engine.
+
+    Attributes:
+        batch_size: images (or other samples) per update, over all ranks.
+        accumulation_steps: micro-batches per update and rank.
+        clip_grad_norm: the averaged gradient is scaled down to this norm if it is larger; 0 for never.
+        precision: "fp32", "bf16" or "fp16"; "auto" leaves it to the engine's own config, else fp32.
+        skip_nonfinite: leave out updates whose gradient is not finite.
+        channels_last: memory layout of the network, where the engine can train in it.
+        optimizer_type: "ARSG", or the name of a class of torch.optim.
+        optimizer_params: its settings.
+        parameter_groups: makes the optimizer's parameter groups from the network.
+        build_optimizer: makes the optimizer from them.
+        config_file: path of the engine's own config, for engines that have one.
+    """
+
+    batch_size: int
+    accumulation_steps: int = 1
+    clip_grad_norm: float = 0.0
+    precision: str = "auto"
+    skip_nonfinite: bool = False
+    channels_last: bool = False
+    optimizer_type: str
+    optimizer_params: dict[str, Any]
+    parameter_groups: Callable[[nn.Module], list[dict[str, Any]]]
+    build_optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
+    config_file: str | None = None
+
+
+class EngineBuilder(ABC):
+    """Check a training's settings against an engine, and build it later, when the data has been opened.
+
+    Args:
+        settings: of the training.
+        world_size: ranks of the job.
+
+    Raises:
+        ValueError: the engine cannot do what they ask for, or its config file says something else.
+
+    Attributes:
+        capabilities: of the engine that will be built.
+        precision: of autocast around forward passes: "fp32" for none, and for an engine that casts the network itself.
+    """
+
+    capabilities: Capabilities
+    precision: str
+
+    @abstractmethod
+    def __init__(self, settings: TrainingSettings, world_size: int) -> None: ...
+
+    @staticmethod
+    @abstractmethod
+    def connect(ranks: Ranks) -> Communicator:
+        """Join this process to the job. Collective.
+
+        Raises:
+            ValueError: the job came up with another number of ranks than the launcher announced.
+        """
+
+    @abstractmethod
+    def build(self, module: nn.Module, communicator: Communicator, ranks: Ranks) -> Engine:
+        """Put a network on this rank's device, under the engine. Collective.
+
+        Args:
+            module: the network, the same on every rank or to be made so by the engine.
+            communicator: from `connect`.
+            ranks: of this process.
+        """

@@ -1,0 +1,56 @@
+"""The one table of engines: what code above them asks about an engine before it is imported."""
+
+import importlib
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from arsg_dist.engine.builder import EngineBuilder
+
+Rendezvous = Literal["torch", "horovod"]
+"""Whose variables and messages bring the ranks of a job together."""
+
+
+@dataclass(frozen=True)
+class EngineEntry:
+    """One engine.
+
+    Attributes:
+        name: on command lines, in checkpoints and in messages; `Engine.kind` of its engines.
+        builder: "module:class" of its `EngineBuilder`; imported only when the engine is used.
+        rendezvous: how its ranks meet; None for an engine of a single process.
+        config_file: path of an example of the engine's own config file, for an engine that needs one; "" where
+            everything is in the recipe.
+    """
+
+    name: str
+    builder: str
+    rendezvous: Rendezvous | None
+    config_file: str = ""
+
+
+ENGINES: Final = {
+    entry.name: entry
+    for entry in (
+        EngineEntry(
+            "deepspeed", "arsg_dist.deepspeed.build:DeepSpeedBuilder", "torch", "configs/deepspeed/zero1.json"
+        ),
+        EngineEntry("horovod", "arsg_dist.horovod.build:HorovodBuilder", "horovod"),
+        EngineEntry("horovod-sharded", "arsg_dist.horovod.build:HorovodShardedBuilder", "horovod"),
+        EngineEntry("single", "arsg_dist.engine.local:SingleProcessBuilder", None),
+    )
+}
+"""Name → engine. A new engine is a row here, an extra in pyproject.toml, and its package."""
+
+
+def load_builder(name: str) -> type[EngineBuilder]:
+    """Import the builder of an engine.
+
+    Args:
+        name: of `ENGINES`.
+
+    Raises:
+        ImportError: the engine is not installed; the message says how to install it.
+    """
+    module, _, attribute = ENGINES[name].builder.partition(":")
+    builder: type[EngineBuilder] = getattr(importlib.import_module(module), attribute)
+    return builder
