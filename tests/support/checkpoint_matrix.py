@@ -16,7 +16,7 @@ from tests.support import toy
 SAVE_AFTER, UPDATES = 3, 6
 STAGES = ("zero0", "zero1", "zero2", "zero3")
 FAMILIES = {"single": ("single",), "horovod": ("horovod", "horovod-sharded"), "deepspeed": STAGES}
-LAUNCHERS = {"single": "alone", "horovod": "mpirun", "deepspeed": "deepspeed"}
+LAUNCHERS = {"single": "warm alone", "horovod": "warm horovodrun", "deepspeed": "warm deepspeed"}
 SIZES = {"single": (1,), "horovod": (1, 2, 3), "deepspeed": (1, 2, 3)}
 FROZEN = "2.bias"
 
