@@ -15,9 +15,14 @@ from tests.support import toy
 
 SAVE_AFTER, UPDATES = 3, 6
 STAGES = ("zero0", "zero1", "zero2", "zero3")
-FAMILIES = {"single": ("single",), "horovod": ("horovod", "horovod-sharded"), "deepspeed": STAGES}
-LAUNCHERS = {"single": "alone", "horovod": "mpirun", "deepspeed": "deepspeed"}
-SIZES = {"single": (1,), "horovod": (1, 2, 3), "deepspeed": (1, 2, 3)}
+FAMILIES = {
+    "single": ("single",),
+    "ddp": ("ddp",),
+    "horovod": ("horovod", "horovod-sharded"),
+    "deepspeed": STAGES,
+}
+LAUNCHERS = {"single": "alone", "horovod": "mpirun", "deepspeed": "warm deepspeed", "ddp": "warm torchrun"}
+SIZES = {"single": (1,), "ddp": (1, 2, 3), "horovod": (1, 2, 3), "deepspeed": (1, 2, 3)}
 FROZEN = "2.bias"
 
 
@@ -87,6 +92,10 @@ def build_engine(name: str, communicator: Any, *, half: bool = False) -> Engine:
     optimizer = ARSG(groups_of(model), **toy.HYPERPARAMETERS)
     if name == "single":
         return SingleProcessEngine(model, optimizer)
+    if name == "ddp":
+        from arsg_dist.ddp import DDPEngine
+
+        return DDPEngine(model, optimizer, communicator)
     from arsg_dist import horovod
 
     if name == "horovod":
