@@ -56,8 +56,8 @@ class DDPEngine(LocalEngine):
     """Hold model and optimizer on every rank; DistributedDataParallel averages gradients during the backward pass.
 
     Args:
-        module: the model, on this rank's device; rank 0's weights and buffers are broadcast. Buffers such as batch norm's
-            statistics are each rank's own from then on, as under the other engines.
+        module: the model, on this rank's device; rank 0's weights and buffers are broadcast. Buffers (batch norm's
+            statistics) are each rank's own from then on, as under the other engines.
         optimizer: over the model's parameters.
         communicator: from `connect`.
         accumulation_steps: micro-batches per update and rank; gradients travel in the last of them only.
