@@ -44,7 +44,7 @@ class LocalEngine(Engine):
         skip_nonfinite: bool = False,
     ) -> None:
         self.communicator = communicator
-        self.module = module
+        self.module = self._network = module
         self.optimizer = optimizer
         self.accumulation_steps = accumulation_steps
         self.device = next(module.parameters()).device
@@ -79,12 +79,12 @@ class LocalEngine(Engine):
 
     def _gradient_is_finite(self) -> bool:
         """Of the averaged gradient, so that all ranks say the same."""
-        return all_finite(p.grad for p in self.module.parameters() if p.grad is not None)
+        return all_finite(p.grad for p in self._network.parameters() if p.grad is not None)
 
     def _clip(self) -> None:
         if self._clip_grad_norm:
             self._grad_scaler.unscale_(self.optimizer)
-            torch.nn.utils.clip_grad_norm_(self.module.parameters(), self._clip_grad_norm)
+            torch.nn.utils.clip_grad_norm_(self._network.parameters(), self._clip_grad_norm)
 
     def _step(self) -> None:
         self._grad_scaler.step(self.optimizer)
@@ -92,7 +92,7 @@ class LocalEngine(Engine):
 
     def whole_weights(self) -> dict[str, torch.Tensor]:
         """Copy the model's state dict on rank 0."""
-        return copy_weights(self.module) if self.communicator.rank == 0 else {}
+        return copy_weights(self._network) if self.communicator.rank == 0 else {}
 
     def state(self) -> EngineState:
         """This rank's share of what every rank holds alike."""
@@ -104,7 +104,7 @@ class LocalEngine(Engine):
     def _own_state(self) -> EngineState:
         return replicated_state(
             self.kind,
-            self.module,
+            self._network,
             self.optimizer,
             self.communicator.rank,
             self.communicator.world_size,
@@ -118,7 +118,7 @@ class LocalEngine(Engine):
         self._load_loss_scale(saved)
 
     def _load_own_state(self, saved: SavedState) -> None:
-        load_replicated(self.module, self.optimizer, saved)
+        load_replicated(self._network, self.optimizer, saved)
 
     def _loss_scale(self) -> dict[str, Any] | None:
         if not self._grad_scaler.is_enabled():
@@ -136,7 +136,7 @@ class LocalEngine(Engine):
 
     def replicated_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Parameters and optimizer state."""
-        for name, parameter in self.module.named_parameters():
+        for name, parameter in self._network.named_parameters():
             yield name, parameter
             for entry, value in self.optimizer.state.get(parameter, {}).items():
                 if isinstance(value, torch.Tensor):

@@ -20,6 +20,7 @@ SETTINGS = [
 ENGINES = {
     "single": ("warm alone", 1, []),
     "deepspeed": ("warm deepspeed", 2, ["--deepspeed_config", "configs/deepspeed/zero1.json"]),
+    "ddp": ("warm torchrun", 2, ["--engine", "ddp"]),
     "horovod": ("warm horovodrun", 2, ["--engine", "horovod"]),
     "horovod-sharded": ("warm horovodrun", 2, ["--engine", "horovod-sharded"]),
 }
@@ -27,7 +28,12 @@ ENGINES = {
 
 @pytest.mark.parametrize(
     ("saved_by", "engine"),
-    [*((name, name) for name in ENGINES), ("horovod", "horovod-sharded"), ("horovod-sharded", "deepspeed")],
+    [
+        *((name, name) for name in ("single", "deepspeed", "horovod", "horovod-sharded")),
+        ("horovod", "horovod-sharded"),
+        ("horovod-sharded", "deepspeed"),
+        ("deepspeed", "ddp"),
+    ],
 )
 def test_a_run_of_an_older_revision_goes_on(saved_by: str, engine: str, tmp_path: Path) -> None:
     """Catches a key, a rule or a meaning of the checkpoint format that changed without a reader of the old."""

@@ -23,6 +23,7 @@ FEATURES = [
 ENGINES = {
     "zero1": ("warm deepspeed", ["--deepspeed_config", "configs/deepspeed/zero1.json", "--ema_decay", "0.9"]),
     "zero3": ("warm deepspeed", ["--deepspeed_config", "configs/deepspeed/zero3.json"]),
+    "ddp": ("warm torchrun", ["--engine", "ddp", "--ema_decay", "0.9"]),
     "horovod": ("warm horovodrun", ["--engine", "horovod", "--ema_decay", "0.9"]),
     "horovod-sharded": ("warm horovodrun", ["--engine", "horovod-sharded", "--ema_decay", "0.9"]),
 }
@@ -42,7 +43,11 @@ def parameters(path: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.ranks
 @pytest.mark.parametrize(
     ("engine", "extra"),
-    [*((engine, []) for engine in ENGINES), pytest.param("horovod", FP16, marks=pytest.mark.slow)],
+    [
+        *((engine, []) for engine in ENGINES),
+        pytest.param("horovod", FP16, marks=pytest.mark.slow),
+        pytest.param("ddp", FP16, marks=pytest.mark.slow),
+    ],
 )
 def test_two_ranks_train_as_one_process_does(
     engine: str, extra: list[str], recipe: list[str], tmp_path: Path

@@ -22,6 +22,7 @@ JOB = "tests/support/imagenet_job.py"
 ENGINES = {
     "single": ("alone", 1, []),
     "deepspeed": ("deepspeed", 2, ["--deepspeed_config", "configs/deepspeed/zero1.json"]),
+    "ddp": ("torchrun", 2, ["--engine", "ddp"]),
     "horovod": ("horovodrun", 2, ["--engine", "horovod"]),
     "horovod-sharded": ("horovodrun", 2, ["--engine", "horovod-sharded"]),
 }
@@ -89,7 +90,13 @@ EVERYTHING = Counter({(epoch, image): 1 for epoch in range(3) for image in range
 @pytest.mark.ranks
 @pytest.mark.parametrize(
     ("engine", "loading"),
-    [("single", "workers"), ("deepspeed", "here"), ("horovod", "shards"), ("horovod-sharded", "here")],
+    [
+        ("single", "workers"),
+        ("deepspeed", "here"),
+        ("horovod", "shards"),
+        ("horovod-sharded", "here"),
+        ("ddp", "workers"),
+    ],
 )
 def test_killed_and_stopped_in_mid_epoch_gives_the_bits_of_the_uninterrupted_run(
     engine: str,

@@ -15,9 +15,19 @@ from tests.support import toy
 
 SAVE_AFTER, UPDATES = 3, 6
 STAGES = ("zero0", "zero1", "zero2", "zero3")
-FAMILIES = {"single": ("single",), "horovod": ("horovod", "horovod-sharded"), "deepspeed": STAGES}
-LAUNCHERS = {"single": "warm alone", "horovod": "warm horovodrun", "deepspeed": "warm deepspeed"}
-SIZES = {"single": (1,), "horovod": (1, 2, 3), "deepspeed": (1, 2, 3)}
+FAMILIES = {
+    "single": ("single",),
+    "ddp": ("ddp",),
+    "horovod": ("horovod", "horovod-sharded"),
+    "deepspeed": STAGES,
+}
+LAUNCHERS = {
+    "single": "warm alone",
+    "ddp": "warm torchrun",
+    "horovod": "warm horovodrun",
+    "deepspeed": "warm deepspeed",
+}
+SIZES = {"single": (1,), "ddp": (1, 2, 3), "horovod": (1, 2, 3), "deepspeed": (1, 2, 3)}
 FROZEN = "2.bias"
 
 
@@ -87,6 +97,10 @@ def build_engine(name: str, communicator: Any, *, half: bool = False) -> Engine:
     optimizer = ARSG(groups_of(model), **toy.HYPERPARAMETERS)
     if name == "single":
         return SingleProcessEngine(model, optimizer)
+    if name == "ddp":
+        from arsg_dist.ddp import DDPEngine
+
+        return DDPEngine(model, optimizer, communicator)
     from arsg_dist import horovod
 
     if name == "horovod":

@@ -39,6 +39,10 @@ def connect(family: str) -> Any:
         from arsg_dist import horovod
 
         return horovod.connect(discover_ranks())
+    if family == "ddp":
+        from arsg_dist import ddp
+
+        return ddp.connect(discover_ranks())
     from arsg_dist import deepspeed
 
     return deepspeed.connect(discover_ranks())
@@ -62,7 +66,7 @@ def load(name: str, directory: Path, communicator: Any) -> None:
 
 def half(name: str, directory: Path, communicator: Any) -> None:
     """bf16 parameters with fp32 masters: goes on from what the one before has saved, a chain through the engines."""
-    if name in ("single", "horovod", "zero0"):
+    if name in ("single", "ddp", "horovod", "zero0"):
         return
     engine = matrix.build_engine(name, communicator, half=True)
     chain = sorted((directory / "chain").glob("*"))

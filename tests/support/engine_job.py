@@ -36,6 +36,17 @@ def main() -> None:
             optimizer={"type": "ARSG", "params": HYPERPARAMETERS},
         )
         engine = deepspeed.DeepSpeedEngine(model, config, communicator)
+    elif engine_name == "ddp":
+        from arsg_dist import ddp
+
+        communicator = ddp.connect(ranks)
+        engine = ddp.DDPEngine(
+            model,
+            ARSG(model.parameters(), **HYPERPARAMETERS),
+            communicator,
+            accumulation_steps=accumulation_steps,
+            clip_grad_norm=clip_grad_norm,
+        )
     else:
         from arsg_dist import horovod
 

@@ -38,10 +38,11 @@ def launch(
     """Runs a script on several ranks of this machine and waits for the end.
 
     Args:
-        launcher: "deepspeed", "deepspeed --module" (`script` is a module then), "mpirun", "horovodrun" (over Gloo),
-            "horovodrun, two hosts" (two names of this machine with half of the ranks each) or "alone" (one process, no
-            launcher). "warm deepspeed", "warm horovodrun" and "warm alone" start in a moment, for tests that ask
-            nothing of the launcher: the ranks have its variables. When one fails, the others must end by themselves.
+        launcher: "torchrun", "deepspeed", "deepspeed --module" (`script` is a module then), "mpirun", "horovodrun" (over
+            Gloo), "horovodrun, two hosts" (two names of this machine with half of the ranks each) or "alone" (one
+            process, no launcher). "warm torchrun", "warm deepspeed", "warm horovodrun" and "warm alone" start in a
+            moment, for tests that ask nothing of the launcher: the ranks have its variables. When one fails, the
+            others must end by themselves.
         ranks: how many.
         script: relative to the repository, or absolute.
         arguments: of the script.
@@ -119,6 +120,9 @@ def _command(launcher: str, ranks: int, port: int) -> list[str]:
     if launcher.startswith("deepspeed"):
         options = ["--num_accelerators", str(ranks), "--master_port", str(port)]
         return ["deepspeed", *options, *launcher.split()[1:]]
+    if launcher == "torchrun":
+        meeting = ["--master-addr", "127.0.0.1", "--master-port", str(port)]
+        return ["torchrun", "--nproc-per-node", str(ranks), *meeting]
     if launcher == "horovodrun":
         return ["horovodrun", "-np", str(ranks), "-H", f"localhost:{ranks}", "--gloo", sys.executable]
     if launcher == "horovodrun, two hosts":

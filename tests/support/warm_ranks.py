@@ -29,6 +29,7 @@ from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 ENGINES = {
+    "ddp": ["--engine", "ddp"],
     "horovod": ["--engine", "horovod"],
     "horovod-sharded": ["--engine", "horovod-sharded"],
     "deepspeed": ["--deepspeed_config", "configs/deepspeed/zero1.json"],
@@ -117,7 +118,7 @@ class WarmRanks:
             timeout: seconds; after it the ranks are killed and the test fails, since that is a hang.
         """
         return self.run_program(
-            "deepspeed" if engine.startswith("deepspeed") else "horovodrun",
+            "horovodrun" if engine.startswith("horovod") else "torchrun",
             "launch/train_imagenet.py",
             *ENGINES[engine],
             *arguments,
@@ -143,7 +144,7 @@ class WarmRanks:
         """Runs a program to its end on all ranks.
 
         Args:
-            launcher: whose variables the ranks find: "deepspeed", "horovodrun" (over Gloo) or "alone".
+            launcher: whose variables the ranks find: "deepspeed", "torchrun", "horovodrun" (over Gloo) or "alone".
             program: relative to the repository, or absolute.
             arguments: of the program.
             environment: all variables, besides those of the launcher.
@@ -287,7 +288,7 @@ def _wiring(launcher: str, ranks: int, port: int) -> tuple[dict[str, str], Any]:
     if launcher == "alone":
         assert ranks == 1
         return {}, None
-    if launcher == "deepspeed":
+    if launcher in ("deepspeed", "torchrun"):
         return {
             "RANK": "{rank}",
             "LOCAL_RANK": "{rank}",
@@ -342,6 +343,7 @@ def _serve() -> None:
     import matplotlib.figure
     import torch.utils.tensorboard  # noqa: F401
 
+    import arsg_dist.ddp
     import arsg_dist.deepspeed
     import arsg_dist.horovod
     import arsg_dist.imagenet.cli  # noqa: F401
