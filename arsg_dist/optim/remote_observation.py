@@ -30,15 +30,15 @@ class RemoteObservation(Optimizer):
 
     The base iterate, where the inner optimizer's steps lead, is θ = x − (1−μ)·d. Around SGD with learning rate αμ this
     is RSG, that is `ARSG(preconditioner="none", lr=α)` (whose θ lies further back, at x − μβ1/(1−β1)·d); around others
-    it is what is known as EMA-Nesterov with β = 1−μ (arXiv 2605.25395). μ = 1 is the inner optimizer alone, bit for bit.
+    it is known as EMA-Nesterov with β = 1−μ (arXiv 2605.25395). μ = 1 is the inner optimizer alone, bit for bit.
 
     The inner learning rate keeps its meaning, but the parameters move 1/μ times as far as with the inner optimizer
     alone: to begin with, give it μ times the learning rate that it is used with (and from α of ARSG or RSG: αμ).
     Momentum belongs in one place: let the inner optimizer have none (SGD momentum 0, AdamW betas[0] 0), or μ = 1 − β1.
 
     `param_groups` and `state` are the inner optimizer's own, so that schedulers of its lr, `zero_grad`, `GradScaler`,
-    `state_dict` and engines that divide state among ranks see one optimizer. It costs one buffer per parameter, in the
-    parameter's dtype, float32 for half precision, and within `step` one more copy of the parameters that have gradients.
+    `state_dict` and engines that divide state among ranks see one optimizer. It costs one buffer per parameter, in its
+    dtype or float32 for half precision, and within `step` one more copy of the parameters that have gradients.
 
     Args:
         optimizer: the inner optimizer, made over the parameters; it is not to be stepped by itself any more. Groups of
