@@ -52,20 +52,26 @@ def validated(group: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "lr": _number_or_tensor(group, "lr"),
         "betas": (
-            _number("betas[0]", betas[0], below=1.0),
-            _number("betas[1]", betas[1], below=1.0),
+            number("betas[0]", betas[0], below=1.0),
+            number("betas[1]", betas[1], below=1.0),
         ),
-        "eps": _number("eps", group["eps"]),
-        "weight_decay": _number("weight_decay", group["weight_decay"]),
+        "eps": number("eps", group["eps"]),
+        "weight_decay": number("weight_decay", group["weight_decay"]),
         "mu": _number_or_tensor(group, "mu", below=1.0),
         "decoupled_weight_decay": _flag(group, "decoupled_weight_decay"),
         "maximize": _flag(group, "maximize"),
         "state_dtype": state_dtype_name(group["state_dtype"]),
-        "lookahead_alpha": _number("lookahead_alpha", group["lookahead_alpha"], at_most=1.0),
+        "lookahead_alpha": number("lookahead_alpha", group["lookahead_alpha"], at_most=1.0),
     }
 
 
-def _number(name: str, value: Any, *, below: float = float("inf"), at_most: float = float("inf")) -> float:
+def number(name: str, value: Any, *, below: float = float("inf"), at_most: float = float("inf")) -> float:
+    """The value as a float ≥ 0.
+
+    Raises:
+        ValueError: it is out of range.
+        TypeError: it is no number.
+    """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}: {value!r}")
     number = float(value)
@@ -76,7 +82,7 @@ def _number(name: str, value: Any, *, below: float = float("inf"), at_most: floa
 def _number_or_tensor(group: Mapping[str, Any], name: str, *, below: float = float("inf")) -> float | Tensor:
     value = group[name]
     if not isinstance(value, Tensor):
-        return _number(name, value, below=below)
+        return number(name, value, below=below)
     if value.numel() != 1:
         raise ValueError(f"Tensor {name} must be 1-element, got shape {tuple(value.shape)}")
     if not value.is_floating_point():

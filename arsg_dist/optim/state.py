@@ -139,17 +139,28 @@ class _KeepDtype:
         self.tensor = tensor
 
 
-def shield_dtypes(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """A copy of an optimizer's state_dict, tensors shared, that `Optimizer.load_state_dict` will not cast."""
+def shield_dtypes(state_dict: dict[str, Any], *, only: str | None = None) -> dict[str, Any]:
+    """A copy of an optimizer's state_dict, tensors shared, that `Optimizer.load_state_dict` will not cast.
+
+    Args:
+        state_dict: as `Optimizer.state_dict` makes it.
+        only: the entry to shield; None for all.
+    """
     shielded = {
         index: {
-            name: _KeepDtype(value) if isinstance(value, Tensor) else value for name, value in entry.items()
+            name: _KeepDtype(value) if isinstance(value, Tensor) and only in (None, name) else value
+            for name, value in entry.items()
         }
         if isinstance(entry, dict)
         else entry
         for index, entry in state_dict["state"].items()
     }
     return {**state_dict, "state": shielded}
+
+
+def unshielded(value: Any) -> Any:
+    """The value that `shield_dtypes` shielded; others as they are."""
+    return value.tensor if isinstance(value, _KeepDtype) else value
 
 
 def restore_loaded(state: dict[str, Any], param: Tensor, group: dict[str, Any]) -> None:
@@ -162,7 +173,7 @@ def restore_loaded(state: dict[str, Any], param: Tensor, group: dict[str, Any]) 
     )
     dtypes["slow_param"] = moment_dtype(param, None)
     for name, value in state.items():
-        loaded = value.tensor if isinstance(value, _KeepDtype) else value
+        loaded = unshielded(value)
         if name == "step":
             state[name] = new_step(int(loaded), param, group["capturable"])
         elif isinstance(loaded, Tensor):

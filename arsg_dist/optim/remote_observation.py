@@ -1,0 +1,281 @@
+"""Remote observation around any optimizer."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Final, overload
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer
+
+from arsg_dist.optim.hyper import compute_dtype
+from arsg_dist.optim.settings import number
+from arsg_dist.optim.state import local, real, shield_dtypes, unshielded
+
+MOVEMENT: Final = "movement"
+"""Key of d in the state of a parameter, beside what the inner optimizer keeps."""
+
+
+class RemoteObservation(Optimizer):
+    r"""Take the gradients of any optimizer ahead of its iterate, along the average of its own movement.
+
+    With Δ, the change that the inner optimizer makes to the parameters x from their gradient at x, its learning rate,
+    momentum and weight decay included, and d, the average movement, 0 at first::
+
+        d ← γ·d + (1−γ)·(Δ + (1−μ)·d)        γ = 1 − (1−β1)/μ
+        x ← x + Δ + (1−μ)·d
+
+    The base iterate, where the inner optimizer's steps lead, is θ = x − (1−μ)·d. Around SGD with learning rate αμ this
+    is RSG, that is `ARSG(preconditioner="none", lr=α)` (whose θ lies further back, at x − μβ1/(1−β1)·d); around others
+    it is known as EMA-Nesterov with β = 1−μ (arXiv 2605.25395). μ = 1 is the inner optimizer alone, bit for bit.
+
+    The inner learning rate keeps its meaning, but the parameters move 1/μ times as far as with the inner optimizer
+    alone: to begin with, give it μ times the learning rate that it is used with (and from α of ARSG or RSG: αμ).
+    Momentum belongs in one place: let the inner optimizer have none (SGD momentum 0, AdamW betas[0] 0), or μ = 1 − β1.
+
+    `param_groups` and `state` are the inner optimizer's own, so that schedulers of its lr, `zero_grad`, `GradScaler`,
+    `state_dict` and engines that divide state among ranks see one optimizer. It costs one buffer per parameter, in its
+    dtype or float32 for half precision, and within `step` one more copy of the parameters that have gradients.
+
+    Args:
+        optimizer: the inner optimizer, made over the parameters; it is not to be stepped by itself any more. Groups of
+            its parameters may have settings of their own under the keys "remote_mu" and "remote_beta1".
+        mu: observation factor μ in (0, 1], at least 1 − β1.
+        beta1: decay β1 of the average in [0, 1).
+
+    Attributes:
+        optimizer: the inner optimizer.
+
+    Raises:
+        TypeError: not a torch optimizer, one that wants a closure, or a setting of the wrong kind.
+        ValueError: a setting out of range, an optimizer that is wrapped already, or one with differentiable=True.
+    """
+
+    _at_base_iterate = False
+
+    def __init__(self, optimizer: Optimizer, mu: float = 0.1, beta1: float = 0.999) -> None:
+        _check_inner(optimizer)
+        self.optimizer = optimizer
+        settings = _validated({"remote_mu": mu, "remote_beta1": beta1})
+        for group in optimizer.param_groups:
+            group.update(_validated({**settings, **group}))
+        super().__init__(optimizer.param_groups, {**optimizer.defaults, **settings})
+        self._share()
+
+    def _share(self) -> None:
+        self.param_groups, self.state = self.optimizer.param_groups, self.optimizer.state
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"optimizer": self.optimizer, "defaults": self.defaults}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # torch restores the hooks' dictionaries, which are not pickled.
+        super().__setstate__({**state, "param_groups": state["optimizer"].param_groups})
+        self._share()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__} around {self.optimizer!r}"
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group to the inner optimizer; see `torch.optim.Optimizer.add_param_group`.
+
+        Args:
+            param_group: may have "remote_mu" and "remote_beta1".
+
+        Raises:
+            RuntimeError: inside `base_iterate`.
+            TypeError: a setting of the wrong kind.
+            ValueError: a setting out of range, and what the inner optimizer raises.
+        """
+        if any(param_group is group for group in self.optimizer.param_groups):
+            super().add_param_group(param_group)  # of those that the inner optimizer was made with
+            return
+        self._refuse_at_base_iterate("add_param_group")
+        own = {name: self.defaults[name] for name in ("remote_mu", "remote_beta1")}
+        if isinstance(param_group, dict):
+            param_group.update(_validated({**own, **param_group}))
+        self.optimizer.add_param_group(param_group)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state saved by `state_dict`, the inner optimizer's and the movement, which keeps its dtype.
+
+        A state that the inner optimizer saved alone is taken too: the movement then starts at 0, the settings are this
+        one's.
+
+        Raises:
+            RuntimeError: inside `base_iterate`.
+            ValueError: it does not fit the groups, or a setting of it is out of range.
+        """
+        self._refuse_at_base_iterate("load_state_dict")
+        groups = [
+            {**{name: own[name] for name in ("remote_mu", "remote_beta1")}, **loaded}
+            for own, loaded in zip(self.param_groups, state_dict["param_groups"], strict=False)
+        ]
+        for group in groups:
+            _validated(group)
+        complete = {**state_dict, "param_groups": groups or state_dict["param_groups"]}
+        handle = self.optimizer.register_load_state_dict_pre_hook(
+            lambda _, loaded: shield_dtypes(loaded, only=MOVEMENT)
+        )
+        try:
+            self.optimizer.load_state_dict(complete)
+        finally:
+            handle.remove()
+        self._share()
+        for group in self.param_groups:
+            for param in group["params"]:
+                if MOVEMENT in self.state.get(param, {}):
+                    kept = unshielded(self.state[param][MOVEMENT])
+                    self.state[param][MOVEMENT] = kept.to(device=param.device, dtype=_dtype(param))
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Step the inner optimizer, then move every parameter with a gradient on to its next observation point.
+
+        Args:
+            closure: reevaluates the model and returns the loss; called once, before the inner optimizer's step.
+
+        Returns:
+            What the closure returned, or None.
+
+        Raises:
+            RuntimeError: for sparse gradients, inside `base_iterate`, or if the inner optimizer put other memory in the
+                place of a parameter's.
+        """
+        self._refuse_at_base_iterate("step")
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        stepped = [
+            [param for param in group["params"] if param.grad is not None] for group in self.param_groups
+        ]
+        for param in (param for params in stepped for param in params):
+            if param.grad is not None and param.grad.layout != torch.strided:
+                raise RuntimeError(
+                    f"RemoteObservation does not support sparse gradients (got layout {param.grad.layout})"
+                )
+        moving = [(group, _tensors(params)) for group, params in zip(self.param_groups, stepped, strict=True)]
+        before = [[x.clone() for x in tensors] if group["remote_mu"] < 1 else [] for group, tensors in moving]
+        self.optimizer.step()
+        for (group, tensors), params, old in zip(moving, stepped, before, strict=True):
+            if group["remote_mu"] < 1 and params:
+                self._require_same_memory(params, tensors)
+                self._move_on(group, params, tensors, old)
+        return loss
+
+    def _require_same_memory(self, params: list[Tensor], tensors: list[Tensor]) -> None:
+        if torch.compiler.is_compiling():
+            return
+        for now, then in zip(_tensors(params), tensors, strict=True):
+            if now.data_ptr() != then.data_ptr():
+                raise RuntimeError(
+                    f"{type(self.optimizer).__name__} put other memory in the place of a parameter's (as 'p.data = ...'"
+                    " does), which RemoteObservation cannot follow: use an optimizer that changes parameters in place"
+                )
+
+    def _move_on(
+        self, group: dict[str, Any], params: list[Tensor], tensors: list[Tensor], before: list[Tensor]
+    ) -> None:
+        mu = group["remote_mu"]
+        for param in params:
+            if MOVEMENT not in self.state[param]:
+                self.state[param][MOVEMENT] = torch.zeros_like(param, dtype=_dtype(param))
+        movements = [real(local(self.state[param][MOVEMENT])) for param in params]
+        wide = [old.to(d.dtype) for old, d in zip(before, movements, strict=True)]
+        after = [x.to(d.dtype) for x, d in zip(tensors, movements, strict=True)]
+        torch._foreach_sub_(wide, after)  # −Δ
+        torch._foreach_mul_(movements, group["remote_beta1"])  # γ + (1−γ)(1−μ) = β1
+        torch._foreach_add_(movements, wide, alpha=-(1 - group["remote_beta1"]) / mu)  # 1−γ
+        moved = torch._foreach_add(after, movements, alpha=1 - mu)
+        torch._foreach_copy_(tensors, moved)
+
+    @contextmanager
+    def base_iterate(self) -> Iterator[None]:
+        """Move the parameters from the observation point x to the base iterate θ, and back on leaving.
+
+        θ = x − (1−μ)·d. Leaving, also by an exception, restores x bit by bit; this costs one copy of the parameters.
+        Parameters never stepped stay where they are. An option for evaluation, never required; cf. `ARSG.base_iterate`.
+
+        Raises:
+            RuntimeError: nested use, or `step`, `add_param_group` or `load_state_dict` inside.
+        """
+        self._refuse_at_base_iterate("base_iterate")
+        moved: list[tuple[Tensor, Tensor]] = []
+        self._at_base_iterate = True
+        try:
+            with torch.no_grad():
+                for group in self.param_groups:
+                    for param in group["params"]:
+                        movement = self.state.get(param, {}).get(MOVEMENT)
+                        if movement is not None:
+                            moved.append((param, param.detach().clone()))
+                            x, d = real(local(param)), real(local(movement))
+                            x.copy_(x.to(d.dtype).sub_(d, alpha=1 - group["remote_mu"]))
+            yield
+        finally:
+            self._at_base_iterate = False
+            with torch.no_grad():
+                for param, x in moved:
+                    param.copy_(x)
+
+    def _refuse_at_base_iterate(self, what: str) -> None:
+        if self._at_base_iterate:
+            raise RuntimeError(
+                f"{what} inside base_iterate(): the parameters are not at the observation point x"
+            )
+
+
+def _tensors(params: list[Tensor]) -> list[Tensor]:
+    return [real(local(param)).detach() for param in params]
+
+
+def _dtype(param: Tensor) -> torch.dtype:
+    """Of a movement: as the parameter, float32 for half precision."""
+    return param.dtype if param.is_complex() else compute_dtype(param.dtype)
+
+
+def _check_inner(optimizer: Any) -> None:
+    name = type(optimizer).__name__
+    if isinstance(optimizer, type) or not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"RemoteObservation goes around an optimizer made over the parameters, not {optimizer!r}: "
+            "for example RemoteObservation(torch.optim.AdamW(model.parameters(), lr=1e-4))"
+        )
+    if isinstance(optimizer, RemoteObservation):
+        raise ValueError("RemoteObservation around RemoteObservation: the optimizer is wrapped already")
+    if (
+        inspect.signature(optimizer.step).parameters.get("closure", _OPTIONAL).default
+        is inspect.Parameter.empty
+    ):
+        raise TypeError(
+            f"{name} calls a closure several times per step, between which RemoteObservation would have to move the "
+            "parameters: use an optimizer whose step() needs no closure"
+        )
+    if any(group.get("differentiable") for group in optimizer.param_groups):
+        raise ValueError(
+            f"{name}(differentiable=True): RemoteObservation's step is in place and not differentiable"
+        )
+
+
+_OPTIONAL = inspect.Parameter("closure", inspect.Parameter.KEYWORD_ONLY, default=None)
+
+
+def _validated(group: dict[str, Any]) -> dict[str, float]:
+    mu = number("mu of RemoteObservation", group["remote_mu"], at_most=1.0)
+    beta1 = number("beta1 of RemoteObservation", group["remote_beta1"], below=1.0)
+    if mu < 1 - beta1 or mu == 0:
+        least = f"mu = {mu} needs beta1 of at least {1 - mu:g}" if mu else "mu must be above 0"
+        raise ValueError(
+            f"RemoteObservation with mu = {mu} and beta1 = {beta1}: mu must be at least 1 - beta1; {least}"
+        )
+    return {"remote_mu": mu, "remote_beta1": beta1}
