@@ -38,8 +38,8 @@ def launch(
     """Runs a script on several ranks of this machine and waits for the end.
 
     Args:
-        launcher: "torchrun", "deepspeed", "deepspeed --module" (`script` is a module then), "mpirun", "horovodrun" (over
-            Gloo), "horovodrun, two hosts" (two names of this machine with half of the ranks each) or "alone" (one
+        launcher: "torchrun", "deepspeed", "deepspeed --module" (`script` is a module then), "mpirun", "horovodrun"
+            (over Gloo), "horovodrun, two hosts" (two names of this machine with half of the ranks each) or "alone" (one
             process, no launcher). "warm torchrun", "warm deepspeed", "warm horovodrun" and "warm alone" start in a
             moment, for tests that ask nothing of the launcher: the ranks have its variables. When one fails, the
             others must end by themselves.
