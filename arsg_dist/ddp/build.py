@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from arsg_dist.ddp.engine import DDPEngine, connect
-from arsg_dist.engine import Communicator, Engine, LocalBuilder, Ranks
+from arsg_dist.ddp.engine import DDPEngine
+from arsg_dist.engine import Communicator, Engine, LocalBuilder, Ranks, connect_torch
 
 
 class DDPBuilder(LocalBuilder):
@@ -14,8 +14,8 @@ class DDPBuilder(LocalBuilder):
 
     @staticmethod
     def connect(ranks: Ranks) -> Communicator:
-        """Make torch's process group; see `engine.connect`. Collective."""
-        return connect(ranks)
+        """Make torch's process group; see `connect_torch`. Collective."""
+        return connect_torch(ranks)
 
     def _engine(
         self,

@@ -12,6 +12,7 @@ from arsg_dist.engine.communicator import (
     JobError,
     SingleProcessCommunicator,
     TorchCommunicator,
+    connect_torch,
     end_process,
 )
 from arsg_dist.engine.local import LocalBuilder, LocalEngine, SingleProcessEngine
@@ -44,6 +45,7 @@ __all__ = [
     "check_agreement",
     "check_replicas",
     "collective_timeout",
+    "connect_torch",
     "copy_weights",
     "discover_ranks",
     "end_process",

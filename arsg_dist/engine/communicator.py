@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 
 from arsg_dist.engine.messages import check_sizes, decode, encode
-from arsg_dist.engine.rendezvous import collective_timeout
+from arsg_dist.engine.ranks import Ranks
+from arsg_dist.engine.rendezvous import announce_to_torch, collective_timeout, init_method
 
 T = TypeVar("T")
 
@@ -180,3 +181,32 @@ class TorchCommunicator(Communicator):
         """Destroys the process group: gloo prints warnings and may hang when a process just ends."""
         self.barrier()
         dist.destroy_process_group()
+
+
+def connect_torch(ranks: Ranks) -> TorchCommunicator:
+    """Join this process to a job through torch.distributed: NCCL on GPUs, else Gloo. Collective.
+
+    Args:
+        ranks: from `discover_ranks`.
+
+    Raises:
+        ValueError: no launcher announced the ranks, or the job came up with another number of ranks.
+    """
+    if ranks.launcher in ("none", "horovodrun"):
+        raise ValueError(
+            "this process was not started by torchrun, srun or mpirun: "
+            "start it with 'torchrun --nproc-per-node 2 SCRIPT ...'"
+        )
+    announce_to_torch(ranks)
+    device, backend = torch.device("cpu"), "gloo"
+    if torch.cuda.is_available():
+        device, backend = torch.device("cuda", ranks.local_rank % torch.cuda.device_count()), "nccl"
+        torch.cuda.set_device(device)  # before the first collective, which would take device 0 on every rank
+    timeout = collective_timeout()
+    options: dict[str, Any] = {"timeout": timeout} if timeout else {}
+    dist.init_process_group(backend, init_method=init_method(), **options)
+    if dist.get_world_size() != ranks.world_size:
+        raise ValueError(
+            f"the launcher announced {ranks.world_size} ranks but {dist.get_world_size()} came up"
+        )
+    return TorchCommunicator(device)

@@ -69,6 +69,15 @@ class LocalEngine(Engine):
         if self._micro_batches % self.accumulation_steps == 0:
             self._update()
             self.optimizer.zero_grad()
+        self._announce_micro_batch()
+
+    @property
+    def _ends_update(self) -> bool:
+        """Whether the next micro-batch is the last of an update."""
+        return (self._micro_batches + 1) % self.accumulation_steps == 0
+
+    def _announce_micro_batch(self) -> None:
+        """Called before the forward pass of every micro-batch but the first."""
 
     def _update(self) -> None:
         if self._skip_nonfinite and not self._gradient_is_finite():

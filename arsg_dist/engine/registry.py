@@ -35,6 +35,7 @@ ENGINES: Final = {
             "deepspeed", "arsg_dist.deepspeed.build:DeepSpeedBuilder", "torch", "configs/deepspeed/zero1.json"
         ),
         EngineEntry("ddp", "arsg_dist.ddp.build:DDPBuilder", "torch"),
+        EngineEntry("fsdp", "arsg_dist.fsdp.build:FSDPBuilder", "torch"),
         EngineEntry("horovod", "arsg_dist.horovod.build:HorovodBuilder", "horovod"),
         EngineEntry("horovod-sharded", "arsg_dist.horovod.build:HorovodShardedBuilder", "horovod"),
         EngineEntry("single", "arsg_dist.engine.local:SingleProcessBuilder", None),

@@ -1,6 +1,6 @@
 """The state of a model and optimizer that a rank holds whole, to and from a checkpoint."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -98,15 +98,30 @@ def check_model(module: nn.Module, saved: SavedState) -> None:
 
 
 def optimizer_state(
-    optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str], saved: SavedState
+    optimizer: torch.optim.Optimizer,
+    names: Mapping[Tensor, str],
+    saved: SavedState,
+    read: Callable[[str, str], Tensor] | None = None,
 ) -> dict[str, Any]:
     """The saved state as torch's `Optimizer.load_state_dict` takes it, on the CPU.
 
     Settings of how the optimizer computes (foreach, fused, ...) are the optimizer's own.
 
+    Args:
+        optimizer: that will load it.
+        names: of its parameters.
+        saved: where from.
+        read: gives a tensor of the state by entry and name of the parameter; default: whole.
+
     Raises:
         ValueError: it does not fit, or a file is damaged.
     """
+
+    def value(entry: str, name: str) -> Any:
+        if saved.spec(entry, name) is None:
+            return saved.number(name, entry)
+        return read(entry, name) if read else saved.whole(entry, name).clone()
+
     packed, count = optimizer.state_dict()["param_groups"], len(optimizer.param_groups)
     state: dict[int, dict[str, Any]] = {}
     for index, group in enumerate(optimizer.param_groups):
@@ -114,7 +129,7 @@ def optimizer_state(
         settings = _as_in(group, saved.settings_for(members, index, count))
         packed[index] = {**packed[index], **settings}
         for number, name in zip(packed[index]["params"], members, strict=True):
-            entries = {entry: _entry(saved, entry, name) for entry in sorted(saved.entries(name))}
+            entries = {entry: value(entry, name) for entry in sorted(saved.entries(name))}
             if entries:
                 state[number] = entries
     return {"state": state, "param_groups": packed}
@@ -124,10 +139,6 @@ def _as_in(group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]
     scratch = {key: value.clone() if isinstance(value, Tensor) else value for key, value in group.items()}
     restore_settings(scratch, saved)
     return {key: value for key, value in scratch.items() if key not in ("params", "param_names")}
-
-
-def _entry(saved: SavedState, entry: str, name: str) -> Any:
-    return saved.number(name, entry) if saved.spec(entry, name) is None else saved.whole(entry, name).clone()
 
 
 @torch.no_grad()

@@ -39,7 +39,8 @@ def test_every_row_leads_to_a_builder(name: str) -> None:
     assert ENGINES[name].name == name
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     package = ENGINES[name].builder.split(".")[1]
-    assert package in ("engine", "ddp") or package in project["optional-dependencies"]  # torch alone, or an extra
+    needs_torch_only = package in ("engine", "ddp", "fsdp")
+    assert needs_torch_only or package in project["optional-dependencies"]
 
 
 def test_the_builder_of_a_single_process_does_what_the_settings_say() -> None:

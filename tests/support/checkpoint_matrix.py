@@ -17,17 +17,17 @@ SAVE_AFTER, UPDATES = 3, 6
 STAGES = ("zero0", "zero1", "zero2", "zero3")
 FAMILIES = {
     "single": ("single",),
-    "ddp": ("ddp",),
+    "torchrun": ("ddp", "fsdp"),
     "horovod": ("horovod", "horovod-sharded"),
     "deepspeed": STAGES,
 }
 LAUNCHERS = {
     "single": "warm alone",
-    "ddp": "warm torchrun",
+    "torchrun": "warm torchrun",
     "horovod": "warm horovodrun",
     "deepspeed": "warm deepspeed",
 }
-SIZES = {"single": (1,), "ddp": (1, 2, 3), "horovod": (1, 2, 3), "deepspeed": (1, 2, 3)}
+SIZES = {"single": (1,), "torchrun": (1, 2, 3), "horovod": (1, 2, 3), "deepspeed": (1, 2, 3)}
 FROZEN = "2.bias"
 
 
@@ -94,7 +94,13 @@ def build_engine(name: str, communicator: Any, *, half: bool = False) -> Engine:
     if half:  # as DeepSpeed's bf16, which leaves buffers alone
         for parameter in model.parameters():
             parameter.data = parameter.data.to(torch.bfloat16)
+    if name == "fsdp":
+        from arsg_dist import fsdp
+
+        fsdp.shard(model)
     optimizer = ARSG(groups_of(model), **toy.HYPERPARAMETERS)
+    if name == "fsdp":
+        return fsdp.FSDPEngine(model, optimizer, communicator)
     if name == "single":
         return SingleProcessEngine(model, optimizer)
     if name == "ddp":

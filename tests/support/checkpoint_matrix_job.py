@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from arsg_dist.checkpoint import SavedRun
-from arsg_dist.engine import SingleProcessCommunicator, discover_ranks, end_process
+from arsg_dist.engine import SingleProcessCommunicator, connect_torch, discover_ranks, end_process
 from tests.support import checkpoint_matrix as matrix
 
 PROGRESS = {"update": matrix.SAVE_AFTER, "images": 72, "loss": 0.1 + 0.2, "nothing": None}
@@ -39,10 +39,8 @@ def connect(family: str) -> Any:
         from arsg_dist import horovod
 
         return horovod.connect(discover_ranks())
-    if family == "ddp":
-        from arsg_dist import ddp
-
-        return ddp.connect(discover_ranks())
+    if family == "torchrun":
+        return connect_torch(discover_ranks())
     from arsg_dist import deepspeed
 
     return deepspeed.connect(discover_ranks())

@@ -47,6 +47,18 @@ def main() -> None:
             accumulation_steps=accumulation_steps,
             clip_grad_norm=clip_grad_norm,
         )
+    elif engine_name == "fsdp":
+        from arsg_dist import fsdp
+
+        communicator = fsdp.connect(ranks)
+        fsdp.shard(model)
+        engine = fsdp.FSDPEngine(
+            model,
+            ARSG(model.parameters(), **HYPERPARAMETERS),
+            communicator,
+            accumulation_steps=accumulation_steps,
+            clip_grad_norm=clip_grad_norm,
+        )
     else:
         from arsg_dist import horovod
 
@@ -66,7 +78,11 @@ def main() -> None:
             part = slice(start, start + micro_batch)
             engine.backward(toy.loss_of(engine.module(inputs[part]), targets[part]))
             engine.step()
-    weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    if engine_name == "fsdp":
+        whole = communicator.from_rank_0(engine.whole_weights())
+        weights = {name: whole[name] for name, _ in model.named_parameters()}
+    else:
+        weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     for other in communicator.all_gather_object(weights):
         assert all(torch.equal(weights[name], other[name]) for name in weights), (
             "ranks hold different weights"

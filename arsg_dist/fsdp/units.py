@@ -1,0 +1,69 @@
+"""Which parts of a network `fully_shard` gathers together."""
+
+from collections import Counter
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+
+def units_of(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Find the blocks of a network: equal modules in a row, such as residual or transformer blocks.
+
+    A block is a child of an `nn.Sequential` or `nn.ModuleList` that has parameters in modules of its own, and whose
+    class the network has more than once in such rows. Blocks inside blocks are not units of their own.
+
+    Args:
+        module: the network.
+
+    Returns:
+        Name and module of each, in the network's order; empty where it has none, and is one unit as a whole.
+    """
+    rows = [
+        (f"{name}.{index}" if name else index, child)
+        for name, row in module.named_modules()
+        if isinstance(row, nn.Sequential | nn.ModuleList)
+        for index, child in row.named_children()
+        if any(list(inner.parameters(recurse=False)) for inner in list(child.modules())[1:])
+    ]
+    often = Counter(type(child) for _, child in rows)
+    units = list[tuple[str, nn.Module]]()
+    for name, child in rows:
+        inside = any(name.startswith(f"{outer}.") for outer, _ in units)
+        if often[type(child)] > 1 and not isinstance(child, nn.Sequential | nn.ModuleList) and not inside:
+            units.append((name, child))
+    return units
+
+
+def shard(
+    module: nn.Module, mesh: DeviceMesh | None = None, *, reshard_after_forward: bool = True, **options: Any
+) -> None:
+    """Give every rank rank 0's weights and buffers, and shard the parameters, unit by unit. Collective.
+
+    The parameters become `DTensor`s: make the optimizer over them afterwards.
+
+    Args:
+        module: the network, on this rank's device.
+        mesh: of the ranks that share it; two-dimensional: replicas of shards (HSDP). Default: all ranks share.
+        reshard_after_forward: free a unit's whole parameters after its forward pass, and gather them again for the
+            backward pass.
+        options: further keyword arguments of `torch.distributed.fsdp.fully_shard`, such as `mp_policy`.
+
+    Raises:
+        ValueError: a parameter has no dimension.
+    """
+    scalars = [name for name, parameter in module.named_parameters() if not parameter.dim()]
+    if scalars:
+        raise ValueError(
+            f"{scalars[0]!r} has no dimension to be sharded along: make it a parameter of one element, or use the "
+            "engine ddp"
+        )
+    for tensor in module.state_dict().values():
+        dist.broadcast(tensor, 0)
+    device = next(module.parameters()).device.type
+    mesh = mesh or init_device_mesh(device, (dist.get_world_size(),))
+    for _, unit in units_of(module):
+        fully_shard(unit, mesh=mesh, reshard_after_forward=reshard_after_forward, **options)
+    fully_shard(module, mesh=mesh, reshard_after_forward=reshard_after_forward, **options)
