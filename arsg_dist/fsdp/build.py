@@ -39,9 +39,9 @@ class FSDPBuilder(EngineBuilder):
         settings = self._settings
         if torch.cuda.is_available():
             module = module.cuda()
-        if settings.channels_last:
-            module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        shard(module)
+        shard(
+            module
+        )  # shards of channels_last parameters do not exist; images may be in that layout all the same
         return FSDPEngine(
             module,
             settings.build_optimizer(settings.parameter_groups(module)),

@@ -46,7 +46,8 @@ def shard(
 
     Args:
         module: the network, on this rank's device.
-        mesh: of the ranks that share it; two-dimensional: replicas of shards (HSDP). Default: all ranks share.
+        mesh: of the ranks that share it; two-dimensional, with names of its dimensions: replicas of shards (HSDP).
+            Default: all ranks share it.
         reshard_after_forward: free a unit's whole parameters after its forward pass, and gather them again for the
             backward pass.
         options: further keyword arguments of `torch.distributed.fsdp.fully_shard`, such as `mp_policy`.

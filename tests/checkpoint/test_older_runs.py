@@ -21,6 +21,7 @@ ENGINES = {
     "single": ("warm alone", 1, []),
     "deepspeed": ("warm deepspeed", 2, ["--deepspeed_config", "configs/deepspeed/zero1.json"]),
     "ddp": ("warm torchrun", 2, ["--engine", "ddp"]),
+    "fsdp": ("warm torchrun", 2, ["--engine", "fsdp"]),
     "horovod": ("warm horovodrun", 2, ["--engine", "horovod"]),
     "horovod-sharded": ("warm horovodrun", 2, ["--engine", "horovod-sharded"]),
 }
@@ -33,6 +34,7 @@ ENGINES = {
         ("horovod", "horovod-sharded"),
         ("horovod-sharded", "deepspeed"),
         ("deepspeed", "ddp"),
+        ("horovod", "fsdp"),
     ],
 )
 def test_a_run_of_an_older_revision_goes_on(saved_by: str, engine: str, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ ENGINES = {
     "zero1": ("warm deepspeed", ["--deepspeed_config", "configs/deepspeed/zero1.json", "--ema_decay", "0.9"]),
     "zero3": ("warm deepspeed", ["--deepspeed_config", "configs/deepspeed/zero3.json"]),
     "ddp": ("warm torchrun", ["--engine", "ddp", "--ema_decay", "0.9"]),
+    "fsdp": ("warm torchrun", ["--engine", "fsdp"]),
     "horovod": ("warm horovodrun", ["--engine", "horovod", "--ema_decay", "0.9"]),
     "horovod-sharded": ("warm horovodrun", ["--engine", "horovod-sharded", "--ema_decay", "0.9"]),
 }
@@ -64,7 +65,7 @@ def test_two_ranks_train_as_one_process_does(
         name: parameter.detach()
         for name, parameter in build_model("resnet20", 3, zero_init_gamma=True).named_parameters()
     }
-    for name in ("last",) if engine == "zero3" else ("last", "ema"):
+    for name in ("last",) if engine in ("zero3", "fsdp") else ("last", "ema"):
         assert_same_weights(
             parameters(tmp_path / "run" / "weights" / f"{name}.safetensors"),
             parameters(tmp_path / "alone" / "weights" / f"{name}.safetensors"),

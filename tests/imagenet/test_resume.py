@@ -23,6 +23,7 @@ ENGINES = {
     "single": ("alone", 1, []),
     "deepspeed": ("deepspeed", 2, ["--deepspeed_config", "configs/deepspeed/zero1.json"]),
     "ddp": ("torchrun", 2, ["--engine", "ddp"]),
+    "fsdp": ("torchrun", 2, ["--engine", "fsdp"]),
     "horovod": ("horovodrun", 2, ["--engine", "horovod"]),
     "horovod-sharded": ("horovodrun", 2, ["--engine", "horovod-sharded"]),
 }
@@ -96,6 +97,7 @@ EVERYTHING = Counter({(epoch, image): 1 for epoch in range(3) for image in range
         ("horovod", "shards"),
         ("horovod-sharded", "here"),
         ("ddp", "workers"),
+        ("fsdp", "here"),
     ],
 )
 def test_killed_and_stopped_in_mid_epoch_gives_the_bits_of_the_uninterrupted_run(

@@ -30,6 +30,7 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parents[2]
 ENGINES = {
     "ddp": ["--engine", "ddp"],
+    "fsdp": ["--engine", "fsdp"],
     "horovod": ["--engine", "horovod"],
     "horovod-sharded": ["--engine", "horovod-sharded"],
     "deepspeed": ["--deepspeed_config", "configs/deepspeed/zero1.json"],
@@ -345,6 +346,7 @@ def _serve() -> None:
 
     import arsg_dist.ddp
     import arsg_dist.deepspeed
+    import arsg_dist.fsdp
     import arsg_dist.horovod
     import arsg_dist.imagenet.cli  # noqa: F401
     from tests.support import fault_points  # noqa: F401
