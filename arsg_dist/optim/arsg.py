@@ -14,10 +14,13 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from arsg_dist.optim import convert
 from arsg_dist.optim.base_iterate import base_iterate_point
-from arsg_dist.optim.dispatch import step_function
-from arsg_dist.optim.hyper import Hyper, Preconditioner, compute_dtype
-from arsg_dist.optim.lookahead import lookahead_
-from arsg_dist.optim.settings import LOOKAHEAD_BETA1_LIMIT, validated
+from arsg_dist.optim.hyperparameters import (
+    LOOKAHEAD_BETA1_LIMIT,
+    Hyperparameters,
+    Preconditioner,
+    compute_dtype,
+)
+from arsg_dist.optim.kernels.dispatch import step_function
 from arsg_dist.optim.state import (
     TensorLists,
     count_step,
@@ -107,7 +110,7 @@ class ARSG(Optimizer):
             # Not a setting: α·η of the last step, for base_iterate(); here so that it is saved and loaded.
             "base_iterate_scale": 0.0,
         }
-        defaults.update(validated(defaults))
+        defaults.update(Hyperparameters.validated(defaults))
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -118,7 +121,7 @@ class ARSG(Optimizer):
             TypeError: a setting of the wrong kind.
         """
         if isinstance(param_group, dict):
-            param_group.update(validated({**self.defaults, **param_group}))
+            param_group.update(Hyperparameters.validated({**self.defaults, **param_group}))
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         if (
@@ -190,7 +193,7 @@ class ARSG(Optimizer):
         return loss
 
     def _step_group(self, group: dict[str, Any]) -> None:
-        hyper = Hyper.of_group(group)
+        hyper = Hyperparameters.of_group(group)
         lists_of: dict[tuple[Any, ...], TensorLists] = {}
         stepped = []
         for param in group["params"]:
@@ -213,7 +216,7 @@ class ARSG(Optimizer):
         for lists in lists_of.values():
             if lists.steps and isinstance(lists.steps[0], Tensor):
                 torch._foreach_add_(lists.steps, 1)
-            step_function(group, lists.params)(
+            step_function(group, hyper, lists.params)(
                 lists.params,
                 lists.grads,
                 lists.exp_avgs,
@@ -307,7 +310,7 @@ class ARSG(Optimizer):
         for group in self.param_groups:
             if group["preconditioner"] != "amsgrad":
                 continue
-            hyper = Hyper.of_group(group)
+            hyper = Hyperparameters.of_group(group)
             for param in group["params"]:
                 state = self.state.get(param)
                 if not state:
@@ -373,3 +376,22 @@ def _record(group: dict[str, Any], base_iterate_scale: float | Tensor) -> None:
         recorded.copy_(base_iterate_scale)
     else:
         group["base_iterate_scale"] = base_iterate_scale.clone()
+
+
+def lookahead_(param: Tensor, slow_param: Tensor, step: int | Tensor, k: int, alpha: float) -> None:
+    """If `step` is a multiple of k: slow ← slow + a(x − slow), x ← slow. In place.
+
+    Args:
+        param: x, any dtype.
+        slow_param: the slow copy, of the same shape, in the computing dtype.
+        step: steps taken so far; a 0-dim tensor is never read on the host.
+        k: period, > 0.
+        alpha: a in [0, 1].
+    """
+    if isinstance(step, Tensor):
+        due = step % k == 0
+        slow_param.copy_(torch.where(due, slow_param.lerp(param.to(slow_param.dtype), alpha), slow_param))
+        param.copy_(torch.where(due, slow_param.to(param.dtype), param))
+    elif step % k == 0:
+        slow_param.lerp_(param.to(slow_param.dtype), alpha)
+        param.copy_(slow_param)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from arsg_dist.optim.hyper import Hyper, bias_correction, compute_dtype
+from arsg_dist.optim.hyperparameters import Hyperparameters, bias_correction, compute_dtype
 from arsg_dist.optim.state import local, real, required
 
 
@@ -27,7 +27,7 @@ def base_iterate_point(x: Tensor, state: dict[str, Any], group: dict[str, Any]) 
         θ in a new tensor, in the dtype of the arithmetic (float64 for float64 parameters, else float32), of
         the shape of `x` (with a last dimension of 2 for complex parameters).
     """
-    hyper = Hyper.of_group(group)
+    hyper = Hyperparameters.of_group(group)
     dtype = compute_dtype(x.dtype)
     scale: float | Tensor = group["base_iterate_scale"]
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Adam, NAdam, Optimizer
 
-from arsg_dist.optim.hyper import bias_correction
+from arsg_dist.optim.hyperparameters import bias_correction
 from arsg_dist.optim.state import MOMENTS
 
 Settings = dict[str, Any]

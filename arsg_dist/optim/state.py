@@ -8,8 +8,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from arsg_dist.optim.hyper import compute_dtype
-from arsg_dist.optim.settings import STATE_DTYPES
+from arsg_dist.optim.hyperparameters import STATE_DTYPES, compute_dtype
 
 MOMENTS: Final[dict[str, tuple[str, ...]]] = {
     "amsgrad": ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),

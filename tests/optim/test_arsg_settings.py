@@ -8,9 +8,9 @@ import warnings
 
 import pytest
 import torch
-from optim_paths import MODES, PATHS, Path, assert_close, gradients, parameters, run
 
 from arsg_dist import ARSG
+from tests.optim.optim_paths import MODES, PATHS, Path, assert_close, gradients, parameters, run
 
 ONE = [(3,)]
 
@@ -233,11 +233,11 @@ def test_default_path_on_cpu_is_the_fused_kernel(monkeypatch) -> None:
 
     Also catches the kernel for what it was not asked for, or for tensors of another kind.
     """
-    from arsg_dist.optim import dispatch
-    from arsg_dist.optim.dispatch import step_function
-    from arsg_dist.optim.foreach import foreach_step
-    from arsg_dist.optim.fused import fused_step
-    from arsg_dist.optim.reference import reference_step
+    from arsg_dist.optim.kernels import dispatch
+    from arsg_dist.optim.kernels.dispatch import step_function
+    from arsg_dist.optim.kernels.foreach import foreach_step
+    from arsg_dist.optim.kernels.fused import fused_step
+    from arsg_dist.optim.kernels.reference import reference_step
 
     def chosen(params=None, **settings):
         params = params or parameters(ONE)
@@ -255,7 +255,7 @@ def test_default_path_on_cpu_is_the_fused_kernel(monkeypatch) -> None:
 
 def test_default_path_on_accelerators_is_foreach_unless_a_tensor_must_be_read(monkeypatch) -> None:
     """Catches the slow path as the default where launches cost, and a tensor lr that foreach cannot take."""
-    from arsg_dist.optim import dispatch
+    from arsg_dist.optim.kernels import dispatch
 
     monkeypatch.setattr(dispatch, "_default_to_fused_or_foreach", lambda *_, **__: (False, True))
 
@@ -274,9 +274,9 @@ def test_default_path_on_cuda_is_foreach() -> None:
     """Catches the slow path as the default where launches are what costs."""
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    from arsg_dist.optim.dispatch import step_function
-    from arsg_dist.optim.foreach import foreach_step
-    from arsg_dist.optim.reference import reference_step
+    from arsg_dist.optim.kernels.dispatch import step_function
+    from arsg_dist.optim.kernels.foreach import foreach_step
+    from arsg_dist.optim.kernels.reference import reference_step
 
     x = torch.nn.Parameter(torch.ones(2, device="cuda"))
     assert step_function(ARSG([x]).param_groups[0], [x]) is foreach_step

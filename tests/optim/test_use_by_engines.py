@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from optim_paths import ALL_PATHS, MODES, PATHS, Path, gradients, parameters, run
 
 from arsg_dist import ARSG
+from tests.optim.optim_paths import ALL_PATHS, MODES, PATHS, Path, gradients, parameters, run
 
 SHAPES = [(3, 4), (5,), (2, 2)]
 

@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 
-from arsg_dist.launch import launch, rank_script
-from arsg_dist.launch.job import Plan
-from arsg_dist.launch.quoting import for_bash
-from arsg_dist.launch.targets import TARGETS
-from tests.launch.test_targets import HOSTILE, NEEDED, PLACES, PROGRAM, parse, plan, texts
+from arsg_dist.cli.launch import command as launch
+from arsg_dist.cli.launch import rank_script
+from arsg_dist.cli.launch.job import Plan
+from arsg_dist.cli.launch.quoting import for_bash
+from arsg_dist.cli.launch.targets import TARGETS
+from tests.cli.launch.test_targets import HOSTILE, NEEDED, PLACES, PROGRAM, parse, plan, texts
 
 SECRET = "hunter2 & co"
 MANIFESTS = ("mpijob", "pytorchjob", "trainjob")
@@ -27,7 +28,7 @@ MULTILINE = "a\nEND_OF_FILE\ntouch pwned\nEND_OF_FILE_\n#BSUB -q other\rtouch pw
 
 def options_of(target: str, *options: str, program: list[str] = PROGRAM) -> Any:
     kind = TARGETS[target]
-    engine = ["--engine", kind.engines[0]] if len(kind.engines) > 1 else []
+    engine = ["--engine", next(iter(kind.engines()))] if len(kind.rendezvous) > 1 else []
     return parse(target, *engine, *PLACES[kind.places], *NEEDED.get(target, []), *options, "--", *program)
 
 
@@ -111,7 +112,7 @@ def test_a_variable_without_a_value_is_handed_on_unwritten(
 ) -> None:
     """Catches a key that stands in a file, in `ps`, or is not handed on at all."""
     monkeypatch.setenv("API_KEY", SECRET)
-    for engine in TARGETS[target].engines:
+    for engine in TARGETS[target].engines():
         made = plan(target, "--directory", str(tmp_path), "--env", "API_KEY", engine=engine)
         everything = f"{made}{made.environment}{texts(made)}"
         assert "hunter2" not in everything
@@ -263,7 +264,7 @@ def test_no_module_is_started_from_the_current_directory(
     monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
     through = {"slurm": ["srun", "mpirun", "horovodrun"], "lsf": ["mpirun", "jsrun"]}.get(target, [""])
     for how in through:
-        for engine in TARGETS[target].engines if how != "horovodrun" else ("horovod",):
+        for engine in TARGETS[target].engines() if how != "horovodrun" else ("horovod",):
             options = ["--through", how] if how else []
             made = plan(target, "--directory", str(tmp_path), *options, engine=engine)
             words = f"{shlex.join(made.command)}\n{texts(made)}"

@@ -1,0 +1,84 @@
+"""LSF: a batch script with mpirun or jsrun. Not run under LSF yet."""
+
+import argparse
+import shlex
+from typing import ClassVar
+
+from arsg_dist.cli.launch import timeouts
+from arsg_dist.cli.launch.job import Job, Plan
+from arsg_dist.cli.launch.profiles import Profile
+from arsg_dist.cli.launch.targets.base import Target, rank_environment
+from arsg_dist.cli.launch.targets.mpirun import INHERITED, exported, mpirun_options
+from arsg_dist.cli.launch.targets.script import (
+    add_batch_arguments,
+    exports,
+    first_host,
+    program_lines,
+    start_lines,
+    watched,
+    word,
+)
+
+SCRIPT = "arsg_job.lsf"
+
+
+class Lsf(Target):
+    """`bsub` of a script. Not horovodrun: under LSF it takes jsrun, by code that fails (horovod 0.28.1, js_run.py)."""
+
+    name = "lsf"
+    summary = "an LSF job, by mpirun or jsrun (not run under LSF yet)"
+    rendezvous = ("torch", "horovod")
+    places: ClassVar = "nodes"
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Options of bsub."""
+        add_batch_arguments(parser, "24:00")
+        parser.add_argument(
+            "--through",
+            choices=("mpirun", "jsrun"),
+            default="mpirun",
+            help="what starts the ranks inside the job (default: %(default)s)",
+        )
+        parser.add_argument("--cores-per-rank", type=int, default=1, help="for jsrun (default: %(default)s)")
+
+    def plan(self, job: Job, profile: Profile, options: argparse.Namespace) -> Plan:
+        """Plans `bsub < arsg_job.lsf`."""
+        path = job.directory / SCRIPT
+        lines = [
+            "#!/bin/bash",
+            f"#BSUB -J {word(options.job_name, '--job-name')}",
+            "#BSUB -o %J.out",
+            "#BSUB -r",
+        ]
+        lines += [f"#BSUB -W {word(options.time, '--time')}"]
+        lines += [f"#BSUB -P {word(options.account, '--account')}"] if options.account else []
+        lines += [f"#BSUB -q {word(options.queue, '--queue')}"] if options.queue else []
+        if options.through == "jsrun":
+            lines += [f"#BSUB -nnodes {job.nodes}"]
+        else:
+            lines += [f"#BSUB -n {job.ranks}", f'#BSUB -R "span[ptile={job.ranks_per_node}]"']
+            lines += [f'#BSUB -gpu "num={job.ranks_per_node}"'] if job.gpus_per_rank else []
+        variables = rank_environment(job)
+        lines += [*start_lines(job), *options.setup]
+        lines += exports(variables)
+        hosts = "awk '!seen[$1]++ && $1 !~ /batch|login/ {print $1}' \"$LSB_DJOB_HOSTFILE\""
+        lines += first_host(f"{hosts} | head -n1")
+        lines += program_lines(job, job.rank_command)
+        if options.through == "jsrun":
+            lines += [
+                f"jsrun -n {job.ranks} -r {job.ranks_per_node} -a 1 -g {job.gpus_per_rank} -c {options.cores_per_rank} "
+                '-b none "${program[@]}"'
+            ]
+        else:
+            names = ["MASTER_ADDR", "MASTER_PORT", *INHERITED, *sorted(variables), *job.inherited]
+            flags = " ".join([*mpirun_options(as_root=False), *exported(*names)])
+            lines += [
+                *exports(timeouts.open_mpi_daemons(job.detect_seconds)),
+                f"hosts=$({hosts} | sed 's/$/:{job.ranks_per_node}/' | paste -sd,)",
+                f'{watched(job, "mpirun")} {flags} -H "$hosts" -np {job.ranks} "${{program[@]}}"',
+            ]
+        return Plan(
+            command=("sh", "-c", f"bsub{' -env all' if job.inherited else ''} < {shlex.quote(str(path))}"),
+            files={path: "\n".join(lines) + "\n"},
+            notes=("written from the documentation of LSF; not run under LSF yet",),
+        )
