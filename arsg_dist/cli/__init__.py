@@ -1,1 +1,1 @@
-"""Run the command `arsg-dist`: start a training anywhere, and ask questions before one. One module per subcommand."""
+"""Start a training anywhere, and ask about one before: the command `arsg-dist`."""

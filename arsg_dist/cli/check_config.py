@@ -1,4 +1,4 @@
-"""`arsg-dist check-config`: explains what a DeepSpeed config will do with ARSG, before a job is started."""
+"""Explain what a DeepSpeed config will do with ARSG: `arsg-dist check-config`."""
 
 import argparse
 import contextlib
@@ -24,7 +24,7 @@ _UNITS: Final = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the arguments of `run`."""
+    """Declare the arguments of `run`."""
     parser.add_argument("file", type=Path, help="the DeepSpeed config, JSON")
     model = parser.add_mutually_exclusive_group()
     model.add_argument(
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Prints the explanation.
+    """Print the explanation.
 
     Returns:
         0; 1 if the config is refused; 2 if the file, the model or a number cannot be read.
@@ -70,7 +70,7 @@ def _number(text: str) -> int:
 
 
 def _numels(name: str) -> list[int]:
-    """Sizes of the trained parameters of a model, which takes no memory."""
+    """Return the sizes of a model's trained parameters, which take no memory."""
     import torch
 
     package, colon, attribute = name.partition(":")
@@ -92,7 +92,7 @@ def _numels(name: str) -> list[int]:
 
 
 def as_text(explanation: "Explanation") -> str:
-    """The explanation for people."""
+    """Return the explanation for people."""
     if explanation.refused:
         return f"REFUSED: {printable(explanation.refused, limit=_LONGEST)}"
     ranks = f"{explanation.world_size} rank" + ("s" if explanation.world_size > 1 else "")
@@ -124,7 +124,7 @@ def as_text(explanation: "Explanation") -> str:
 
 
 def readable(count: int) -> str:
-    """Bytes in the unit that fits, as 1.50 GiB."""
+    """Return bytes in the unit that fits, as 1.50 GiB."""
     size, unit = float(count), 0
     while size >= 1024 and unit < len(_UNITS) - 1:
         size, unit = size / 1024, unit + 1

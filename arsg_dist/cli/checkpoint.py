@@ -1,4 +1,4 @@
-"""`arsg-dist checkpoint`: looks into checkpoints, checks them, and turns them into other kinds."""
+"""Show, verify, convert and export checkpoints: `arsg-dist checkpoint`."""
 
 import argparse
 import sys
@@ -15,7 +15,7 @@ _LINE = 4000  # characters of a line that are shown
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the commands."""
+    """Declare the commands."""
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
     def add(name: str, help_text: str, what: str = "checkpoint, as RUN/checkpoints/step-000001234") -> Any:
@@ -55,7 +55,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Runs the command; returns the exit code: 0, 1 for a damaged checkpoint, 2 for bad input."""
+    """Run the command.
+
+    Returns:
+        The exit code: 0, 1 for a damaged checkpoint, 2 for bad input.
+    """
     try:
         return _COMMANDS[options.command](options)
     except (ValueError, OSError, ImportError) as error:

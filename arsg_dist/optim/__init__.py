@@ -1,4 +1,4 @@
-"""The ARSG method: reference rule, optimizer and schedulers (torch only)."""
+"""Provide the ARSG method: reference, optimizer and schedulers (torch only)."""
 
 from arsg_dist.optim.arsg import ARSG
 from arsg_dist.optim.schedulers.beta1_warmup import Beta1Warmup

@@ -1,4 +1,4 @@
-"""The ARSG optimizer."""
+"""Optimize with ARSG."""
 
 from __future__ import annotations
 
@@ -238,7 +238,7 @@ class ARSG(Optimizer):
 
     @classmethod
     def from_adam(cls, optimizer: Optimizer, *, keep_state: bool = True, **settings: Any) -> Self:
-        """An ARSG for the parameters, settings and state of torch's Adam, AdamW or NAdam.
+        """Make an ARSG from torch's Adam, AdamW or NAdam and its state.
 
         | of Adam | of ARSG |
         |---|---|
@@ -267,7 +267,7 @@ class ARSG(Optimizer):
 
     @classmethod
     def from_qhm(cls, optimizer: Optimizer, *, keep_state: bool = True, **settings: Any) -> Self:
-        """An RSG (preconditioner "none") for the parameters, settings and state of a `qhoptim.pyt.QHM`.
+        """Make an RSG (preconditioner "none") from a `qhoptim.pyt.QHM` and its state.
 
         lr is the same, β1 = momentum, μ = 1 − ν; weight_decay_type "grad" is the coupled, "direct" the
         decoupled weight decay. It is the same method: the trajectory goes on unchanged.
@@ -303,7 +303,7 @@ class ARSG(Optimizer):
 
     @torch.no_grad()
     def restart(self) -> None:
-        """Forget the maximum: v̂ ← max(v, ε), for every parameter with state and preconditioner "amsgrad".
+        """Forget the maximum: v̂ ← max(v, ε), where the preconditioner is "amsgrad".
 
         Also rebuilds a `max_exp_avg_sq` that a checkpoint lost.
         """
@@ -322,7 +322,7 @@ class ARSG(Optimizer):
 
     @contextmanager
     def base_iterate(self) -> Iterator[None]:
-        """Move the parameters from the observation point x to the base iterate θ, and back on leaving.
+        """Move the parameters to the base iterate θ, and back to x on leaving.
 
         θ = x + α·η·m/√v̂ with η = μβ1/(1−β1), and with the α, η of the last step (the denominator is the
         preconditioner's). Leaving, also by an exception, restores x bit by bit; this costs one copy of the
@@ -368,7 +368,7 @@ _CLASS_DEFAULTS = {
 
 
 def _record(group: dict[str, Any], base_iterate_scale: float | Tensor) -> None:
-    """Remember α·η of this step; a tensor is kept in place, where a captured graph finds it again."""
+    """Record α·η of this step; in place where a captured graph finds a tensor."""
     recorded = group["base_iterate_scale"]
     if not isinstance(base_iterate_scale, Tensor):
         group["base_iterate_scale"] = base_iterate_scale
@@ -379,7 +379,7 @@ def _record(group: dict[str, Any], base_iterate_scale: float | Tensor) -> None:
 
 
 def lookahead_(param: Tensor, slow_param: Tensor, step: int | Tensor, k: int, alpha: float) -> None:
-    """If `step` is a multiple of k: slow ← slow + a(x − slow), x ← slow. In place.
+    """Pull back every k steps: slow ← slow + a(x − slow), x ← slow. In place.
 
     Args:
         param: x, any dtype.

@@ -1,4 +1,4 @@
-"""The base iterate θ behind the remote observation point x, recovered from the optimizer's state."""
+"""Recover the base iterate θ behind x from the optimizer's state."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from arsg_dist.optim.state import local, real, required
 
 
 def base_iterate_point(x: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
-    """θ = x + α·η·m/√v̂ (the denominator of the group's preconditioner), element by element.
+    """Return θ = x + α·η·m/√v̂ (with the preconditioner's denominator).
 
     The relation of the paper's two-point form: with constant hyper-parameters and a constant denominator θ is
     exactly the iterate of that form; otherwise the point the next observation would be extrapolated from.

@@ -1,4 +1,4 @@
-"""Validate the settings of a parameter group, and hold those that the update reads."""
+"""Validate a group's settings, and hold those that the update reads."""
 
 from __future__ import annotations
 
@@ -58,7 +58,9 @@ class Hyperparameters:
 
     @staticmethod
     def validated(group: Mapping[str, Any]) -> dict[str, Any]:
-        """Check every setting of a parameter group and return them as floats, a tuple of betas, a dtype's name.
+        """Check all settings of a group; return them in canonical types.
+
+        Floats, a tuple of betas, the name of a dtype.
 
         Args:
             group: a parameter group with every setting present; other keys are ignored.
@@ -104,7 +106,7 @@ class Hyperparameters:
 
     @classmethod
     def of_group(cls, group: dict[str, Any]) -> Hyperparameters:
-        """Read an optimizer's parameter group; tensors for lr and μ become floats where that is allowed."""
+        """Read a parameter group; tensors for lr and μ become floats where allowed."""
         keep_tensors = group["capturable"] or torch.compiler.is_compiling()
         beta1, beta2 = group["betas"]
         return cls(
@@ -119,11 +121,11 @@ class Hyperparameters:
         )
 
     def uses_only(self, modes: Container[str]) -> bool:
-        """Say whether every mode that is on is one of these: what a fast path asks before it makes the update."""
+        """Say whether every mode that is on is one of these, which a path implements."""
         return not any(getattr(self, name) for name in MODES if name not in modes)
 
     def floor(self, dtype: torch.dtype) -> float:
-        """Smallest value v̂ may take: ε, but never below the smallest normal number of the computing `dtype`.
+        """Return the least v̂: ε, but no less than the `dtype`'s least normal number.
 
         So ε = 0 with a zero gradient, a gradient whose square underflows, and padding reloaded as 0 all
         divide by something positive.
@@ -132,7 +134,7 @@ class Hyperparameters:
 
     @property
     def observation_distance(self) -> float | Tensor:
-        """η = μβ1/(1 − β1): how far the observation point x runs ahead of the base iterate θ."""
+        """Return η = μβ1/(1 − β1), by which x runs ahead of the base iterate θ."""
         return self.mu * (self.beta1 / (1.0 - self.beta1))
 
 
@@ -180,7 +182,10 @@ class StepFunction(Protocol):
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Real dtype of the arithmetic for a parameter's `dtype`: float64 for float64 and complex128, else float32."""
+    """Return the real dtype of a parameter's arithmetic: float64 or float32.
+
+    float64 for float64 and complex128, float32 for everything else.
+    """
     return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
 
 
@@ -189,14 +194,14 @@ def bias_correction(beta: float, t: int) -> float: ...
 @overload
 def bias_correction(beta: float, t: Tensor) -> Tensor: ...
 def bias_correction(beta: float, t: int | Tensor) -> float | Tensor:
-    """1 − βᵗ, for a tensor t without the cancellation that float32 has at small t and β near 1."""
+    """Return 1 − βᵗ, of a tensor t without cancellation at small t and β near 1."""
     if isinstance(t, Tensor):
         return -torch.expm1(t * math.log(beta)) if beta > 0 else torch.ones_like(t)
     return 1.0 - beta**t
 
 
 def scalar(value: float | Tensor, keep_tensor: bool) -> float | Tensor:
-    """A setting as a Python float, or as a 0-dim tensor where the host must not read it."""
+    """Return a setting as a float, or as a 0-dim tensor that the host must not read."""
     if isinstance(value, Tensor):
         return value.squeeze() if keep_tensor else float(value.item())
     return value
@@ -238,7 +243,7 @@ def _flag(group: Mapping[str, Any], name: str, *, optional: bool = False) -> boo
 
 
 def state_dtype_name(value: str | torch.dtype | None) -> str | None:
-    """The canonical form of a `state_dtype`: a name, since not every checkpoint format stores a torch.dtype.
+    """Return the name of a `state_dtype`: not every checkpoint stores a torch.dtype.
 
     Raises:
         ValueError: not one of `STATE_DTYPES`.

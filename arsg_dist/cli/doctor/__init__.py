@@ -1,1 +1,1 @@
-"""Find out whether this machine, or the ranks of a job, have what a training needs."""
+"""Find out whether a machine, or a job's ranks, have what a training needs."""

@@ -1,4 +1,4 @@
-"""The doctor's self-test: collectives with known answers, over Horovod or torch.distributed."""
+"""Test collectives with known answers, over Horovod or torch.distributed."""
 
 from abc import ABC, abstractmethod
 from typing import Any
@@ -17,62 +17,62 @@ class Collectives(ABC):
 
     @abstractmethod
     def allreduce(self, tensor: Tensor) -> Tensor:
-        """The sum over the ranks."""
+        """Return the sum over the ranks."""
 
     @abstractmethod
     def allgather(self, tensor: Tensor) -> Tensor:
-        """The ranks' tensors one after the other."""
+        """Return the ranks' tensors one after the other."""
 
     @abstractmethod
     def alltoall(self, tensor: Tensor) -> Tensor:
-        """Part r of every rank's tensor, where r is this rank."""
+        """Return part r of every rank's tensor, where r is this rank."""
 
     @abstractmethod
     def broadcast(self, tensor: Tensor) -> Tensor:
-        """Rank 0's tensor."""
+        """Return rank 0's tensor."""
 
     @abstractmethod
     def reducescatter(self, tensor: Tensor) -> Tensor | None:
-        """This rank's part of the sum; None where the operation is not used."""
+        """Return this rank's part of the sum; None where this is not used."""
 
     @abstractmethod
     def notes(self, max_mib: float) -> list[Finding]:
-        """What was tested, for the report."""
+        """Say what was tested, for the report."""
 
 
 class TorchCollectives(Collectives):
     """torch.distributed's default group, which DeepSpeed uses."""
 
     def allreduce(self, tensor: Tensor) -> Tensor:
-        """`all_reduce`."""
+        """Call `all_reduce`."""
         dist.all_reduce(tensor)
         return tensor
 
     def allgather(self, tensor: Tensor) -> Tensor:
-        """`all_gather_into_tensor`."""
+        """Call `all_gather_into_tensor`."""
         gathered = tensor.new_empty(tensor.numel() * dist.get_world_size())
         dist.all_gather_into_tensor(gathered, tensor)
         return gathered
 
     def alltoall(self, tensor: Tensor) -> Tensor:
-        """`all_to_all_single`."""
+        """Call `all_to_all_single`."""
         received = torch.empty_like(tensor)
         dist.all_to_all_single(received, tensor)
         return received
 
     def broadcast(self, tensor: Tensor) -> Tensor:
-        """`broadcast`."""
+        """Call `broadcast`."""
         dist.broadcast(tensor, 0)
         return tensor
 
     def reducescatter(self, tensor: Tensor) -> Tensor | None:
-        """`reduce_scatter_tensor`."""
+        """Call `reduce_scatter_tensor`."""
         part = tensor.new_empty(tensor.numel() // dist.get_world_size())
         dist.reduce_scatter_tensor(part, tensor)
         return part
 
     def notes(self, max_mib: float) -> list[Finding]:
-        """The backend and what ran over it."""
+        """Name the backend and what ran over it."""
         return [
             Finding(
                 "good",
@@ -91,27 +91,27 @@ class HorovodCollectives(Collectives):
         self._hvd: Any = hvd
 
     def allreduce(self, tensor: Tensor) -> Tensor:
-        """`hvd.allreduce`."""
+        """Call `hvd.allreduce`."""
         total: Tensor = self._hvd.allreduce(tensor, op=self._hvd.Sum, name=f"doctor.r{tensor.numel()}")
         return total
 
     def allgather(self, tensor: Tensor) -> Tensor:
-        """`hvd.allgather`."""
+        """Call `hvd.allgather`."""
         gathered: Tensor = self._hvd.allgather(tensor, name=f"doctor.g{tensor.numel()}")
         return gathered
 
     def alltoall(self, tensor: Tensor) -> Tensor:
-        """`hvd.alltoall`."""
+        """Call `hvd.alltoall`."""
         received: Tensor = self._hvd.alltoall(tensor, name=f"doctor.a{tensor.numel()}")
         return received
 
     def broadcast(self, tensor: Tensor) -> Tensor:
-        """`hvd.broadcast`."""
+        """Call `hvd.broadcast`."""
         received: Tensor = self._hvd.broadcast(tensor, 0, name=f"doctor.b{tensor.numel()}")
         return received
 
     def reducescatter(self, tensor: Tensor) -> Tensor | None:
-        """`hvd.reducescatter`, except over Gloo."""
+        """Call `hvd.reducescatter`, except over Gloo."""
         if self._over_gloo():
             return None
         part: Tensor = self._hvd.reducescatter(tensor, op=self._hvd.Sum, name=f"doctor.s{tensor.numel()}")
@@ -122,7 +122,7 @@ class HorovodCollectives(Collectives):
         return bool(self._hvd.gloo_enabled())
 
     def notes(self, max_mib: float) -> list[Finding]:
-        """The controller and what ran over it."""
+        """Name the controller and what ran over it."""
         controller = "Gloo" if self._hvd.gloo_enabled() else "MPI"
         tested = "allreduce, allgather, alltoall, broadcast"
         if not self._over_gloo():
@@ -145,10 +145,12 @@ class HorovodCollectives(Collectives):
 def self_test(
     collectives: Collectives, device: torch.device, rank: int, world_size: int, max_mib: float
 ) -> list[str]:
-    """Runs every operation at several sizes and compares with what it must return, bit by bit.
+    """Compare every collective's results with the known answers. Collective.
+
+    At several sizes, bit by bit.
 
     Args:
-        collectives: to test; every rank must call this.
+        collectives: to test.
         device: of the tensors.
         rank: of this process.
         world_size: number of ranks.

@@ -1,4 +1,4 @@
-"""`arsg-dist doctor`: what this machine, or every rank of a job, has and whether it works.
+"""Diagnose this machine, or every rank of a job: `arsg-dist doctor`.
 
 Alone it looks at this machine. Started as the ranks of a job (mpirun, horovodrun, deepspeed, torchrun, srun) it
 compares them and tests their collectives; rank 0 prints.
@@ -33,7 +33,7 @@ WRONG = 1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Output form and size of the test."""
+    """Declare the output's form and the size of the test."""
     parser.add_argument("--json", action="store_true", help="print facts and findings as JSON")
     parser.add_argument(
         "--max-mib", type=float, default=8.0, help="largest message of the self-test (default: %(default)s)"
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Prints the report on rank 0.
+    """Print the report on rank 0. Collective.
 
     Returns:
         0, or 1 if something is wrong; warnings are not.

@@ -1,4 +1,4 @@
-"""What one process can say about itself and its machine; plain values that travel between ranks."""
+"""Gather what a process knows of itself and its machine, in plain values."""
 
 import importlib.metadata
 import importlib.util
@@ -28,7 +28,7 @@ LABELS = {
 
 
 def gather(ranks: Ranks, device: torch.device) -> dict[str, Any]:
-    """Everything the doctor compares, of this rank.
+    """Gather everything that the doctor compares, of this rank.
 
     Args:
         ranks: from `discover_ranks`.
@@ -60,7 +60,7 @@ def gather(ranks: Ranks, device: torch.device) -> dict[str, Any]:
 
 
 def device_of(ranks: Ranks) -> torch.device:
-    """This rank's GPU, or the CPU."""
+    """Return this rank's GPU, made the current one, or the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     device = torch.device("cuda", ranks.local_rank % torch.cuda.device_count())
@@ -69,7 +69,7 @@ def device_of(ranks: Ranks) -> torch.device:
 
 
 def version(package: str) -> str:
-    """Its version, or "" if it is not installed."""
+    """Return a package's version, or "" if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -77,7 +77,7 @@ def version(package: str) -> str:
 
 
 def horovod_backends() -> str:
-    """What Horovod was built with, as "MPI Gloo NCCL", or why it cannot be loaded."""
+    """Name Horovod's backends, as "MPI Gloo NCCL", or say why it cannot be loaded."""
     if not version("horovod"):
         return ""
     try:
@@ -94,7 +94,7 @@ def horovod_backends() -> str:
 
 
 def mpi_library() -> str:
-    """Name and version of the MPI that mpi4py uses, without initialising it; "" if there is none."""
+    """Name the MPI of mpi4py without initialising it; "" if there is none."""
     try:
         import mpi4py
 
@@ -106,7 +106,7 @@ def mpi_library() -> str:
 
 
 def physical_cores(cpus: list[int]) -> int:
-    """How many cores these logical CPUs are: with hyper-threading two of them are one."""
+    """Count the cores of these logical CPUs: with hyper-threading two are one."""
     siblings = set()
     for cpu in cpus:
         try:
@@ -117,7 +117,7 @@ def physical_cores(cpus: list[int]) -> int:
 
 
 def _interfaces() -> dict[str, list[str]]:
-    """IPv4 addresses of each network interface.
+    """Return the IPv4 addresses of each network interface.
 
     Raises:
         ImportError: psutil is missing; both engines bring it.

@@ -1,4 +1,4 @@
-"""What the doctor makes of the ranks' facts."""
+"""Diagnose the ranks' facts."""
 
 from collections import defaultdict
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ class Finding:
 
 
 def find(of_ranks: list[dict[str, Any]]) -> list[Finding]:
-    """The diagnosis of all ranks' facts (`facts.gather`, in rank order)."""
+    """Diagnose all ranks' facts (`facts.gather`, in rank order)."""
     return [
         *_differences(of_ranks),
         *_installation(of_ranks[0]),

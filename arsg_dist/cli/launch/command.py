@@ -1,4 +1,4 @@
-"""`arsg-dist launch TARGET ... -- SCRIPT ...`: starts a program on one or many machines."""
+"""Start a program on many machines: `arsg-dist launch TARGET ... -- SCRIPT ...`."""
 
 import argparse
 import os
@@ -26,7 +26,7 @@ SUMMARY = "start a training on this machine, a list of hosts, or through a sched
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """One subcommand per target, with the options all have and its own."""
+    """Declare one subcommand per target, with common options and its own."""
     targets = parser.add_subparsers(dest="target", metavar="TARGET", required=True)
     for name, kind in TARGETS.items():
         target = kind()
@@ -86,7 +86,7 @@ def _add_common(parser: argparse.ArgumentParser, target: Target) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Plans and, without --dry-run, writes the files and executes the command.
+    """Plan and, without --dry-run, write the files and execute the command.
 
     Returns:
         The command's exit code; 2 for bad input; 0 after --dry-run.
@@ -103,7 +103,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def make_plan(options: argparse.Namespace) -> Plan:
-    """What the options ask for.
+    """Plan what the options ask for.
 
     Raises:
         ValueError: they contradict each other, or the target cannot do it.
@@ -142,7 +142,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
 
 
 def _variables(pairs: Sequence[str], profile: Profile) -> tuple[dict[str, str], tuple[str, ...]]:
-    """The variables with a value, and the names of those without; the last word on a name counts."""
+    """Return variables with a value, and names of those without; the last counts."""
     chosen: dict[str, str | None] = dict(profile.environment)
     for pair in pairs:
         name, equals, value = pair.partition("=")

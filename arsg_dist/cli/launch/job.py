@@ -39,7 +39,7 @@ class Host:
 
 
 def parse_hosts(text: str) -> tuple[Host, ...]:
-    """Reads "node1:4,node2:4"; a host without a number has one slot.
+    """Read "node1:4,node2:4"; a host without a number has one slot.
 
     Raises:
         ValueError: not of this form, or a host is named twice.
@@ -54,7 +54,7 @@ def parse_hosts(text: str) -> tuple[Host, ...]:
 
 
 def read_hostfile(path: Path) -> tuple[Host, ...]:
-    """Reads a file of lines "node1 slots=4", as DeepSpeed and Open MPI do; '#' begins a comment.
+    """Read a hostfile, lines "node1 slots=4" as of DeepSpeed; '#' begins a comment.
 
     Raises:
         OSError: the file cannot be read.
@@ -86,22 +86,22 @@ def _distinct(hosts: list[Host], source: str) -> tuple[Host, ...]:
 
 
 def hostfile(hosts: tuple[Host, ...]) -> str:
-    """The content of a hostfile with these hosts, as DeepSpeed and Open MPI read it."""
+    """Return the content of a hostfile, as DeepSpeed and Open MPI read it."""
     return "".join(f"{host.name} slots={host.slots}\n" for host in hosts)
 
 
 def is_variable(name: str) -> bool:
-    """Whether this is the name of an environment variable."""
+    """Say whether this is the name of an environment variable."""
     return bool(_VARIABLE.fullmatch(name))
 
 
 def is_script(content: str) -> bool:
-    """Whether a file of this content is there to be executed."""
+    """Say whether a file of this content is there to be executed."""
     return content.startswith("#!")
 
 
 def check_environment(environment: Mapping[str, str]) -> None:
-    """Refuses what is no environment.
+    """Refuse what is no environment.
 
     Raises:
         ValueError: a name is no variable name, or a value holds a newline or NUL.
@@ -146,26 +146,26 @@ class Job:
 
     @property
     def rank_command(self) -> tuple[str, ...]:
-        """What one rank executes."""
+        """Return what one rank executes."""
         return (self.python, "-u", *self.program)
 
     @property
     def deepspeed_command(self) -> tuple[str, ...]:
-        """DeepSpeed's launcher; the command `deepspeed` is the same under the interpreter it was installed with."""
+        """Return the start of DeepSpeed's launcher, under the job's interpreter."""
         return (*self.python_module, "deepspeed.launcher.runner")
 
     @property
     def python_module(self) -> tuple[str, ...]:
-        """Starts a module that is installed, not one of that name in the current directory."""
+        """Return the start of an installed module, not of one in the current directory."""
         return (self.python, "-P", "-m")
 
     @property
     def ranks(self) -> int:
-        """How many ranks the job has."""
+        """Count the ranks."""
         return sum(host.slots for host in self.hosts) if self.hosts else self.nodes * self.ranks_per_node
 
     def argument(self, name: str) -> str | None:
-        """The value of the program's argument `name` ("--output"), or None if it has none."""
+        """Return the value of the program's argument `name` ("--output"), or None."""
         for index, argument in enumerate(self.program):
             if argument == name and index + 1 < len(self.program):
                 return self.program[index + 1]
@@ -193,7 +193,7 @@ class Plan:
     failure_text: str = ""
 
     def __str__(self) -> str:
-        """A shell script that does the same."""
+        """Return a shell script that does the same."""
         lines = [f"# {printable(note)}" for note in self.notes]
         for path, content in self.files.items():
             name, text = shlex.quote(str(path)), content.rstrip("\n")

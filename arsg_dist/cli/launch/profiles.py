@@ -1,4 +1,4 @@
-"""Site profiles: small files of settings, each with the page that says so."""
+"""Read site profiles: files of settings, each with the page that says so."""
 
 import tomllib
 from dataclasses import dataclass, field
@@ -27,7 +27,7 @@ class Profile:
 
 
 def profile_names() -> list[str]:
-    """The profiles that come with the package."""
+    """Name the profiles that come with the package."""
     folder = files("arsg_dist.cli.launch") / "profiles"
     return sorted(
         entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml")
@@ -35,7 +35,7 @@ def profile_names() -> list[str]:
 
 
 def load_profile(name: str | None) -> Profile:
-    """Reads a profile; None is the empty one.
+    """Read a profile; None is the empty one.
 
     Raises:
         ValueError: there is no such profile.

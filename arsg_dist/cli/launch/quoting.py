@@ -1,4 +1,4 @@
-"""Arguments that reach a shell, here or through DeepSpeed's pdsh runner, unchanged."""
+"""Quote arguments for a shell, here or behind DeepSpeed's pdsh runner."""
 
 import re
 import shlex
@@ -7,7 +7,10 @@ _PLAIN_PATH = re.compile(r"[A-Za-z0-9_@%+=:,./-]+")
 
 
 def for_bash(argument: str) -> str:
-    """Quotes an argument for bash on one line: schedulers look for their directives in every line of a script."""
+    """Quote an argument for bash, on one line.
+
+    Schedulers look for their directives in every line of a script.
+    """
     if "\n" not in argument and "\r" not in argument:
         return shlex.quote(argument)
     escaped = argument.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n").replace("\r", "\\r")
@@ -15,7 +18,7 @@ def for_bash(argument: str) -> str:
 
 
 def for_pdsh(argument: str) -> str:
-    """Quotes an argument of the user's script.
+    """Quote an argument of the user's script for DeepSpeed's pdsh runner.
 
     DeepSpeed 0.19.8 (launcher/multinode_runner.py, PDSHRunner) puts an argument with a space between double quotes,
     escaping double quotes only, and leaves any other as it is; pdsh then replaces %h, %u, %n; a shell reads the rest.
@@ -28,7 +31,7 @@ def for_pdsh(argument: str) -> str:
 
 
 def require_plain(path: str, what: str, launcher: str) -> None:
-    """Refuses a path that `launcher` hands to a shell unquoted and that cannot be quoted from outside.
+    """Refuse a path that a launcher hands to a shell unquoted.
 
     Raises:
         ValueError: the path has other characters than a shell leaves alone.

@@ -1,4 +1,4 @@
-"""Becomes the user's script, without PYTHONSAFEPATH: for a launcher that needs the variable and hands it to the ranks.
+"""Become the user's script, without the PYTHONSAFEPATH of its launcher.
 
     python -u .../rank_script.py [--local_rank=N] SCRIPT ARGUMENTS
 

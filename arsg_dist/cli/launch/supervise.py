@@ -23,7 +23,7 @@ def run_watched(
     directory: Path | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> int:
-    """Run a command; signals TERM, HUP, USR1 and USR2 to this process are passed on to it.
+    """Run a command and pass TERM, HUP, USR1 and USR2 on to it.
 
     Args:
         command: executed without a shell.

@@ -1,4 +1,4 @@
-"""Settings under which every stack notices the silent loss of a host in a given time.
+"""Set every stack's timeouts so that it notices the silent loss of a host.
 
 Without them: torch's gloo group waits 15 minutes, Open MPI's daemons were not seen to notice in two, pdsh never does.
 The values were measured on rehearsal hosts whose network was cut (docs/clusters.md).
@@ -8,7 +8,7 @@ import math
 
 
 def torch_collectives(seconds: int) -> dict[str, str]:
-    """For ranks under DeepSpeed, on gloo and NCCL alike: the longest a collective may take.
+    """Limit the time of collectives for torch's ranks, on gloo and NCCL alike.
 
     DeepSpeed reads whole minutes (deepspeed/constants.py), which is for scripts that do not connect through this
     package; the launchers take some ten seconds more to end the job.
@@ -20,7 +20,10 @@ def torch_collectives(seconds: int) -> dict[str, str]:
 
 
 def horovod_ranks(seconds: int) -> dict[str, str]:
-    """For ranks under Horovod: Gloo's own timeout, and the stall check for a rank that is alive but behind."""
+    """Set Gloo's timeout and the stall check for ranks under Horovod.
+
+    The stall check is for a rank that is alive but behind.
+    """
     return {
         "HOROVOD_GLOO_TIMEOUT_SECONDS": str(min(30, seconds)),
         "HOROVOD_STALL_CHECK_TIME_SECONDS": str(max(1, seconds // 2)),
@@ -29,7 +32,10 @@ def horovod_ranks(seconds: int) -> dict[str, str]:
 
 
 def open_mpi_daemons(seconds: int) -> dict[str, str]:
-    """For mpirun: TCP keep-alive between its daemons, and ssh's. Both names: Open MPI 4 reads OMPI_, 5 PRTE_."""
+    """Set keep-alive of TCP and ssh between mpirun's daemons.
+
+    Under both names: Open MPI 4 reads OMPI_, 5 PRTE_.
+    """
     probes = 3
     interval = max(1, min(5, seconds // 12))
     keep_alive = {
@@ -46,6 +52,6 @@ def open_mpi_daemons(seconds: int) -> dict[str, str]:
 
 
 def ssh_options(seconds: int) -> str:
-    """Options of ssh that end a connection whose other side is silent."""
+    """Return options of ssh that end a connection whose other side is silent."""
     count = 3  # a busy host may answer late
     return f"-o ServerAliveInterval={max(1, min(10, seconds // 6))} -o ServerAliveCountMax={count}"

@@ -1,4 +1,4 @@
-"""Make the ARSG update of many parameters with one kernel launch per operation (torch._foreach)."""
+"""Update many parameters with one kernel launch per operation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _MODES: Final = ("decoupled_weight_decay", "maximize", "capturable")
 
 
 def supports(hyper: Hyperparameters, params: list[Tensor]) -> bool:
-    """Say whether `foreach_step` makes the update of these settings, for any tensors."""
+    """Say whether `foreach_step` implements these settings, for any tensors."""
     return hyper.preconditioner in _PRECONDITIONERS and hyper.uses_only(_MODES)
 
 
@@ -29,8 +29,9 @@ def foreach_step(
     *,
     hyper: Hyperparameters,
 ) -> None:
-    """See `StepFunction` for the arguments and `reference.arsg_update` for the rule.
+    """Update all parameters by torch's multi-tensor kernels.
 
+    See `StepFunction` for the arguments and `reference.arsg_update` for the rule.
     Needs up to twice the parameters' size in temporary memory (numerators and denominators), more for half
     precision, where everything is converted to float32 first.
     """
@@ -83,7 +84,7 @@ def foreach_step(
 
 
 def _numerators(ms: list[Tensor], gs: list[Tensor], mu: float | Tensor) -> list[Tensor]:
-    """(1 − μ)m + μg, in new tensors."""
+    """Return (1 − μ)m + μg, in new tensors."""
     numerators = list(torch._foreach_mul(ms, 1 - mu))
     if isinstance(mu, Tensor):
         torch._foreach_add_(numerators, torch._foreach_mul(gs, mu))
@@ -98,7 +99,7 @@ def _move(
     denominators: list[Tensor] | None,
     alpha: float | Tensor,
 ) -> None:
-    """x ← x − α · numerator / denominator."""
+    """Move x ← x − α · numerator / denominator."""
     if isinstance(alpha, Tensor):
         if denominators is not None:
             torch._foreach_div_(numerators, denominators)
@@ -111,12 +112,12 @@ def _move(
 
 
 def _converted(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """The tensors themselves where they have `dtype` already, else converted copies."""
+    """Return the tensors themselves where they have `dtype`, else converted copies."""
     return [tensor.to(dtype) for tensor in tensors]
 
 
 def _on_device(value: float | Tensor, like: Tensor) -> float | Tensor:
-    """Multi-tensor kernels want a tensor scalar where the parameters are."""
+    """Put a tensor scalar where the parameters are, as the kernels want it."""
     return value.to(like.device, non_blocking=True) if isinstance(value, Tensor) else value
 
 

@@ -1,4 +1,4 @@
-"""Make the ARSG update in one pass over memory: in C++ on CPU, by compiled foreach code elsewhere.
+"""Update in one pass over memory: in C++ on CPU, compiled from foreach elsewhere.
 
 CPU tensors go to `torch.ops.arsg_dist.step_` (csrc/fused_cpu.cpp), built when the package is installed. Other
 tensors go to `foreach_step` compiled by `torch.compile`, so that the rule has no further definition there.
@@ -35,7 +35,7 @@ _compiling_failed = False
 
 
 def supports(hyper: Hyperparameters, params: list[Tensor]) -> bool:
-    """Say whether `fused_step` makes the update of these settings, for these tensors."""
+    """Say whether `fused_step` implements these settings, for these tensors."""
     by_kernel = hyper.preconditioner in _CPU_PRECONDITIONERS and hyper.uses_only(_CPU_MODES)
     # What the kernel leaves goes to `foreach_step`, which also is what is compiled.
     return foreach.supports(hyper, params) and (by_kernel or not params[0].is_cpu)
@@ -51,8 +51,9 @@ def fused_step(
     *,
     hyper: Hyperparameters,
 ) -> None:
-    """See `StepFunction` for the arguments and `reference.arsg_update` for the rule.
+    """Update all parameters in one pass over memory.
 
+    See `StepFunction` for the arguments and `reference.arsg_update` for the rule.
     On CPU no temporary tensors are made, and the result depends neither on the number of threads nor on the
     CPU's instruction set. Parameters with gaps or overlaps in memory, or whose gradient or moments are laid
     out otherwise, are left to the reference implementation, and those whose gradient has another dtype to
@@ -114,7 +115,7 @@ def _cpu_step(
 
 @cache
 def cpu_kernel() -> Callable[..., list[int]] | None:
-    """The C++ kernel, or None with a warning (the first time) where the package was installed without it."""
+    """Return the C++ kernel, or warn once and return None where it is not built."""
     try:
         importlib.import_module("arsg_dist._C")
         return cast(Callable[..., list[int]], torch.ops.arsg_dist.step_.default)
@@ -138,7 +139,7 @@ def compiled_step(
     *,
     hyper: Hyperparameters,
 ) -> None:
-    """`foreach_step` compiled by `torch.compile`; what `fused_step` does for tensors on accelerators.
+    """Run `foreach_step` compiled by `torch.compile`, for tensors on accelerators.
 
     What changes between steps (α, μ, t) is handed over as tensors, so only a change of other settings, of
     shapes or of dtypes compiles anew. Nothing here synchronises with the device.
@@ -173,7 +174,9 @@ def compiled_step(
 
 @cache
 def _cache_of_others() -> str:
-    """Say why torch's default directory for compiled code is not to be used: it runs what it finds there. "" if it is.
+    """Say why torch's directory for compiled code is not to be used; "" if it is.
+
+    torch runs what it finds there.
 
     Another directory is the choice of the user, or of a program that calls `keep_compiled_code_private`.
     """
@@ -222,14 +225,14 @@ def _needs_steps(exp_avgs: list[Tensor], hyper: Hyperparameters) -> bool:
 
 
 def _counters(steps: Steps, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """t of every parameter, in one tensor on the device."""
+    """Return t of every parameter, in one tensor on the device."""
     if isinstance(steps[0], Tensor):
         return torch.stack(cast(list[Tensor], steps)).to(dtype)
     return torch.tensor(steps, dtype=dtype).to(device, non_blocking=True)
 
 
 def _on_device(value: float | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """A 0-dim tensor on the device."""
+    """Return a 0-dim tensor on the device."""
     if isinstance(value, Tensor):
         return value.to(device=device, dtype=dtype, non_blocking=True)
     return torch.full((), value, dtype=dtype, device=device)

@@ -1,4 +1,4 @@
-"""Define the ARSG update in the paper's notation; other implementations are tested against it."""
+"""Define the update in the paper's notation, for others to be tested against."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def arsg_update(
     t: int | Tensor,
     hyper: Hyperparameters,
 ) -> None:
-    """One step of the method on one tensor (the paper, algorithm ARSG), in place on x, m, v and v̂.
+    """Make one step of the paper's algorithm ARSG in place on x, m, v and v̂.
 
     The gradient is taken at x, the remote observation point, which is also where the network is used.
 
@@ -73,7 +73,7 @@ def reference_step(
     *,
     hyper: Hyperparameters,
 ) -> None:
-    """`arsg_update` on one parameter after the other; see `StepFunction` for the arguments."""
+    """Call `arsg_update` on each parameter; see `StepFunction` for the arguments."""
     for i, param in enumerate(params):
         dtype = compute_dtype(param.dtype)
         step = steps[i] if steps else 0

@@ -1,4 +1,4 @@
-"""Stochastic rounding of float32 moments to bfloat16, as a pure function of step, element and moment.
+"""Round float32 moments to bfloat16 stochastically, yet reproducibly.
 
 bfloat16 keeps 8 significant bits. With β1 = 0.999 a step moves m by about a thousandth of its distance to the
 gradient, often less than half the spacing of bfloat16 numbers, so rounding to nearest leaves m where it is (v
@@ -37,7 +37,7 @@ _MIX_FACTOR_2: Final = 0x846CA68B
 
 
 def store_rounded(target: Tensor, value: Tensor, step: int | Tensor, slot: int) -> None:
-    """Write `value` into the moment `target`; bfloat16 targets are rounded stochastically, others converted.
+    """Write `value` into the moment `target`, rounding stochastically to bfloat16.
 
     Args:
         target: the stored moment, changed in place.
@@ -53,7 +53,7 @@ def store_rounded(target: Tensor, value: Tensor, step: int | Tensor, slot: int) 
 
 
 def round_stochastically(value: Tensor, index: Tensor, step: int | Tensor, slot: int) -> Tensor:
-    """Round float32 `value` to bfloat16, up or down with the probabilities that keep the mean.
+    """Round float32 `value` to bfloat16, with probabilities that keep the mean.
 
     Args:
         value: float32, any shape.
@@ -70,7 +70,7 @@ def round_stochastically(value: Tensor, index: Tensor, step: int | Tensor, slot:
 
 
 def random_bits(index: Tensor, step: int | Tensor, slot: int) -> Tensor:
-    """The hash's top 16 bits for every element, as int32 in [0, 65536)."""
+    """Return the hash's top 16 bits for every element, as int32 in [0, 65536)."""
     if isinstance(step, Tensor):
         counter: int | Tensor = step.to(torch.int32) * _signed(_STEP_FACTOR) + _signed(slot * _SLOT_FACTOR)
     else:
@@ -84,7 +84,7 @@ def random_bits(index: Tensor, step: int | Tensor, slot: int) -> Tensor:
 
 
 def memory_index(tensor: Tensor) -> Tensor:
-    """Position in memory of every element, counted from the first: int32 (modulo 2³²), `tensor`'s shape."""
+    """Return every element's position in memory, int32 (modulo 2³²), from the first."""
     if tensor.numel() == 0:
         return torch.empty(tensor.shape, dtype=torch.int32, device=tensor.device)
     extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
@@ -94,10 +94,10 @@ def memory_index(tensor: Tensor) -> Tensor:
 
 
 def _shift_right(h: Tensor, bits: int) -> Tensor:
-    """Logical shift of int32 (torch's own shift copies the sign bit)."""
+    """Shift int32 logically (torch's own shift copies the sign bit)."""
     return (h >> bits) & ((1 << (32 - bits)) - 1)
 
 
 def _signed(unsigned: int) -> int:
-    """The int32 with the same low 32 bits."""
+    """Return the int32 with the same low 32 bits."""
     return (unsigned + 0x80000000) % 0x100000000 - 0x80000000

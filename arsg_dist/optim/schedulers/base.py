@@ -1,4 +1,4 @@
-"""What the schedulers of this package share: changing a group's settings beside torch's schedulers."""
+"""Change a group's settings beside torch's schedulers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class GroupScheduler(LRScheduler):
         super().__init__(torch_optimizer(optimizer))
 
     def _advance(self) -> None:
-        """Apply what is due at `self.last_epoch` calls of `step`; called with 0 on construction."""
+        """Apply what is due at `self.last_epoch` calls of `step`, 0 on construction."""
         raise NotImplementedError
 
     def _begin(self) -> None:
@@ -54,7 +54,7 @@ class GroupScheduler(LRScheduler):
 
 
 def set_value(group: dict[str, Any], key: str, value: float) -> None:
-    """Set a group's setting: in place if it is a tensor (a captured graph reads it there)."""
+    """Set a group's setting: in place if a tensor, where a captured graph reads it."""
     if isinstance(group[key], Tensor):
         group[key].fill_(value)
     else:

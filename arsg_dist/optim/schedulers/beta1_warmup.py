@@ -1,4 +1,4 @@
-"""β1 warm-up: let the averaging horizon of the first moment grow from short to long."""
+"""Warm up β1: let the first moment's averaging horizon grow."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from arsg_dist.optim.schedulers.base import GroupScheduler, torch_optimizer
 
 
 class Beta1Warmup(GroupScheduler):
-    """Raises β1 from `start` to each group's configured value, its horizon 1/(1−β1) growing linearly.
+    """Raise β1 from `start` to each group's own, 1/(1−β1) growing linearly.
 
     m starts at 0 and is not bias-corrected: for β1 = 0.999 the gradients' weights in it sum to 0.095 after
     100 steps and to 0.63 after 1,000, and little more than μ·g moves the parameters at first. Warmed up from
@@ -69,7 +69,7 @@ class Beta1Warmup(GroupScheduler):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from a saved progress and set the groups' β1 accordingly, whatever they are now."""
+        """Continue from a saved progress, with the groups' β1 that belongs to it."""
         self.last_epoch = state_dict["last_epoch"]
         self._step_count = state_dict["_step_count"]
         self._last_lr = list(state_dict["_last_lr"])

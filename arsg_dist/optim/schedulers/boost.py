@@ -1,4 +1,4 @@
-"""The observation boost: raise μ once the loss flattens, and scale the learning rate to match."""
+"""Raise μ once the loss flattens, and scale the learning rate to match."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _BASE_LRS_IN_SCHEDULER = ("base_lrs", "max_lrs")
 
 
 class ObservationBoost(GroupScheduler):
-    """Multiplies μ by `factor` and lr by `theory.boost_ratio`, at milestones or when the loss flattens.
+    """Multiply μ by `factor` and scale lr, at milestones or when the loss flattens.
 
     The paper's ARSGB: start with μ = 0.05 (and 1 to 5 times the lr that suits μ = 0.1), boost once. A boost
     sets, in each parameter group and with that group's β1 and μ, ``lr ← lr·τ_cb+(β1, μ·factor)/τ_cb+(β1, μ)``
@@ -108,7 +108,7 @@ class ObservationBoost(GroupScheduler):
         super().__init__(optimizer)
 
     def record(self, loss: float | Tensor) -> None:
-        """Add a training loss to the observation that the next `step` makes (plateau mode).
+        """Add a loss to the observation that the next `step` makes (plateau mode).
 
         Never waits for the device. A loss that is not finite (a skipped step of mixed precision) is left out.
 

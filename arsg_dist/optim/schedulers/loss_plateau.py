@@ -1,4 +1,4 @@
-"""When has a training loss flattened."""
+"""Detect that a training loss has flattened."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class LossPlateau:
-    """Detects that a smoothed loss has stopped falling, from nothing but the losses it is shown.
+    """Detect that a smoothed loss has stopped falling.
 
     The loss is smoothed by an exponential moving average (bias-corrected, so that the first values count
     fully). An observation is an improvement if the average is below the best so far by more than `threshold`
@@ -48,7 +48,7 @@ class LossPlateau:
 
     @property
     def average(self) -> float:
-        """The smoothed loss; NaN before the first observation."""
+        """Return the smoothed loss; NaN before the first observation."""
         return self._weighted_sum / self._weight if self._weight else math.nan
 
     def observe(self, loss: float) -> bool:
@@ -97,14 +97,13 @@ class LossPlateau:
 
 
 class LossSum:
-    """Sum and number of the finite losses recorded, kept on the losses' device so that recording never
-    waits."""
+    """Sum and count finite losses, on their device so that recording never waits."""
 
     def __init__(self) -> None:
         self._totals = torch.zeros(2, dtype=torch.float64)
 
     def record(self, loss: float | Tensor) -> None:
-        """Add one loss: a number or a 1-element tensor. One that is not finite is left out.
+        """Add a loss, number or 1-element tensor; one that is not finite is left out.
 
         Raises:
             ValueError: a tensor of more than one element.

@@ -1,4 +1,4 @@
-"""The launch targets, one file each way to start ranks; none imports an engine."""
+"""List the launch targets: one file each way to start ranks, none with an engine."""
 
 from arsg_dist.cli.launch.targets.base import Target
 from arsg_dist.cli.launch.targets.deepspeed_ssh import OpenMpiRunner, Pdsh, PerNode

@@ -49,6 +49,6 @@ class Target(ABC):
 
 
 def rank_environment(job: Job) -> dict[str, str]:
-    """Return what every rank needs: timeouts, then what the user and the profile say."""
+    """Return what every rank needs: timeouts, then the user's and the profile's."""
     of_stack = timeouts.torch_collectives if job.rendezvous == "torch" else timeouts.horovod_ranks
     return of_stack(job.detect_seconds) | job.environment

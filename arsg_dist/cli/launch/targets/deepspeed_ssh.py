@@ -1,4 +1,4 @@
-"""DeepSpeed's own launcher over ssh: its pdsh and openmpi runners, and one command per node without ssh."""
+"""Start ranks by DeepSpeed's launcher: its pdsh and openmpi runners, or no ssh."""
 
 import argparse
 import os
@@ -20,7 +20,10 @@ ENVIRONMENT = "arsg_deepspeed_env"
 
 
 def _environment_file(variables: dict[str, str]) -> str:
-    """DeepSpeed sends only a few variables to other hosts, and those in this file, which it does not quote well."""
+    """Return the file of the variables that DeepSpeed sends to other hosts.
+
+    It sends few others, and does not quote these well.
+    """
     lines = []
     # DeepSpeed has every Python of the job import from the working directory, unless the file says otherwise.
     own_path = {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}
@@ -38,7 +41,7 @@ class _DeepSpeedRunner(Target):
     places: ClassVar = "hosts"
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """Where the first rank is."""
+        """Declare where the first rank is."""
         add_meeting_point(parser)
 
     def _command(
@@ -72,7 +75,7 @@ class Pdsh(_DeepSpeedRunner):
     )
 
     def plan(self, job: Job, profile: Profile, options: argparse.Namespace) -> Plan:
-        """Plans `deepspeed --launcher pdsh`; program and paths are quoted for the remote shell."""
+        """Plan `deepspeed --launcher pdsh`; arguments are quoted for the remote shell."""
         require_plain(str(job.directory), "the working directory", "DeepSpeed's pdsh runner")
         require_plain(job.python, "the interpreter", "DeepSpeed's pdsh runner")
         script, *arguments = safe_path.script_and_arguments(job)
@@ -97,14 +100,14 @@ class OpenMpiRunner(_DeepSpeedRunner):
     summary = "hosts over ssh, by DeepSpeed's openmpi runner"
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """The interface, for programs that use MPI."""
+        """Declare the interface, for programs that use MPI."""
         super().add_arguments(parser)
         parser.add_argument(
             "--interface", help="network interface for MPI (default: eth0, DeepSpeed's default)"
         )
 
     def plan(self, job: Job, profile: Profile, options: argparse.Namespace) -> Plan:
-        """Plans `deepspeed --launcher openmpi`."""
+        """Plan `deepspeed --launcher openmpi`."""
         variables = rank_environment(job) | meeting_point(job, options)
         command, files = self._command(job, options, "openmpi", variables)
         launcher_args = [*mpirun_options(os.geteuid() == 0), *exported("PATH", *job.inherited)]
@@ -128,14 +131,14 @@ class PerNode(Target):
     places: ClassVar = "hosts"
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """Which host this is."""
+        """Declare which host this is."""
         add_meeting_point(parser)
         parser.add_argument(
             "--node-rank", type=int, required=True, help="this host's place in --hosts, from 0"
         )
 
     def plan(self, job: Job, profile: Profile, options: argparse.Namespace) -> Plan:
-        """Plans `deepspeed --no_ssh --node_rank N`."""
+        """Plan `deepspeed --no_ssh --node_rank N`."""
         if not 0 <= options.node_rank < len(job.hosts):
             raise ValueError(
                 f"--node-rank {options.node_rank} is not one of the {len(job.hosts)} hosts, 0 to "

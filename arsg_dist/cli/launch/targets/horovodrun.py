@@ -1,4 +1,4 @@
-"""horovodrun over ssh with Gloo: a fixed set of hosts, or an elastic one."""
+"""Start ranks by horovodrun over ssh and Gloo, on fixed hosts or elastically."""
 
 import argparse
 from typing import ClassVar
@@ -25,7 +25,7 @@ def _notes(job: Job) -> tuple[str, ...]:
 
 
 def on_command_lines(names: tuple[str, ...]) -> str:
-    """What horovodrun does to variables that should be secret."""
+    """Say what horovodrun does to variables that should be secret."""
     return (
         f"horovodrun writes the values of {', '.join(names)}, as of every exported variable, into the ranks' command "
         "lines, which other users of the hosts can read; mpirun does not"
@@ -41,11 +41,11 @@ class Horovodrun(Target):
     places: ClassVar = "hosts"
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """The interface."""
+        """Declare the interface."""
         _add_interface(parser)
 
     def plan(self, job: Job, profile: Profile, options: argparse.Namespace) -> Plan:
-        """Plans `horovodrun -H node1:4,node2:4 --gloo`."""
+        """Plan `horovodrun -H node1:4,node2:4 --gloo`."""
         require_plain(str(job.directory), "the working directory", "horovodrun")
         command = ["horovodrun", "-np", str(job.ranks), "--gloo", "--disable-cache"]
         command += ["-H", ",".join(f"{host.name}:{host.slots}" for host in job.hosts)]
@@ -64,7 +64,7 @@ class ElasticHorovodrun(Target):
     places: ClassVar = "hosts"
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """The limits."""
+        """Declare the limits."""
         _add_interface(parser)
         parser.add_argument(
             "--min-ranks", type=int, default=1, help="fewer end the job (default: %(default)s)"
@@ -75,7 +75,7 @@ class ElasticHorovodrun(Target):
         )
 
     def plan(self, job: Job, profile: Profile, options: argparse.Namespace) -> Plan:
-        """Plans `horovodrun --host-discovery-script`."""
+        """Plan `horovodrun --host-discovery-script`."""
         require_plain(str(job.directory), "the working directory", "horovodrun")
         most = options.max_ranks or job.ranks
         if not 1 <= options.min_ranks <= most:

@@ -1,4 +1,4 @@
-"""Kubernetes: manifests for Kubeflow's operators. Not applied to a cluster yet."""
+"""Write manifests for Kubeflow's operators. Not applied to a cluster yet."""
 
 import argparse
 import json
@@ -26,7 +26,7 @@ class _Manifest(Target):
     )
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """What a pod needs."""
+        """Declare what a pod needs."""
         parser.add_argument("--job-name", default="arsg", help="(default: %(default)s)")
         parser.add_argument("--namespace", default="default", help="(default: %(default)s)")
         parser.add_argument(
@@ -42,7 +42,10 @@ class _Manifest(Target):
         parser.add_argument("--shared-memory", default="8Gi", help="size of /dev/shm (default: %(default)s)")
 
     def plan(self, job: Job, profile: Profile, options: argparse.Namespace) -> Plan:
-        """Plans `kubectl apply` of a manifest. JSON is YAML, and needs no quoting rules of its own."""
+        """Plan `kubectl apply` of a manifest.
+
+        JSON is YAML, and needs no quoting rules of its own.
+        """
         if not _NAME.fullmatch(options.job_name):
             raise ValueError(
                 f"--job-name {options.job_name!r} must be lower-case letters, digits and '-', begin with a letter, and "
@@ -62,7 +65,7 @@ class _Manifest(Target):
         )
 
     def manifest(self, job: Job, options: argparse.Namespace) -> dict[str, Any]:
-        """The object to create, without its metadata."""
+        """Return the object to create, without its metadata."""
         raise NotImplementedError
 
 
@@ -82,12 +85,12 @@ def _pod(job: Job, options: argparse.Namespace, container: dict[str, Any], *, gp
 
 
 def _literal(text: str) -> str:
-    """Kubernetes replaces $(NAME) in commands and values of variables, and $$ by $."""
+    """Escape text of which Kubernetes would replace $(NAME), and $$ by $."""
     return text.replace("$", "$$")
 
 
 def _secrets(job: Job, options: argparse.Namespace) -> dict[str, dict[str, str]]:
-    """Variable → reference to an entry of a Secret."""
+    """Return variable → reference to an entry of a Secret."""
     references = {}
     for text in options.secret:
         name, _, place = text.partition("=")
@@ -119,7 +122,7 @@ class MpiJob(_Manifest):
     rendezvous = ("torch", "horovod")
 
     def manifest(self, job: Job, options: argparse.Namespace) -> dict[str, Any]:
-        """The MPIJob."""
+        """Return the MPIJob."""
         variables, secrets = rank_environment(job), _secrets(job, options)
         command = ["mpirun", *mpirun_options(as_root=True), "-np", str(job.ranks)]
         command += exported("PATH", *sorted({*variables, *secrets}))
@@ -176,7 +179,7 @@ class PyTorchJob(_Manifest):
     rendezvous = ("torch",)
 
     def manifest(self, job: Job, options: argparse.Namespace) -> dict[str, Any]:
-        """The PyTorchJob: one master, the other nodes workers, a torchrun in each."""
+        """Return the PyTorchJob: a master, other nodes workers, a torchrun in each."""
         command = [
             *_torchrun(job),
             "--node-rank=$(PET_NODE_RANK)",
@@ -205,7 +208,7 @@ class TrainJob(_Manifest):
     rendezvous = ("torch",)
 
     def manifest(self, job: Job, options: argparse.Namespace) -> dict[str, Any]:
-        """The TrainJob; the runtime's pod template holds volumes, so /dev/shm is set up there."""
+        """Return the TrainJob; /dev/shm is set up in the runtime's pod template."""
         trainer: dict[str, Any] = {
             "image": options.image,
             # A TrainJob has no working directory of its own.

@@ -1,4 +1,4 @@
-"""This machine."""
+"""Start ranks on this machine."""
 
 import argparse
 import os
@@ -20,7 +20,7 @@ class Local(Target):
     places: ClassVar = "here"
 
     def plan(self, job: Job, profile: Profile, options: argparse.Namespace) -> Plan:
-        """Plans `deepspeed --num_accelerators N` or `mpirun -np N`."""
+        """Plan `deepspeed --num_accelerators N` or `mpirun -np N`."""
         environment = rank_environment(job)
         if job.rendezvous == "torch":
             environment |= safe_path.launcher_environment(job)

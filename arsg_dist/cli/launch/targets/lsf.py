@@ -1,4 +1,4 @@
-"""LSF: a batch script with mpirun or jsrun. Not run under LSF yet."""
+"""Write a batch script for LSF, with mpirun or jsrun. Not run under LSF yet."""
 
 import argparse
 import shlex
@@ -31,7 +31,7 @@ class Lsf(Target):
     places: ClassVar = "nodes"
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """Options of bsub."""
+        """Declare options of bsub."""
         add_batch_arguments(parser, "24:00")
         parser.add_argument(
             "--through",
@@ -42,7 +42,7 @@ class Lsf(Target):
         parser.add_argument("--cores-per-rank", type=int, default=1, help="for jsrun (default: %(default)s)")
 
     def plan(self, job: Job, profile: Profile, options: argparse.Namespace) -> Plan:
-        """Plans `bsub < arsg_job.lsf`."""
+        """Plan `bsub < arsg_job.lsf`."""
         path = job.directory / SCRIPT
         lines = [
             "#!/bin/bash",

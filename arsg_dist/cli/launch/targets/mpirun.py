@@ -1,4 +1,4 @@
-"""Open MPI's mpirun over ssh, for either engine."""
+"""Start ranks by Open MPI's mpirun over ssh."""
 
 import argparse
 import os
@@ -15,12 +15,15 @@ INHERITED = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH")
 
 
 def mpirun_options(as_root: bool) -> list[str]:
-    """Options every start with mpirun needs: unbound, each rank would be pinned to one core with Horovod's thread."""
+    """Return the options that every start with mpirun needs.
+
+    By default each rank would be pinned to one core, with Horovod's thread.
+    """
     return [*(["--allow-run-as-root"] if as_root else []), "--bind-to", "none", "--map-by", "slot"]
 
 
 def exported(*names: str) -> list[str]:
-    """mpirun's options that hand on variables, whose values stay out of its command line and its daemons'."""
+    """Return mpirun's options that hand on variables, without their values."""
     # mpirun's own settings travel by themselves.
     own = ("OMPI_MCA_", "PRTE_MCA_")
     return [
@@ -29,7 +32,7 @@ def exported(*names: str) -> list[str]:
 
 
 def add_meeting_point(parser: argparse.ArgumentParser) -> None:
-    """Adds --master-addr and --master-port."""
+    """Declare --master-addr and --master-port."""
     parser.add_argument("--master-addr", help="name or address of the first host that all hosts know")
     parser.add_argument(
         "--master-port", type=int, default=29500, help="a free port there (default: %(default)s)"
@@ -37,7 +40,7 @@ def add_meeting_point(parser: argparse.ArgumentParser) -> None:
 
 
 def meeting_point(job: Job, options: argparse.Namespace) -> dict[str, str]:
-    """Where torch's ranks meet: --master-addr, else the first host.
+    """Return where torch's ranks meet: --master-addr, else the first host.
 
     Raises:
         ValueError: the address is no host name.
@@ -55,11 +58,11 @@ class Mpirun(Target):
     places: ClassVar = "hosts"
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """Where DeepSpeed's ranks meet; Horovod's meet through MPI."""
+        """Declare where torch's ranks meet; Horovod's meet through MPI."""
         add_meeting_point(parser)
 
     def plan(self, job: Job, profile: Profile, options: argparse.Namespace) -> Plan:
-        """Plans `mpirun -H node1:4,node2:4 -x NAME ... python SCRIPT`."""
+        """Plan `mpirun -H node1:4,node2:4 -x NAME ... python SCRIPT`."""
         variables = rank_environment(job)
         if job.rendezvous == "torch":
             variables = meeting_point(job, options) | variables

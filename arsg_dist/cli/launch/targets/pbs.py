@@ -1,4 +1,4 @@
-"""PBS Pro: a batch script with the site's mpiexec. Not run under PBS yet."""
+"""Write a batch script for PBS Pro's mpiexec. Not run under PBS yet."""
 
 import argparse
 import shlex
@@ -29,12 +29,12 @@ class Pbs(Target):
     places: ClassVar = "nodes"
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """Options of qsub."""
+        """Declare options of qsub."""
         add_batch_arguments(parser, "24:00:00")
         parser.add_argument("--resource", action="append", default=[], help="another -l of qsub; repeatable")
 
     def plan(self, job: Job, profile: Profile, options: argparse.Namespace) -> Plan:
-        """Plans `qsub arsg_job.pbs`."""
+        """Plan `qsub arsg_job.pbs`."""
         path = job.directory / SCRIPT
         gpus = f":ngpus={job.ranks_per_node * job.gpus_per_rank}" if job.gpus_per_rank else ""
         resources = [

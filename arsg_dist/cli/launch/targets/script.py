@@ -1,4 +1,4 @@
-"""What the batch scripts of all schedulers share."""
+"""Write what the batch scripts of all schedulers share."""
 
 import argparse
 import re
@@ -11,7 +11,7 @@ _WORD = re.compile(r"[A-Za-z0-9_@%+=:,./\[\]*-]+")
 
 
 def add_batch_arguments(parser: argparse.ArgumentParser, time: str) -> None:
-    """Options every scheduler has."""
+    """Declare the options that every scheduler has."""
     parser.add_argument("--job-name", default="arsg", help="name in the queue (default: %(default)s)")
     parser.add_argument(
         "--time", default=time, help="wall-clock limit, as the scheduler takes it (default: %(default)s)"
@@ -28,7 +28,7 @@ def add_batch_arguments(parser: argparse.ArgumentParser, time: str) -> None:
 
 
 def word(value: str, option: str) -> str:
-    """A value for a directive line (#SBATCH ...), where no shell quotes.
+    """Check a value for a directive line (#SBATCH ...), where no shell quotes.
 
     Raises:
         ValueError: it has a space or another character that would end the value.
@@ -39,7 +39,7 @@ def word(value: str, option: str) -> str:
 
 
 def start_lines(job: Job) -> list[str]:
-    """The first lines after the directives: to the working directory, if what the job is to inherit is there."""
+    """Return the first lines: go to the directory, if inherited variables are there."""
     lines = ["set -u"]
     for name in job.inherited:
         message = f"the scheduler did not hand {name} on: export it where you submit the job"
@@ -48,17 +48,17 @@ def start_lines(job: Job) -> list[str]:
 
 
 def exports(environment: dict[str, str]) -> list[str]:
-    """`export` lines."""
+    """Return `export` lines."""
     return [f"export {name}={for_bash(value)}" for name, value in sorted(environment.items())]
 
 
 def watched(job: Job, launcher: str) -> str:
-    """`launcher` with the exit code of a failure when it lost a host, which Open MPI 5's own is not."""
+    """Return `launcher` under `supervise`, which fails when a host is lost."""
     return f"{for_bash(job.python)} {' '.join(job.python_module[1:])} {supervise.__name__} {launcher}"
 
 
 def program_lines(job: Job, rank_command: tuple[str, ...]) -> list[str]:
-    """Sets the array `program` to what a rank executes, with --resume if a run is there to be resumed.
+    """Set the array `program` to what a rank executes, with --resume if possible.
 
     Only a program that has an --output is known to have --resume (arsg-imagenet has both).
     """
@@ -73,7 +73,9 @@ def program_lines(job: Job, rank_command: tuple[str, ...]) -> list[str]:
 
 
 def first_host(command: str) -> list[str]:
-    """Set MASTER_ADDR and MASTER_PORT; without them each DeepSpeed rank may take itself for a job of one.
+    """Set MASTER_ADDR and MASTER_PORT.
+
+    Without them each DeepSpeed rank may take itself for a job of one.
 
     The port is another one at each start, below those that systems give out: the number of a job, which everybody sees
     in the queue, would tell others where its ranks meet.

@@ -1,4 +1,4 @@
-"""Slurm: a batch script with one task per GPU, that saves and requeues itself before its time is up."""
+"""Write a batch script for Slurm that saves and requeues itself in time."""
 
 import argparse
 from typing import ClassVar
@@ -32,7 +32,7 @@ class Slurm(Target):
     places: ClassVar = "nodes"
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """Options of sbatch."""
+        """Declare options of sbatch."""
         add_batch_arguments(parser, "24:00:00")
         parser.add_argument(
             "--through",
@@ -56,7 +56,7 @@ class Slurm(Target):
         )
 
     def plan(self, job: Job, profile: Profile, options: argparse.Namespace) -> Plan:
-        """Plans `sbatch arsg_job.sbatch`."""
+        """Plan `sbatch arsg_job.sbatch`."""
         if options.through == "horovodrun" and job.rendezvous != "horovod":
             raise ValueError("--through horovodrun starts Horovod programs only")
         path = job.directory / SCRIPT
