@@ -55,11 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run the command.
-
-    Returns:
-        The exit code: 0, 1 for a damaged checkpoint, 2 for bad input.
-    """
+    """Run the command; return 0, 1 for a damaged checkpoint, or 2 for bad input."""
     try:
         return _COMMANDS[options.command](options)
     except (ValueError, OSError, ImportError) as error:

@@ -92,24 +92,8 @@ class ARSG(Optimizer):
         lookahead_k: int = 0,
         lookahead_alpha: float = 0.5,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "mu": mu,
-            "preconditioner": preconditioner,
-            "decoupled_weight_decay": decoupled_weight_decay,
-            "maximize": maximize,
-            "foreach": foreach,
-            "fused": fused,
-            "capturable": capturable,
-            "state_dtype": state_dtype,
-            "lookahead_k": lookahead_k,
-            "lookahead_alpha": lookahead_alpha,
-            # Not a setting: α·η of the last step, for base_iterate(); here so that it is saved and loaded.
-            "base_iterate_scale": 0.0,
-        }
+        given = locals()
+        defaults = {name: given.get(name, default) for name, default in _CLASS_DEFAULTS.items()}
         defaults.update(Hyperparameters.validated(defaults))
         super().__init__(params, defaults)
 
@@ -362,9 +346,10 @@ _CLASS_DEFAULTS = {
         for name, parameter in inspect.signature(ARSG.__init__).parameters.items()
         if parameter.default is not inspect.Parameter.empty
     },
+    # Not a setting: α·η of the last step, for base_iterate(); here so that it is saved and loaded.
     "base_iterate_scale": 0.0,
 }
-"""What groups saved before a setting existed are taken to mean."""
+"""What a group holds; also what one saved before a setting existed is taken to mean."""
 
 
 def _record(group: dict[str, Any], base_iterate_scale: float | Tensor) -> None:

@@ -92,10 +92,7 @@ class Hyperparameters:
             raise ValueError(f"Invalid lookahead_k: {lookahead_k}, must be >= 0")
         return {
             "lr": _number_or_tensor(group, "lr"),
-            "betas": (
-                _number("betas[0]", betas[0], below=1.0),
-                _number("betas[1]", betas[1], below=1.0),
-            ),
+            "betas": tuple(_number(f"betas[{i}]", beta, below=1.0) for i, beta in enumerate(betas)),
             "eps": _number("eps", group["eps"]),
             "weight_decay": _number("weight_decay", group["weight_decay"]),
             "mu": _number_or_tensor(group, "mu", below=1.0),
@@ -182,10 +179,7 @@ class StepFunction(Protocol):
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the real dtype of a parameter's arithmetic: float64 or float32.
-
-    float64 for float64 and complex128, float32 for everything else.
-    """
+    """Return the dtype to compute in: float64 for float64, complex128, else float32."""
     return torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32
 
 

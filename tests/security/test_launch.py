@@ -19,6 +19,7 @@ from arsg_dist.cli.launch.job import Plan
 from arsg_dist.cli.launch.quoting import for_bash
 from arsg_dist.cli.launch.targets import TARGETS
 from tests.cli.launch.test_targets import HOSTILE, NEEDED, PLACES, PROGRAM, parse, plan, texts
+from tests.support.launchers import REPOSITORY
 
 SECRET = "hunter2 & co"
 MANIFESTS = ("mpijob", "pytorchjob", "trainjob")
@@ -290,14 +291,15 @@ def test_a_users_own_safe_path_stays(target: str, monkeypatch: pytest.MonkeyPatc
     assert "rank_script" not in f"{made}{texts(made)}"
 
 
-def test_the_script_is_started_as_without_the_variable(tmp_path: Path) -> None:
+@pytest.mark.parametrize("path", ["cli/launch/rank_script.py", "launch/rank_script.py"])
+def test_the_script_is_started_as_without_the_variable(path: str, tmp_path: Path) -> None:
     """Catches a script that no longer finds the modules beside it, or gets other arguments."""
     assert rank_script.command(["--local_rank=1", "a.py", "-x", "--local_rank=7"]) == [
         sys.executable, "-u", "a.py", "--local_rank=1", "-x", "--local_rank=7",
     ]  # fmt: skip
     here, script = planted(tmp_path)
     done = subprocess.run(
-        [sys.executable, "-u", rank_script.__file__, "--local_rank=0", str(script), *HOSTILE],
+        [sys.executable, "-u", str(REPOSITORY / "arsg_dist" / path), "--local_rank=0", str(script), *HOSTILE],
         cwd=here,
         env=os.environ | {"PYTHONSAFEPATH": "1", "RECORD": str(tmp_path / "record")},
         check=True,

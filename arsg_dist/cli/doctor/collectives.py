@@ -1,6 +1,7 @@
 """Test collectives with known answers, over Horovod or torch.distributed."""
 
-from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,134 +13,73 @@ from arsg_dist.cli.doctor.findings import Finding
 _ROUNDS = 3
 
 
-class Collectives(ABC):
-    """The operations to test; each takes and returns flat float32 tensors."""
+@dataclass(frozen=True)
+class Collectives:
+    """The operations to test.
 
-    @abstractmethod
-    def allreduce(self, tensor: Tensor) -> Tensor:
-        """Return the sum over the ranks."""
+    Attributes:
+        carrier: what runs them.
+        operations: name → what takes and returns a flat float32 tensor, for those that are used. "allreduce" returns
+            the sum over the ranks, "allgather" the ranks' tensors one after the other, "alltoall" part r of every
+            rank's tensor, where r is this rank, "broadcast" rank 0's tensor, "reducescatter" its part of the sum.
+        remarks: for the report.
+    """
 
-    @abstractmethod
-    def allgather(self, tensor: Tensor) -> Tensor:
-        """Return the ranks' tensors one after the other."""
+    carrier: str
+    operations: dict[str, Callable[[Tensor], Tensor]]
+    remarks: tuple[str, ...] = ()
 
-    @abstractmethod
-    def alltoall(self, tensor: Tensor) -> Tensor:
-        """Return part r of every rank's tensor, where r is this rank."""
-
-    @abstractmethod
-    def broadcast(self, tensor: Tensor) -> Tensor:
-        """Return rank 0's tensor."""
-
-    @abstractmethod
-    def reducescatter(self, tensor: Tensor) -> Tensor | None:
-        """Return this rank's part of the sum; None where this is not used."""
-
-    @abstractmethod
     def notes(self, max_mib: float) -> list[Finding]:
         """Say what was tested, for the report."""
+        tested = (
+            f"{self.carrier}: {', '.join(self.operations)} tested with known answers up to {max_mib:g} MiB"
+        )
+        return [Finding("good", text) for text in (tested, *self.remarks)]
 
 
-class TorchCollectives(Collectives):
-    """torch.distributed's default group, which DeepSpeed uses."""
+def torch_collectives() -> Collectives:
+    """Return those of torch.distributed's default group, which DeepSpeed uses."""
+    ranks = dist.get_world_size()
 
-    def allreduce(self, tensor: Tensor) -> Tensor:
-        """Call `all_reduce`."""
-        dist.all_reduce(tensor)
+    def in_place(operation: Callable[..., Any], tensor: Tensor, *arguments: int) -> Tensor:
+        operation(tensor, *arguments)
         return tensor
 
-    def allgather(self, tensor: Tensor) -> Tensor:
-        """Call `all_gather_into_tensor`."""
-        gathered = tensor.new_empty(tensor.numel() * dist.get_world_size())
-        dist.all_gather_into_tensor(gathered, tensor)
-        return gathered
+    def into(operation: Callable[..., Any], numel: int, tensor: Tensor) -> Tensor:
+        result = tensor.new_empty(numel)
+        operation(result, tensor)
+        return result
 
-    def alltoall(self, tensor: Tensor) -> Tensor:
-        """Call `all_to_all_single`."""
-        received = torch.empty_like(tensor)
-        dist.all_to_all_single(received, tensor)
-        return received
-
-    def broadcast(self, tensor: Tensor) -> Tensor:
-        """Call `broadcast`."""
-        dist.broadcast(tensor, 0)
-        return tensor
-
-    def reducescatter(self, tensor: Tensor) -> Tensor | None:
-        """Call `reduce_scatter_tensor`."""
-        part = tensor.new_empty(tensor.numel() // dist.get_world_size())
-        dist.reduce_scatter_tensor(part, tensor)
-        return part
-
-    def notes(self, max_mib: float) -> list[Finding]:
-        """Name the backend and what ran over it."""
-        return [
-            Finding(
-                "good",
-                f"torch.distributed over {dist.get_backend()}: allreduce, allgather, alltoall, broadcast, "
-                f"reducescatter tested with known answers up to {max_mib:g} MiB",
-            )
-        ]
+    return Collectives(
+        f"torch.distributed over {dist.get_backend()}",
+        {
+            "allreduce": lambda tensor: in_place(dist.all_reduce, tensor),
+            "allgather": lambda tensor: into(dist.all_gather_into_tensor, tensor.numel() * ranks, tensor),
+            "alltoall": lambda tensor: into(dist.all_to_all_single, tensor.numel(), tensor),
+            "broadcast": lambda tensor: in_place(dist.broadcast, tensor, 0),
+            "reducescatter": lambda tensor: into(dist.reduce_scatter_tensor, tensor.numel() // ranks, tensor),
+        },
+    )
 
 
-class HorovodCollectives(Collectives):
-    """Horovod's; it must be initialised."""
+def horovod_collectives() -> Collectives:
+    """Return Horovod's; it must be initialised."""
+    import horovod.torch as hvd
 
-    def __init__(self) -> None:
-        import horovod.torch as hvd
-
-        self._hvd: Any = hvd
-
-    def allreduce(self, tensor: Tensor) -> Tensor:
-        """Call `hvd.allreduce`."""
-        total: Tensor = self._hvd.allreduce(tensor, op=self._hvd.Sum, name=f"doctor.r{tensor.numel()}")
-        return total
-
-    def allgather(self, tensor: Tensor) -> Tensor:
-        """Call `hvd.allgather`."""
-        gathered: Tensor = self._hvd.allgather(tensor, name=f"doctor.g{tensor.numel()}")
-        return gathered
-
-    def alltoall(self, tensor: Tensor) -> Tensor:
-        """Call `hvd.alltoall`."""
-        received: Tensor = self._hvd.alltoall(tensor, name=f"doctor.a{tensor.numel()}")
-        return received
-
-    def broadcast(self, tensor: Tensor) -> Tensor:
-        """Call `hvd.broadcast`."""
-        received: Tensor = self._hvd.broadcast(tensor, 0, name=f"doctor.b{tensor.numel()}")
-        return received
-
-    def reducescatter(self, tensor: Tensor) -> Tensor | None:
-        """Call `hvd.reducescatter`, except over Gloo."""
-        if self._over_gloo():
-            return None
-        part: Tensor = self._hvd.reducescatter(tensor, op=self._hvd.Sum, name=f"doctor.s{tensor.numel()}")
-        return part
-
-    def _over_gloo(self) -> bool:
-        # As the sharded optimizer decides: whatever Horovod has besides.
-        return bool(self._hvd.gloo_enabled())
-
-    def notes(self, max_mib: float) -> list[Finding]:
-        """Name the controller and what ran over it."""
-        controller = "Gloo" if self._hvd.gloo_enabled() else "MPI"
-        tested = "allreduce, allgather, alltoall, broadcast"
-        if not self._over_gloo():
-            tested += ", reducescatter"
-        notes = [
-            Finding(
-                "good", f"Horovod over {controller}: {tested} tested with known answers up to {max_mib:g} MiB"
-            )
-        ]
-        if self._over_gloo():
-            notes.append(
-                Finding(
-                    "good",
-                    "reducescatter over Gloo is known to corrupt data in Horovod 0.28.1: it is neither tested nor used",
-                )
-            )
-        return notes
+    operations: dict[str, Callable[[Tensor], Tensor]] = {
+        "allreduce": lambda tensor: hvd.allreduce(tensor, op=hvd.Sum, name=f"doctor.r{tensor.numel()}"),
+        "allgather": lambda tensor: hvd.allgather(tensor, name=f"doctor.g{tensor.numel()}"),
+        "alltoall": lambda tensor: hvd.alltoall(tensor, name=f"doctor.a{tensor.numel()}"),
+        "broadcast": lambda tensor: hvd.broadcast(tensor, 0, name=f"doctor.b{tensor.numel()}"),
+    }
+    # As the sharded optimizer decides: whatever Horovod has besides.
+    if hvd.gloo_enabled():
+        known = "reducescatter over Gloo is known to corrupt data in Horovod 0.28.1: it is neither tested nor used"
+        return Collectives("Horovod over Gloo", operations, (known,))
+    operations["reducescatter"] = lambda tensor: hvd.reducescatter(
+        tensor, op=hvd.Sum, name=f"doctor.s{tensor.numel()}"
+    )
+    return Collectives("Horovod over MPI", operations)
 
 
 def self_test(
@@ -175,9 +115,9 @@ def self_test(
                 "broadcast": base + turn,
                 "reducescatter": total[part],
             }
-            for name, answer in expected.items():
-                returned = getattr(collectives, name)(mine.clone())
-                if returned is not None and not torch.equal(returned, answer):
+            for name, operation in collectives.operations.items():
+                returned, answer = operation(mine.clone()), expected[name]
+                if not torch.equal(returned, answer):
                     errors.append(
                         f"{name} of {numel} float32 returned {int((returned != answer).sum())} wrong numbers"
                     )

@@ -14,7 +14,12 @@ from typing import Any
 import torch
 
 from arsg_dist.cli.doctor import facts
-from arsg_dist.cli.doctor.collectives import Collectives, HorovodCollectives, TorchCollectives, self_test
+from arsg_dist.cli.doctor.collectives import (
+    Collectives,
+    horovod_collectives,
+    self_test,
+    torch_collectives,
+)
 from arsg_dist.cli.doctor.findings import Finding, find
 from arsg_dist.engine import (
     Communicator,
@@ -81,10 +86,10 @@ def _connect(ranks: Ranks, device: torch.device) -> tuple[Communicator, Collecti
             )
         backend = "nccl" if device.type == "cuda" else "gloo"
         torch.distributed.init_process_group(backend, init_method(), device_id=None)
-        return TorchCommunicator(device), TorchCollectives()
+        return TorchCommunicator(device), torch_collectives()
     from arsg_dist.horovod import connect
 
-    return connect(ranks), HorovodCollectives()
+    return connect(ranks), horovod_collectives()
 
 
 def _print_json(of_ranks: list[dict[str, Any]], findings: list[Finding]) -> None:

@@ -7,10 +7,7 @@ _PLAIN_PATH = re.compile(r"[A-Za-z0-9_@%+=:,./-]+")
 
 
 def for_bash(argument: str) -> str:
-    """Quote an argument for bash, on one line.
-
-    Schedulers look for their directives in every line of a script.
-    """
+    """Quote for bash, on one line: schedulers read directives from any line."""
     if "\n" not in argument and "\r" not in argument:
         return shlex.quote(argument)
     escaped = argument.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n").replace("\r", "\\r")

@@ -20,10 +20,7 @@ def torch_collectives(seconds: int) -> dict[str, str]:
 
 
 def horovod_ranks(seconds: int) -> dict[str, str]:
-    """Set Gloo's timeout and the stall check for ranks under Horovod.
-
-    The stall check is for a rank that is alive but behind.
-    """
+    """Set Gloo's timeout, and the stall check for a rank that is alive but behind."""
     return {
         "HOROVOD_GLOO_TIMEOUT_SECONDS": str(min(30, seconds)),
         "HOROVOD_STALL_CHECK_TIME_SECONDS": str(max(1, seconds // 2)),
@@ -32,10 +29,7 @@ def horovod_ranks(seconds: int) -> dict[str, str]:
 
 
 def open_mpi_daemons(seconds: int) -> dict[str, str]:
-    """Set keep-alive of TCP and ssh between mpirun's daemons.
-
-    Under both names: Open MPI 4 reads OMPI_, 5 PRTE_.
-    """
+    """Set keep-alive of TCP and ssh between the daemons of Open MPI 4, and 5 (PRTE)."""
     probes = 3
     interval = max(1, min(5, seconds // 12))
     keep_alive = {

@@ -65,31 +65,22 @@ def fused_step(
     if torch.compiler.is_compiling():
         foreach_step(*lists, steps, hyper=hyper)
     elif params[0].is_cpu:
-        _cpu_step(*lists, steps, hyper=hyper)
+        _cpu_step(lists, steps, hyper)
     else:
         compiled_step(*lists, steps, hyper=hyper)
 
 
-def _cpu_step(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    max_exp_avg_sqs: list[Tensor],
-    steps: Steps,
-    *,
-    hyper: Hyperparameters,
-) -> None:
+_Lists = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
+
+
+def _cpu_step(lists: _Lists, steps: Steps, hyper: Hyperparameters) -> None:
+    params, grads, exp_avgs, *_ = lists
     kernel = cpu_kernel()
     if kernel is None or grads[0].dtype != params[0].dtype:
-        foreach_step(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, hyper=hyper)
+        foreach_step(*lists, steps, hyper=hyper)
         return
     left = kernel(
-        params,
-        grads,
-        exp_avgs,
-        exp_avg_sqs,
-        max_exp_avg_sqs,
+        *lists,
         [int(step) for step in steps] if _needs_steps(exp_avgs, hyper) else [],
         preconditioner=_CPU_PRECONDITIONERS.index(hyper.preconditioner),
         lr=float(hyper.lr),
@@ -103,11 +94,7 @@ def _cpu_step(
     )
     if left:
         reference_step(
-            [params[i] for i in left],
-            [grads[i] for i in left],
-            [exp_avgs[i] for i in left],
-            [exp_avg_sqs[i] for i in left] if exp_avg_sqs else [],
-            [max_exp_avg_sqs[i] for i in left] if max_exp_avg_sqs else [],
+            *cast(_Lists, tuple([tensors[i] for i in left] if tensors else [] for tensors in lists)),
             cast(Steps, [steps[i] for i in left] if steps else []),
             hyper=hyper,
         )

@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ from torch import Tensor
 
 from arsg_dist.cli.doctor import facts
 from arsg_dist.cli.doctor.collectives import Collectives, self_test
-from arsg_dist.cli.doctor.findings import Finding, find
+from arsg_dist.cli.doctor.findings import find
 from arsg_dist.engine import Ranks
 from tests.support.launchers import launch
+
+OPERATIONS = ("allreduce", "allgather", "alltoall", "broadcast", "reducescatter")
 
 
 def healthy() -> list[dict[str, Any]]:
@@ -82,40 +85,21 @@ def test_what_is_wrong_on_one_rank_is_named(changed: dict[str, Any], level: str,
         raise AssertionError(findings[0].text)
 
 
-class OneRank(Collectives):
+def one_rank(wrong: str) -> Collectives:
     """What one rank's collectives return, with one number of one operation wrong."""
 
-    def __init__(self, wrong: str) -> None:
-        self._wrong = wrong
-
-    def _returned(self, name: str, tensor: Tensor) -> Tensor:
-        if name == self._wrong and tensor.numel() > 1:
+    def returned(name: str, tensor: Tensor) -> Tensor:
+        if name == wrong and tensor.numel() > 1:
             tensor[-1] += 1
         return tensor
 
-    def allreduce(self, tensor: Tensor) -> Tensor:
-        return self._returned("allreduce", tensor)
-
-    def allgather(self, tensor: Tensor) -> Tensor:
-        return self._returned("allgather", tensor)
-
-    def alltoall(self, tensor: Tensor) -> Tensor:
-        return self._returned("alltoall", tensor)
-
-    def broadcast(self, tensor: Tensor) -> Tensor:
-        return self._returned("broadcast", tensor)
-
-    def reducescatter(self, tensor: Tensor) -> Tensor | None:
-        return self._returned("reducescatter", tensor)
-
-    def notes(self, max_mib: float) -> list[Finding]:
-        return []
+    return Collectives("", {name: partial(returned, name) for name in OPERATIONS})
 
 
-@pytest.mark.parametrize("wrong", ["allreduce", "allgather", "alltoall", "broadcast", "reducescatter", ""])
+@pytest.mark.parametrize("wrong", [*OPERATIONS, ""])
 def test_one_wrong_number_is_seen(wrong: str) -> None:
     """Catches a self-test that compares nothing."""
-    errors = self_test(OneRank(wrong), torch.device("cpu"), 0, 1, 0.01)
+    errors = self_test(one_rank(wrong), torch.device("cpu"), 0, 1, 0.01)
     assert bool(errors) == bool(wrong)
     assert all(error.startswith(f"{wrong} of ") and "1 wrong numbers" in error for error in errors)
 

@@ -17,6 +17,7 @@ from arsg_dist.cli.launch.job import Host, Job, Plan, parse_hosts, read_hostfile
 from arsg_dist.cli.launch.profiles import load_profile, profile_names
 from arsg_dist.cli.launch.quoting import for_pdsh
 from arsg_dist.cli.launch.targets import TARGETS
+from arsg_dist.engine import ENGINES
 from tests.support.launchers import REPOSITORY
 
 HOSTS = ["--hosts", "node1:2,node2:3"]
@@ -83,6 +84,14 @@ def test_a_plan_has_the_program_and_a_timeout_on_every_stack(target: str, tmp_pa
             )
         assert not any(path.exists() for path in made.files), "planning must write nothing"
         assert all(path.parent == tmp_path for path in made.files)
+
+
+def test_what_can_be_launched_is_what_the_table_of_engines_has() -> None:
+    """Catches an engine that no target starts, and one that is wired up like another kind."""
+    startable = {name for kind in TARGETS.values() for name in kind.engines()}
+    assert startable == {name for name, entry in ENGINES.items() if entry.rendezvous is not None}
+    assert plan("slurm", engine="horovod-sharded") == plan("slurm", engine="horovod")
+    assert plan("slurm", engine="horovod") != plan("slurm", engine="deepspeed")
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -401,3 +410,20 @@ def test_a_lost_host_is_a_failure_of_a_batch_job(target: str, tmp_path: Path) ->
     )
     assert done.returncode == 1, done.stdout + done.stderr
     assert "exited with 0, but lost communication" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "rest", "code"),
+    [
+        ("watch sh -c", ["echo lost communication with a remote daemon >&2"], 1),
+        ("cli launch local --engine horovod --ranks-per-node 4 --dry-run --", PROGRAM, 0),
+    ],
+)
+def test_names_in_scripts_written_before_still_run(command: str, rest: list[str], code: int) -> None:
+    """Catches a batch script of the last release that fails, or is not told what to write instead."""
+    start = [sys.executable, "-P", "-m", *f"arsg_dist.launch.{command}".split(), *rest]
+    done = subprocess.run(start, capture_output=True, text=True, timeout=300)
+    assert done.returncode == code, done.stderr
+    assert (
+        "FutureWarning: arsg_dist.launch will be removed: write arsg_dist.cli.launch.supervise" in done.stderr
+    )

@@ -20,10 +20,7 @@ ENVIRONMENT = "arsg_deepspeed_env"
 
 
 def _environment_file(variables: dict[str, str]) -> str:
-    """Return the file of the variables that DeepSpeed sends to other hosts.
-
-    It sends few others, and does not quote these well.
-    """
+    """Return the file of variables for other hosts, which DeepSpeed quotes badly."""
     lines = []
     # DeepSpeed has every Python of the job import from the working directory, unless the file says otherwise.
     own_path = {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}

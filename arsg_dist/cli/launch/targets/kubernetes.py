@@ -42,10 +42,7 @@ class _Manifest(Target):
         parser.add_argument("--shared-memory", default="8Gi", help="size of /dev/shm (default: %(default)s)")
 
     def plan(self, job: Job, profile: Profile, options: argparse.Namespace) -> Plan:
-        """Plan `kubectl apply` of a manifest.
-
-        JSON is YAML, and needs no quoting rules of its own.
-        """
+        """Plan `kubectl apply` of a manifest in JSON, which needs no quoting rules."""
         if not _NAME.fullmatch(options.job_name):
             raise ValueError(
                 f"--job-name {options.job_name!r} must be lower-case letters, digits and '-', begin with a letter, and "

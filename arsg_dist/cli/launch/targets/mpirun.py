@@ -15,10 +15,7 @@ INHERITED = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH")
 
 
 def mpirun_options(as_root: bool) -> list[str]:
-    """Return the options that every start with mpirun needs.
-
-    By default each rank would be pinned to one core, with Horovod's thread.
-    """
+    """Return what every start needs; else Horovod's thread shares a rank's one core."""
     return [*(["--allow-run-as-root"] if as_root else []), "--bind-to", "none", "--map-by", "slot"]
 
 
