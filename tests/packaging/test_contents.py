@@ -49,13 +49,8 @@ def test_a_wheel_has_the_package_and_its_licence_only(tmp_path: Path) -> None:
     }
     metadata = {name.partition(".dist-info/")[2] for name in found if ".dist-info/" in name}
     assert metadata == {
-        "METADATA",
-        "RECORD",
-        "WHEEL",
-        "entry_points.txt",
-        "licenses/LICENSE",
-        "top_level.txt",
-    }
+        "METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE", "top_level.txt",
+    }  # fmt: skip
 
 
 def goes_into_the_image(path: str) -> bool:

@@ -170,12 +170,9 @@ def test_what_is_no_environment_is_refused_by_every_target(
     """Catches a line break, NUL or name that one launcher of thirteen reads as something else, and a missing key."""
     monkeypatch.delenv("API_KEY", raising=False)
     refused = {
-        "A=1\n2": "line break",
-        "A=1\r2": "line break",
-        "A=1\x002": "NUL",
-        "A B=1": "not the name",
+        "A=1\n2": "line break", "A=1\r2": "line break", "A=1\x002": "NUL", "A B=1": "not the name",
         "=1": "name",
-    }
+    }  # fmt: skip
     for pair, message in refused.items():
         with pytest.raises(ValueError, match=message) as caught:
             plan(target, "--env", pair)
@@ -316,13 +313,8 @@ def planted(tmp_path: Path) -> tuple[Path, Path]:
     """A current directory with modules that leave a mark, and a script elsewhere that needs the module beside it."""
     here, elsewhere = tmp_path / "downloaded", tmp_path / "mine"
     for name in (
-        "hjson",
-        "selectors",
-        "psutil",
-        "arsg_dist/__init__",
-        "deepspeed/__init__",
-        "horovod/__init__",
-    ):
+        "hjson", "selectors", "psutil", "arsg_dist/__init__", "deepspeed/__init__", "horovod/__init__",
+    ):  # fmt: skip
         module = here / f"{name}.py"
         module.parent.mkdir(parents=True, exist_ok=True)
         module.write_text(

@@ -24,16 +24,10 @@ def healthy() -> list[dict[str, Any]]:
     """Two ranks on two hosts."""
     one = facts.gather(Ranks(0, 2, 0, "mpirun"), torch.device("cpu"))
     one |= {
-        "host": "node0",
-        "own_address": "10.0.0.1",
-        "interfaces": {"lo": ["127.0.0.1"], "eth0": ["10.0.0.1"]},
-        "launcher": "mpirun",
-        "cpus": [0, 1],
-        "cores": 2,
-        "cpu_count": 2,
-        "shm_free_mib": 1000,
+        "host": "node0", "own_address": "10.0.0.1", "interfaces": {"lo": ["127.0.0.1"], "eth0": ["10.0.0.1"]},
+        "launcher": "mpirun", "cpus": [0, 1], "cores": 2, "cpu_count": 2, "shm_free_mib": 1000,
         "cpu_kernel": "compiled",
-    }
+    }  # fmt: skip
     other = copy.deepcopy(one)
     other |= {"rank": 1, "host": "node1", "own_address": "10.0.0.2"}
     other["interfaces"]["eth0"] = ["10.0.0.2"]

@@ -31,19 +31,8 @@ NEEDED = {
 }
 PROGRAM = ["train.py", "--lr", "0.1"]
 HOSTILE = [
-    "a b",
-    "$(touch /tmp/x)",
-    "`id`",
-    "it's",
-    'say "hi"',
-    'a \\"b $HOME',
-    "%h",
-    "x;y",
-    "*",
-    "",
-    "\\",
-    " -- ",
-]
+    "a b", "$(touch /tmp/x)", "`id`", "it's", 'say "hi"', 'a \\"b $HOME', "%h", "x;y", "*", "", "\\", " -- ",
+]  # fmt: skip
 
 
 def parse(*arguments: str) -> argparse.Namespace:

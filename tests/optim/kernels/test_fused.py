@@ -32,17 +32,9 @@ TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 2**-8, t
 
 def hyper_of(**changes: Any) -> Hyperparameters:
     settings: dict[str, Any] = {
-        "lr": 1e-2,
-        "beta1": 0.9,
-        "beta2": 0.99,
-        "mu": 0.1,
-        "eps": 1e-8,
-        "weight_decay": 0.0,
-        "preconditioner": "amsgrad",
-        "decoupled_weight_decay": False,
-        "maximize": False,
-        "capturable": False,
-    }
+        "lr": 1e-2, "beta1": 0.9, "beta2": 0.99, "mu": 0.1, "eps": 1e-8, "weight_decay": 0.0,
+        "preconditioner": "amsgrad", "decoupled_weight_decay": False, "maximize": False, "capturable": False,
+    }  # fmt: skip
     return Hyperparameters(**{**settings, **changes})
 
 

@@ -39,15 +39,9 @@ def test_rsg_is_qhm_with_nu_one_minus_mu(path: Path, weight_decay_type: str) -> 
     """Catches a wrong numerator, and coupled and decoupled decay confused."""
     params, others = parameters(SHAPES), parameters(SHAPES)
     ours = ARSG(
-        params,
-        lr=0.5,
-        betas=(0.95, 0.99),
-        mu=0.3,
-        weight_decay=0.02,
-        decoupled_weight_decay=weight_decay_type == "direct",
-        preconditioner="none",
-        **path.settings,
-    )
+        params, lr=0.5, betas=(0.95, 0.99), mu=0.3, weight_decay=0.02,
+        decoupled_weight_decay=weight_decay_type == "direct", preconditioner="none", **path.settings,
+    )  # fmt: skip
     qhm = qhoptim.pyt.QHM(
         others, lr=0.5, momentum=0.95, nu=0.7, weight_decay=0.02, weight_decay_type=weight_decay_type
     )

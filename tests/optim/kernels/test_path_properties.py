@@ -106,11 +106,8 @@ def test_every_path_makes_the_references_update(path: Path, specs, hyper) -> Non
 @pytest.mark.parametrize("path", FAST_PATHS)
 @QUICK
 @given(
-    shape=shapes,
-    layout=layouts,
-    mode=st.sampled_from(["amsgrad", "adam", "none"]),
-    capturable=st.booleans(),
-)
+    shape=shapes, layout=layouts, mode=st.sampled_from(["amsgrad", "adam", "none"]), capturable=st.booleans(),
+)  # fmt: skip
 def test_bfloat16_state_of_every_path_is_the_references(path: Path, shape, layout, mode, capturable) -> None:
     """Catches random bits that depend on the path: replicas may use different ones.
 

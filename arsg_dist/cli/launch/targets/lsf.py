@@ -7,17 +7,9 @@ from typing import ClassVar
 from arsg_dist.cli.launch import timeouts
 from arsg_dist.cli.launch.job import Job, Plan
 from arsg_dist.cli.launch.profiles import Profile
+from arsg_dist.cli.launch.targets import script
 from arsg_dist.cli.launch.targets.base import Target, rank_environment
 from arsg_dist.cli.launch.targets.mpirun import INHERITED, exported, mpirun_options
-from arsg_dist.cli.launch.targets.script import (
-    add_batch_arguments,
-    exports,
-    first_host,
-    program_lines,
-    start_lines,
-    watched,
-    word,
-)
 
 SCRIPT = "arsg_job.lsf"
 
@@ -32,7 +24,7 @@ class Lsf(Target):
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Declare options of bsub."""
-        add_batch_arguments(parser, "24:00")
+        script.add_batch_arguments(parser, "24:00")
         parser.add_argument(
             "--through",
             choices=("mpirun", "jsrun"),
@@ -46,24 +38,24 @@ class Lsf(Target):
         path = job.directory / SCRIPT
         lines = [
             "#!/bin/bash",
-            f"#BSUB -J {word(options.job_name, '--job-name')}",
+            f"#BSUB -J {script.word(options.job_name, '--job-name')}",
             "#BSUB -o %J.out",
             "#BSUB -r",
         ]
-        lines += [f"#BSUB -W {word(options.time, '--time')}"]
-        lines += [f"#BSUB -P {word(options.account, '--account')}"] if options.account else []
-        lines += [f"#BSUB -q {word(options.queue, '--queue')}"] if options.queue else []
+        lines += [f"#BSUB -W {script.word(options.time, '--time')}"]
+        lines += [f"#BSUB -P {script.word(options.account, '--account')}"] if options.account else []
+        lines += [f"#BSUB -q {script.word(options.queue, '--queue')}"] if options.queue else []
         if options.through == "jsrun":
             lines += [f"#BSUB -nnodes {job.nodes}"]
         else:
             lines += [f"#BSUB -n {job.ranks}", f'#BSUB -R "span[ptile={job.ranks_per_node}]"']
             lines += [f'#BSUB -gpu "num={job.ranks_per_node}"'] if job.gpus_per_rank else []
         variables = rank_environment(job)
-        lines += [*start_lines(job), *options.setup]
-        lines += exports(variables)
+        lines += [*script.start_lines(job), *options.setup]
+        lines += script.exports(variables)
         hosts = "awk '!seen[$1]++ && $1 !~ /batch|login/ {print $1}' \"$LSB_DJOB_HOSTFILE\""
-        lines += first_host(f"{hosts} | head -n1")
-        lines += program_lines(job, job.rank_command)
+        lines += script.first_host(f"{hosts} | head -n1")
+        lines += script.program_lines(job, job.rank_command)
         if options.through == "jsrun":
             lines += [
                 f"jsrun -n {job.ranks} -r {job.ranks_per_node} -a 1 -g {job.gpus_per_rank} -c {options.cores_per_rank} "
@@ -73,9 +65,9 @@ class Lsf(Target):
             names = ["MASTER_ADDR", "MASTER_PORT", *INHERITED, *sorted(variables), *job.inherited]
             flags = " ".join([*mpirun_options(as_root=False), *exported(*names)])
             lines += [
-                *exports(timeouts.open_mpi_daemons(job.detect_seconds)),
+                *script.exports(timeouts.open_mpi_daemons(job.detect_seconds)),
                 f"hosts=$({hosts} | sed 's/$/:{job.ranks_per_node}/' | paste -sd,)",
-                f'{watched(job, "mpirun")} {flags} -H "$hosts" -np {job.ranks} "${{program[@]}}"',
+                f'{script.watched(job, "mpirun")} {flags} -H "$hosts" -np {job.ranks} "${{program[@]}}"',
             ]
         return Plan(
             command=("sh", "-c", f"bsub{' -env all' if job.inherited else ''} < {shlex.quote(str(path))}"),

@@ -6,18 +6,10 @@ from typing import ClassVar
 from arsg_dist.cli.launch import safe_path, timeouts
 from arsg_dist.cli.launch.job import Job, Plan
 from arsg_dist.cli.launch.profiles import Profile
+from arsg_dist.cli.launch.targets import script
 from arsg_dist.cli.launch.targets.base import Target, rank_environment
 from arsg_dist.cli.launch.targets.horovodrun import on_command_lines
 from arsg_dist.cli.launch.targets.mpirun import INHERITED, exported, mpirun_options
-from arsg_dist.cli.launch.targets.script import (
-    add_batch_arguments,
-    exports,
-    first_host,
-    program_lines,
-    start_lines,
-    watched,
-    word,
-)
 from arsg_dist.engine.exit_codes import PREEMPTED
 
 SCRIPT = "arsg_job.sbatch"
@@ -33,7 +25,7 @@ class Slurm(Target):
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Declare options of sbatch."""
-        add_batch_arguments(parser, "24:00:00")
+        script.add_batch_arguments(parser, "24:00:00")
         parser.add_argument(
             "--through",
             choices=("srun", "mpirun", "horovodrun"),
@@ -60,13 +52,13 @@ class Slurm(Target):
         if options.through == "horovodrun" and job.rendezvous != "horovod":
             raise ValueError("--through horovodrun starts Horovod programs only")
         path = job.directory / SCRIPT
-        lines = ["#!/bin/bash", *self._directives(job, profile, options), *start_lines(job)]
+        lines = ["#!/bin/bash", *self._directives(job, profile, options), *script.start_lines(job)]
         lines += ['echo "job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, start $((${SLURM_RESTART_COUNT:-0} + 1))"']
         lines += options.setup
-        lines += exports(rank_environment(job))
-        lines += first_host('scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n1')
+        lines += script.exports(rank_environment(job))
+        lines += script.first_host('scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n1')
         stoppable = options.through != "horovodrun"  # which a signal kills, with the ranks unsaved
-        lines += program_lines(job, job.rank_command if stoppable else safe_path.rank_command(job))
+        lines += script.program_lines(job, job.rank_command if stoppable else safe_path.rank_command(job))
         lines += ["", *self._step(job, options), "step=$!", *(_SIGNAL if stoppable else ()), *_WAIT]
         lines += [*(_REQUEUE if stoppable else ()), 'exit "$code"']
         given = any(option.startswith("--export") for option in options.sbatch)
@@ -80,10 +72,10 @@ class Slurm(Target):
 
     def _directives(self, job: Job, profile: Profile, options: argparse.Namespace) -> list[str]:
         chosen = [
-            f"--job-name={word(options.job_name, '--job-name')}",
+            f"--job-name={script.word(options.job_name, '--job-name')}",
             f"--nodes={job.nodes}",
             f"--ntasks-per-node={job.ranks_per_node}",
-            f"--time={word(options.time, '--time')}",
+            f"--time={script.word(options.time, '--time')}",
             "--output=%x-%j.out",
             "--open-mode=append",
             "--requeue",  # after the failure of a node
@@ -91,15 +83,15 @@ class Slurm(Target):
         if options.through != "horovodrun":
             chosen.append(f"--signal=B:USR1@{options.signal_seconds}")
         if options.account:
-            chosen.append(f"--account={word(options.account, '--account')}")
+            chosen.append(f"--account={script.word(options.account, '--account')}")
         if options.queue:
-            chosen.append(f"--partition={word(options.queue, '--queue')}")
+            chosen.append(f"--partition={script.word(options.queue, '--queue')}")
         if options.cpus_per_task:
             chosen.append(f"--cpus-per-task={options.cpus_per_task}")
         if job.gpus_per_rank:
             # Every rank of a node sees all its GPUs, which NCCL's peer-to-peer needs; LOCAL_RANK picks one.
             chosen.append(f"--gpus-per-node={job.ranks_per_node}")
-        extra = [word(option, "--sbatch") for option in (*profile.slurm, *options.sbatch)]
+        extra = [script.word(option, "--sbatch") for option in (*profile.slurm, *options.sbatch)]
         given = {option.partition("=")[0] for option in extra}
         if "--gpus-per-task" in given:
             given.add("--gpus-per-node")
@@ -121,13 +113,13 @@ class Slurm(Target):
             ]
             flags = " ".join([*mpirun_options(as_root=False), *exported(*variables)])
             return [
-                *exports(timeouts.open_mpi_daemons(job.detect_seconds)),
+                *script.exports(timeouts.open_mpi_daemons(job.detect_seconds)),
                 'as_root=(); [ "$(id -u)" != 0 ] || as_root=(--allow-run-as-root)',
-                f'{watched(job, "mpirun")} "${{as_root[@]}}" {flags} -np {job.ranks} "${{program[@]}}" &',
+                f'{script.watched(job, "mpirun")} "${{as_root[@]}}" {flags} -np {job.ranks} "${{program[@]}}" &',
             ]
         return [
             f'hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed "s/$/:{job.ranks_per_node}/" | paste -sd,)',
-            *exports(safe_path.launcher_environment(job)),
+            *script.exports(safe_path.launcher_environment(job)),
             f'horovodrun --gloo --disable-cache -np {job.ranks} -H "$hosts" "${{program[@]}}" &',
         ]
 
