@@ -31,30 +31,28 @@ class Hyperparameters:
 
     `lr` and `mu` are Python floats unless the group is capturable or the step is being compiled; then each
     may be a 0-dim floating-point tensor that must not be read on the host. All other numbers are floats.
-
-    Attributes:
-        lr: learning rate α ≥ 0.
-        beta1: decay β1 of the first moment, in [0, 1).
-        beta2: decay β2 of the second moment, in [0, 1).
-        mu: observation factor μ, in [0, 1).
-        eps: ε ≥ 0. "amsgrad": floor of v̂, inside the root; "adam": added to the root; "none": unused.
-        weight_decay: λ ≥ 0.
-        preconditioner: which denominator.
-        decoupled_weight_decay: x ← x(1 − αλ) first (AdamW), instead of g ← g + λx.
-        maximize: g ← −g before everything else.
-        capturable: `steps` are 0-dim float32 tensors on the parameters' device and nothing may synchronise.
     """
 
     lr: float | Tensor
+    """Learning rate α ≥ 0."""
     beta1: float
+    """Decay β1 of the first moment, in [0, 1)."""
     beta2: float
+    """Decay β2 of the second moment, in [0, 1)."""
     mu: float | Tensor
+    """Observation factor μ, in [0, 1)."""
     eps: float
+    """ε ≥ 0. "amsgrad": floor of v̂, inside the root; "adam": added to the root; "none": unused."""
     weight_decay: float
+    """λ ≥ 0."""
     preconditioner: Preconditioner
+    """Which denominator."""
     decoupled_weight_decay: bool = False
+    """x ← x(1 − αλ) first (AdamW), instead of g ← g + λx."""
     maximize: bool = False
+    """g ← −g before everything else."""
     capturable: bool = False
+    """`steps` are 0-dim float32 tensors on the parameters' device and nothing may synchronise."""
 
     @staticmethod
     def validated(group: Mapping[str, Any]) -> dict[str, Any]:
