@@ -30,7 +30,7 @@ else:
         "ext_modules": [
             CppExtension(
                 "arsg_dist._C",
-                ["arsg_dist/optim/csrc/fused_cpu.cpp"],
+                ["arsg_dist/optim/kernels/csrc/fused_cpu.cpp"],
                 # No -march: the source is multi-versioned. No contraction: same bits on every CPU. OpenMP's
                 # runtime is not linked: torch has loaded the one that torch.set_num_threads governs.
                 extra_compile_args=[

@@ -30,7 +30,7 @@ from machine import PeakMemory, device_name
 from workloads import WORKLOADS
 
 from arsg_dist import ARSG
-from arsg_dist.optim import fused
+from arsg_dist.optim.kernels import fused
 
 Params = list[torch.nn.Parameter]
 BASELINE = "torch Adam(amsgrad) fused"

@@ -22,7 +22,7 @@ find_python() {  # a name on PATH proves nothing: version managers leave shims t
 PYTHON=${PYTHON:-$(find_python)}
 [ -n "$PYTHON" ] || die "no python3 found; install Python 3.11 with its venv module and headers, or set PYTHON=/path/to/python3.11"
 inputs=(constraints.txt requirements.lock pyproject.toml setup.py launch/setup.sh launch/build_engines.sh launch/wheel_shelf.sh)
-[ -d arsg_dist/optim/csrc ] && inputs+=(arsg_dist/optim/csrc/*)
+[ -d arsg_dist/optim/kernels/csrc ] && inputs+=(arsg_dist/optim/kernels/csrc/*)
 libaio=$([ -e /usr/include/libaio.h ] && echo yes || echo no)  # installed later, DeepSpeed is built anew with its operators for NVMe
 state="$(cat "${inputs[@]}" | sha256sum | cut -d' ' -f1) $("$PYTHON" -V 2>&1) gpu=${ARSG_GPU:-none} libaio=$libaio $PWD"
 stamp=.venv/.setup-complete

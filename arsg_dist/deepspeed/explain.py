@@ -19,7 +19,7 @@ from arsg_dist.deepspeed.explain_plan import FP32, PRECISIONS, Plan
 from arsg_dist.deepspeed.settings import AUTO
 from arsg_dist.deepspeed.side_effects import check_overwritten
 from arsg_dist.optim import ARSG
-from arsg_dist.optim.settings import STATE_DTYPES
+from arsg_dist.optim.hyperparameters import STATE_DTYPES
 from arsg_dist.optim.state import MOMENTS
 
 

@@ -7,7 +7,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from arsg_dist.optim import LossPlateau, ObservationBoost
-from arsg_dist.optim.group_scheduler import GroupScheduler, set_value
+from arsg_dist.optim.schedulers.base import GroupScheduler, set_value
 
 
 class DeepSpeedSchedule(GroupScheduler):

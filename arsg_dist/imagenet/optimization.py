@@ -12,9 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from arsg_dist.engine import Communicator
 from arsg_dist.imagenet.config import OptimizerConfig, TrainConfig
-from arsg_dist.optim import ARSG
-from arsg_dist.optim.boost import ObservationBoost
-from arsg_dist.optim.loss_plateau import LossPlateau
+from arsg_dist.optim import ARSG, LossPlateau, ObservationBoost
 from arsg_dist.safe_io.text import printable
 
 

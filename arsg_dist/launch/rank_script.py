@@ -1,26 +1,10 @@
-"""Becomes the user's script, without PYTHONSAFEPATH: for a launcher that needs the variable and hands it to the ranks.
+"""Run this path as a kept `arsg-dist launch --dry-run` has it: `cli/launch/rank_script.py`. It imports nothing, too."""
 
-    python -u .../rank_script.py [--local_rank=N] SCRIPT ARGUMENTS
-
-Executed by its path. It imports nothing of this package, which would take each rank seconds.
-"""
-
-import os
+import runpy
 import sys
-
-VARIABLE = "PYTHONSAFEPATH"
-
-
-def command(arguments: list[str]) -> list[str]:
-    """Return the command of the script as the deepspeed launcher has it without this file.
-
-    Args:
-        arguments: of this file; `--local_rank=N`, which the launcher puts first, is handed on as the script's first.
-    """
-    first = next(index for index, argument in enumerate(arguments) if not argument.startswith("--local"))
-    return [sys.executable, "-u", arguments[first], *arguments[:first], *arguments[first + 1 :]]
-
+from pathlib import Path
 
 if __name__ == "__main__":
-    os.environ.pop(VARIABLE, None)
-    os.execv(sys.executable, command(sys.argv[1:]))
+    moved = Path(__file__).parents[1] / "cli" / "launch" / "rank_script.py"
+    print(f"{__file__} will be removed: it is {moved}", file=sys.stderr)  # noqa: T201
+    runpy.run_path(str(moved), run_name="__main__")

@@ -1,4 +1,4 @@
-"""The ARSG optimizer."""
+"""Optimize with ARSG."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ from torch.optim.optimizer import Optimizer, ParamsT
 
 from arsg_dist.optim import convert
 from arsg_dist.optim.base_iterate import base_iterate_point
-from arsg_dist.optim.dispatch import step_function
-from arsg_dist.optim.hyper import Hyper, Preconditioner, compute_dtype
-from arsg_dist.optim.lookahead import lookahead_
-from arsg_dist.optim.settings import LOOKAHEAD_BETA1_LIMIT, validated
+from arsg_dist.optim.hyperparameters import (
+    LOOKAHEAD_BETA1_LIMIT,
+    Hyperparameters,
+    Preconditioner,
+    compute_dtype,
+)
+from arsg_dist.optim.kernels.dispatch import step_function
 from arsg_dist.optim.state import (
     TensorLists,
     count_step,
@@ -89,25 +92,9 @@ class ARSG(Optimizer):
         lookahead_k: int = 0,
         lookahead_alpha: float = 0.5,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "mu": mu,
-            "preconditioner": preconditioner,
-            "decoupled_weight_decay": decoupled_weight_decay,
-            "maximize": maximize,
-            "foreach": foreach,
-            "fused": fused,
-            "capturable": capturable,
-            "state_dtype": state_dtype,
-            "lookahead_k": lookahead_k,
-            "lookahead_alpha": lookahead_alpha,
-            # Not a setting: α·η of the last step, for base_iterate(); here so that it is saved and loaded.
-            "base_iterate_scale": 0.0,
-        }
-        defaults.update(validated(defaults))
+        given = locals()
+        defaults = {name: given.get(name, default) for name, default in _CLASS_DEFAULTS.items()}
+        defaults.update(Hyperparameters.validated(defaults))
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -118,7 +105,7 @@ class ARSG(Optimizer):
             TypeError: a setting of the wrong kind.
         """
         if isinstance(param_group, dict):
-            param_group.update(validated({**self.defaults, **param_group}))
+            param_group.update(Hyperparameters.validated({**self.defaults, **param_group}))
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         if (
@@ -190,7 +177,7 @@ class ARSG(Optimizer):
         return loss
 
     def _step_group(self, group: dict[str, Any]) -> None:
-        hyper = Hyper.of_group(group)
+        hyper = Hyperparameters.of_group(group)
         lists_of: dict[tuple[Any, ...], TensorLists] = {}
         stepped = []
         for param in group["params"]:
@@ -213,7 +200,7 @@ class ARSG(Optimizer):
         for lists in lists_of.values():
             if lists.steps and isinstance(lists.steps[0], Tensor):
                 torch._foreach_add_(lists.steps, 1)
-            step_function(group, lists.params)(
+            step_function(group, hyper, lists.params)(
                 lists.params,
                 lists.grads,
                 lists.exp_avgs,
@@ -235,7 +222,7 @@ class ARSG(Optimizer):
 
     @classmethod
     def from_adam(cls, optimizer: Optimizer, *, keep_state: bool = True, **settings: Any) -> Self:
-        """An ARSG for the parameters, settings and state of torch's Adam, AdamW or NAdam.
+        """Make an ARSG from torch's Adam, AdamW or NAdam and its state.
 
         | of Adam | of ARSG |
         |---|---|
@@ -264,7 +251,7 @@ class ARSG(Optimizer):
 
     @classmethod
     def from_qhm(cls, optimizer: Optimizer, *, keep_state: bool = True, **settings: Any) -> Self:
-        """An RSG (preconditioner "none") for the parameters, settings and state of a `qhoptim.pyt.QHM`.
+        """Make an RSG (preconditioner "none") from a `qhoptim.pyt.QHM` and its state.
 
         lr is the same, β1 = momentum, μ = 1 − ν; weight_decay_type "grad" is the coupled, "direct" the
         decoupled weight decay. It is the same method: the trajectory goes on unchanged.
@@ -300,14 +287,14 @@ class ARSG(Optimizer):
 
     @torch.no_grad()
     def restart(self) -> None:
-        """Forget the maximum: v̂ ← max(v, ε), for every parameter with state and preconditioner "amsgrad".
+        """Forget the maximum: v̂ ← max(v, ε), where the preconditioner is "amsgrad".
 
         Also rebuilds a `max_exp_avg_sq` that a checkpoint lost.
         """
         for group in self.param_groups:
             if group["preconditioner"] != "amsgrad":
                 continue
-            hyper = Hyper.of_group(group)
+            hyper = Hyperparameters.of_group(group)
             for param in group["params"]:
                 state = self.state.get(param)
                 if not state:
@@ -319,7 +306,7 @@ class ARSG(Optimizer):
 
     @contextmanager
     def base_iterate(self) -> Iterator[None]:
-        """Move the parameters from the observation point x to the base iterate θ, and back on leaving.
+        """Move the parameters to the base iterate θ, and back to x on leaving.
 
         θ = x + α·η·m/√v̂ with η = μβ1/(1−β1), and with the α, η of the last step (the denominator is the
         preconditioner's). Leaving, also by an exception, restores x bit by bit; this costs one copy of the
@@ -359,13 +346,14 @@ _CLASS_DEFAULTS = {
         for name, parameter in inspect.signature(ARSG.__init__).parameters.items()
         if parameter.default is not inspect.Parameter.empty
     },
+    # Not a setting: α·η of the last step, for base_iterate(); here so that it is saved and loaded.
     "base_iterate_scale": 0.0,
 }
-"""What groups saved before a setting existed are taken to mean."""
+"""What a group holds; also what one saved before a setting existed is taken to mean."""
 
 
 def _record(group: dict[str, Any], base_iterate_scale: float | Tensor) -> None:
-    """Remember α·η of this step; a tensor is kept in place, where a captured graph finds it again."""
+    """Record α·η of this step; in place where a captured graph finds a tensor."""
     recorded = group["base_iterate_scale"]
     if not isinstance(base_iterate_scale, Tensor):
         group["base_iterate_scale"] = base_iterate_scale
@@ -373,3 +361,22 @@ def _record(group: dict[str, Any], base_iterate_scale: float | Tensor) -> None:
         recorded.copy_(base_iterate_scale)
     else:
         group["base_iterate_scale"] = base_iterate_scale.clone()
+
+
+def lookahead_(param: Tensor, slow_param: Tensor, step: int | Tensor, k: int, alpha: float) -> None:
+    """Pull back every k steps: slow ← slow + a(x − slow), x ← slow. In place.
+
+    Args:
+        param: x, any dtype.
+        slow_param: the slow copy, of the same shape, in the computing dtype.
+        step: steps taken so far; a 0-dim tensor is never read on the host.
+        k: period, > 0.
+        alpha: a in [0, 1].
+    """
+    if isinstance(step, Tensor):
+        due = step % k == 0
+        slow_param.copy_(torch.where(due, slow_param.lerp(param.to(slow_param.dtype), alpha), slow_param))
+        param.copy_(torch.where(due, slow_param.to(param.dtype), param))
+    elif step % k == 0:
+        slow_param.lerp_(param.to(slow_param.dtype), alpha)
+        param.copy_(slow_param)

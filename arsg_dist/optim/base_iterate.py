@@ -1,4 +1,4 @@
-"""The base iterate θ behind the remote observation point x, recovered from the optimizer's state."""
+"""Recover the base iterate θ behind x from the optimizer's state."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from arsg_dist.optim.hyper import Hyper, bias_correction, compute_dtype
+from arsg_dist.optim.hyperparameters import Hyperparameters, bias_correction, compute_dtype
 from arsg_dist.optim.state import local, real, required
 
 
 def base_iterate_point(x: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
-    """θ = x + α·η·m/√v̂ (the denominator of the group's preconditioner), element by element.
+    """Return θ = x + α·η·m/√v̂ (with the preconditioner's denominator).
 
     The relation of the paper's two-point form: with constant hyper-parameters and a constant denominator θ is
     exactly the iterate of that form; otherwise the point the next observation would be extrapolated from.
@@ -27,7 +27,7 @@ def base_iterate_point(x: Tensor, state: dict[str, Any], group: dict[str, Any]) 
         θ in a new tensor, in the dtype of the arithmetic (float64 for float64 parameters, else float32), of
         the shape of `x` (with a last dimension of 2 for complex parameters).
     """
-    hyper = Hyper.of_group(group)
+    hyper = Hyperparameters.of_group(group)
     dtype = compute_dtype(x.dtype)
     scale: float | Tensor = group["base_iterate_scale"]
 

@@ -1,4 +1,4 @@
-"""Settings and state of Adam-like and QHM optimizers in ARSG's terms."""
+"""Convert settings and state of Adam-like and QHM optimizers to ARSG's."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Adam, NAdam, Optimizer
 
-from arsg_dist.optim.hyper import bias_correction
+from arsg_dist.optim.hyperparameters import bias_correction
 from arsg_dist.optim.state import MOMENTS
 
 Settings = dict[str, Any]
@@ -19,7 +19,7 @@ _CARRIED = ("params", "param_names", "initial_lr")
 
 
 def adam_group(group: Settings, *, nesterov: bool) -> Settings:
-    """ARSG's settings for a group of torch's Adam, AdamW or NAdam (`nesterov`).
+    """Return ARSG's settings for a group of Adam, AdamW or NAdam (`nesterov`).
 
     Raises:
         ValueError: for differentiable=True.
@@ -44,7 +44,7 @@ def adam_group(group: Settings, *, nesterov: bool) -> Settings:
 
 
 def adam_state(state: Settings, source: Settings, target: Settings) -> Settings:
-    """The moments of an Adam-like optimizer as the target group's preconditioner keeps them.
+    """Return an Adam-like optimizer's moments as the target group keeps them.
 
     Where the target applies no bias correction ("amsgrad", "none") the moments are transferred corrected, so
     that a young state does not shrink the next steps.
@@ -63,7 +63,7 @@ def adam_state(state: Settings, source: Settings, target: Settings) -> Settings:
 
 
 def qhm_group(group: Settings) -> Settings:
-    """ARSG's settings for a group of `qhoptim.pyt.QHM`: μ = 1 − ν, no preconditioner.
+    """Return ARSG's settings for a group of `qhoptim.pyt.QHM`: μ = 1 − ν.
 
     Raises:
         TypeError: not a QHM group.
@@ -88,7 +88,7 @@ def qhm_group(group: Settings) -> Settings:
 
 
 def qhm_state(state: Settings, source: Settings, target: Settings) -> Settings:
-    """QHM's dampened momentum buffer is m."""
+    """Return QHM's dampened momentum buffer as m."""
     if target["preconditioner"] != "none":
         raise ValueError(
             "QHM has no second moment to transfer: give keep_state=False or preconditioner='none'"
@@ -99,7 +99,7 @@ def qhm_state(state: Settings, source: Settings, target: Settings) -> Settings:
 def converted_groups(
     optimizer: Optimizer, convert: Callable[[Settings], Settings], overrides: Settings
 ) -> list[Settings]:
-    """Parameter groups for ARSG, in the order of the source; `overrides` win in every group."""
+    """Return parameter groups for ARSG; `overrides` win in every group."""
     groups = []
     for source in optimizer.param_groups:
         group = {**convert(source), **overrides}
@@ -112,7 +112,7 @@ def converted_groups(
 
 @torch.no_grad()
 def fill_state(new: Settings, source: Settings) -> None:
-    """Copy what `source` has into a parameter's new state, in the dtypes of the new one."""
+    """Copy what `source` has into a parameter's new state, in its dtypes."""
     for name, value in new.items():
         if name not in source:
             continue
@@ -123,7 +123,7 @@ def fill_state(new: Settings, source: Settings) -> None:
 
 
 def is_nesterov(optimizer: Optimizer) -> bool:
-    """Whether an Adam-like optimizer is NAdam.
+    """Say whether an Adam-like optimizer is NAdam.
 
     Raises:
         TypeError: neither torch's Adam, AdamW nor NAdam.

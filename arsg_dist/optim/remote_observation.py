@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from arsg_dist.optim.hyper import compute_dtype
-from arsg_dist.optim.settings import number
+from arsg_dist.optim.hyperparameters import compute_dtype, number
 from arsg_dist.optim.state import local, real, shield_dtypes, unshielded
 
 MOVEMENT: Final = "movement"

@@ -1,4 +1,4 @@
-"""Per-parameter state: which tensors there are, their dtypes, and keeping those through save and load."""
+"""Make, save and load each parameter's state, keeping its dtypes."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from arsg_dist.optim.hyper import compute_dtype
-from arsg_dist.optim.settings import STATE_DTYPES
+from arsg_dist.optim.hyperparameters import STATE_DTYPES, compute_dtype
 
 MOMENTS: Final[dict[str, tuple[str, ...]]] = {
     "amsgrad": ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"),
@@ -22,14 +21,14 @@ _COMPLEX: Final = {torch.float32: torch.complex64, torch.float64: torch.complex1
 
 
 def needs_step(group: dict[str, Any]) -> bool:
-    """Whether the group's update depends on the number of steps already taken."""
+    """Say whether the group's update depends on the number of steps taken."""
     return bool(
         group["preconditioner"] == "adam" or group["lookahead_k"] > 0 or group["state_dtype"] == "bfloat16"
     )
 
 
 def new_state(param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
-    """The state of a parameter before its first step, all entries at once.
+    """Return the state of a parameter before its first step.
 
     Moments are zero, in the layout of the parameter. v̂ starts below its floor ε, which every step applies.
 
@@ -53,7 +52,7 @@ def new_state(param: Tensor, group: dict[str, Any]) -> dict[str, Any]:
 
 
 def required(state: dict[str, Any], name: str) -> Any:
-    """An entry of a parameter's state.
+    """Return an entry of a parameter's state.
 
     Raises:
         RuntimeError: there is state, but not this entry.
@@ -69,12 +68,14 @@ def required(state: dict[str, Any], name: str) -> Any:
 
 
 def new_step(count: int, param: Tensor, capturable: bool) -> int | Tensor:
-    """A step count as the group wants it."""
+    """Return a step count as the group wants it."""
     return torch.full((), count, dtype=torch.float32, device=param.device) if capturable else count
 
 
 def count_step(state: dict[str, Any], param: Tensor, capturable: bool) -> None:
-    """Add one to an int count; bring a count of the wrong kind (loaded by an engine, settings changed) in order.
+    """Add one to an int count, after bringing one of the wrong kind in order.
+
+    Of the wrong kind is a count that an engine loaded, or from before settings changed.
 
     Tensor counts are left to the caller, who adds to all of them at once.
     """
@@ -86,7 +87,7 @@ def count_step(state: dict[str, Any], param: Tensor, capturable: bool) -> None:
 
 
 def moment_dtype(param: Tensor, state_dtype: str | None) -> torch.dtype:
-    """Dtype of a parameter's moments: `state_dtype`, or the dtype the update computes in.
+    """Return the dtype of moments: `state_dtype`, or that of the arithmetic.
 
     Raises:
         ValueError: for bfloat16 moments of a complex parameter, which have no complex counterpart.
@@ -100,12 +101,12 @@ def moment_dtype(param: Tensor, state_dtype: str | None) -> torch.dtype:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor (DTensor), sharing its memory; other tensors as they are."""
+    """Return this rank's part of a DTensor, sharing memory; others as they are."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def real(tensor: Tensor) -> Tensor:
-    """Complex tensors as real ones with a last dimension of 2, sharing memory; others as they are."""
+    """Return complex tensors as real, (..., 2), sharing memory; others as they are."""
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
@@ -133,14 +134,14 @@ class TensorLists:
 
 
 class _KeepDtype:
-    """Shields a state tensor from torch's load_state_dict, which casts it to the parameter's dtype."""
+    """Shield a state tensor from torch's load_state_dict, which would cast it."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
 
 
 def shield_dtypes(state_dict: dict[str, Any], *, only: str | None = None) -> dict[str, Any]:
-    """A copy of an optimizer's state_dict, tensors shared, that `Optimizer.load_state_dict` will not cast.
+    """Return a state_dict, tensors shared, that torch's load will not cast.
 
     Args:
         state_dict: as `Optimizer.state_dict` makes it.
@@ -159,12 +160,12 @@ def shield_dtypes(state_dict: dict[str, Any], *, only: str | None = None) -> dic
 
 
 def unshielded(value: Any) -> Any:
-    """The value that `shield_dtypes` shielded; others as they are."""
+    """Return the value that `shield_dtypes` shielded; others as they are."""
     return value.tensor if isinstance(value, _KeepDtype) else value
 
 
 def restore_loaded(state: dict[str, Any], param: Tensor, group: dict[str, Any]) -> None:
-    """Bring a parameter's loaded state to the parameter's device and the group's dtypes, in place.
+    """Bring loaded state to the parameter's device and the group's dtypes.
 
     Precision that the source has is kept: float32 moments of a bfloat16 parameter stay float32.
     """

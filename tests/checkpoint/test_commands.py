@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from arsg_dist import ARSG
-from arsg_dist.launch.cli import main
+from arsg_dist.cli.main import main
 from tests.checkpoint.runs import Tied, engine, saved
 
 

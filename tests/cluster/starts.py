@@ -7,7 +7,7 @@ from pathlib import Path
 from tests.cluster.rehearsal import Cluster, Running
 from tests.support.launchers import REPOSITORY, Finished
 
-_LAUNCH = (sys.executable, "-m", "arsg_dist.launch.cli", "launch")
+_LAUNCH = (sys.executable, "-m", "arsg_dist.cli.main", "launch")
 
 
 def start(

@@ -55,7 +55,7 @@ def test_gloo_works_once_told_the_interface(ill_configured: Cluster, tmp_path: P
 
 def test_the_doctor_names_both(ill_configured: Cluster, tmp_path: Path) -> None:
     """Catches a diagnosis that cannot be made on the hosts that need it, or that does not see what is wrong there."""
-    doctor = [str(REPOSITORY / "arsg_dist/launch/cli.py"), "doctor", "--max-mib", "1"]
+    doctor = [str(REPOSITORY / "arsg_dist/cli/main.py"), "doctor", "--max-mib", "1"]
     remedy = ["--env", f"OMPI_MCA_btl_tcp_if_include={NETWORK}.0/24"]
     job = start(
         ill_configured, "mpirun", "--engine", "horovod", *HOSTS, *remedy,

@@ -8,9 +8,9 @@ import warnings
 
 import pytest
 import torch
-from optim_paths import MODES, PATHS, Path, assert_close, gradients, parameters, run
 
 from arsg_dist import ARSG
+from tests.optim.optim_paths import MODES, PATHS, Path, assert_close, gradients, parameters, run
 
 ONE = [(3,)]
 
@@ -222,65 +222,6 @@ def test_state_of_another_preconditioner_is_refused_clearly() -> None:
         optimizer.step()
     optimizer.restart()
     optimizer.step()
-
-
-class OtherTensor(torch.Tensor):
-    """A kind of tensor the kernel knows nothing of."""
-
-
-def test_default_path_on_cpu_is_the_fused_kernel(monkeypatch) -> None:
-    """Catches the slow loop by default, under ZeRO for one: there a user rarely sets a path.
-
-    Also catches the kernel for what it was not asked for, or for tensors of another kind.
-    """
-    from arsg_dist.optim import dispatch
-    from arsg_dist.optim.dispatch import step_function
-    from arsg_dist.optim.foreach import foreach_step
-    from arsg_dist.optim.fused import fused_step
-    from arsg_dist.optim.reference import reference_step
-
-    def chosen(params=None, **settings):
-        params = params or parameters(ONE)
-        return step_function(ARSG(params, **settings).param_groups[0], params)
-
-    assert chosen() is fused_step
-    assert chosen(foreach=True) is foreach_step
-    assert chosen(fused=True) is fused_step
-    assert chosen(fused=False) is chosen(foreach=False) is reference_step
-    group = ARSG(parameters(ONE)).param_groups[0]
-    assert step_function(group, [torch.empty(0).as_subclass(OtherTensor)]) is reference_step
-    monkeypatch.setattr(dispatch, "cpu_kernel", lambda: None)
-    assert chosen() is reference_step
-
-
-def test_default_path_on_accelerators_is_foreach_unless_a_tensor_must_be_read(monkeypatch) -> None:
-    """Catches the slow path as the default where launches cost, and a tensor lr that foreach cannot take."""
-    from arsg_dist.optim import dispatch
-
-    monkeypatch.setattr(dispatch, "_default_to_fused_or_foreach", lambda *_, **__: (False, True))
-
-    def chosen(**settings):
-        params = [torch.nn.Parameter(torch.ones(2, device="meta"))]
-        return dispatch.step_function(ARSG(params, **settings).param_groups[0], params)
-
-    assert chosen() is dispatch.foreach_step
-    assert chosen(lr=torch.tensor(0.1)) is chosen(mu=torch.tensor(0.1)) is dispatch.reference_step
-    assert chosen(lr=torch.tensor(0.1), capturable=True) is dispatch.foreach_step
-    assert chosen(foreach=False) is chosen(fused=False) is dispatch.reference_step
-
-
-@pytest.mark.gpu
-def test_default_path_on_cuda_is_foreach() -> None:
-    """Catches the slow path as the default where launches are what costs."""
-    if not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    from arsg_dist.optim.dispatch import step_function
-    from arsg_dist.optim.foreach import foreach_step
-    from arsg_dist.optim.reference import reference_step
-
-    x = torch.nn.Parameter(torch.ones(2, device="cuda"))
-    assert step_function(ARSG([x]).param_groups[0], [x]) is foreach_step
-    assert step_function(ARSG([x], lr=torch.tensor(0.1)).param_groups[0], [x]) is reference_step
 
 
 def test_the_ends_of_the_domains_are_in_them() -> None:

@@ -6,9 +6,9 @@ import copy
 
 import pytest
 import torch
-from optim_paths import MODES, assert_close, gradients, parameters, run
 
 from arsg_dist import ARSG
+from tests.optim.optim_paths import MODES, assert_close, gradients, parameters, run
 
 SHAPES = [(5,), (2, 3)]
 

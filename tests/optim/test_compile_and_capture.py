@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from optim_paths import FOREACH_CAPTURABLE, MODES, Path, assert_close, gradients, parameters, run
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from arsg_dist import ARSG
+from tests.optim.optim_paths import FOREACH_CAPTURABLE, MODES, Path, assert_close, gradients, parameters, run
 
 SHAPES = [(5,), (2, 3)]
 

@@ -7,9 +7,9 @@ import warnings
 import pytest
 import qhoptim.pyt
 import torch
-from optim_paths import assert_close, gradients, parameters, run
 
 from arsg_dist import ARSG
+from tests.optim.optim_paths import assert_close, gradients, parameters, run
 
 SHAPES = [(5,), (2, 3)]
 

@@ -8,7 +8,9 @@ import pickle
 
 import pytest
 import torch
-from optim_paths import (
+
+from arsg_dist import ARSG
+from tests.optim.optim_paths import (
     CAPTURABLE,
     FOREACH,
     FUSED,
@@ -20,8 +22,6 @@ from optim_paths import (
     params_of,
     run,
 )
-
-from arsg_dist import ARSG
 
 SHAPES = [(5,), (2, 3), ()]
 PLAIN = params_of(REFERENCE, FOREACH, FUSED, CAPTURABLE)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from optim_paths import ALL_PATHS, MODES, PATHS, Path, gradients, parameters, run
 
 from arsg_dist import ARSG
+from tests.optim.optim_paths import ALL_PATHS, MODES, PATHS, Path, gradients, parameters, run
 
 SHAPES = [(3, 4), (5,), (2, 2)]
 
@@ -25,12 +25,8 @@ def test_stepping_sub_group_by_sub_group_equals_one_step(path: Path, mode: str, 
     sub-group with only that sub-group's flat tensor in its group and all other groups empty.
     """
     settings = {
-        "preconditioner": mode,
-        "lr": 0.05,
-        "betas": (0.9, 0.9),
-        "lookahead_k": lookahead_k,
-        **path.settings,
-    }
+        "preconditioner": mode, "lr": 0.05, "betas": (0.9, 0.9), "lookahead_k": lookahead_k, **path.settings,
+    }  # fmt: skip
     whole = parameters(SHAPES)
     straight = ARSG([{"params": whole[:2]}, {"params": whole[2:], "lr": 0.1}], **settings)
     originals = parameters(SHAPES)

@@ -42,20 +42,15 @@ def test_a_wheel_has_the_package_and_its_licence_only(tmp_path: Path) -> None:
     modules = {str(path.relative_to(REPOSITORY)) for path in (REPOSITORY / "arsg_dist").rglob("*.py")}
     profiles = {
         str(path.relative_to(REPOSITORY))
-        for path in (REPOSITORY / "arsg_dist/launch/profiles").glob("*.toml")
+        for path in (REPOSITORY / "arsg_dist/cli/launch/profiles").glob("*.toml")
     }
     assert {name for name in found if ".dist-info/" not in name} == modules | profiles | {
         "arsg_dist/py.typed"
     }
     metadata = {name.partition(".dist-info/")[2] for name in found if ".dist-info/" in name}
     assert metadata == {
-        "METADATA",
-        "RECORD",
-        "WHEEL",
-        "entry_points.txt",
-        "licenses/LICENSE",
-        "top_level.txt",
-    }
+        "METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE", "top_level.txt",
+    }  # fmt: skip
 
 
 def goes_into_the_image(path: str) -> bool:
@@ -86,7 +81,7 @@ def test_an_image_has_what_it_needs_and_no_keys_runs_or_data() -> None:
     assert [path for path in left_out if goes_into_the_image(path)] == []
     setup = (REPOSITORY / "launch/setup.sh").read_text()
     inputs = setup.partition("inputs=(")[2].partition(")")[0].split()
-    needed = (*inputs, "LICENSE", "README.md", "arsg_dist/optim/csrc/fused_cpu.cpp", "launch/train_imagenet.py",
+    needed = (*inputs, "LICENSE", "README.md", "arsg_dist/optim/kernels/csrc/fused_cpu.cpp", "launch/train_imagenet.py",
               "configs/digits.yaml")  # fmt: skip
     assert [path for path in needed if not goes_into_the_image(path)] == []
     assert all((REPOSITORY / path).is_file() for path in needed)

@@ -1,8 +1,10 @@
 import subprocess
 import sys
+from importlib import import_module
 
 import pytest
 
+import arsg_dist
 from tests.support.launchers import REPOSITORY
 
 
@@ -35,3 +37,12 @@ def test_a_missing_dependency_names_the_extra(package: str, dependency: str, ext
     result = python(f"import sys; sys.modules[{dependency!r}] = None; import {package}")
     assert result.returncode != 0
     assert extra in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [("boost", "ObservationBoost"), ("beta1_warmup", "Beta1Warmup"), ("loss_plateau", "LossPlateau")],
+)
+def test_a_path_that_documents_showed_has_the_class_itself(module: str, name: str) -> None:
+    """Catches a user's import that broke, or a second class that isinstance does not know."""
+    assert getattr(import_module(f"arsg_dist.optim.{module}"), name) is getattr(arsg_dist, name)

@@ -13,21 +13,9 @@ import pytest
 from tests.support.launchers import REPOSITORY
 
 TOOLS = (
-    "bash",
-    "cat",
-    "cut",
-    "sha256sum",
-    "dirname",
-    "head",
-    "awk",
-    "df",
-    "mkdir",
-    "grep",
-    "rm",
-    "flock",
-    "mktemp",
-    "stat",
-)
+    "bash", "cat", "cut", "sha256sum", "dirname", "head", "awk", "df", "mkdir", "grep", "rm", "flock",
+    "mktemp", "stat",
+)  # fmt: skip
 
 
 @pytest.fixture

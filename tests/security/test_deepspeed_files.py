@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 
 import arsg_dist.deepspeed.build
 from arsg_dist.checkpoint import SavedRun
+from arsg_dist.cli import main as cli
 from arsg_dist.deepspeed import pickles, universal
 from arsg_dist.deepspeed.config import resolve_config
 from arsg_dist.deepspeed.saved import read_checkpoint
@@ -34,7 +35,6 @@ from arsg_dist.deepspeed.side_effects import check_swap_directory
 from arsg_dist.engine import SingleProcessCommunicator, discover_ranks
 from arsg_dist.imagenet.config import TrainConfig
 from arsg_dist.imagenet.engines import build_engine, prepare
-from arsg_dist.launch import cli
 from tests.support.deepspeed_files_job import PRECISIONS, STATE
 from tests.support.hostile import Own, Payload
 from tests.support.launchers import REPOSITORY

@@ -13,11 +13,13 @@ from typing import Any
 
 import pytest
 
-from arsg_dist.launch import launch, rank_script
-from arsg_dist.launch.job import Plan
-from arsg_dist.launch.quoting import for_bash
-from arsg_dist.launch.targets import TARGETS
-from tests.launch.test_targets import HOSTILE, NEEDED, PLACES, PROGRAM, parse, plan, texts
+from arsg_dist.cli.launch import command as launch
+from arsg_dist.cli.launch import rank_script
+from arsg_dist.cli.launch.job import Plan
+from arsg_dist.cli.launch.quoting import for_bash
+from arsg_dist.cli.launch.targets import TARGETS
+from tests.cli.launch.test_targets import HOSTILE, NEEDED, PLACES, PROGRAM, parse, plan, texts
+from tests.support.launchers import REPOSITORY
 
 SECRET = "hunter2 & co"
 MANIFESTS = ("mpijob", "pytorchjob", "trainjob")
@@ -27,7 +29,7 @@ MULTILINE = "a\nEND_OF_FILE\ntouch pwned\nEND_OF_FILE_\n#BSUB -q other\rtouch pw
 
 def options_of(target: str, *options: str, program: list[str] = PROGRAM) -> Any:
     kind = TARGETS[target]
-    engine = ["--engine", kind.engines[0]] if len(kind.engines) > 1 else []
+    engine = ["--engine", next(iter(kind.engines()))] if len(kind.rendezvous) > 1 else []
     return parse(target, *engine, *PLACES[kind.places], *NEEDED.get(target, []), *options, "--", *program)
 
 
@@ -111,7 +113,7 @@ def test_a_variable_without_a_value_is_handed_on_unwritten(
 ) -> None:
     """Catches a key that stands in a file, in `ps`, or is not handed on at all."""
     monkeypatch.setenv("API_KEY", SECRET)
-    for engine in TARGETS[target].engines:
+    for engine in TARGETS[target].engines():
         made = plan(target, "--directory", str(tmp_path), "--env", "API_KEY", engine=engine)
         everything = f"{made}{made.environment}{texts(made)}"
         assert "hunter2" not in everything
@@ -168,12 +170,9 @@ def test_what_is_no_environment_is_refused_by_every_target(
     """Catches a line break, NUL or name that one launcher of thirteen reads as something else, and a missing key."""
     monkeypatch.delenv("API_KEY", raising=False)
     refused = {
-        "A=1\n2": "line break",
-        "A=1\r2": "line break",
-        "A=1\x002": "NUL",
-        "A B=1": "not the name",
+        "A=1\n2": "line break", "A=1\r2": "line break", "A=1\x002": "NUL", "A B=1": "not the name",
         "=1": "name",
-    }
+    }  # fmt: skip
     for pair, message in refused.items():
         with pytest.raises(ValueError, match=message) as caught:
             plan(target, "--env", pair)
@@ -263,7 +262,7 @@ def test_no_module_is_started_from_the_current_directory(
     monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
     through = {"slurm": ["srun", "mpirun", "horovodrun"], "lsf": ["mpirun", "jsrun"]}.get(target, [""])
     for how in through:
-        for engine in TARGETS[target].engines if how != "horovodrun" else ("horovod",):
+        for engine in TARGETS[target].engines() if how != "horovodrun" else ("horovod",):
             options = ["--through", how] if how else []
             made = plan(target, "--directory", str(tmp_path), *options, engine=engine)
             words = f"{shlex.join(made.command)}\n{texts(made)}"
@@ -289,14 +288,15 @@ def test_a_users_own_safe_path_stays(target: str, monkeypatch: pytest.MonkeyPatc
     assert "rank_script" not in f"{made}{texts(made)}"
 
 
-def test_the_script_is_started_as_without_the_variable(tmp_path: Path) -> None:
+@pytest.mark.parametrize("path", ["cli/launch/rank_script.py", "launch/rank_script.py"])
+def test_the_script_is_started_as_without_the_variable(path: str, tmp_path: Path) -> None:
     """Catches a script that no longer finds the modules beside it, or gets other arguments."""
     assert rank_script.command(["--local_rank=1", "a.py", "-x", "--local_rank=7"]) == [
         sys.executable, "-u", "a.py", "--local_rank=1", "-x", "--local_rank=7",
     ]  # fmt: skip
     here, script = planted(tmp_path)
     done = subprocess.run(
-        [sys.executable, "-u", rank_script.__file__, "--local_rank=0", str(script), *HOSTILE],
+        [sys.executable, "-u", str(REPOSITORY / "arsg_dist" / path), "--local_rank=0", str(script), *HOSTILE],
         cwd=here,
         env=os.environ | {"PYTHONSAFEPATH": "1", "RECORD": str(tmp_path / "record")},
         check=True,
@@ -313,13 +313,8 @@ def planted(tmp_path: Path) -> tuple[Path, Path]:
     """A current directory with modules that leave a mark, and a script elsewhere that needs the module beside it."""
     here, elsewhere = tmp_path / "downloaded", tmp_path / "mine"
     for name in (
-        "hjson",
-        "selectors",
-        "psutil",
-        "arsg_dist/__init__",
-        "deepspeed/__init__",
-        "horovod/__init__",
-    ):
+        "hjson", "selectors", "psutil", "arsg_dist/__init__", "deepspeed/__init__", "horovod/__init__",
+    ):  # fmt: skip
         module = here / f"{name}.py"
         module.parent.mkdir(parents=True, exist_ok=True)
         module.write_text(

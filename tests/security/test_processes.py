@@ -14,7 +14,7 @@ from arsg_dist import ARSG
 from arsg_dist.engine import SingleProcessEngine
 from arsg_dist.imagenet import environment
 from arsg_dist.imagenet.cli import train_command
-from arsg_dist.optim import fused
+from arsg_dist.optim.kernels import fused
 from arsg_dist.safe_io.processes import is_private, keep_compiled_code_private, private_cache
 
 

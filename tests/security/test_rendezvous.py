@@ -12,9 +12,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from arsg_dist.cli.launch.targets.script import first_host
 from arsg_dist.engine import announce_to_torch, discover_ranks, init_method
 from arsg_dist.engine.rendezvous import meet
-from arsg_dist.launch.targets.script import first_host
 
 _WAIT = timedelta(seconds=20)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 import arsg_dist.deepspeed  # makes "type": "ARSG" known
 from arsg_dist.engine import end_process
-from arsg_dist.optim import fused
+from arsg_dist.optim.kernels import fused
 from tests.support import deepspeed_matrix as matrix
 from tests.support import toy
 from tests.support.deepspeed_matrix_cases import cases

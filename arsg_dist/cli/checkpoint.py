@@ -1,0 +1,150 @@
+"""Show, verify, convert and export checkpoints: `arsg-dist checkpoint`."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from arsg_dist.checkpoint.convert import TRUST_HELP
+from arsg_dist.engine.exit_codes import BAD_INPUT, FAILED
+from arsg_dist.safe_io.text import printable, printable_lines
+
+SUMMARY = "Shows, verifies, converts and exports the checkpoint of a run."
+_LINE = 4000  # characters of a line that are shown
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the commands."""
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def add(name: str, help_text: str, what: str = "checkpoint, as RUN/checkpoints/step-000001234") -> Any:
+        command = commands.add_parser(name, help=help_text, description=help_text, allow_abbrev=False)
+        command.add_argument("path", type=Path, metavar="PATH", help=f"directory of the {what}")
+        return command
+
+    show = add("show", "Says what a checkpoint holds and what wrote it.")
+    show.add_argument("--tensors", action="store_true", help="also every tensor")
+    add("verify", "Reads everything and compares the digests; exit code 1 if something is damaged.")
+    convert = add(
+        "convert",
+        "From DeepSpeed's own checkpoints to this format, or from this one to torch's. DeepSpeed's files are pickles: "
+        "data alone is taken from them, and nothing that they name is executed unless you add --trust-pickle.",
+        "checkpoint, or what DeepSpeed's save_checkpoint wrote",
+    )
+    convert.add_argument("output", type=Path, metavar="OUTPUT", help="directory or file to make")
+    convert.add_argument(
+        "--to",
+        choices=["portable", "torch"],
+        default="portable",
+        help="portable: a checkpoint directory; torch: one file of state dicts for torch.load(weights_only=True)",
+    )
+    convert.add_argument(
+        "--trust-pickle",
+        action="store_true",
+        help=TRUST_HELP,
+    )
+    export = add("export", "Writes the model's weights as one safetensors file.")
+    export.add_argument(
+        "output", type=Path, metavar="OUTPUT", help="file to make, best ending in .safetensors"
+    )
+    export.add_argument(
+        "--at", choices=["x", "theta"], default="x", help="x (default), or the base iterate theta"
+    )
+    export.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the command; return 0, 1 for a damaged checkpoint, or 2 for bad input."""
+    try:
+        return _COMMANDS[options.command](options)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {printable_lines(error)}", file=sys.stderr)  # noqa: T201
+        return BAD_INPUT
+
+
+def _show(options: argparse.Namespace) -> int:
+    from arsg_dist.checkpoint import SavedRun
+
+    saved = SavedRun(options.path)
+    manifest = saved.manifest
+    size = sum(manifest.shards.values())
+    values = sum(manifest.tensors[f"parameter:{name}"].spec.numel for name in saved.parameters)
+    lines = [
+        f"{options.path}: engine {manifest.engine}, {manifest.world_size} ranks, {size / 2**20:,.1f} MiB in "
+        f"{len(manifest.shards)} shards",
+        "written with " + ", ".join(f"{name} {version}" for name, version in manifest.packages.items()),
+        f"{len(saved.parameters)} parameters with {values:,} elements, {len(saved.trained)} of them trained; "
+        f"{len(saved.buffers)} buffers; {len(saved.extras)} tensors of the program",
+    ]
+    entries = sorted({entry for name in saved.parameters for entry in saved.entries(name)})
+    lines.append("optimizer state: " + (", ".join(entries) or "none yet"))
+    for index, group in enumerate(manifest.groups):
+        settings = ", ".join(f"{key} {value}" for key, value in group.settings.items())
+        lines.append(f"group {index}, {len(group.parameters)} parameters: {settings}")
+    if manifest.loss_scale:
+        lines.append(f"loss scale: {manifest.loss_scale['scale']}")
+    lines += [f"{key}: {value}" for key, value in manifest.progress.items()]
+    if options.tensors:
+        for key, tensor in manifest.tensors.items():
+            dtype = str(tensor.spec.dtype).removeprefix("torch.")
+            lines.append(f"{key}  {dtype} {list(tensor.spec.shape)}  {len(tensor.pieces)} pieces")
+    print("\n".join(printable(line, limit=_LINE) for line in lines))  # noqa: T201
+    return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from arsg_dist.checkpoint import SavedRun
+
+    try:
+        saved = SavedRun(options.path)
+        damage = saved.damage()
+    except ValueError as error:
+        damage = [str(error)]
+    for line in damage:
+        print(printable(line, limit=_LINE), file=sys.stderr)  # noqa: T201
+    if damage:
+        return FAILED
+    pieces = sum(len(tensor.pieces) for tensor in saved.manifest.tensors.values())
+    print(f"{options.path}: {pieces} pieces in {len(saved.manifest.shards)} shards, all digests match")  # noqa: T201
+    return 0
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from arsg_dist.checkpoint import SavedRun
+    from arsg_dist.checkpoint.convert import to_portable, to_torch
+
+    if options.to == "torch":
+        to_torch(SavedRun(options.path), options.output)
+    else:
+        if (options.path / "manifest.json").is_file():
+            raise ValueError(
+                f"{options.path} is a portable checkpoint already; for torch's format add --to torch"
+            )
+        from arsg_dist.deepspeed.saved import read_checkpoint
+        from arsg_dist.deepspeed.saved_files import reading
+
+        saved = read_checkpoint(options.path, trust_pickle=options.trust_pickle)
+        with reading(saved.where):
+            to_portable(saved, options.output, "deepspeed", {})
+    print(f"wrote {options.output}")  # noqa: T201
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    import torch
+
+    from arsg_dist.checkpoint import SavedRun
+    from arsg_dist.checkpoint.export import export_saved
+
+    export_saved(SavedRun(options.path), options.output, options.at, getattr(torch, options.dtype))
+    print(f"wrote {options.output}: the weights at {options.at}, {options.dtype}")  # noqa: T201
+    return 0
+
+
+_COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "show": _show,
+    "verify": _verify,
+    "convert": _convert,
+    "export": _export,
+}

@@ -1,0 +1,1 @@
+"""Start a training on this machine, a list of hosts, or through a scheduler."""

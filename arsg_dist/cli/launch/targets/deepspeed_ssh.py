@@ -1,0 +1,159 @@
+"""Start ranks by DeepSpeed's launcher: its pdsh and openmpi runners, or no ssh."""
+
+import argparse
+import os
+import re
+import shlex
+from pathlib import Path
+from typing import ClassVar
+
+from arsg_dist.cli.launch import safe_path, timeouts
+from arsg_dist.cli.launch.job import Host, Job, Plan, hostfile
+from arsg_dist.cli.launch.profiles import Profile
+from arsg_dist.cli.launch.quoting import for_pdsh, require_plain
+from arsg_dist.cli.launch.supervise import LOST_HOST
+from arsg_dist.cli.launch.targets.base import Target, rank_environment
+from arsg_dist.cli.launch.targets.mpirun import add_meeting_point, exported, meeting_point, mpirun_options
+
+HOSTFILE = "arsg_hosts"
+ENVIRONMENT = "arsg_deepspeed_env"
+
+
+def _environment_file(variables: dict[str, str]) -> str:
+    """Return the file of variables for other hosts, which DeepSpeed quotes badly."""
+    lines = []
+    # DeepSpeed has every Python of the job import from the working directory, unless the file says otherwise.
+    own_path = {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}
+    for name, value in sorted((own_path | variables).items()):
+        if re.search(r"[\"$`\\%!]", value):
+            raise ValueError(
+                f'the value of {name}: DeepSpeed does not carry " $ ` \\ % ! to other hosts; use the target mpirun'
+            )
+        lines.append(f"{name}={value}\n")
+    return "".join(lines)
+
+
+class _DeepSpeedRunner(Target):
+    rendezvous = ("torch",)
+    places: ClassVar = "hosts"
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Declare where the first rank is."""
+        add_meeting_point(parser)
+
+    def _command(
+        self, job: Job, options: argparse.Namespace, runner: str, variables: dict[str, str]
+    ) -> tuple[list[str], dict[Path, str]]:
+        files = {
+            job.directory / HOSTFILE: hostfile(job.hosts),
+            job.directory / ENVIRONMENT: _environment_file(variables),
+        }
+        command = [
+            "deepspeed",
+            "--hostfile",
+            str(job.directory / HOSTFILE),
+            "--launcher",
+            runner,
+            "--force_multi",
+        ]
+        if options.master_addr:
+            command += ["--master_addr", Host(options.master_addr, 1).name]
+        return [*command, "--master_port", str(options.master_port)], files
+
+
+class Pdsh(_DeepSpeedRunner):
+    """The runner DeepSpeed takes by default. When one rank dies, the ranks on other hosts go on until a timeout."""
+
+    name = "deepspeed-pdsh"
+    summary = "hosts over ssh, by DeepSpeed's pdsh runner"
+    cannot_inherit = (
+        "DeepSpeed's pdsh runner writes every value into command lines, which other users of the hosts can read; use "
+        "the target mpirun or deepspeed-openmpi, or set the variable in the login shell of every host"
+    )
+
+    def plan(self, job: Job, profile: Profile, options: argparse.Namespace) -> Plan:
+        """Plan `deepspeed --launcher pdsh`; arguments are quoted for the remote shell."""
+        require_plain(str(job.directory), "the working directory", "DeepSpeed's pdsh runner")
+        require_plain(job.python, "the interpreter", "DeepSpeed's pdsh runner")
+        script, *arguments = safe_path.script_and_arguments(job)
+        require_plain(script, "the script", "DeepSpeed's pdsh runner")
+        command, files = self._command(
+            job, options, "pdsh", safe_path.launcher_environment(job) | rank_environment(job)
+        )
+        return Plan(
+            command=(*command, script, *map(for_pdsh, arguments)),
+            environment={
+                "PDSH_SSH_ARGS_APPEND": timeouts.ssh_options(job.detect_seconds),
+                "DS_ENV_FILE": str(job.directory / ENVIRONMENT),
+            },
+            files=files,
+        )
+
+
+class OpenMpiRunner(_DeepSpeedRunner):
+    """DeepSpeed's runner over mpirun, which numbers the ranks; where they meet is told here, so MPI is not needed."""
+
+    name = "deepspeed-openmpi"
+    summary = "hosts over ssh, by DeepSpeed's openmpi runner"
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Declare the interface, for programs that use MPI."""
+        super().add_arguments(parser)
+        parser.add_argument(
+            "--interface", help="network interface for MPI (default: eth0, DeepSpeed's default)"
+        )
+
+    def plan(self, job: Job, profile: Profile, options: argparse.Namespace) -> Plan:
+        """Plan `deepspeed --launcher openmpi`."""
+        variables = rank_environment(job) | meeting_point(job, options)
+        command, files = self._command(job, options, "openmpi", variables)
+        launcher_args = [*mpirun_options(os.geteuid() == 0), *exported("PATH", *job.inherited)]
+        launcher_args += ["--mca", "btl_tcp_if_include", options.interface] if options.interface else []
+        command += [f"--launcher_args={shlex.join(launcher_args)}"]
+        return Plan(
+            command=(*command, *job.program),
+            environment=timeouts.open_mpi_daemons(job.detect_seconds)
+            | {"DS_ENV_FILE": str(job.directory / ENVIRONMENT)},
+            files=files,
+            failure_text=LOST_HOST,
+        )
+
+
+class PerNode(Target):
+    """One command on every node, run by whatever can: a person, a scheduler, a configuration tool."""
+
+    name = "deepspeed-per-node"
+    summary = "DeepSpeed without ssh: run on every host, each with its --node-rank"
+    rendezvous = ("torch",)
+    places: ClassVar = "hosts"
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Declare which host this is."""
+        add_meeting_point(parser)
+        parser.add_argument(
+            "--node-rank", type=int, required=True, help="this host's place in --hosts, from 0"
+        )
+
+    def plan(self, job: Job, profile: Profile, options: argparse.Namespace) -> Plan:
+        """Plan `deepspeed --no_ssh --node_rank N`."""
+        if not 0 <= options.node_rank < len(job.hosts):
+            raise ValueError(
+                f"--node-rank {options.node_rank} is not one of the {len(job.hosts)} hosts, 0 to "
+                f"{len(job.hosts) - 1}"
+            )
+        path = job.directory / f"{HOSTFILE}.{options.node_rank}"
+        address = meeting_point(job, options)["MASTER_ADDR"]
+        command = [
+            *job.deepspeed_command,
+            "--hostfile",
+            str(path),
+            "--no_ssh",
+            "--node_rank",
+            str(options.node_rank),
+        ]
+        command += ["--master_addr", address, "--master_port", str(options.master_port)]
+        return Plan(
+            command=(*command, *safe_path.script_and_arguments(job)),
+            environment=rank_environment(job) | safe_path.launcher_environment(job),
+            files={path: hostfile(job.hosts)},
+        )

@@ -1,0 +1,1 @@
+"""Implement the update: the reference, and faster paths that make the same one."""

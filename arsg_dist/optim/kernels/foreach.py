@@ -1,0 +1,128 @@
+"""Update many parameters with one kernel launch per operation."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from arsg_dist.optim.hyperparameters import Hyperparameters, Steps, bias_correction, compute_dtype
+from arsg_dist.optim.kernels.rounding import EXP_AVG_SLOT, EXP_AVG_SQ_SLOT, MAX_EXP_AVG_SQ_SLOT, store_rounded
+
+_PRECONDITIONERS: Final = ("amsgrad", "adam", "none")
+_MODES: Final = ("decoupled_weight_decay", "maximize", "capturable")
+
+
+def supports(hyper: Hyperparameters, params: list[Tensor]) -> bool:
+    """Say whether `foreach_step` implements these settings, for any tensors."""
+    return hyper.preconditioner in _PRECONDITIONERS and hyper.uses_only(_MODES)
+
+
+def foreach_step(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    max_exp_avg_sqs: list[Tensor],
+    steps: Steps,
+    *,
+    hyper: Hyperparameters,
+) -> None:
+    """Update all parameters by torch's multi-tensor kernels.
+
+    See `StepFunction` for the arguments and `reference.arsg_update` for the rule.
+    Needs up to twice the parameters' size in temporary memory (numerators and denominators), more for half
+    precision, where everything is converted to float32 first.
+    """
+    if not params:
+        return
+    dtype = compute_dtype(params[0].dtype)
+    xs, gs, ms = _converted(params, dtype), _converted(grads, dtype), _converted(exp_avgs, dtype)
+    vs, v_hats = _converted(exp_avg_sqs, dtype), _converted(max_exp_avg_sqs, dtype)
+
+    alpha, beta1, beta2, mu, eps, lam = (
+        _on_device(hyper.lr, params[0]),
+        hyper.beta1,
+        hyper.beta2,
+        _on_device(hyper.mu, params[0]),
+        hyper.eps,
+        hyper.weight_decay,
+    )
+    if hyper.maximize:
+        gs = list(torch._foreach_neg(gs))
+    if lam != 0 and hyper.decoupled_weight_decay:
+        torch._foreach_mul_(xs, 1 - alpha * lam)
+    elif lam != 0:
+        gs = list(torch._foreach_add(gs, xs, alpha=lam))
+
+    torch._foreach_lerp_(ms, gs, 1 - beta1)
+    if vs:
+        torch._foreach_mul_(vs, beta2)
+        torch._foreach_addcmul_(vs, gs, gs, 1 - beta2)
+
+    if hyper.preconditioner == "amsgrad":
+        torch._foreach_maximum_(v_hats, vs)
+        torch._foreach_maximum_(v_hats, hyper.floor(dtype))
+        _move(xs, _numerators(ms, gs, mu), list(torch._foreach_sqrt(v_hats)), alpha)
+    elif hyper.preconditioner == "adam":
+        corrections1: list[Any] = [bias_correction(beta1, t) for t in steps]
+        corrections2: list[Any] = [bias_correction(beta2, t) for t in steps]
+        denominators = list(torch._foreach_maximum(vs, torch.finfo(dtype).tiny))
+        torch._foreach_div_(denominators, corrections2)
+        torch._foreach_sqrt_(denominators)
+        torch._foreach_add_(denominators, eps)
+        _move(xs, _numerators(list(torch._foreach_div(ms, corrections1)), gs, mu), denominators, alpha)
+    else:
+        _move(xs, _numerators(ms, gs, mu), None, alpha)
+
+    if xs[0] is not params[0]:
+        torch._foreach_copy_(params, xs)
+    _store(exp_avgs, ms, steps, EXP_AVG_SLOT)
+    _store(exp_avg_sqs, vs, steps, EXP_AVG_SQ_SLOT)
+    _store(max_exp_avg_sqs, v_hats, steps, MAX_EXP_AVG_SQ_SLOT)
+
+
+def _numerators(ms: list[Tensor], gs: list[Tensor], mu: float | Tensor) -> list[Tensor]:
+    """Return (1 − μ)m + μg, in new tensors."""
+    numerators = list(torch._foreach_mul(ms, 1 - mu))
+    if isinstance(mu, Tensor):
+        torch._foreach_add_(numerators, torch._foreach_mul(gs, mu))
+    elif mu != 0:
+        torch._foreach_add_(numerators, gs, alpha=mu)
+    return numerators
+
+
+def _move(
+    xs: list[Tensor],
+    numerators: list[Tensor],
+    denominators: list[Tensor] | None,
+    alpha: float | Tensor,
+) -> None:
+    """Move x ← x − α · numerator / denominator."""
+    if isinstance(alpha, Tensor):
+        if denominators is not None:
+            torch._foreach_div_(numerators, denominators)
+        torch._foreach_mul_(numerators, alpha)
+        torch._foreach_sub_(xs, numerators)
+    elif denominators is not None:
+        torch._foreach_addcdiv_(xs, numerators, denominators, -alpha)
+    else:
+        torch._foreach_add_(xs, numerators, alpha=-alpha)
+
+
+def _converted(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Return the tensors themselves where they have `dtype`, else converted copies."""
+    return [tensor.to(dtype) for tensor in tensors]
+
+
+def _on_device(value: float | Tensor, like: Tensor) -> float | Tensor:
+    """Put a tensor scalar where the parameters are, as the kernels want it."""
+    return value.to(like.device, non_blocking=True) if isinstance(value, Tensor) else value
+
+
+def _store(targets: list[Tensor], values: list[Tensor], steps: Steps, slot: int) -> None:
+    """Write moments back where they were converted."""
+    for i, (target, value) in enumerate(zip(targets, values, strict=True)):
+        if value is not target:
+            store_rounded(target, value, steps[i] if steps else 0, slot)

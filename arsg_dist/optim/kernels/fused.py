@@ -1,0 +1,225 @@
+"""Update in one pass over memory: in C++ on CPU, compiled from foreach elsewhere.
+
+CPU tensors go to `torch.ops.arsg_dist.step_` (csrc/fused_cpu.cpp), built when the package is installed. Other
+tensors go to `foreach_step` compiled by `torch.compile`, so that the rule has no further definition there.
+Where either is missing `foreach_step` makes the update, and one warning per process says what to do.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import warnings
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any, Final, cast
+
+import torch
+from torch import Tensor
+
+from arsg_dist.optim.hyperparameters import Hyperparameters, Steps, compute_dtype
+from arsg_dist.optim.kernels import foreach
+from arsg_dist.optim.kernels.foreach import foreach_step
+from arsg_dist.optim.kernels.reference import reference_step
+from arsg_dist.safe_io.processes import is_private
+
+# One entry per combination of settings and tensor shapes: parameter groups, and ZeRO-3's sub-groups.
+_RECOMPILE_LIMIT = 64
+
+# What fused_cpu.cpp knows, in its order.
+_CPU_PRECONDITIONERS: Final = ("amsgrad", "adam", "none")
+_CPU_MODES: Final = ("decoupled_weight_decay", "maximize", "capturable")
+
+_compiling_failed = False
+
+
+def supports(hyper: Hyperparameters, params: list[Tensor]) -> bool:
+    """Say whether `fused_step` implements these settings, for these tensors."""
+    by_kernel = hyper.preconditioner in _CPU_PRECONDITIONERS and hyper.uses_only(_CPU_MODES)
+    # What the kernel leaves goes to `foreach_step`, which also is what is compiled.
+    return foreach.supports(hyper, params) and (by_kernel or not params[0].is_cpu)
+
+
+def fused_step(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    max_exp_avg_sqs: list[Tensor],
+    steps: Steps,
+    *,
+    hyper: Hyperparameters,
+) -> None:
+    """Update all parameters in one pass over memory.
+
+    See `StepFunction` for the arguments and `reference.arsg_update` for the rule.
+    On CPU no temporary tensors are made, and the result depends neither on the number of threads nor on the
+    CPU's instruction set. Parameters with gaps or overlaps in memory, or whose gradient or moments are laid
+    out otherwise, are left to the reference implementation, and those whose gradient has another dtype to
+    `foreach_step`. Inside `torch.compile` the multi-tensor definition is traced, which the compiler fuses.
+    """
+    if not params:
+        return
+    lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs)
+    if torch.compiler.is_compiling():
+        foreach_step(*lists, steps, hyper=hyper)
+    elif params[0].is_cpu:
+        _cpu_step(lists, steps, hyper)
+    else:
+        compiled_step(*lists, steps, hyper=hyper)
+
+
+_Lists = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
+
+
+def _cpu_step(lists: _Lists, steps: Steps, hyper: Hyperparameters) -> None:
+    params, grads, exp_avgs, *_ = lists
+    kernel = cpu_kernel()
+    if kernel is None or grads[0].dtype != params[0].dtype:
+        foreach_step(*lists, steps, hyper=hyper)
+        return
+    left = kernel(
+        *lists,
+        [int(step) for step in steps] if _needs_steps(exp_avgs, hyper) else [],
+        preconditioner=_CPU_PRECONDITIONERS.index(hyper.preconditioner),
+        lr=float(hyper.lr),
+        beta1=hyper.beta1,
+        beta2=hyper.beta2,
+        mu=float(hyper.mu),
+        eps=hyper.eps,
+        coupled_decay=0.0 if hyper.decoupled_weight_decay else hyper.weight_decay,
+        decoupled_decay=hyper.weight_decay if hyper.decoupled_weight_decay else 0.0,
+        maximize=hyper.maximize,
+    )
+    if left:
+        reference_step(
+            *cast(_Lists, tuple([tensors[i] for i in left] if tensors else [] for tensors in lists)),
+            cast(Steps, [steps[i] for i in left] if steps else []),
+            hyper=hyper,
+        )
+
+
+@cache
+def cpu_kernel() -> Callable[..., list[int]] | None:
+    """Return the C++ kernel, or warn once and return None where it is not built."""
+    try:
+        importlib.import_module("arsg_dist._C")
+        return cast(Callable[..., list[int]], torch.ops.arsg_dist.step_.default)
+    except (ImportError, AttributeError) as error:
+        warnings.warn(
+            f"ARSG runs without its CPU kernel, several times slower ({error}). "
+            f"Reinstall arsg-dist beside torch {torch.__version__} and a C++20 compiler (gcc 12 or newer) "
+            "with pip install --no-build-isolation --force-reinstall --no-deps",
+            stacklevel=2,
+        )
+        return None
+
+
+def compiled_step(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    max_exp_avg_sqs: list[Tensor],
+    steps: Steps,
+    *,
+    hyper: Hyperparameters,
+) -> None:
+    """Run `foreach_step` compiled by `torch.compile`, for tensors on accelerators.
+
+    What changes between steps (α, μ, t) is handed over as tensors, so only a change of other settings, of
+    shapes or of dtypes compiles anew. Nothing here synchronises with the device.
+    """
+    global _compiling_failed
+    lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs)
+    if _compiling_failed:
+        foreach_step(*lists, steps, hyper=hyper)
+        return
+    device, dtype = params[0].device, compute_dtype(params[0].dtype)
+    counters = _counters(steps, device, dtype) if _needs_steps(exp_avgs, hyper) else None
+    lr, mu = _on_device(hyper.lr, device, dtype), _on_device(hyper.mu, device, dtype)
+    settings = {name: getattr(hyper, name) for name in hyper.__slots__ if name not in ("lr", "mu")}
+    reason = _cache_of_others()
+    if not reason:
+        try:
+            _compiled(*lists, counters, lr, mu, settings)
+            return
+        except Exception as error:
+            reason = (
+                f"torch.compile failed ({type(error).__name__}: {str(error).partition(chr(10))[0]}). It needs "
+                "Triton and a C compiler on the compute nodes; TORCH_LOGS=dynamo tells more."
+            )
+    # Compiling comes before any tensor is touched, so the step can still be made another way.
+    _compiling_failed = True
+    warnings.warn(
+        f"ARSG(fused=True) runs as foreach=True on {device.type}, in several passes over memory: {reason}",
+        stacklevel=2,
+    )
+    foreach_step(*lists, steps, hyper=hyper)
+
+
+@cache
+def _cache_of_others() -> str:
+    """Say why torch's directory for compiled code is not to be used; "" if it is.
+
+    torch runs what it finds there.
+
+    Another directory is the choice of the user, or of a program that calls `keep_compiled_code_private`.
+    """
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    directory = Path(default_cache_dir())
+    chosen = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    if chosen is not None and Path(chosen) != directory:
+        return ""
+    try:
+        directory.mkdir(mode=0o700, exist_ok=True)
+        private = is_private(directory)
+    except OSError as error:
+        return f"there is no directory for compiled code ({error}): set TORCHINDUCTOR_CACHE_DIR"
+    return (
+        ""
+        if private
+        else f"others may put code into {directory}, which would be run: set TORCHINDUCTOR_CACHE_DIR to a directory "
+        "of your own"
+    )
+
+
+def _update(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    max_exp_avg_sqs: list[Tensor],
+    counters: Tensor | None,
+    lr: Tensor,
+    mu: Tensor,
+    settings: dict[str, Any],
+) -> None:
+    hyper = Hyperparameters(lr=lr, mu=mu, **settings)
+    steps = [] if counters is None else list(counters.unbind())
+    foreach_step(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, hyper=hyper)
+
+
+_compiled = torch.compile(  # type: ignore[call-overload]  # torch's annotations lack recompile_limit
+    _update, fullgraph=True, dynamic=False, recompile_limit=_RECOMPILE_LIMIT
+)
+
+
+def _needs_steps(exp_avgs: list[Tensor], hyper: Hyperparameters) -> bool:
+    return hyper.preconditioner == "adam" or exp_avgs[0].dtype == torch.bfloat16
+
+
+def _counters(steps: Steps, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return t of every parameter, in one tensor on the device."""
+    if isinstance(steps[0], Tensor):
+        return torch.stack(cast(list[Tensor], steps)).to(dtype)
+    return torch.tensor(steps, dtype=dtype).to(device, non_blocking=True)
+
+
+def _on_device(value: float | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return a 0-dim tensor on the device."""
+    if isinstance(value, Tensor):
+        return value.to(device=device, dtype=dtype, non_blocking=True)
+    return torch.full((), value, dtype=dtype, device=device)

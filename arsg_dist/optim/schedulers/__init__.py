@@ -1,0 +1,1 @@
+"""Change β1, μ and the learning rate during a training, beside torch's schedulers."""

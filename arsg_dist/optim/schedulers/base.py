@@ -1,0 +1,81 @@
+"""Change a group's settings beside torch's schedulers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+
+class GroupScheduler(LRScheduler):
+    """A scheduler in torch's chainable form that touches a group's values only where it changes something.
+
+    Torch's base class assigns every group's lr on every step. Here `_advance` decides what changes, so any
+    other scheduler may run beside it, in any order, also inside `SequentialLR` and `ChainedScheduler`.
+
+    Args:
+        optimizer: a `torch.optim.Optimizer`, or a wrapper that has one as its attribute `optimizer`, as
+            DeepSpeed's ZeRO optimizers do.
+
+    Raises:
+        TypeError: neither of the two.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        super().__init__(torch_optimizer(optimizer))
+
+    def _advance(self) -> None:
+        """Apply what is due at `self.last_epoch` calls of `step`, 0 on construction."""
+        raise NotImplementedError
+
+    def _begin(self) -> None:
+        """Start at step 0, when `SequentialLR` hands over to this scheduler."""
+        self._advance()
+
+    def get_lr(self) -> list[float | Tensor]:
+        """Return the groups' current learning rates (copies, if they are tensors)."""
+        return [_copied(group["lr"]) for group in self.optimizer.param_groups]
+
+    def _update_lr(self, epoch: int | None = None) -> None:
+        # Torch's hook: called by step(), and by SequentialLR with epoch 0 where it hands over.
+        if epoch is None:
+            self.last_epoch += 1
+            self._advance()
+        elif epoch == 0:
+            self.last_epoch = 0
+            self._begin()
+        else:
+            raise ValueError(
+                f"{type(self).__name__} cannot jump to step {epoch}: call step() without an argument"
+            )
+        self._last_lr = self.get_lr()
+
+
+def set_value(group: dict[str, Any], key: str, value: float) -> None:
+    """Set a group's setting: in place if a tensor, where a captured graph reads it."""
+    if isinstance(group[key], Tensor):
+        group[key].fill_(value)
+    else:
+        group[key] = value
+
+
+def _copied(value: float | Tensor) -> float | Tensor:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def torch_optimizer(optimizer: Any) -> Optimizer:
+    """Return the torch optimizer in `optimizer`: itself, or its attribute `optimizer`.
+
+    Raises:
+        TypeError: neither is one.
+    """
+    for candidate in (optimizer, getattr(optimizer, "optimizer", None)):
+        if isinstance(candidate, Optimizer):
+            return candidate
+    raise TypeError(
+        f"expected a torch.optim.Optimizer or a wrapper with one as its attribute 'optimizer', got "
+        f"{type(optimizer).__name__}; with DeepSpeed pass lr_scheduler=lambda optimizer: ... to "
+        "initialize(), which calls it with the basic optimizer"
+    )
