@@ -1,6 +1,6 @@
 """Draw the gain factor picture of docs/theory.md: r(τ) for several observation factors μ.
 
-    python benchmarks/plot_gain_factor.py [--beta B] [--mu MU ...] [--out PNG]
+    python -m benchmarks.plot_gain_factor [--beta B] [--mu MU ...] [--out PNG]
 
 Above r(τ) itself, below 1 − r on a logarithmic axis: the share of the error that a step removes.
 """

@@ -2,25 +2,24 @@
 
 Updates with and without alternate. Example, under mpirun or horovodrun:
 
-    mpirun -np 2 --bind-to none python benchmarks/replica_check.py --batch 8 --side 64
+    mpirun -np 2 --bind-to none python -m benchmarks.replica_check --batch 8 --side 64
 """
 
 from __future__ import annotations
 
 import argparse
-import shlex
 import statistics
-import sys
 import time
 
 import torch
-from machine import device_name
 from torch.nn import functional
-from workloads import resnet50
 
 from arsg_dist import ARSG
 from arsg_dist.engine import SingleProcessEngine, check_replicas, discover_ranks, end_process
 from arsg_dist.horovod import HorovodEngine, HorovodShardedEngine, connect
+from benchmarks.common.kept_results import this_command
+from benchmarks.common.machine import device_name
+from benchmarks.common.workloads import resnet50
 
 
 def parsed() -> argparse.Namespace:
@@ -82,7 +81,7 @@ def main() -> None:
         print(
             f"- {options.batch} images of side {options.side} per rank; medians of {options.updates} updates each"
         )
-        print(f"- command: `python {shlex.join(sys.argv)}`\n")
+        print(f"- command: `{this_command()}`\n")
         print("| engine | update ms | with the check ms | extra ms | of an update | every 100 updates |")
         print("|---|---|---|---|---|---|")
         print("\n".join(rows), flush=True)
