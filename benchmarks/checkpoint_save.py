@@ -29,7 +29,7 @@ from arsg_dist import ARSG
 from arsg_dist.checkpoint import CheckpointStore, SavedRun, save_run
 from arsg_dist.engine import Engine, SingleProcessEngine, discover_ranks, end_process
 from benchmarks.common.kept_results import machine_results, this_command, write_report
-from benchmarks.common.machine import device_name
+from benchmarks.common.machine import device_name, mpirun
 from benchmarks.common.workloads import WORKLOADS
 
 BASELINE = "torch.save on rank 0"
@@ -169,25 +169,9 @@ def main() -> None:
     results = {}
     for ranks in options.ranks:
         directory = Path(tempfile.mkdtemp(dir=options.directory))
-        as_root = ["--allow-run-as-root"] if os.geteuid() == 0 else []
-        start = (
-            ["mpirun", *as_root, "--oversubscribe", "--bind-to", "none", "-np", str(ranks)]
-            if ranks > 1
-            else []
-        )
+        start = [*(mpirun(ranks) if ranks > 1 else []), sys.executable, "-m", "benchmarks.checkpoint_save"]
         try:
-            subprocess.run(
-                [
-                    *start,
-                    sys.executable,
-                    "-m",
-                    "benchmarks.checkpoint_save",
-                    *sys.argv[1:],
-                    "--job",
-                    str(directory),
-                ],
-                check=True,
-            )
+            subprocess.run([*start, *sys.argv[1:], "--job", str(directory)], check=True)
             results[ranks] = json.loads((directory / "results.json").read_text())
         finally:
             shutil.rmtree(directory)

@@ -45,9 +45,7 @@ def update(engine: SingleProcessEngine, images: torch.Tensor, labels: torch.Tens
     if check:
         assert not engine.faulty_sums()
         check_replicas(engine.communicator, engine.replicated_tensors())
-    for parameter in engine.module.parameters():
-        parameter[..., :1].sum().item()  # has arrived
-        break
+    next(engine.module.parameters())[..., :1].sum().item()  # has arrived
     engine.communicator.barrier()
     return time.perf_counter() - begin
 

@@ -40,15 +40,12 @@ from arsg_dist.imagenet.torchvision_compat import torchvision, v2
 from benchmarks.common.kept_results import machine_results, median_ratio, this_command, write_report
 from benchmarks.common.machine import device_name
 
+SETTINGS: dict[str, Any] = {"lr": 1e-6, "weight_decay": 1e-4, "fused": True}
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
-    "ARSG(fused)": lambda parameters: ARSG(parameters, lr=1e-6, mu=0.1, weight_decay=1e-4, fused=True),
-    "SGD(momentum, fused)": lambda parameters: torch.optim.SGD(
-        parameters, lr=1e-6, momentum=0.9, weight_decay=1e-4, fused=True
-    ),
-    "Adam(amsgrad, fused)": lambda parameters: torch.optim.Adam(
-        parameters, lr=1e-6, weight_decay=1e-4, amsgrad=True, fused=True
-    ),
-    "AdamW(fused)": lambda parameters: torch.optim.AdamW(parameters, lr=1e-6, weight_decay=1e-4, fused=True),
+    "ARSG(fused)": lambda parameters: ARSG(parameters, mu=0.1, **SETTINGS),
+    "SGD(momentum, fused)": lambda parameters: torch.optim.SGD(parameters, momentum=0.9, **SETTINGS),
+    "Adam(amsgrad, fused)": lambda parameters: torch.optim.Adam(parameters, amsgrad=True, **SETTINGS),
+    "AdamW(fused)": lambda parameters: torch.optim.AdamW(parameters, **SETTINGS),
 }
 
 

@@ -1,4 +1,4 @@
-"""What benchmarks say about the machine, and how they ask it about memory."""
+"""What benchmarks say about the machine, how they ask it about memory, and how they start ranks on it."""
 
 from __future__ import annotations
 
@@ -38,6 +38,12 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
         for value in state.values()
         if isinstance(value, torch.Tensor)
     )
+
+
+def mpirun(ranks: int) -> list[str]:
+    """Return the command that starts ranks on this machine, without the program."""
+    as_root = ["--allow-run-as-root"] if os.geteuid() == 0 else []
+    return ["mpirun", *as_root, "--oversubscribe", "--bind-to", "none", "-np", str(ranks)]
 
 
 class PeakMemory:

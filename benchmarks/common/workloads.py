@@ -21,13 +21,7 @@ class Transformer(nn.Module):
         self.positions = nn.Embedding(length, width)
         self.layers = nn.ModuleList(
             nn.TransformerEncoderLayer(
-                width,
-                width // 64,
-                4 * width,
-                dropout=0.0,
-                activation="gelu",
-                batch_first=True,
-                norm_first=True,
+                width, width // 64, 4 * width, 0.0, "gelu", batch_first=True, norm_first=True
             )
             for _ in range(layers)
         )

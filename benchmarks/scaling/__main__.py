@@ -15,8 +15,8 @@ from benchmarks.common.kept_results import RESULTS, machine_results
 from benchmarks.scaling.inputs import CLUSTERS, load_of
 from benchmarks.scaling.measure import PLACES
 from benchmarks.scaling.measure import main as measure
-from benchmarks.scaling.model import Behaviour, step_seconds, update_seconds
-from benchmarks.scaling.traffic import REUSE_LIMIT, STRATEGIES, memory
+from benchmarks.scaling.model import alone_seconds, step_range
+from benchmarks.scaling.traffic import STRATEGIES, memory
 
 MEASUREMENTS = RESULTS / "amd-epyc/scaling"
 """What docs/scaling.md was made from."""
@@ -25,20 +25,15 @@ MEASUREMENTS = RESULTS / "amd-epyc/scaling"
 def predict(arguments: argparse.Namespace) -> None:
     """Print a table."""
     cluster, load = CLUSTERS[arguments.cluster], load_of(arguments.model)
-    gathers = 2 if sum(load.parameters) > REUSE_LIMIT else 1
     print(
         f"Predicted, not measured. {arguments.cluster}: {cluster.source}. {arguments.model}: {load.source}.\n"
     )
-    print(
-        "| strategy | ranks | step ms, all hidden – nothing hidden | efficiency | GB/rank |\n|---|---|---|---|---|"
-    )
+    print("| strategy | ranks | step ms, all hidden – nothing hidden | efficiency | GB/rank |")
+    print("|---|---|---|---|---|")
+    alone = alone_seconds(load, cluster)
     for strategy in STRATEGIES:
         for ranks in arguments.ranks:
-            best, worst = (
-                step_seconds(strategy, load, cluster, ranks, Behaviour(overlap=overlap), gathers)
-                for overlap in (1, 0)
-            )
-            alone = load.forward + load.backward + update_seconds("ddp", load, cluster, 1)
+            best, worst = step_range(strategy, load, cluster, ranks)
             held = memory(strategy, load, cluster, ranks)
             note = "" if held <= cluster.memory else " (does not fit)"
             print(
@@ -49,10 +44,9 @@ def predict(arguments: argparse.Namespace) -> None:
 
 def main() -> None:
     """Read the command line."""
+    shape = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        "python -m benchmarks.scaling",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "python -m benchmarks.scaling", description=__doc__, formatter_class=shape
     )
     commands = parser.add_subparsers(dest="command", required=True)
     predicting = commands.add_parser("predict", help="a table of step times, efficiency and memory")

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,9 @@ _STRATEGY = {"horovod": "ddp"}
 """Names of measured steps that the model calls otherwise."""
 _BORROWED = {"horovod-two-level": "horovod-sharded"}
 """Strategies that are not fitted, and whose behaviour they are predicted with."""
+
+Costs = dict[str, dict[str, Cost]]
+Behaviours = dict[str, Behaviour]
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,8 @@ def fit_behaviour(strategy: str, load: Load, rows: Sequence[tuple[Cluster, int, 
 
 def read(folder: Path) -> tuple[list[Row], list[Row]]:
     """Collectives and steps of all files; barriers are left out."""
-    collectives, steps = [], []
+    collectives: list[Row] = []
+    steps: list[Row] = []
     for path in sorted(folder.glob("*-*x*.json")):
         for found in json.loads(path.read_text())["rows"]:
             if found["name"].startswith("barrier"):
@@ -137,11 +141,9 @@ def read(folder: Path) -> tuple[list[Row], list[Row]]:
     return collectives, steps
 
 
-def calibrate(
-    collectives: list[Row], steps: list[Row]
-) -> tuple[dict[str, dict[str, Cost]], dict[str, Behaviour]]:
+def calibrate(collectives: list[Row], steps: list[Row]) -> tuple[Costs, Behaviours]:
     """Costs by stack and operation, and behaviours by "STACK STRATEGY"."""
-    costs: dict[str, dict[str, Cost]] = {}
+    costs: Costs = {}
     for stack, operation in sorted({(row.stack, row.name.split()[0]) for row in collectives}):
         rows = [r for r in collectives if r.fitted_to and (r.stack, r.name.split()[0]) == (stack, operation)]
         costs.setdefault(stack, {})[operation] = fit_cost(lambda row: rehearsal(row, {}), rows)
@@ -155,25 +157,18 @@ def calibrate(
 
 
 def predicted(
-    collectives: list[Row],
-    steps: list[Row],
-    costs: dict[str, dict[str, Cost]],
-    behaviours: dict[str, Behaviour],
+    collectives: list[Row], steps: list[Row], costs: Costs, behaviours: Behaviours
 ) -> tuple[list[Row], list[Row]]:
     """The rows with predictions."""
     done_collectives = [
-        Row(
-            **asdict(row)
-            | {"predicted": seconds(rehearsal(row, costs[row.stack]), exchange_of(row), row.ranks)}
-        )
+        replace(row, predicted=seconds(rehearsal(row, costs[row.stack]), exchange_of(row), row.ranks))
         for row in collectives
     ]
     done_steps = []
     for row in steps:
         behaviour = behaviours[f"{row.stack} {_BORROWED.get(row.name, row.name)}"]
-        strategy = _STRATEGY.get(row.name, row.name)
-        time = step_seconds(strategy, LOAD, rehearsal(row, costs[row.stack]), row.ranks, behaviour)
-        done_steps.append(Row(**asdict(row) | {"predicted": time}))
+        strategy, cluster = _STRATEGY.get(row.name, row.name), rehearsal(row, costs[row.stack])
+        done_steps.append(replace(row, predicted=step_seconds(strategy, LOAD, cluster, row.ranks, behaviour)))
     return done_collectives, done_steps
 
 
@@ -198,12 +193,7 @@ def error_rows(rows: list[Row], key: Any) -> list[str]:
     return lines
 
 
-def report(
-    collectives: list[Row],
-    steps: list[Row],
-    costs: dict[str, dict[str, Cost]],
-    behaviours: dict[str, Behaviour],
-) -> str:
+def report(collectives: list[Row], steps: list[Row], costs: Costs, behaviours: Behaviours) -> str:
     """Markdown: what was fitted and how large the errors are."""
     head = "| fitted to: median error | worst | not fitted to: median error | worst |"
     lines = [
@@ -211,8 +201,6 @@ def report(
         "",
         "Command: `python -m benchmarks.scaling fit`.",
         "",
-    ]
-    lines += [
         "| library, collective | latency ms per hop | slowdown of the link | handling ns/byte |",
         "|---|---|---|---|",
     ]

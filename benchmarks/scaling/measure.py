@@ -34,21 +34,11 @@ def measure(stack: str, hosts: int, per_host: int, directory: Path) -> list[dict
     cluster.start()
     try:
         if stack == "torch":
-            common = {
-                "WORLD_SIZE": hosts,
-                "LOCAL_RANK": 0,
-                "MASTER_ADDR": f"{NETWORK}.1",
-                "MASTER_PORT": 29500,
-            }
-            common |= {"GLOO_SOCKET_IFNAME": "eth0"}
-            running = [
-                cluster.start_on(
-                    name,
-                    [sys.executable, *arguments],
-                    {k: str(v) for k, v in (common | {"RANK": rank}).items()},
-                )
-                for rank, name in enumerate(cluster.names)
-            ]
+            meeting = {"MASTER_ADDR": f"{NETWORK}.1", "MASTER_PORT": "29500", "GLOO_SOCKET_IFNAME": "eth0"}
+            running = []
+            for rank, name in enumerate(cluster.names):
+                rank_only = {"WORLD_SIZE": str(hosts), "RANK": str(rank), "LOCAL_RANK": "0"}
+                running.append(cluster.start_on(name, [sys.executable, *arguments], meeting | rank_only))
         else:
             places = ",".join(f"{name}:{per_host}" for name in cluster.names)
             options = ["--hosts", places, "--env", "HOROVOD_DYNAMIC_PROCESS_SETS=1"]
@@ -74,25 +64,14 @@ def measure(stack: str, hosts: int, per_host: int, directory: Path) -> list[dict
 
 
 def main(stacks: list[str], numbers: list[int], output: Path) -> None:
-    """Start the jobs and write what they found.
-
-    Args:
-        stacks: of `PLACES`.
-        numbers: of hosts.
-        output: directory.
-
-    Raises:
-        SystemExit: this machine cannot rehearse.
-    """
+    """Start the jobs of some stacks and numbers of hosts, and write what they found."""
     from tests.cluster.rehearsal import why_not
 
     if reason := why_not():
         raise SystemExit(reason)
     output.mkdir(parents=True, exist_ok=True)
     for stack in stacks:
-        for hosts, per_host in PLACES[stack]:
-            if hosts not in numbers:
-                continue
+        for hosts, per_host in [place for place in PLACES[stack] if place[0] in numbers]:
             with tempfile.TemporaryDirectory() as directory:
                 begin = time.monotonic()
                 rows = measure(stack, hosts, per_host, Path(directory))
@@ -105,8 +84,7 @@ def main(stacks: list[str], numbers: list[int], output: Path) -> None:
                 "torch": torch.__version__,
                 "command": f"python -m benchmarks.scaling measure --stacks {stack} --hosts {hosts}",
             }
-            lines = ",\n".join(
-                json.dumps(row | {"seconds": [round(s, 6) for s in row["seconds"]]}) for row in rows
-            )
+            rounded = [row | {"seconds": [round(s, 6) for s in row["seconds"]]} for row in rows]
+            lines = ",\n".join(map(json.dumps, rounded))
             text = f'{{"about": {json.dumps(about)},\n"rows": [\n{lines}\n]}}\n'
             (output / f"{stack}-{hosts}x{per_host}.json").write_text(text)

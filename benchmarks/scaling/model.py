@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from benchmarks.scaling.collectives import Cluster, nodes_of, seconds
-from benchmarks.scaling.traffic import Load, exchanges
+from benchmarks.scaling.traffic import REUSE_LIMIT, Load, exchanges
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,21 @@ def update_seconds(strategy: str, load: Load, cluster: Cluster, ranks: int) -> f
     return 36 * sum(load.parameters) / share / cluster.memory_bandwidth
 
 
+def alone_seconds(load: Load, cluster: Cluster) -> float:
+    """Return the time of a step on one rank."""
+    return load.forward + load.backward + update_seconds("ddp", load, cluster, 1)
+
+
+def step_range(strategy: str, load: Load, cluster: Cluster, ranks: int) -> list[float]:
+    """Return the times of a step with all hidden that can be, and with nothing hidden."""
+    gathers = 2 if sum(load.parameters) > REUSE_LIMIT else 1
+    return [
+        step_seconds(strategy, load, cluster, ranks, Behaviour(0.0, hidden), gathers) for hidden in (1, 0)
+    ]
+
+
 def step_seconds(
-    strategy: str,
-    load: Load,
-    cluster: Cluster,
-    ranks: int,
-    behaviour: Behaviour,
-    gathers: int = 1,
+    strategy: str, load: Load, cluster: Cluster, ranks: int, behaviour: Behaviour, gathers: int = 1
 ) -> float:
     """Return the time of a training step."""
     total = load.forward + load.backward + behaviour.overhead + update_seconds(strategy, load, cluster, ranks)

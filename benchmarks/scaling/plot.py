@@ -13,8 +13,8 @@ from matplotlib.ticker import PercentFormatter
 
 from benchmarks.scaling import fit
 from benchmarks.scaling.inputs import CLUSTERS, load_of
-from benchmarks.scaling.model import Behaviour, step_seconds, update_seconds
-from benchmarks.scaling.traffic import REUSE_LIMIT, STRATEGIES, memory
+from benchmarks.scaling.model import alone_seconds, step_range
+from benchmarks.scaling.traffic import STRATEGIES, memory
 
 OUT = Path(__file__).parents[2] / "docs/images/scaling.png"
 RANKS = [2**k for k in range(13)]
@@ -27,17 +27,11 @@ def errors(axes: Axes, measurements: Path) -> None:
     """Measured against predicted step times."""
     measured = fit.read(measurements)
     _, steps = fit.predicted(*measured, *fit.calibrate(*measured))
-    for fitted, label in ((True, "fitted to"), (False, "not fitted to")):
+    for fitted, label, color in ((True, "fitted to", "#1f77b4"), (False, "not fitted to", "#d62728")):
         rows = [row for row in steps if row.fitted_to is fitted]
-        axes.plot(
-            [row.measured for row in rows],
-            [row.predicted for row in rows],
-            "o",
-            color="#1f77b4" if fitted else "#d62728",
-            markerfacecolor="none" if fitted else "#d62728",
-            markersize=4,
-            label=f"{label} ({len(rows)})",
-        )
+        points = [row.measured for row in rows], [row.predicted for row in rows]
+        style = {"color": color, "markerfacecolor": "none" if fitted else color, "markersize": 4}
+        axes.plot(*points, "o", **style, label=f"{label} ({len(rows)})")
     ends = [0.1, 2.5]
     axes.plot(ends, ends, color="0.4", linewidth=0.8)
     axes.fill_between(ends, [0.8 * x for x in ends], [1.25 * x for x in ends], color="0.9", zorder=0)
@@ -54,17 +48,12 @@ def errors(axes: Axes, measurements: Path) -> None:
 def efficiency(axes: Axes, name: str, cluster_name: str) -> None:
     """Time of one rank over time of many, each rank with the same work; from nothing hidden to all hidden."""
     load, cluster = load_of(name), CLUSTERS[cluster_name]
-    gathers = 2 if sum(load.parameters) > REUSE_LIMIT else 1
-    alone = load.forward + load.backward + update_seconds("ddp", load, cluster, 1)
+    alone = alone_seconds(load, cluster)
     for strategy in STRATEGIES:
         if strategy == "zero2":
             continue  # on zero1's line
-        worst, best = (
-            [
-                alone / step_seconds(strategy, load, cluster, n, Behaviour(overlap=overlap), gathers)
-                for n in RANKS
-            ]
-            for overlap in (0.0, 1.0)
+        best, worst = zip(
+            *([alone / s for s in step_range(strategy, load, cluster, n)] for n in RANKS), strict=True
         )
         label = "zero1, zero2" if strategy == "zero1" else strategy
         axes.fill_between(RANKS, worst, best, color=COLORS[strategy], alpha=0.12)

@@ -118,6 +118,5 @@ def memory(strategy: str, load: Load, cluster: Cluster, ranks: int) -> int:
     whole, shard = _shards(load, per_node if strategy == "horovod-two-level" else ranks)
     held = 2 if load.precision == "bf16" else 4
     masters = 4 if load.precision == "bf16" else 0
-    return (
-        held * whole + (12 + masters + 4) * shard
-    )  # parameters; m, v, v̂, masters and the summed gradient, fp32
+    # parameters; m, v, v̂, masters and the summed gradient, fp32
+    return held * whole + (12 + masters + 4) * shard

@@ -5,7 +5,7 @@
 
 One job after another is started. It makes every optimizer in turn, in random order, several rounds of them, so that a
 load on the machine meets all; ratios are medians over rounds of ratios within a round. Calling it again with other
-ranks, workloads, stages or transports adds rows to the same table. From the root of a checkout.
+ranks, workloads, stages or transports adds rows to the same table.
 """
 
 from __future__ import annotations

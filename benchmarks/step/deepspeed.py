@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.common.machine import PeakMemory, state_bytes
 from benchmarks.common.workloads import mean_loss
-from benchmarks.step.engine import PassesAndUpdate, StepTimer
+from benchmarks.step.engine import PassesAndUpdate, median, stepper
 
 
 class DeepSpeed(PassesAndUpdate):
@@ -26,13 +26,9 @@ class DeepSpeed(PassesAndUpdate):
 
     baseline = "DeepSpeed Adam"
     traffic: Mapping[str, int] = {
-        "ARSG": 36,
-        "ARSG, plain torch": 36,
-        baseline: 28,
-        "torch AdamW": 28,
-        "torch AdamW, plain": 28,
+        "ARSG": 36, "ARSG, plain torch": 36, baseline: 28, "torch AdamW": 28, "torch AdamW, plain": 28,
         "torch Adam(amsgrad)": 36,
-    }
+    }  # fmt: skip
     peers = tuple(traffic)
     variant = "stage"
     variants = (0, 1, 2, 3)
@@ -57,7 +53,7 @@ class DeepSpeed(PassesAndUpdate):
         return [program, count, str(ranks), "--no_local_rank", "--module"]
 
     @contextmanager
-    def joined(self, device: str) -> Iterator[None]:
+    def joined(self) -> Iterator[None]:
         """Join the job, and leave it at the end. Collective."""
         import deepspeed
         from deepspeed.utils import logger
@@ -83,12 +79,8 @@ class DeepSpeed(PassesAndUpdate):
         held = memory.start()
         model = self.workloads[workload].model()
         parameters = list(model.parameters())
-        engine, *_ = deepspeed.initialize(
-            model=model,
-            model_parameters=parameters,
-            config=engine_config(peer, variant, arguments),
-            optimizer=client_optimizer(peer, parameters),
-        )
+        config, optimizer = engine_config(peer, variant, arguments), client_optimizer(peer, parameters)
+        engine, *_ = deepspeed.initialize(None, model, optimizer, parameters, config=config)
         batch = self.workloads[workload].batch(arguments.batch, arguments.side)
         inputs, labels = (tensor.to(engine.device) for tensor in batch)
         if arguments.precision == "bf16" and inputs.is_floating_point():
@@ -97,19 +89,18 @@ class DeepSpeed(PassesAndUpdate):
         def passes() -> None:
             engine.backward(mean_loss(engine(inputs), labels))
 
-        timer = StepTimer(engine.basic_optimizer, passes, engine.step, arguments.device)
-        timer.step()  # the first ones warm up
+        step = stepper(engine.basic_optimizer, passes, engine.step, arguments.device)
+        step()  # the first two warm up
         log = comm.comms_logger
         log.comms_dict.clear()
         log.prof_all = True  # it waits for each operation, which would spoil a timed step
-        timer.step()
+        step()
         log.prof_all = False
-        sent = {
-            name: sum(size * record[0] for size, record in sizes.items())
-            for name, sizes in log.comms_dict.items()
-        }
+        sizes = {name: by_size.items() for name, by_size in log.comms_dict.items()}
+        sent = {name: sum(size * record[0] for size, record in found) for name, found in sizes.items()}
+        timed = [step() for _ in range(arguments.steps)]
         result = {
-            **timer.medians(arguments.steps),
+            **{key: median(timed, key) for key in timed[0]},
             "state": state_bytes(engine.basic_optimizer),
             "sent": sent,
             "peak": memory.peak() - held,
@@ -143,26 +134,25 @@ def engine_config(peer: str, stage: int, arguments: argparse.Namespace) -> dict[
     if arguments.precision == "bf16":
         config["bf16"] = {"enabled": True}
     if arguments.offload and stage:
-        config["zero_optimization"]["offload_optimizer"] = {
-            "device": "cpu",
-            "pin_memory": arguments.device == "cuda",
-        }
+        offload = {"device": "cpu", "pin_memory": arguments.device == "cuda"}
+        config["zero_optimization"]["offload_optimizer"] = offload
         config["zero_force_ds_cpu_optimizer"] = False
-    if peer == "ARSG":
-        config["optimizer"] = {"type": "ARSG", "params": {"lr": 1e-6}}
-    elif peer == "ARSG, plain torch":
-        config["optimizer"] = {"type": "ARSG", "params": {"lr": 1e-6, "foreach": False}}
-    elif peer == DeepSpeed.baseline:
-        config["optimizer"] = {"type": "Adam", "params": {"lr": 1e-6}}
+    named: dict[str, dict[str, Any]] = {
+        "ARSG": {"type": "ARSG", "params": {"lr": 1e-6}},
+        "ARSG, plain torch": {"type": "ARSG", "params": {"lr": 1e-6, "foreach": False}},
+        DeepSpeed.baseline: {"type": "Adam", "params": {"lr": 1e-6}},
+    }
+    if peer in named:
+        config["optimizer"] = named[peer]
     return config
 
 
 def client_optimizer(peer: str, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer | None:
     """Return torch's, which DeepSpeed gets no type name for."""
-    if peer == "torch AdamW":
-        return torch.optim.AdamW(parameters, 1e-6, fused=True)
-    if peer == "torch AdamW, plain":
-        return torch.optim.AdamW(parameters, 1e-6, foreach=False)
     if peer == "torch Adam(amsgrad)":
         return torch.optim.Adam(parameters, 1e-6, amsgrad=True, fused=True)
-    return None
+    kinds: dict[str, dict[str, bool]] = {
+        "torch AdamW": {"fused": True},
+        "torch AdamW, plain": {"foreach": False},
+    }
+    return torch.optim.AdamW(parameters, 1e-6, **kinds[peer]) if peer in kinds else None

@@ -58,7 +58,7 @@ def run_job(engine: StepBenchmark, arguments: argparse.Namespace) -> None:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks.world_size))
     results: dict[str, dict[str, list[dict[str, Any]]]] = {}
     order = random.Random(0)  # the same on every rank
-    with engine.joined(arguments.device):
+    with engine.joined():
         for workload in arguments.workloads:
             for variant in arguments.variants:
                 for _ in range(arguments.rounds):

@@ -22,9 +22,9 @@ Rounds = Sequence[Mapping[str, Any]]
 class StepBenchmark(ABC):
     """What the file of an engine gives; `driver` makes jobs, rounds and tables of it.
 
-    A new engine is a file beside this one with a subclass, and a row in `__main__`. The driver has no ranks and reads
-    the file too: the engine's library is imported inside methods only. If its step has one update after the passes,
-    `PassesAndUpdate` has the columns and takes the times.
+    A new engine is a subclass in a file beside this one, and a row in `__main__`. The driver has no ranks and reads the
+    file too: import the engine's library inside methods only. If its step has one update after the passes, derive from
+    `PassesAndUpdate`, which has the columns, and let `stepper` take the times.
 
     Attributes:
         peers: names of optimizers, in the order of the table.
@@ -57,18 +57,18 @@ class StepBenchmark(ABC):
 
     @abstractmethod
     def launcher(self, device: str, ranks: int, variant: Any) -> list[str]:
-        """Return the command that starts ranks on this machine; the name of a module and its arguments follow."""
+        """Return the command that starts ranks on this machine; a module's name and its arguments follow."""
 
     @abstractmethod
     @contextmanager
-    def joined(self, device: str) -> Iterator[None]:
+    def joined(self) -> Iterator[None]:
         """Join the job, and leave it at the end. Collective."""
 
     @abstractmethod
     def measure(
         self, peer: str, workload: str, variant: Any, arguments: argparse.Namespace
     ) -> dict[str, Any]:
-        """Make the engine with an optimizer and train some steps; numbers for `cells`. Collective."""
+        """Train some steps with one optimizer; numbers for `cells`. Collective."""
 
     @abstractmethod
     def head(self, settings: Mapping[str, Any]) -> tuple[str, list[str]]:
@@ -76,14 +76,13 @@ class StepBenchmark(ABC):
 
     @abstractmethod
     def cells(self, peer: str, rounds: Rounds, baseline: Rounds, workload: str, ranks: int) -> list[str]:
-        """Return a row of the table from the name of the optimizer on."""
+        """Return a row of the table, from the name of the optimizer on."""
 
 
 class PassesAndUpdate(StepBenchmark):
     """An engine whose step is forward and backward passes, then an update in which the optimizer steps.
 
-    `measure` gives what `StepTimer.medians` does, and "state", "peak" (bytes), "sent" (bytes by operation) and "class",
-    the optimizer's.
+    `measure` gives `stepper`'s numbers, "state" and "peak" (bytes), "sent" (bytes by operation) and the class's name.
 
     Attributes:
         traffic: peer → least memory traffic of its step, bytes per fp32 parameter: x, g and the state read, x and the
@@ -91,76 +90,55 @@ class PassesAndUpdate(StepBenchmark):
     """
 
     traffic: Mapping[str, int]
-
     headings = (
         "optimizer | its own step ms | × {baseline} | by bytes | update ms | × {baseline} | whole step ms "
         "| × {baseline} | state MB/rank | sent MB/rank and step | peak MB/rank"
     )
 
     def cells(self, peer: str, rounds: Rounds, baseline: Rounds, workload: str, ranks: int) -> list[str]:
-        """Return a row of the table from the name of the optimizer on."""
-        last = rounds[-1]
-        cells = [f"{peer} ({last['class']})"]
-        for key in ("optimizer", "update", "whole"):
-            cells += [f"{median(rounds, key):.1f}", f"{ratio(rounds, baseline, key):.2f}"]
-            if key == "optimizer":
-                cells.append(f"{self.traffic[peer] / self.traffic[self.baseline]:.2f}")
+        """Return a row of the table, from the name of the optimizer on."""
+        last, by_bytes = rounds[-1], self.traffic[peer] / self.traffic[self.baseline]
+        times = [
+            [f"{median(rounds, key):.1f}", f"{ratio(rounds, baseline, key):.2f}"]
+            for key in ("optimizer", "update", "whole")
+        ]
+        cells = [f"{peer} ({last['class']})", *times[0], f"{by_bytes:.2f}", *times[1], *times[2]]
         cells += [f"{last['state'] / 1e6:.1f}", f"{sum(last['sent'].values()) / 1e6:.1f}"]
         return [*cells, f"{median(rounds, 'peak') / 1e6:.0f}"]
 
 
-class StepTimer:
-    """Times steps of passes and an update, over torch's process group.
+def stepper(
+    optimizer: torch.optim.Optimizer, passes: Callable[[], None], update: Callable[[], None], device: str
+) -> Callable[[], dict[str, float]]:
+    """Return a function that makes one step of passes and update. Collective, over torch's process group.
 
-    Args:
-        optimizer: its own `step`, inside the update, is timed too.
-        passes: forward and backward.
-        update: with the communication that belongs to it.
-        device: "cpu" or "cuda", which is waited for.
+    It gives milliseconds of the optimizer's own `step` inside the update ("optimizer"), "update" and "whole" step.
     """
+    own, step, wait = 0.0, optimizer.step, torch.cuda.synchronize if device == "cuda" else bool
 
-    def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        passes: Callable[[], object],
-        update: Callable[[], object],
-        device: str,
-    ) -> None:
-        self._passes, self._update, self._own, step = passes, update, 0.0, optimizer.step
-        self._wait = torch.cuda.synchronize if device == "cuda" else bool
+    def now(barrier: Callable[[], object] = bool) -> float:
+        wait()
+        barrier()
+        return 1e3 * time.perf_counter()
 
-        def timed(*positional: Any, **keywords: Any) -> Any:
-            begin = self._now()
-            result = step(*positional, **keywords)
-            self._own += self._now() - begin
-            return result
+    def timed(*positional: Any, **keywords: Any) -> Any:
+        nonlocal own
+        begin = now()
+        result = step(*positional, **keywords)
+        own += now() - begin
+        return result
 
-        optimizer.step = timed  # type: ignore[method-assign]
+    def train() -> dict[str, float]:
+        nonlocal own
+        begin, own = now(torch.distributed.barrier), 0.0
+        passes()
+        middle = now(torch.distributed.barrier)
+        update()
+        end = now(torch.distributed.barrier)
+        return {"optimizer": own, "update": end - middle, "whole": end - begin}
 
-    def step(self) -> tuple[float, float, float]:
-        """Make one training step; milliseconds of the optimizer, the update and the whole. Collective."""
-        self._meet()
-        begin = time.perf_counter()
-        self._passes()
-        self._meet()
-        self._own, middle = 0.0, time.perf_counter()
-        self._update()
-        self._meet()
-        end = time.perf_counter()
-        return 1e3 * self._own, 1e3 * (end - middle), 1e3 * (end - begin)
-
-    def medians(self, steps: int) -> dict[str, float]:
-        """Return the medians over so many steps. Collective."""
-        parts = zip(*(self.step() for _ in range(steps)), strict=True)
-        return dict(zip(("optimizer", "update", "whole"), map(statistics.median, parts), strict=True))
-
-    def _now(self) -> float:
-        self._wait()
-        return time.perf_counter()
-
-    def _meet(self) -> None:
-        self._wait()
-        torch.distributed.barrier()
+    optimizer.step = timed  # type: ignore[method-assign]
+    return train
 
 
 def median(rounds: Rounds, key: str) -> float:

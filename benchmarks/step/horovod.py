@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import sys
 import time
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common.emulated import SleepingLayer
-from benchmarks.common.machine import PeakMemory, state_bytes
+from benchmarks.common.machine import PeakMemory, mpirun, state_bytes
 from benchmarks.common.workloads import WORKLOADS, Workload, mean_loss
 from benchmarks.step.engine import Rounds, StepBenchmark, median, ratio
 
@@ -63,15 +62,11 @@ class Horovod(StepBenchmark):
 
     def launcher(self, device: str, ranks: int, variant: str) -> list[str]:
         """Return the command of horovodrun over Gloo, or of mpirun."""
-        if variant == "gloo":
-            start = ["horovodrun", "--gloo", "-np", str(ranks)]
-        else:
-            root = ["--allow-run-as-root"] if os.geteuid() == 0 else []
-            start = ["mpirun", *root, "-np", str(ranks), "--bind-to", "none", "--oversubscribe"]
+        start = ["horovodrun", "--gloo", "-np", str(ranks)] if variant == "gloo" else mpirun(ranks)
         return [str(Path(sys.executable).with_name(start[0])), *start[1:], sys.executable, "-m"]
 
     @contextmanager
-    def joined(self, device: str) -> Iterator[None]:
+    def joined(self) -> Iterator[None]:
         """Join the job, and leave it at the end. Collective."""
         from arsg_dist.engine import discover_ranks
         from arsg_dist.horovod import connect
@@ -93,9 +88,8 @@ class Horovod(StepBenchmark):
         device = torch.device(arguments.device, hvd.local_rank() if arguments.device == "cuda" else None)
         model = self.workloads[workload].model().to(device)
         optimizer = make(peer, model)
-        inputs, labels = (
-            t.to(device) for t in self.workloads[workload].batch(arguments.batch, arguments.side)
-        )
+        batch = self.workloads[workload].batch(arguments.batch, arguments.side)
+        inputs, labels = (tensor.to(device) for tensor in batch)
         gradients: list[Tensor] = []
 
         def passes() -> None:
@@ -139,11 +133,8 @@ class Horovod(StepBenchmark):
                     found.setdefault(f"waited, {name}", []).append(1e3 * WAITING.seconds / arguments.steps)
             optimizer.zero_grad()
         medians = {name: statistics.median(values) for name, values in found.items()}
-        return {
-            **medians,
-            "state": state_bytes(getattr(optimizer, "_inner", optimizer)),
-            "peak": memory.peak() - held,
-        }
+        state = state_bytes(getattr(optimizer, "_inner", optimizer))
+        return {**medians, "state": state, "peak": memory.peak() - held}
 
     def head(self, settings: Mapping[str, Any]) -> tuple[str, list[str]]:
         """Return the report's title, and lines that say what the columns are."""
@@ -169,14 +160,9 @@ class Horovod(StepBenchmark):
 
 
 class Waiting:
-    """Adds up the time in which this process stands still until Horovod has done something.
+    """Adds up the seconds in which this process stands still until Horovod has done something."""
 
-    Attributes:
-        seconds: so far.
-    """
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
+    seconds = 0.0
 
     def watch(self) -> None:
         """Replace `synchronize` in every module of Horovod that has it."""

@@ -1,10 +1,12 @@
-"""What benchmarks of steps make of their measurements."""
+"""What benchmarks of steps make of their measurements, and that the one of throughput ends."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from benchmarks.common.kept_results import RESULTS, KeptResults
 from benchmarks.common.machine import short_name
@@ -12,6 +14,7 @@ from benchmarks.step.__main__ import ENGINES
 from benchmarks.step.driver import report_of
 from benchmarks.step.engine import ratio
 from benchmarks.step.horovod import hidden
+from tests.support.launchers import REPOSITORY
 
 
 def test_what_is_hidden_is_what_does_not_show() -> None:
@@ -55,10 +58,37 @@ def test_a_table_grows_by_rows_and_a_row_is_replaced_whole(
 
 
 @pytest.mark.parametrize(
-    "path", RESULTS.glob("*/step/*.json"), ids=lambda path: f"{path.parts[-3]}-{path.stem}"
+    "path", [*RESULTS.glob("*/step/*.json")], ids=lambda path: f"{path.parts[-3]}-{path.stem}"
 )
 def test_published_tables_are_those_of_their_measurements(path: Path) -> None:
     """Catches a table that was edited, results in another machine's folder, and a change of the tables' numbers."""
     kept = KeptResults(path, json.loads(path.read_text())["settings"])
     assert report_of(ENGINES[path.stem.partition("_")[0]](), kept) == path.with_suffix(".md").read_text()
     assert short_name(kept.settings["machine"]) == path.parts[-3]
+
+
+def test_throughput_ends_with_fewer_images_than_a_batch(tmp_path: Path) -> None:
+    """Catches a loader that is asked for ever for a batch it cannot fill, and a report that lacks a peer."""
+    for name in ("cat", "dog"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        Image.new("RGB", (40, 30), "red").save(tmp_path / "train" / name / "1.jpg")
+    output = tmp_path / "report.md"
+    options = "--model resnet20 --batch 4 --side 32 --workers 1 --rounds 1 --steps 1 --loading-batches 2"
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.throughput",
+        "--images",
+        tmp_path / "train",
+        "--output",
+        output,
+    ]
+    subprocess.run([*command, *options.split()], check=True, timeout=300, capture_output=True, cwd=REPOSITORY)
+    report = output.read_text()
+    for row in (
+        "arsg-imagenet's loader",
+        "torchvision ImageFolder",
+        "| synthetic | AdamW(fused)",
+        "| from files | ARSG",
+    ):
+        assert row in report
