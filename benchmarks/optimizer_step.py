@@ -226,9 +226,8 @@ def memory_table(running: list[Running], size: int, device: str) -> list[str]:
 
 def parsed() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    shape = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=shape)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, help="torch's threads on CPU (default: torch's own choice)")
     parser.add_argument("--rounds", type=int, default=15, help="measurements of every peer (default: 15)")

@@ -52,9 +52,8 @@ def draw(axes: Axes, beta: float, mu: float, color: str, *, removed: bool) -> No
 
 def main() -> None:
     """Read the options and write the picture."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    shape = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=shape)
     parser.add_argument("--beta", type=float, default=0.999, help="decay rate of the first moment")
     parser.add_argument(
         "--mu", type=float, nargs="+", default=[0.0, 0.02, 0.05, 0.1, 0.2], help="observation factors"

@@ -24,9 +24,8 @@ from benchmarks.common.workloads import resnet50
 
 def parsed() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    shape = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=shape)
     parser.add_argument("--batch", type=int, default=8, help="images per rank (default: %(default)s)")
     parser.add_argument("--side", type=int, default=64, help="of the images, pixels (default: %(default)s)")
     parser.add_argument("--updates", type=int, default=8, help="of each kind (default: %(default)s)")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,7 +34,7 @@ class DeepSpeed(PassesAndUpdate):
     variants = (0, 1, 2, 3)
     settings = ("offload", "precision")
 
-    def add_options(self, parser: argparse.ArgumentParser) -> None:
+    def add_options(self, parser: ArgumentParser) -> None:
         """Add offloading and precision, and leave peers out."""
         parser.set_defaults(peers=["ARSG", self.baseline, "torch AdamW"])
         parser.add_argument(
@@ -42,7 +42,7 @@ class DeepSpeed(PassesAndUpdate):
         )
         parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
 
-    def table_name(self, arguments: argparse.Namespace) -> str:
+    def table_name(self, arguments: Namespace) -> str:
         """Return the name of the results' files."""
         return f"deepspeed_{arguments.precision}{'_offload' if arguments.offload else ''}"
 
@@ -67,9 +67,7 @@ class DeepSpeed(PassesAndUpdate):
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 
-    def measure(
-        self, peer: str, workload: str, variant: int, arguments: argparse.Namespace
-    ) -> dict[str, Any]:
+    def measure(self, peer: str, workload: str, variant: int, arguments: Namespace) -> dict[str, Any]:
         """Train one engine; what it takes, holds and sends on this rank. Collective."""
         import deepspeed
         from deepspeed.comm import comm
@@ -122,7 +120,7 @@ class DeepSpeed(PassesAndUpdate):
         ]
 
 
-def engine_config(peer: str, stage: int, arguments: argparse.Namespace) -> dict[str, Any]:
+def engine_config(peer: str, stage: int, arguments: Namespace) -> dict[str, Any]:
     """Return the DeepSpeed config of one measurement."""
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": arguments.batch,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from abc import ABC, abstractmethod
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -48,11 +48,11 @@ class StepBenchmark(ABC):
     workloads: Mapping[str, Workload] = WORKLOADS
 
     @abstractmethod
-    def add_options(self, parser: argparse.ArgumentParser) -> None:
+    def add_options(self, parser: ArgumentParser) -> None:
         """Add options of this engine alone, and set other defaults."""
 
     @abstractmethod
-    def table_name(self, arguments: argparse.Namespace) -> str:
+    def table_name(self, arguments: Namespace) -> str:
         """Return the name of the results' files, without suffix."""
 
     @abstractmethod
@@ -65,9 +65,7 @@ class StepBenchmark(ABC):
         """Join the job, and leave it at the end. Collective."""
 
     @abstractmethod
-    def measure(
-        self, peer: str, workload: str, variant: Any, arguments: argparse.Namespace
-    ) -> dict[str, Any]:
+    def measure(self, peer: str, workload: str, variant: Any, arguments: Namespace) -> dict[str, Any]:
         """Train some steps with one optimizer; numbers for `cells`. Collective."""
 
     @abstractmethod

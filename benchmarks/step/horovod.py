@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import time
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,12 +51,12 @@ class Horovod(StepBenchmark):
     )
     workloads: Mapping[str, Workload] = {**WORKLOADS, "asleep": ASLEEP}
 
-    def add_options(self, parser: argparse.ArgumentParser) -> None:
+    def add_options(self, parser: ArgumentParser) -> None:
         """Add rows of steps."""
         parser.add_argument("--rows", type=int, default=3, help="rows of steps timed each time")
         parser.set_defaults(steps=3)
 
-    def table_name(self, arguments: argparse.Namespace) -> str:
+    def table_name(self, arguments: Namespace) -> str:
         """Return the name of the results' files."""
         return "horovod"
 
@@ -76,9 +76,7 @@ class Horovod(StepBenchmark):
         yield
         communicator.close()
 
-    def measure(
-        self, peer: str, workload: str, variant: str, arguments: argparse.Namespace
-    ) -> dict[str, Any]:
+    def measure(self, peer: str, workload: str, variant: str, arguments: Namespace) -> dict[str, Any]:
         """Return median milliseconds of a step and of its parts, and what this rank holds. Collective."""
         import horovod.torch as hvd
 

@@ -40,7 +40,7 @@ def test_a_table_grows_by_rows_and_a_row_is_replaced_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches ratios between measurements of different runs, and rows that another run's command takes along."""
-    command = ["/usr/bin/python3", "-m", "benchmarks.step", "deepspeed", "--ranks", "2"]
+    command = ["python3", "-m", "benchmarks.step", "deepspeed", "--ranks", "2"]
     monkeypatch.setattr(sys, "orig_argv", command)
     first = KeptResults(tmp_path / "table.md", {"device": "cpu"})
     first.add({"model/1/2": {"ARSG": [1.0], "Adam": [2.0]}, "model/1/3": {"ARSG": [3.0]}})
@@ -57,9 +57,7 @@ def test_a_table_grows_by_rows_and_a_row_is_replaced_whole(
         KeptResults(tmp_path / "table.md", {"device": "cuda"})
 
 
-@pytest.mark.parametrize(
-    "path", [*RESULTS.glob("*/step/*.json")], ids=lambda path: f"{path.parts[-3]}-{path.stem}"
-)
+@pytest.mark.parametrize("path", [*RESULTS.glob("*/step/*.json")], ids=lambda path: path.stem)
 def test_published_tables_are_those_of_their_measurements(path: Path) -> None:
     """Catches a table that was edited, results in another machine's folder, and a change of the tables' numbers."""
     kept = KeptResults(path, json.loads(path.read_text())["settings"])
@@ -74,16 +72,9 @@ def test_throughput_ends_with_fewer_images_than_a_batch(tmp_path: Path) -> None:
         Image.new("RGB", (40, 30), "red").save(tmp_path / "train" / name / "1.jpg")
     output = tmp_path / "report.md"
     options = "--model resnet20 --batch 4 --side 32 --workers 1 --rounds 1 --steps 1 --loading-batches 2"
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.throughput",
-        "--images",
-        tmp_path / "train",
-        "--output",
-        output,
-    ]
-    subprocess.run([*command, *options.split()], check=True, timeout=300, capture_output=True, cwd=REPOSITORY)
+    command = [sys.executable, "-m", "benchmarks.throughput", "--images", tmp_path / "train"]
+    command += ["--output", output, *options.split()]
+    subprocess.run(command, check=True, timeout=300, capture_output=True, cwd=REPOSITORY)
     report = output.read_text()
     for row in (
         "arsg-imagenet's loader",
