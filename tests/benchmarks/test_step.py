@@ -19,13 +19,8 @@ from tests.support.launchers import REPOSITORY
 
 def test_what_is_hidden_is_what_does_not_show() -> None:
     """Catches a share of the exchange that is negative, above 1, or of the whole step."""
-
-    def round_of(waited: float) -> dict[str, float]:
-        return {"waited, apart": 100.0, "waited, whole": waited}
-
-    assert hidden([round_of(25.0), round_of(50.0), round_of(90.0)]) == "50%"
-    assert hidden([round_of(0.0)]) == "100%"
-    assert hidden([round_of(120.0)]) == "none"
+    for waited, shown in (([25.0, 50.0, 90.0], "50%"), ([0.0], "100%"), ([120.0], "none")):
+        assert hidden([{"waited, apart": 100.0, "waited, whole": each} for each in waited]) == shown
     assert hidden([{"waited, apart": 0.0, "waited, whole": 0.0}]) == "none"
 
 
