@@ -4,7 +4,7 @@ Started plainly, this starts one job per number of ranks (one: a single process;
 mpirun). torch.save writes the whole model and optimizer on rank 0 and syncs the file, as the others do; under several
 ranks the state is first gathered there, which is part of the time. Example:
 
-    python benchmarks/checkpoint_save.py --ranks 1 2 --workloads resnet50 --rounds 5
+    python -m benchmarks.checkpoint_save --ranks 1 2 --workloads resnet50 --rounds 5
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import random
-import shlex
 import shutil
 import statistics
 import subprocess
@@ -25,28 +24,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import device_name
-from workloads import WORKLOADS
 
 from arsg_dist import ARSG
 from arsg_dist.checkpoint import CheckpointStore, SavedRun, save_run
 from arsg_dist.engine import Engine, SingleProcessEngine, discover_ranks, end_process
+from benchmarks.common.kept_results import machine_results, this_command, write_report
+from benchmarks.common.machine import device_name, mpirun
+from benchmarks.common.workloads import WORKLOADS
 
 BASELINE = "torch.save on rank 0"
 
 
 def parsed() -> argparse.Namespace:
     """The command line; the job under the launcher gets the driver's."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    shape = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=shape)
     parser.add_argument("--workloads", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--rounds", type=int, default=3, help="how often each way saves")
     parser.add_argument("--directory", type=Path, help="where to write (default: the temporary directory)")
-    parser.add_argument(
-        "--output", type=Path, default=Path(__file__).parent / "results" / "checkpoint_save_cpu.md"
-    )
+    parser.add_argument("--output", type=Path, default=machine_results("cpu") / "checkpoint_save.md")
     parser.add_argument("--job", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -136,14 +133,13 @@ def job(options: argparse.Namespace) -> None:
 
 def table(results: dict[int, dict[str, Any]], options: argparse.Namespace) -> str:
     """The report."""
-    command = ["python", "benchmarks/checkpoint_save.py", *sys.argv[1:]]
     lines = [
         "# Saving a checkpoint",
         "",
         f"- device: {device_name('cpu')}",
         f"- torch {torch.__version__}; each way {options.rounds} times, in random order; medians; files are synced",
         "- stall: training stands still; complete: from the call until the checkpoint is in place",
-        f"- command: `{shlex.join(command)}`",
+        f"- command: `{this_command()}`",
     ]
     for workload in options.workloads:
         lines += ["", f"## {WORKLOADS[workload].title}", ""]
@@ -172,21 +168,13 @@ def main() -> None:
     results = {}
     for ranks in options.ranks:
         directory = Path(tempfile.mkdtemp(dir=options.directory))
-        as_root = ["--allow-run-as-root"] if os.geteuid() == 0 else []
-        start = (
-            ["mpirun", *as_root, "--oversubscribe", "--bind-to", "none", "-np", str(ranks)]
-            if ranks > 1
-            else []
-        )
+        start = [*(mpirun(ranks) if ranks > 1 else []), sys.executable, "-m", "benchmarks.checkpoint_save"]
         try:
-            subprocess.run(
-                [*start, sys.executable, __file__, *sys.argv[1:], "--job", str(directory)], check=True
-            )
+            subprocess.run([*start, *sys.argv[1:], "--job", str(directory)], check=True)
             results[ranks] = json.loads((directory / "results.json").read_text())
         finally:
             shutil.rmtree(directory)
-    options.output.write_text(table(results, options))
-    print(options.output.read_text())
+    write_report(options.output, table(results, options))
 
 
 if __name__ == "__main__":

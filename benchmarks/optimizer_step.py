@@ -4,8 +4,8 @@ Every peer steps the same parameters and gradients. The peers take turns within 
 a load on the machine and what the predecessor left behind meet all of them; ratios are medians over rounds of ratios
 within a round. Example:
 
-    python benchmarks/optimizer_step.py --threads 2
-    python benchmarks/optimizer_step.py --device cuda
+    python -m benchmarks.optimizer_step --threads 2
+    python -m benchmarks.optimizer_step --device cuda
 """
 
 from __future__ import annotations
@@ -15,9 +15,7 @@ import gc
 import os
 import platform
 import random
-import shlex
 import statistics
-import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -26,11 +24,12 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from machine import PeakMemory, device_name
-from workloads import WORKLOADS
 
 from arsg_dist import ARSG
 from arsg_dist.optim.kernels import fused
+from benchmarks.common.kept_results import machine_results, median_ratio, this_command
+from benchmarks.common.machine import PeakMemory, device_name, state_bytes
+from benchmarks.common.workloads import WORKLOADS
 
 Params = list[torch.nn.Parameter]
 BASELINE = "torch Adam(amsgrad) fused"
@@ -178,11 +177,6 @@ def measure(running: list[Running], arguments: argparse.Namespace) -> None:
             one.ms.append(timed(one.step, arguments.device))
 
 
-def ratio(ours: list[float], theirs: list[float]) -> float:
-    """Median over rounds."""
-    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
-
-
 def table(running: list[Running]) -> list[str]:
     """Rows of Markdown."""
     by_name = {one.name: one for one in running}
@@ -196,26 +190,16 @@ def table(running: list[Running]) -> list[str]:
     baseline = by_name[BASELINE]
     for one in running:
         percent = [
-            f"{100 * ratio(limit.ms, one.ms) * one.bytes_per_step / limit.bytes_per_step:.0f}"
+            f"{100 * median_ratio(limit.ms, one.ms) * one.bytes_per_step / limit.bytes_per_step:.0f}"
             for limit in (copy, scale)
         ]
         lines.append(
             f"| {one.name} | {statistics.median(one.ms):.2f} | {min(one.ms):.2f} "
-            f"| {ratio(one.ms, baseline.ms):.2f} | {min(one.ms) / min(baseline.ms):.2f} "
+            f"| {median_ratio(one.ms, baseline.ms):.2f} | {min(one.ms) / min(baseline.ms):.2f} "
             f"| {one.bytes_per_step // size} | {one.bytes_per_step / min(one.ms) / 1e6:.1f} "
             f"| {percent[0]} | {percent[1]} | {one.first_ms / 1e3:.2f} |"
         )
     return lines
-
-
-def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Size of all state tensors."""
-    return sum(
-        value.numel() * value.element_size()
-        for state in optimizer.state.values()
-        for value in state.values()
-        if isinstance(value, torch.Tensor)
-    )
 
 
 def extra_bytes(step: Callable[[], object], device: str) -> int | None:
@@ -240,11 +224,10 @@ def memory_table(running: list[Running], size: int, device: str) -> list[str]:
     return lines
 
 
-def parsed(argv: list[str] | None) -> argparse.Namespace:
+def parsed() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    shape = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=shape)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, help="torch's threads on CPU (default: torch's own choice)")
     parser.add_argument("--rounds", type=int, default=15, help="measurements of every peer (default: 15)")
@@ -252,12 +235,12 @@ def parsed(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", help="only peers whose name contains one of these words")
     parser.add_argument("--compiled", action="store_true", help="also torch.compile on CPU (slow to compile)")
     parser.add_argument("--output", type=Path, help="Markdown file (default: benchmarks/results/...)")
-    return parser.parse_args(argv)
+    return parser.parse_args()
 
 
-def main(argv: list[str] | None = None) -> None:
+def main() -> None:
     """Measure and write the report."""
-    arguments = parsed(argv)
+    arguments = parsed()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda: torch sees no CUDA device")
     if arguments.threads:
@@ -278,9 +261,6 @@ def main(argv: list[str] | None = None) -> None:
         report += section
         del running
         gc.collect()
-    command = shlex.join(
-        ["python", "benchmarks/optimizer_step.py", *(sys.argv[1:] if argv is None else argv)]
-    )
     head = [
         f"# Optimizer step on {arguments.device}",
         "",
@@ -288,10 +268,10 @@ def main(argv: list[str] | None = None) -> None:
         f"- torch {torch.__version__}, Python {platform.python_version()}, {threads} CPU thread(s)",
         f"- {arguments.rounds} rounds; ratios and percentages are medians over rounds",
         f"- load average {load_before:.1f} before, {os.getloadavg()[0]:.1f} after (own threads included)",
-        f"- command: `{command}`",
+        f"- command: `{this_command()}`",
         "",
     ]
-    default = Path(__file__).parent / "results" / f"optimizer_step_{arguments.device}_{threads}threads.md"
+    default = machine_results(arguments.device) / f"optimizer_step/{threads}threads.md"
     output = arguments.output or default
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text("\n".join([*head, *report]))

@@ -1,6 +1,6 @@
 """Draw the gain factor picture of docs/theory.md: r(τ) for several observation factors μ.
 
-    python benchmarks/plot_gain_factor.py [--beta B] [--mu MU ...] [--out PNG]
+    python -m benchmarks.plot_gain_factor [--beta B] [--mu MU ...] [--out PNG]
 
 Above r(τ) itself, below 1 − r on a logarithmic axis: the share of the error that a step removes.
 """
@@ -52,9 +52,8 @@ def draw(axes: Axes, beta: float, mu: float, color: str, *, removed: bool) -> No
 
 def main() -> None:
     """Read the options and write the picture."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    shape = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=shape)
     parser.add_argument("--beta", type=float, default=0.999, help="decay rate of the first moment")
     parser.add_argument(
         "--mu", type=float, nargs="+", default=[0.0, 0.02, 0.05, 0.1, 0.2], help="observation factors"

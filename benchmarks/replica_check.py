@@ -2,32 +2,30 @@
 
 Updates with and without alternate. Example, under mpirun or horovodrun:
 
-    mpirun -np 2 --bind-to none python benchmarks/replica_check.py --batch 8 --side 64
+    mpirun -np 2 --bind-to none python -m benchmarks.replica_check --batch 8 --side 64
 """
 
 from __future__ import annotations
 
 import argparse
-import shlex
 import statistics
-import sys
 import time
 
 import torch
-from machine import device_name
 from torch.nn import functional
-from workloads import resnet50
 
 from arsg_dist import ARSG
 from arsg_dist.engine import SingleProcessEngine, check_replicas, discover_ranks, end_process
 from arsg_dist.horovod import HorovodEngine, HorovodShardedEngine, connect
+from benchmarks.common.kept_results import this_command
+from benchmarks.common.machine import device_name
+from benchmarks.common.workloads import resnet50
 
 
 def parsed() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    shape = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=shape)
     parser.add_argument("--batch", type=int, default=8, help="images per rank (default: %(default)s)")
     parser.add_argument("--side", type=int, default=64, help="of the images, pixels (default: %(default)s)")
     parser.add_argument("--updates", type=int, default=8, help="of each kind (default: %(default)s)")
@@ -46,9 +44,7 @@ def update(engine: SingleProcessEngine, images: torch.Tensor, labels: torch.Tens
     if check:
         assert not engine.faulty_sums()
         check_replicas(engine.communicator, engine.replicated_tensors())
-    for parameter in engine.module.parameters():
-        parameter[..., :1].sum().item()  # has arrived
-        break
+    next(engine.module.parameters())[..., :1].sum().item()  # has arrived
     engine.communicator.barrier()
     return time.perf_counter() - begin
 
@@ -82,7 +78,7 @@ def main() -> None:
         print(
             f"- {options.batch} images of side {options.side} per rank; medians of {options.updates} updates each"
         )
-        print(f"- command: `python {shlex.join(sys.argv)}`\n")
+        print(f"- command: `{this_command()}`\n")
         print("| engine | update ms | with the check ms | extra ms | of an update | every 100 updates |")
         print("|---|---|---|---|---|---|")
         print("\n".join(rows), flush=True)

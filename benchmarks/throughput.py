@@ -3,8 +3,8 @@
 Everything is measured in rounds, in random order within each, so that a load on the machine meets all; ratios are
 medians over rounds of ratios within a round. Examples:
 
-    python benchmarks/throughput.py --images imagenet-sample.tar --model resnet18 --batch 16 --side 64 --workers 1
-    python benchmarks/throughput.py --images DIR/train --device cuda --precision bf16 --channels-last --batch 256 \
+    python -m benchmarks.throughput --images imagenet-sample.tar --model resnet18 --batch 16 --side 64 --workers 1
+    python -m benchmarks.throughput --images DIR/train --device cuda --precision bf16 --channels-last --batch 256 \
         --side 224 --workers 12 --steps 30
 
 --images takes an ImageFolder tree (one directory per class) or a tar file with one in it; without it training on
@@ -17,9 +17,7 @@ import argparse
 import dataclasses
 import os
 import random
-import shlex
 import statistics
-import sys
 import tarfile
 import tempfile
 import time
@@ -30,7 +28,6 @@ from typing import Any
 
 import psutil
 import torch
-from machine import device_name
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -40,24 +37,22 @@ from arsg_dist.imagenet.config import DataConfig
 from arsg_dist.imagenet.data import SampleKey, loader, open_splits
 from arsg_dist.imagenet.models import build_model
 from arsg_dist.imagenet.torchvision_compat import torchvision, v2
+from benchmarks.common.kept_results import machine_results, median_ratio, this_command, write_report
+from benchmarks.common.machine import device_name
 
+SETTINGS: dict[str, Any] = {"lr": 1e-6, "weight_decay": 1e-4, "fused": True}
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
-    "ARSG(fused)": lambda parameters: ARSG(parameters, lr=1e-6, mu=0.1, weight_decay=1e-4, fused=True),
-    "SGD(momentum, fused)": lambda parameters: torch.optim.SGD(
-        parameters, lr=1e-6, momentum=0.9, weight_decay=1e-4, fused=True
-    ),
-    "Adam(amsgrad, fused)": lambda parameters: torch.optim.Adam(
-        parameters, lr=1e-6, weight_decay=1e-4, amsgrad=True, fused=True
-    ),
-    "AdamW(fused)": lambda parameters: torch.optim.AdamW(parameters, lr=1e-6, weight_decay=1e-4, fused=True),
+    "ARSG(fused)": lambda parameters: ARSG(parameters, mu=0.1, **SETTINGS),
+    "SGD(momentum, fused)": lambda parameters: torch.optim.SGD(parameters, momentum=0.9, **SETTINGS),
+    "Adam(amsgrad, fused)": lambda parameters: torch.optim.Adam(parameters, amsgrad=True, **SETTINGS),
+    "AdamW(fused)": lambda parameters: torch.optim.AdamW(parameters, **SETTINGS),
 }
 
 
 def parsed() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    shape = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=shape)
     parser.add_argument("--images", type=Path)
     parser.add_argument("--model", default="resnet50")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -284,7 +279,7 @@ def spread(values: list[float]) -> str:
 
 def loading_line(name: str, rounds: list[Loading], peer: list[Loading]) -> str:
     """A line of the table about loading."""
-    ratio = statistics.median(a.rate / b.rate for a, b in zip(rounds, peer, strict=True))
+    ratio = median_ratio([each.rate for each in rounds], [each.rate for each in peer])
     workers, idle, here = (
         statistics.median(getattr(each, kind) for each in rounds) for kind in ("workers", "idle", "here")
     )
@@ -308,7 +303,7 @@ def report(
         f"- torch {torch.__version__}; {torch.get_num_threads()} threads; {arguments.workers} loader workers; "
         f"channels_last {arguments.channels_last}, compile {arguments.compile}",
         f"- {arguments.rounds} rounds; medians (range); ratios: median over rounds of the ratio within a round",
-        f"- command: `{shlex.join(['python', 'benchmarks/throughput.py', *sys.argv[1:]])}`",
+        f"- command: `{this_command()}`",
         "",
     ]
     if loading:
@@ -335,7 +330,7 @@ def report(
     ]
     for (source, name), rounds in training.items():
         ratios = [
-            statistics.median(a[0] / b[0] for a, b in zip(rounds, training[(source, peer)], strict=True))
+            median_ratio([rate for rate, _ in rounds], [rate for rate, _ in training[(source, peer)]])
             for peer in others
         ]
         lines.append(
@@ -377,10 +372,8 @@ def main() -> None:
         training = training_rates(sources, num_classes, arguments)
     load = f"other load on the machine: 1-minute load average {before:.1f} before the start"
     text = report(loading, training, files, load, arguments)
-    name = f"throughput_{arguments.device}_{arguments.model}_{arguments.precision}.md"
-    output = arguments.output or Path(__file__).parent / "results" / name
-    output.write_text(text)
-    print(text, f"\nwritten to {output}")
+    name = f"throughput/{arguments.model}_{arguments.precision}.md"
+    write_report(arguments.output or machine_results(arguments.device) / name, text)
 
 
 if __name__ == "__main__":

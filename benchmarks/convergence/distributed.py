@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from arsg_dist.engine import Engine, discover_ranks, end_process
+from benchmarks.common.machine import mpirun
 from benchmarks.convergence.data import load_images
 from benchmarks.convergence.optimizers import arsg_arguments, build
 from benchmarks.convergence.run import Run, train, write
@@ -40,9 +41,7 @@ def start(run: Run, path: Path, images: Path | None) -> None:
         launcher = ["deepspeed", "--num_accelerators", str(run.ranks), "--master_port", _free_port()]
         launcher += ["--module", module]
     else:
-        as_root = ["--allow-run-as-root"] if os.geteuid() == 0 else []
-        launcher = ["mpirun", *as_root, "--oversubscribe", "--bind-to", "none", "-np", str(run.ranks)]
-        launcher += [sys.executable, "-m", module]
+        launcher = [*mpirun(run.ranks), sys.executable, "-m", module]
     command = [*launcher, str(specification), str(path), *([str(images)] if images else [])]
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",

@@ -19,41 +19,36 @@ from benchmarks.convergence.tables import TABLES
 def write_report(
     studies: list[Study], output: Path, device: str, results: Path, command: str, document: Path | None = None
 ) -> None:
-    """Writes `STUDY.md`, `STUDY.png` and `STUDY.json` for every study with a seed of which all runs are there.
+    """Write `STUDY.md`, `STUDY.png` and `STUDY.json` for every study with a seed of which all runs are there.
 
     Args:
         studies: to report.
         output: directory of the curves.
         device: "cpu" or "cuda": which curves.
-        results: directory to write to.
+        results: directory to write to; pictures go to `images/convergence` beside the document if there is one.
         command: that makes the runs; stands under every table.
         document: Markdown file; what is between `<!-- study NAME -->` and `<!-- end -->` is replaced.
 
     Raises:
         ValueError: the document has a part for no study.
     """
-    results.mkdir(parents=True, exist_ok=True)
+    pictures = document.parent / "images/convergence" if document else results
+    for directory in (results, pictures):
+        directory.mkdir(parents=True, exist_ok=True)
     parts = {}
     for study in studies:
         curves = read_curves(study, output, device)
         if not curves:
             continue
         name = study.name if device == "cpu" else f"{study.name}_{device}"
-        draw(study, curves, results / f"{name}.png")
-        (results / f"{name}.json").write_text(
-            json.dumps(_numbers(study, curves, command), ensure_ascii=False)
-        )
-        where = f"{curves[0].device}, torch {torch.__version__}"
-        done = (
-            f"{len(curves)} of {len(study.members)} runs" if len(curves) < len(study.members) else "all runs"
-        )
-        text = (
-            f"{TABLES[study.kind](study, curves)}\n\n{done}; {where}:\n\n    {command} --only {study.name}\n"
-        )
-        (results / f"{name}.md").write_text(f"# {study.title}\n\n{text}\n![{study.title}]({name}.png)\n")
+        picture, numbers = pictures / f"{name}.png", results / f"{name}.json"
+        draw(study, curves, picture)
+        numbers.write_text(json.dumps(_numbers(study, curves, command), ensure_ascii=False))
+        files = (numbers, picture)
+        table = results / f"{name}.md"
+        table.write_text(f"# {study.title}\n\n{_part(study, curves, command, table, *files)}")
         if document is not None:
-            picture = Path(os.path.relpath(results / f"{name}.png", document.parent)).as_posix()
-            parts[name] = f"{text}\n![{study.title}]({picture})\n"
+            parts[name] = _part(study, curves, command, document, *files)
     if document is not None:
         document.write_text(renewed(document.read_text(), parts))
 
@@ -65,6 +60,16 @@ def renewed(text: str, parts: dict[str, str]) -> str:
         lambda found: f"{found[1]}\n{parts[found[2]]}\n{found[3]}" if found[2] in parts else found[0],
         text,
         flags=re.DOTALL,
+    )
+
+
+def _part(study: Study, curves: list[Curve], command: str, page: Path, numbers: Path, picture: Path) -> str:
+    """Return what stands on a page: table, files, origin and picture."""
+    done = f"{len(curves)} of {len(study.members)} runs" if len(curves) < len(study.members) else "all runs"
+    links = [Path(os.path.relpath(path, page.parent)).as_posix() for path in (numbers, picture)]
+    return (
+        f"{TABLES[study.kind](study, curves)}\n\n{done} ([numbers]({links[0]})); {curves[0].device}, "
+        f"torch {torch.__version__}:\n\n    {command} --only {study.name}\n\n![{study.title}]({links[1]})\n"
     )
 
 

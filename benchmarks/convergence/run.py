@@ -17,10 +17,10 @@ from torch.nn import functional
 
 from arsg_dist import ARSG, ObservationBoost, theory
 from arsg_dist.engine import Engine, SingleProcessEngine
+from benchmarks.common.machine import device_name
 from benchmarks.convergence.data import Images
 from benchmarks.convergence.optimizers import build, paper_settings
 from benchmarks.convergence.tasks import TASKS, Task, augmented
-from benchmarks.machine import device_name
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The convergence study: its runs, its numbers, and the same curve on several ranks."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -124,19 +125,21 @@ def test_a_study_runs_through_and_goes_on_where_it_was_stopped(
     """Catches runs done twice or left out after an interruption, and curves that depend on the runs before them."""
     studies, output, document = tmp_path / "studies.yaml", tmp_path / "curves", tmp_path / "page.md"
     studies.write_text(STUDIES)
+    pictures = tmp_path / "images/convergence"
     document.write_text("before\n<!-- study peers -->\nold\n<!-- end -->\nafter\n")
     call(monkeypatch, studies, "--output", output, "--docs", document)
     curves = {path: path.read_text() for path in output.glob("*.jsonl")}
     # 3 optimizers × 2 seeds, 4 + 4 trials, batch 64 once and 128 in two ways; points is a run of peers
     assert len(curves) == 6 + 8 + 3
     for name in ("peers", "settings", "sizes", "points"):
-        for suffix in ("md", "json", "png"):
-            assert (output / f"{name}.{suffix}").stat().st_size < 150_000
+        for path in (output / f"{name}.md", output / f"{name}.json", pictures / f"{name}.png"):
+            assert path.stat().st_size < 150_000
     page = document.read_text()
     assert page.startswith("before\n")
     assert page.endswith("<!-- end -->\nafter\n")
     assert "old" not in page
     assert "| ARSGB | 2 |" in page
+    assert {"images/convergence/peers.png", "curves/peers.json"} <= set(re.findall(r"\]\((.*?)\)", page))
 
     lost = next(path for path in curves if "-ARSG-1-" in path.name)
     lost.rename(lost.with_suffix(".partial"))  # as if stopped within this run

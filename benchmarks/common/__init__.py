@@ -1,0 +1,1 @@
+"""What benchmarks share: the machine, models to train, results that are kept."""

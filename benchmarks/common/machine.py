@@ -1,0 +1,80 @@
+"""What benchmarks say about the machine, how they ask it about memory, and how they start ranks on it."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import platform
+import re
+from pathlib import Path
+
+import torch
+
+
+def device_name(device: str) -> str:
+    """Return the name of the CPU or GPU, for the head of a report."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    try:
+        info = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line.split(":")[1].strip() for line in info if line.startswith("model name"))
+    except (OSError, StopIteration):
+        model = platform.processor()
+    return f"{model}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
+
+
+def short_name(device: str) -> str:
+    """Return what `device_name` says as the name of a folder: "amd-epyc", "intel-xeon"."""
+    name = re.sub(r"\(\w+\)|@.*|\b(CPU|Processor)\b", " ", device.partition(",")[0])
+    return re.sub("[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Return the size of all state tensors."""
+    return sum(
+        value.numel() * value.element_size()
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor)
+    )
+
+
+def mpirun(ranks: int) -> list[str]:
+    """Return the command that starts ranks on this machine, without the program."""
+    as_root = ["--allow-run-as-root"] if os.geteuid() == 0 else []
+    return ["mpirun", *as_root, "--oversubscribe", "--bind-to", "none", "-np", str(ranks)]
+
+
+class PeakMemory:
+    """Largest memory of this process (resident set) or on its GPU since `start`, in bytes.
+
+    Raises:
+        OSError: by `start`, on a system other than Linux, without a GPU.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.cuda = device == "cuda"
+
+    def start(self) -> int:
+        """Forget earlier peaks and return what is held now."""
+        gc.collect()
+        if self.cuda:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            return torch.cuda.memory_allocated()
+        ctypes.CDLL(None).malloc_trim(0)  # freed memory that malloc keeps would hide what comes next
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak of the resident set
+        return _resident("VmRSS")
+
+    def peak(self) -> int:
+        """Largest since `start`."""
+        if self.cuda:
+            torch.cuda.synchronize()
+            return torch.cuda.max_memory_allocated()
+        return _resident("VmHWM")
+
+
+def _resident(entry: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(entry))

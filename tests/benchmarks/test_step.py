@@ -1,0 +1,80 @@
+"""What benchmarks of steps make of their measurements, and that the one of throughput ends."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from benchmarks.common.kept_results import RESULTS, KeptResults
+from benchmarks.common.machine import short_name
+from benchmarks.step.__main__ import ENGINES
+from benchmarks.step.driver import report_of
+from benchmarks.step.engine import ratio
+from benchmarks.step.horovod import hidden
+from tests.support.launchers import REPOSITORY
+
+
+def test_what_is_hidden_is_what_does_not_show() -> None:
+    """Catches a share of the exchange that is negative, above 1, or of the whole step."""
+    for waited, shown in (([25.0, 50.0, 90.0], "50%"), ([0.0], "100%"), ([120.0], "none")):
+        assert hidden([{"waited, apart": 100.0, "waited, whole": each} for each in waited]) == shown
+    assert hidden([{"waited, apart": 0.0, "waited, whole": 0.0}]) == "none"
+
+
+def test_ratios_are_taken_within_a_round() -> None:
+    """Catches a ratio of medians: a load on the machine in one round would move it."""
+    rounds = [{"whole": 10.0}, {"whole": 200.0}, {"whole": 10.0}]
+    baseline = [{"whole": 20.0}, {"whole": 100.0}, {"whole": 20.0}]
+    assert ratio(rounds, baseline, "whole") == 0.5
+
+
+def test_a_table_grows_by_rows_and_a_row_is_replaced_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches ratios between measurements of different runs, and rows that another run's command takes along."""
+    command = ["python3", "-m", "benchmarks.step", "deepspeed", "--ranks", "2"]
+    monkeypatch.setattr(sys, "orig_argv", command)
+    first = KeptResults(tmp_path / "table.md", {"device": "cpu"})
+    first.add({"model/1/2": {"ARSG": [1.0], "Adam": [2.0]}, "model/1/3": {"ARSG": [3.0]}})
+    monkeypatch.setattr(sys, "orig_argv", [*command, "--peers", "ARSG"])
+    second = KeptResults(tmp_path / "table.md", {"device": "cpu"})
+    second.add({"model/1/2": {"ARSG": [4.0]}})
+    found = json.loads((tmp_path / "table.json").read_text())
+    assert found["results"] == {"model/1/2": {"ARSG": [4.0]}, "model/1/3": {"ARSG": [3.0]}}
+    assert found["commands"] == [
+        "python -m benchmarks.step deepspeed --ranks 2",
+        "python -m benchmarks.step deepspeed --ranks 2 --peers ARSG",
+    ]
+    with pytest.raises(SystemExit, match="choose another --output"):
+        KeptResults(tmp_path / "table.md", {"device": "cuda"})
+
+
+@pytest.mark.parametrize("path", [*RESULTS.glob("*/step/*.json")], ids=lambda path: path.stem)
+def test_published_tables_are_those_of_their_measurements(path: Path) -> None:
+    """Catches a table that was edited, results in another machine's folder, and a change of the tables' numbers."""
+    kept = KeptResults(path, json.loads(path.read_text())["settings"])
+    assert report_of(ENGINES[path.stem.partition("_")[0]](), kept) == path.with_suffix(".md").read_text()
+    assert short_name(kept.settings["machine"]) == path.parts[-3]
+
+
+def test_throughput_ends_with_fewer_images_than_a_batch(tmp_path: Path) -> None:
+    """Catches a loader that is asked for ever for a batch it cannot fill, and a report that lacks a peer."""
+    for name in ("cat", "dog"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        Image.new("RGB", (40, 30), "red").save(tmp_path / "train" / name / "1.jpg")
+    output = tmp_path / "report.md"
+    options = "--model resnet20 --batch 4 --side 32 --workers 1 --rounds 1 --steps 1 --loading-batches 2"
+    command = [sys.executable, "-m", "benchmarks.throughput", "--images", tmp_path / "train"]
+    command += ["--output", output, *options.split()]
+    subprocess.run(command, check=True, timeout=300, capture_output=True, cwd=REPOSITORY)
+    report = output.read_text()
+    for row in (
+        "arsg-imagenet's loader",
+        "torchvision ImageFolder",
+        "| synthetic | AdamW(fused)",
+        "| from files | ARSG",
+    ):
+        assert row in report
