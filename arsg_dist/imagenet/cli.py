@@ -8,14 +8,14 @@ from pathlib import Path
 
 from arsg_dist.engine import Communicator, JobError, Ranks, discover_ranks, end_process, load_builder
 from arsg_dist.engine.exit_codes import BAD_INPUT, DONE, FAILED
-from arsg_dist.imagenet import compare
-from arsg_dist.imagenet.engines import choose_engine
-from arsg_dist.imagenet.export import CARD, export
+from arsg_dist.imagenet.data.shard_writer import shard_command
+from arsg_dist.imagenet.output import compare
+from arsg_dist.imagenet.output.export import CARD, export
+from arsg_dist.imagenet.output.weights import BEST, EMA, LAST
 from arsg_dist.imagenet.recipe import read_arguments, resolved
-from arsg_dist.imagenet.run_parts import Job
-from arsg_dist.imagenet.shard_writer import shard_command
-from arsg_dist.imagenet.train import train
-from arsg_dist.imagenet.weights import BEST, EMA, LAST
+from arsg_dist.imagenet.training.engines import choose_engine
+from arsg_dist.imagenet.training.parts import Start
+from arsg_dist.imagenet.training.setup import train
 from arsg_dist.safe_io.processes import keep_compiled_code_private
 from arsg_dist.safe_io.text import printable_lines
 
@@ -152,7 +152,7 @@ def _connected(arguments: list[str], engine: str, ranks: Ranks, communicator: Co
         output = Path(
             options.output or f"runs/{config.model.replace(':', '-').replace('/', '-')}-{engine}-{started}"
         )
-        job = Job(
+        start = Start(
             engine,
             output,
             options.resume,
@@ -160,7 +160,7 @@ def _connected(arguments: list[str], engine: str, ranks: Ranks, communicator: Co
             options.max_updates,
             options.skip_damaged,
         )
-        code = train(config, job, ranks, communicator)
+        code = train(config, start, ranks, communicator)
     except JobError as error:
         if ranks.rank == 0:
             _say_error(error)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from arsg_dist.imagenet.digits import digits_tree
+from arsg_dist.imagenet.data.builtin import digits_tree
 from tests.cluster import slurm
 from tests.cluster.rehearsal import Cluster
 from tests.cluster.starts import start, wait_for_batch_job

@@ -6,7 +6,10 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
-from arsg_dist.imagenet.augmentation import (
+from arsg_dist.imagenet.config import DataConfig, ProgressiveConfig
+from arsg_dist.imagenet.data.dataset import open_splits
+from arsg_dist.imagenet.data.sampler import IGNORED, SampleKey
+from arsg_dist.imagenet.data.transforms import (
     MEAN,
     STD,
     BatchMixing,
@@ -15,8 +18,6 @@ from arsg_dist.imagenet.augmentation import (
     cross_entropy_sum,
     normalised,
 )
-from arsg_dist.imagenet.config import DataConfig, ProgressiveConfig
-from arsg_dist.imagenet.data import IGNORED, SampleKey, open_splits
 
 
 def batch(size: int = 6) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,12 +10,12 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from arsg_dist.imagenet.augmentation import normalised
 from arsg_dist.imagenet.cli import compare_command, export_command, train_command
 from arsg_dist.imagenet.config import DataConfig
-from arsg_dist.imagenet.data import open_splits
-from arsg_dist.imagenet.progress import Progress
+from arsg_dist.imagenet.data.dataset import open_splits
+from arsg_dist.imagenet.data.transforms import normalised
 from arsg_dist.imagenet.torchvision_compat import torchvision
+from arsg_dist.imagenet.training.progress import Progress
 from tests.imagenet.test_training import epochs_of
 
 
@@ -154,7 +154,7 @@ def test_the_bar_shows_what_is_promised(
     """Catches a field of the bar that is lost or shows another's value; other ranks must show nothing."""
     monkeypatch.delenv("COLUMNS", raising=False)  # which would cut the bar off
     clock = [100.0]
-    monkeypatch.setattr("arsg_dist.imagenet.progress.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("arsg_dist.imagenet.training.progress.time.perf_counter", lambda: clock[0])
     for rank in (1, 0):
         assert not capsys.readouterr().err
         progress = Progress(None, rank=rank, world_size=2, total_updates=20, first_update=10, batch_size=8)
@@ -171,7 +171,7 @@ def test_the_bar_shows_what_is_promised(
 def test_progress_measures_waiting_speed_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a share or speed of the wrong stretch, and an estimate that forgets the updates before a resume."""
     clock = [100.0]
-    monkeypatch.setattr("arsg_dist.imagenet.progress.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("arsg_dist.imagenet.training.progress.time.perf_counter", lambda: clock[0])
 
     def slow_batches() -> object:
         for _ in range(4):

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from arsg_dist.engine import SingleProcessCommunicator, discover_ranks
 from arsg_dist.imagenet.config import OptimizerConfig, TrainConfig
-from arsg_dist.imagenet.engines import build_engine, prepare
+from arsg_dist.imagenet.training.engines import build_engine, prepare
 from tests.imagenet.test_training import epochs_of
 from tests.support.compare import assert_same_weights
 from tests.support.launchers import launch

@@ -7,10 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from arsg_dist.imagenet.augmentation import normalised
 from arsg_dist.imagenet.config import DataConfig, ProgressiveConfig
-from arsg_dist.imagenet.dali import CollateEncoded, DaliLoader, EncodedSplit, check_dali
-from arsg_dist.imagenet.data import IGNORED, ImageSplit, TrainingOrder, ValidationOrder, loader, open_splits
+from arsg_dist.imagenet.data.dali import CollateEncoded, DaliLoader, EncodedSplit, check_dali
+from arsg_dist.imagenet.data.dataset import ImageSplit, loader, open_splits
+from arsg_dist.imagenet.data.sampler import IGNORED, TrainingSampler, ValidationSampler
+from arsg_dist.imagenet.data.transforms import normalised
 
 CONFIG = DataConfig(image_size=56, workers=0)
 
@@ -31,8 +32,8 @@ def photos(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def train_order(position: int = 0) -> TrainingOrder:
-    order = TrainingOrder(10, epochs=2, batch_size=8, accumulation_steps=1, rank=0, world_size=2, seed=5)
+def train_sampler(position: int = 0) -> TrainingSampler:
+    order = TrainingSampler(10, epochs=2, batch_size=8, accumulation_steps=1, rank=0, world_size=2, seed=5)
     order.position = position
     return order
 
@@ -51,7 +52,7 @@ def test_dali_gives_the_images_of_the_pillow_loader(kind: str, photos: Path) -> 
     train = kind != "val"
     split = open_splits(photos, config, seed=1)[0 if train else 1]
     assert isinstance(split, ImageSplit)
-    order = train_order(8) if train else ValidationOrder(10, batch_size=4, rank=1, world_size=2)
+    order = train_sampler(8) if train else ValidationSampler(10, batch_size=4, rank=1, world_size=2)
     pillow = loader(split, order, workers=0, image_size=56, pin_memory=False)
     dali = DaliLoader(
         split,

@@ -4,17 +4,10 @@ import pytest
 import torch
 
 from arsg_dist.imagenet.config import DataConfig, ProgressiveConfig
-from arsg_dist.imagenet.data import (
-    IGNORED,
-    SampleKey,
-    TrainingOrder,
-    ValidationOrder,
-    collate,
-    loader,
-    open_splits,
-)
-from arsg_dist.imagenet.digits import digits_tree
-from arsg_dist.imagenet.image_tree import ImageTree
+from arsg_dist.imagenet.data.builtin import digits_tree
+from arsg_dist.imagenet.data.dataset import collate, loader, open_splits
+from arsg_dist.imagenet.data.folder import ImageTree
+from arsg_dist.imagenet.data.sampler import IGNORED, SampleKey, TrainingSampler, ValidationSampler
 
 CONFIG = DataConfig(augmentation="crop", image_size=16, crop_size=14, workers=0)
 
@@ -24,7 +17,7 @@ CONFIG = DataConfig(augmentation="crop", image_size=16, crop_size=14, workers=0)
 def test_validation_counts_every_image_once_in_equally_many_batches(images: int, world_size: int) -> None:
     """Catches padding that counts images twice, and ranks with fewer batches (a hang under ZeRO-3)."""
     ranks = [
-        list(ValidationOrder(images, batch_size=4, rank=rank, world_size=world_size))
+        list(ValidationSampler(images, batch_size=4, rank=rank, world_size=world_size))
         for rank in range(world_size)
     ]
     assert len({len(batches) for batches in ranks}) == 1
@@ -64,7 +57,7 @@ def test_undecodable_images_are_named_and_do_not_count(small_tree: Path) -> None
 def test_worker_processes_give_the_same_batches(small_tree: Path) -> None:
     """Catches workers that augment or order differently from loading in the training process."""
     train, _ = open_splits(small_tree, CONFIG, seed=1)
-    batches = TrainingOrder(60, epochs=1, batch_size=12, accumulation_steps=1, rank=0, world_size=2, seed=5)
+    batches = TrainingSampler(60, epochs=1, batch_size=12, accumulation_steps=1, rank=0, world_size=2, seed=5)
     here = list(loader(train, batches, workers=0, image_size=14, pin_memory=False))
     workers = loader(train, batches, workers=2, image_size=14, pin_memory=False)
     for one, other in zip(here, workers, strict=True):

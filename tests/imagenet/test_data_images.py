@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 
 from arsg_dist.imagenet.config import DataConfig
-from arsg_dist.imagenet.data import SampleKey, open_splits
-from arsg_dist.imagenet.image_source import decode
-from arsg_dist.imagenet.order import IGNORED
-from arsg_dist.imagenet.synthetic import SyntheticSplit
+from arsg_dist.imagenet.data.builtin import SyntheticSplit
+from arsg_dist.imagenet.data.dataset import open_splits
+from arsg_dist.imagenet.data.decoding import decode
+from arsg_dist.imagenet.data.sampler import IGNORED, SampleKey
 
 RED = (200, 30, 40)
 

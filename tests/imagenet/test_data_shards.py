@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from arsg_dist.imagenet import shard_writer
 from arsg_dist.imagenet.config import DataConfig
-from arsg_dist.imagenet.data import SampleKey, loader, open_splits
-from arsg_dist.imagenet.image_tree import ImageTree
-from arsg_dist.imagenet.order import TrainingOrder
-from arsg_dist.imagenet.shard_writer import _describe, _plan, shard, shard_command, write_shard
-from arsg_dist.imagenet.tar_shards import TarShards
+from arsg_dist.imagenet.data import shard_writer
+from arsg_dist.imagenet.data.dataset import loader, open_splits
+from arsg_dist.imagenet.data.folder import ImageTree
+from arsg_dist.imagenet.data.sampler import SampleKey, TrainingSampler
+from arsg_dist.imagenet.data.shard_writer import _describe, _plan, shard, shard_command, write_shard
+from arsg_dist.imagenet.data.tar_shards import TarShards
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_shards_can_be_read_in_any_order_by_worker_processes(shards: Path) -> No
     """Catches file positions shared between workers, and a source that cannot be sent to them."""
     config = DataConfig(source="shards", root="-", augmentation="none", image_size=16)
     train, _ = open_splits(shards, config, seed=1)
-    order = TrainingOrder(60, epochs=1, batch_size=12, accumulation_steps=1, rank=0, world_size=1, seed=5)
+    order = TrainingSampler(60, epochs=1, batch_size=12, accumulation_steps=1, rank=0, world_size=1, seed=5)
     first = train[SampleKey(0, 3)]
     assert isinstance(first, tuple)
     again = pickle.loads(pickle.dumps(train))[SampleKey(0, 3)]
@@ -150,7 +150,7 @@ def test_a_full_disk_leaves_nothing(
     def full(source: Path, target: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("arsg_dist.imagenet.shard_writer._write", full)
+    monkeypatch.setattr("arsg_dist.imagenet.data.shard_writer._write", full)
     assert shard_command([str(small_tree), str(tmp_path / "shards"), "--workers", "1"]) == 2
     assert "No space left" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir() if "shards" in path.name] == []

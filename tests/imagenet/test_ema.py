@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from arsg_dist.imagenet.ema import WeightAverage
+from arsg_dist.imagenet.training.ema import WeightAverage
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -37,8 +37,7 @@ def test_a_saved_average_goes_on_exactly() -> None:
         nn.init.normal_(model.weight)
         first.update(model)
     second = WeightAverage(model, 0.9)
-    for (_, mine), (_, saved) in zip(second.parameters(), first.parameters(), strict=True):
-        mine.copy_(saved)
+    second.load_state_dict({name: tensor.clone() for name, tensor in first.state_dict().items()})
     nn.init.normal_(model.weight)
     first.update(model)
     second.update(model)

@@ -3,8 +3,8 @@ import torch
 from torch import nn
 
 from arsg_dist.engine import SingleProcessCommunicator
-from arsg_dist.imagenet.data import IGNORED, ValidationOrder
-from arsg_dist.imagenet.metrics import Evaluation, Totals, average_buffers
+from arsg_dist.imagenet.data.sampler import IGNORED, ValidationSampler
+from arsg_dist.imagenet.training.metrics import Evaluation, Totals, average_buffers
 
 
 def test_totals_are_the_means_over_what_counts() -> None:
@@ -64,7 +64,7 @@ def test_an_evaluation_is_the_same_on_any_number_of_ranks(images: int) -> None:
         communicator = _Summing()
         for rank in range(world_size):
             totals = Totals(torch.device("cpu"))
-            for keys in ValidationOrder(images, batch_size=4, rank=rank, world_size=world_size):
+            for keys in ValidationSampler(images, batch_size=4, rank=rank, world_size=world_size):
                 places = [max(key.image, 0) for key in keys]  # a place without image holds a copy of one
                 filler = torch.tensor([key.image == IGNORED for key in keys])
                 totals.add(logits[places], labels[places].masked_fill(filler, IGNORED))

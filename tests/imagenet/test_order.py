@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from arsg_dist.imagenet.order import SampleKey, TrainingOrder
+from arsg_dist.imagenet.data.sampler import SampleKey, TrainingSampler
 
 
 def order(
@@ -19,8 +19,8 @@ def order(
     epochs: int = 3,
     position: int = 0,
     seed: int = 5,
-) -> TrainingOrder:
-    made = TrainingOrder(
+) -> TrainingSampler:
+    made = TrainingSampler(
         images,
         epochs=epochs,
         batch_size=batch_size,

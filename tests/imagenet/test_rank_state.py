@@ -11,7 +11,7 @@ from torch import nn
 from arsg_dist.checkpoint import SavedRun
 from arsg_dist.checkpoint.writer import write_manifest, write_part
 from arsg_dist.engine import EngineState, SingleProcessCommunicator
-from arsg_dist.imagenet.rank_state import add_rank_state, load_rank_state, seed_rank
+from arsg_dist.imagenet.training.rank_state import add_rank_state, load_rank_state, seed_rank
 
 
 class _Rank(SingleProcessCommunicator):

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from arsg_dist.engine.exit_codes import PREEMPTED
+from arsg_dist.imagenet.data.shard_writer import shard_command
 from arsg_dist.imagenet.models import build_model
-from arsg_dist.imagenet.shard_writer import shard_command
-from arsg_dist.imagenet.stopping import MARKER
+from arsg_dist.imagenet.signals import MARKER
 from tests.imagenet.test_training import epochs_of, without_speed
 from tests.support.compare import assert_same_weights
 from tests.support.launchers import Finished, launch

@@ -9,10 +9,10 @@ from torch import nn
 
 from arsg_dist.engine import JobError, SingleProcessCommunicator
 from arsg_dist.imagenet.config import TrainConfig
-from arsg_dist.imagenet.watch import RankReport, RunWatch
+from arsg_dist.imagenet.training.health import HealthMonitor, RankReport
 
 
-def watched(**settings: Any) -> tuple[Any, RunWatch]:
+def watched(**settings: Any) -> tuple[Any, HealthMonitor]:
     engine = SimpleNamespace(
         device=torch.device("cpu"),
         skipped_updates=0,
@@ -20,7 +20,8 @@ def watched(**settings: Any) -> tuple[Any, RunWatch]:
         module=nn.BatchNorm1d(1),
         communicator=SingleProcessCommunicator(),
     )
-    return engine, RunWatch(TrainConfig(**settings), engine)
+    engine.local_parameters = engine.module.parameters
+    return engine, HealthMonitor(TrainConfig(**settings), engine)
 
 
 def test_only_skipped_updates_one_after_another_end_a_run() -> None:

@@ -20,8 +20,8 @@ from torch import nn
 from arsg_dist.engine import discover_ranks, end_process
 from arsg_dist.imagenet import models
 from arsg_dist.imagenet.cli import train_command
-from arsg_dist.imagenet.optimization import Schedules
-from arsg_dist.imagenet.order import SampleKey, TrainingOrder
+from arsg_dist.imagenet.data.sampler import SampleKey, TrainingSampler
+from arsg_dist.imagenet.training.optimization import Schedules
 from tests.support.small_network import SmallResNet
 
 
@@ -44,16 +44,16 @@ def send_at(updates: int, number: signal.Signals, target: str) -> None:
 
 
 def record(path: Path) -> None:
-    real = TrainingOrder.__iter__
+    real = TrainingSampler.__iter__
 
-    def recorded(self: TrainingOrder) -> Iterator[list[SampleKey]]:
+    def recorded(self: TrainingSampler) -> Iterator[list[SampleKey]]:
         with path.open("w") as file:
             for keys in real(self):
                 file.write(json.dumps(keys) + "\n")
                 file.flush()
                 yield keys
 
-    TrainingOrder.__iter__ = recorded  # type: ignore[method-assign]
+    TrainingSampler.__iter__ = recorded  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from arsg_dist.imagenet.config import DataConfig
-from arsg_dist.imagenet.seeding import seeded
+from arsg_dist.imagenet.data.sampler import seeded
 from arsg_dist.imagenet.torchvision_compat import v2
 
 _MIXING = 1  # keeps these random numbers apart from those of the images

@@ -46,6 +46,15 @@ def build_optimizer(
         raise ValueError(f"optimizer.params {config.params}: {error}") from None
 
 
+def check_optimizer(config: OptimizerConfig) -> None:
+    """Refuse an optimizer that cannot be built, by building it over a parameter of no use.
+
+    Raises:
+        ValueError: as `build_optimizer`.
+    """
+    build_optimizer(config, [nn.Parameter(torch.zeros(1))])
+
+
 def parameter_groups(module: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
     """The trainable parameters as optimizer groups: one, or a second one without weight decay for norms and biases."""
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]

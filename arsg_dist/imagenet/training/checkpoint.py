@@ -1,17 +1,94 @@
-"""What a checkpoint of a run holds."""
+"""Save where a run stands with its engine's state, and resume from it."""
 
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
-from torch import nn
+from torch import Tensor
 
 from arsg_dist.checkpoint import CheckpointStore, SavedRun, save_run
 from arsg_dist.engine import JobError
 from arsg_dist.engine.state import EXTRA, key_of
-from arsg_dist.imagenet.position import Position
-from arsg_dist.imagenet.rank_state import add_rank_state, load_rank_state
-from arsg_dist.imagenet.run_directory import CHECKPOINTS, directory_of
-from arsg_dist.imagenet.run_parts import RunParts
+from arsg_dist.imagenet.output.run_directory import CHECKPOINTS, directory_of
+from arsg_dist.imagenet.training.parts import SWITCHES, RunParts, Stateful
+from arsg_dist.imagenet.training.rank_state import add_rank_state, load_rank_state
 from arsg_dist.safe_io.files import inside
+from arsg_dist.safe_io.text import printable
+
+_SUMS = ("epoch_loss", "recent_loss")
+
+
+@dataclass
+class Position:
+    """Counts of a run, the same on every rank.
+
+    Attributes:
+        update: weight updates made.
+        images: of the training stream used so far (`TrainingSampler.position`), the number of the next one.
+        epoch: epochs trained and validated.
+        epoch_loss: sum of the training losses of the epoch under way.
+        epoch_images: how many images it is over.
+        recent_loss: sum of the training losses since the last record.
+        recent_images: how many images it is over.
+        bad_images: left out because they could not be decoded.
+        num_images: in the training split.
+    """
+
+    update: int = 0
+    images: int = 0
+    epoch: int = 0
+    epoch_loss: float = 0.0
+    epoch_images: int = 0
+    recent_loss: float = 0.0
+    recent_images: int = 0
+    bad_images: int = 0
+    num_images: int = 0
+
+    def add(self, loss: float, images: int) -> None:
+        """Count training losses."""
+        self.epoch_loss += loss
+        self.epoch_images += images
+        self.recent_loss += loss
+        self.recent_images += images
+
+    def take_recent(self) -> float:
+        """Return the mean loss since the last call."""
+        mean = self.recent_loss / max(self.recent_images, 1)
+        self.recent_loss, self.recent_images = 0.0, 0
+        return mean
+
+    def end_epoch(self) -> float:
+        """Count an epoch; return its mean training loss."""
+        mean = self.epoch_loss / max(self.epoch_images, 1)
+        self.epoch_loss, self.epoch_images = 0.0, 0
+        self.epoch += 1
+        return mean
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return plain numbers, for a checkpoint."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Position":
+        """Make it from a checkpoint's dict, which may hold more.
+
+        Raises:
+            ValueError: a number is missing, or none.
+        """
+        if not isinstance(values, dict):
+            raise ValueError("the checkpoint's position is none")
+        names = [field.name for field in fields(cls)]
+        missing = [name for name in names if name not in values]
+        if missing:
+            raise ValueError(
+                f"the checkpoint lacks {', '.join(missing)}: it is of another version of arsg-imagenet"
+            )
+        for name in names:
+            whole = isinstance(values[name], int) and not isinstance(values[name], bool)
+            counted = whole and 0 <= values[name] < 1 << 63
+            if not (counted or (name in _SUMS and isinstance(values[name], float))):
+                raise ValueError(f"the checkpoint's {name} is {printable(values[name], limit=100)!r}")
+        return cls(**{name: values[name] for name in names})
 
 
 class RunCheckpoints:
@@ -33,28 +110,29 @@ class RunCheckpoints:
             self._store.check()
 
     def latest(self) -> Path | None:
-        """The newest complete checkpoint."""
+        """Return the newest complete checkpoint."""
         return self._store.latest()
 
     def save(self, at: Position, *, score: float | None = None) -> None:
-        """Writes a checkpoint; every rank must call it.
+        """Write a checkpoint. Collective.
 
         Args:
             at: where the run stands.
             score: validation accuracy at the end of an epoch, None inside one.
         """
         parts, config = self._parts, self._parts.config
-        progress = {
-            "position": at.as_dict(),
-            **self._fixed(),
-            "schedules": parts.schedules.state_dict(),
-            "ema": parts.average is not None,
-        }
+        rank, world_size = parts.communicator.rank, parts.communicator.world_size
+        progress: dict[str, Any] = {"position": at.as_dict(), **self._fixed()}
         state = parts.engine.state()
-        if parts.average:
-            averages = {key_of(EXTRA, _ema(name)): tensor for name, tensor in parts.average.parameters()}
-            state.add_replicated(averages, parts.communicator.rank, parts.communicator.world_size)
-        add_rank_state(state, self._stateful(), parts.communicator.rank)
+        for name, part in parts.stateful.items():
+            own = part.state_dict() if part else {}
+            if _of_tensors(own):
+                tensors = {key_of(EXTRA, f"{name} {key}"): tensor for key, tensor in own.items()}
+                state.add_replicated(tensors, rank, world_size)
+                progress[name] = part is not None
+            else:
+                progress[name] = own
+        add_rank_state(state, parts.networks, rank)
         save_run(
             self._store,
             at.update,
@@ -66,7 +144,7 @@ class RunCheckpoints:
         )
 
     def finish(self) -> None:
-        """Waits until the last checkpoint is in place; every rank must call it.
+        """Wait until the last checkpoint is in place. Collective.
 
         Raises:
             JobError: it could not be written; raised on every rank.
@@ -74,7 +152,7 @@ class RunCheckpoints:
         self._store.finish()
 
     def resume(self, *, num_images: int, skip_damaged: bool) -> tuple[Position, list[str]]:
-        """Goes to where the last checkpoint stands; every rank must call it.
+        """Go on from where the last checkpoint stands. Collective.
 
         Args:
             num_images: of the training split.
@@ -96,8 +174,9 @@ class RunCheckpoints:
                     f"--resume: the training split had {at.num_images} images and has {num_images} now: "
                     "the order of images cannot be continued"
                 )
-            if saved.progress.get("ema") != (parts.average is not None):
-                raise ValueError("--resume: ema_decay cannot be switched on or off within a run")
+            for name, setting in SWITCHES.items():
+                if saved.progress.get(name) != (parts.stateful[name] is not None):
+                    raise ValueError(f"--resume: {setting} cannot be switched on or off within a run")
             for name, value in self._fixed().items():
                 saved_value = saved.progress.get(name)
                 if saved_value is None:
@@ -111,13 +190,11 @@ class RunCheckpoints:
                     )
         parts.engine.load_state(saved)
         with parts.communicator.fail_together():
-            parts.schedules.load_state_dict(saved.progress["schedules"])
-            if parts.average:
-                for name, tensor in parts.average.parameters():
-                    saved.check_shape(EXTRA, _ema(name), tensor.shape)
-                    tensor.copy_(saved.whole(EXTRA, _ema(name)))
+            for name, part in parts.stateful.items():
+                if part:
+                    part.load_state_dict(_saved_state(saved, name, part))
             same_ranks = load_rank_state(
-                saved, self._stateful(), parts.communicator, seed=parts.config.seed, update=at.update
+                saved, parts.networks, parts.communicator, seed=parts.config.seed, update=at.update
             )
         notes.append(
             f"resuming from {saved.where}: {at.update} updates, {at.images} training images in {at.epoch} whole epochs"
@@ -165,10 +242,6 @@ class RunCheckpoints:
         """Settings that what follows in a run has to share with what came before."""
         return {name: getattr(self._parts.config, name) for name in _WHY_FIXED}
 
-    def _stateful(self) -> dict[str, nn.Module]:
-        parts = self._parts
-        return {"model": parts.model, **({"ema": parts.average.module} if parts.average else {})}
-
 
 _WHY_FIXED = {
     "seed": "with another one images of this epoch would be seen twice or never",
@@ -176,8 +249,18 @@ _WHY_FIXED = {
 }
 
 
-def _ema(name: str) -> str:
-    return f"ema {name}"
+def _of_tensors(state: dict[str, Any]) -> bool:
+    return all(isinstance(value, Tensor) for value in state.values())
+
+
+def _saved_state(saved: SavedRun, name: str, part: Stateful) -> Any:
+    """Read the state of a part: its tensors, checked to have its own shapes, or its plain values as they are."""
+    own = part.state_dict()
+    if not _of_tensors(own):
+        return saved.progress[name]
+    for key, tensor in own.items():
+        saved.check_shape(EXTRA, f"{name} {key}", tensor.shape)
+    return {key: saved.whole(EXTRA, f"{name} {key}") for key in own}
 
 
 def _position(saved: SavedRun) -> Position:

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from arsg_dist.imagenet.models import TIMM
-from arsg_dist.imagenet.run_directory import (
+from arsg_dist.imagenet.output.run_directory import (
     CLASSES,
     CONFIG,
     METRICS,
@@ -24,7 +24,7 @@ from arsg_dist.imagenet.run_directory import (
     read_environments,
     read_metrics,
 )
-from arsg_dist.imagenet.weights import BEST, EMA, LAST, POINTS, read_metadata
+from arsg_dist.imagenet.output.weights import BEST, EMA, LAST, POINTS, read_metadata
 from arsg_dist.safe_io.files import open_regular, read_text, write_text, writing
 from arsg_dist.safe_io.text import printable
 

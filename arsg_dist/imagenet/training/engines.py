@@ -16,7 +16,7 @@ from arsg_dist.engine import (
     load_builder,
 )
 from arsg_dist.imagenet.config import TrainConfig
-from arsg_dist.imagenet.optimization import build_optimizer, parameter_groups
+from arsg_dist.imagenet.training.optimization import build_optimizer, parameter_groups
 
 
 def choose_engine(requested: str, deepspeed_config: str | None, ranks: Ranks) -> str:

@@ -15,12 +15,11 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from arsg_dist.imagenet.augmentation import MEAN, STD, train_size, val_resize
 from arsg_dist.imagenet.config import DataConfig
-from arsg_dist.imagenet.data import Batch, ImageSplit, cannot_decode, process_loader
-from arsg_dist.imagenet.image_source import UNDECODABLE, ImageSource, open_image
-from arsg_dist.imagenet.order import IGNORED, SampleKey
-from arsg_dist.imagenet.seeding import seeded
+from arsg_dist.imagenet.data.dataset import Batch, ImageSplit, cannot_decode, process_loader
+from arsg_dist.imagenet.data.decoding import UNDECODABLE, ImageSource, open_image
+from arsg_dist.imagenet.data.sampler import IGNORED, SampleKey, seeded
+from arsg_dist.imagenet.data.transforms import MEAN, STD, train_size, val_resize
 from arsg_dist.imagenet.torchvision_compat import v2
 from arsg_dist.safe_io.text import printable
 

@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from arsg_dist.checkpoint.safetensors_file import write_safetensors
-from arsg_dist.imagenet.run_directory import WEIGHTS, directory_of
+from arsg_dist.imagenet.output.run_directory import WEIGHTS, directory_of
 from arsg_dist.safe_io.documents import parse_json
 from arsg_dist.safe_io.files import make_directory, open_regular, remove_partial_files
 from arsg_dist.safe_io.text import printable

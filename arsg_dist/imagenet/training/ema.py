@@ -1,4 +1,4 @@
-"""A moving average of the weights, kept beside the training."""
+"""Keep a moving average of the weights beside the training."""
 
 from collections.abc import Iterator
 
@@ -31,24 +31,30 @@ class WeightAverage:
         return module
 
     def to(self, device: torch.device) -> "WeightAverage":
-        """Moves the average to where the model is."""
+        """Move the average to where the model is."""
         self._average.to(device)
         return self
 
     def update(self, model: nn.Module) -> None:
-        """Takes in the weights after an update.
+        """Take in the weights after an update.
 
         Args:
             model: as in the constructor, by now in any floating dtype; its parameters must be whole on this rank.
         """
         self._average.update_parameters(_Float32(model))  # type: ignore[arg-type]
 
-    def parameters(self) -> list[tuple[str, Tensor]]:
-        """The averaged parameters and the number of updates in them, by name, to save and to fill in place.
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the number of updates and the averaged parameters, by name.
 
         Buffers are not among them: they differ between ranks.
         """
-        return [("updates", self._average.n_averaged), *self.module.named_parameters()]
+        return {"updates": self._average.n_averaged, **dict(self.module.named_parameters())}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from a saved state, which has every name and shape of `state_dict`."""
+        for name, tensor in self.state_dict().items():
+            tensor.copy_(state[name])
 
 
 class _Float32:

@@ -32,7 +32,7 @@ class RankReport:
     first_nonfinite: int | None
 
 
-class RunWatch:
+class HealthMonitor:
     """Losses and gradients that are not finite, ranks that are slow, and weights that differ between ranks.
 
     Args:

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from arsg_dist.imagenet.metrics import Evaluation
-from arsg_dist.imagenet.run_directory import RunLog
+from arsg_dist.imagenet.output.run_log import RunLog
+from arsg_dist.imagenet.training.metrics import Evaluation
 
 T = TypeVar("T")
 

@@ -1,31 +1,18 @@
-"""What a run writes: its resolved config, JSON lines, TensorBoard events, a learning-curve picture, checkpoints.
+"""Name and read the files of a run: settings, records, environment, classes.
 
-Whatever is read here may be of somebody else's run: it is checked before it is used or shown.
+They may be of somebody else's run: what is read is checked before it is used or shown.
 """
 
-import json
-import os
-import secrets
-import time
-import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-import yaml
-
 from arsg_dist.safe_io.documents import parse_json, read_yaml
 from arsg_dist.safe_io.files import (
     MiB,
-    append_text,
     inside,
-    make_directory,
     open_regular,
     read_text,
-    remove_partial_files,
-    replacing,
-    write_text,
-    writing,
 )
 from arsg_dist.safe_io.text import printable
 
@@ -40,7 +27,6 @@ _DIRECTORIES: Final = (CHECKPOINTS, TENSORBOARD, WEIGHTS, "wandb")
 _RECORD_LIMIT: Final = 64 * 1024
 _METRICS_LIMIT: Final = 1024 * MiB
 _ENVIRONMENT_LIMIT: Final = 16 * MiB
-_STARTS_KEPT: Final = 200
 _OF_AN_EPOCH: Final = (
     "epoch",
     "train_loss",
@@ -102,135 +88,16 @@ def check_output(directory: Path, *, resume: bool) -> None:
                 open_regular(directory / name).close()
 
 
-class RunLog:
-    """Writes a run's records; used on rank 0 only.
+def read_settings(directory: Path) -> dict[Any, Any]:
+    """Read the settings of a run as they are, unchecked.
 
     Args:
-        directory: of the run; created if missing.
-        config: resolved settings, written as YAML.
-        resumed_updates: None for a new run, else the updates made so far: later records of the interrupted run are
-            dropped, since they will be made again.
-        environment: of this start, as `environment.describe` gives it; added to those of earlier starts.
-        classes: names of the classes in the order of the network's outputs.
-        wandb_project: also log to this project of Weights & Biases. The id of the run there is kept in `ENVIRONMENT`:
-            a resumed run continues its own, and a new one in the same place does not.
-
-    Attributes:
-        changed: settings that differ from those the resumed run had so far, as "key: old → new".
+        directory: of the run.
 
     Raises:
-        ValueError: records of the resumed run that are none of ours.
-        OSError: a file cannot be written.
+        FileNotFoundError: there are none.
+        ValueError: they are no YAML, or no mapping.
     """
-
-    def __init__(
-        self,
-        directory: Path,
-        config: dict[str, Any],
-        *,
-        resumed_updates: int | None,
-        environment: dict[str, Any],
-        classes: list[str],
-        wandb_project: str | None = None,
-    ) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._started, self._seconds_before = time.perf_counter(), 0.0
-        make_directory(directory)
-        self._directory = directory
-        self._metrics = directory / METRICS
-        purge_step = None
-        self.changed: list[str] = []
-        if resumed_updates is not None:
-            remove_partial_files(directory)
-            before, now = _flat(_settings(directory)), _flat(config)
-            self.changed = [
-                printable(f"{key}: {before.get(key)} → {now.get(key)}", limit=200)
-                for key in [*now, *(before.keys() - now.keys())]
-                if before.get(key) != now.get(key)
-            ]
-            self._keep_records(resumed_updates)
-            purge_step = resumed_updates + 1
-        starts = read_environments(directory)
-        if wandb_project:
-            known = [start["wandb_id"] for start in starts if "wandb_id" in start]
-            environment = {**environment, "wandb_id": known[-1] if known else uuid.uuid4().hex[:16]}
-        starts = [*starts[-_STARTS_KEPT:], environment]
-        write_text(directory / ENVIRONMENT, yaml.safe_dump(starts, sort_keys=False))
-        write_text(directory / CLASSES, "".join(f"{name}\n" for name in classes))
-        write_text(directory / CONFIG, yaml.safe_dump(config, sort_keys=False))
-        self._board = SummaryWriter(
-            str(make_directory(directory, TENSORBOARD)),
-            purge_step=purge_step,
-            filename_suffix=f".{secrets.token_hex(8)}",  # so that nobody can have put a link at the file's name
-        )
-        self._wandb: Any = None
-        if wandb_project:
-            make_directory(directory, "wandb")
-            self._wandb = import_wandb().init(
-                project=wandb_project,
-                name=directory.name,
-                id=environment["wandb_id"],
-                resume="allow",
-                config=config,
-                dir=str(directory),
-            )
-
-    def _keep_records(self, updates: int) -> None:
-        """Drop what the interrupted run wrote after so many updates."""
-        with writing(self._metrics) as file:
-            for record in read_metrics(self._directory):
-                if record["update"] <= updates:
-                    file.write(f"{json.dumps(record)}\n".encode())
-                    self._seconds_before = record.get("seconds", 0.0)
-
-    def write(self, kind: str, update: int, values: dict[str, float]) -> None:
-        """Adds a record; it gets `seconds`, the run's wall time over all its starts.
-
-        Args:
-            kind: "train" (a few updates) or "epoch" (with the validation).
-            update: weight updates made so far.
-            values: what was measured.
-        """
-        values = {**values, "seconds": self._seconds_before + time.perf_counter() - self._started}
-        append_text(self._metrics, json.dumps({"kind": kind, "update": update, **values}) + "\n")
-        if self._wandb:
-            self._wandb.log({f"{kind}/{name}": value for name, value in values.items()}, step=update)
-        for name, value in values.items():
-            self._board.add_scalar(f"{kind}/{name}", value, update)
-
-    def close(self) -> Path:
-        """Draws the learning curve and closes the files; returns the picture's path."""
-        self._board.close()
-        if self._wandb:
-            self._wandb.finish()
-        return draw_learning_curve(self._directory)
-
-
-def import_wandb() -> Any:
-    """The package of Weights & Biases, told not to run git in the current directory unless the user wants it to.
-
-    Raises:
-        ImportError: it is not installed.
-    """
-    os.environ.setdefault("WANDB_DISABLE_GIT", "true")
-    try:
-        import wandb
-    except ImportError as error:
-        raise ImportError(
-            "wandb_project needs the package wandb: pip install wandb, or leave the setting out"
-        ) from error
-    return wandb
-
-
-def _flat(config: Mapping[Any, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
-
-
-def _settings(directory: Path) -> dict[Any, Any]:
     settings = read_yaml(directory / CONFIG)
     if settings is None:  # empty: a start of an earlier version met a full disk
         return {}
@@ -249,7 +116,7 @@ def read_config(directory: Path) -> dict[str, Any]:
         FileNotFoundError: there is none.
         ValueError: the settings are no YAML, or one that every run has is missing or of another kind.
     """
-    config = _settings(directory)
+    config = read_settings(directory)
     _check_kinds(config, _SHOWN_SETTINGS, directory / CONFIG)
     return config
 
@@ -375,43 +242,3 @@ def _record(line: bytes) -> dict[str, Any]:
         if not all(isinstance(record[key], int) for key in ("epoch", "val_images")):
             raise ValueError("epochs and images are counted in whole numbers")
     return record
-
-
-def plot_label(name: str) -> str:
-    """Return a name as matplotlib writes it, without its mathematics."""
-    return printable(name, limit=100).replace("$", r"\$")
-
-
-def draw_learning_curve(directory: Path) -> Path:
-    """Draw loss and accuracy over the epochs of a run into its directory.
-
-    Args:
-        directory: of the run.
-
-    Returns:
-        Path of the picture.
-
-    Raises:
-        ValueError: the run's records are none of ours.
-        OSError: the picture cannot be written.
-    """
-    from matplotlib.figure import Figure  # no pyplot: nothing global, no display needed
-
-    epochs = [record for record in read_metrics(directory) if record["kind"] == "epoch"]
-    x = [record["epoch"] for record in epochs]
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    loss_axes, accuracy_axes = figure.subplots(1, 2)
-    for key, label in (("train_loss", "training"), ("val_loss", "validation")):
-        loss_axes.plot(x, [record[key] for record in epochs], marker="o", markersize=3, label=label)
-    for key, label in (("val_top1", "top-1"), ("val_top5", "top-5")):
-        accuracy_axes.plot(x, [100 * record[key] for record in epochs], marker="o", markersize=3, label=label)
-    loss_axes.set(xlabel="epoch", ylabel="cross-entropy", yscale="log")
-    accuracy_axes.set(xlabel="epoch", ylabel="validation accuracy, %")
-    for axes in (loss_axes, accuracy_axes):
-        axes.grid(alpha=0.3)
-        axes.legend()
-    figure.suptitle(plot_label(directory.name))
-    path = directory / CURVE
-    with replacing(path) as partial:
-        figure.savefig(partial, dpi=130)
-    return path

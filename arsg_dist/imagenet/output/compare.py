@@ -5,13 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from arsg_dist.imagenet.run_directory import (
-    CONFIG,
-    plot_label,
-    read_config,
-    read_environments,
-    read_metrics,
-)
+from arsg_dist.imagenet.output.run_directory import CONFIG, read_config, read_environments, read_metrics
+from arsg_dist.imagenet.output.run_log import plot_label
 from arsg_dist.safe_io.files import replacing
 from arsg_dist.safe_io.text import printable
 

@@ -13,33 +13,16 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from arsg_dist.imagenet.augmentation import TrainTransform, ValTransform
 from arsg_dist.imagenet.config import DataConfig
-from arsg_dist.imagenet.image_source import UNDECODABLE, ImageSource, decode
-from arsg_dist.imagenet.image_tree import ImageTree
-from arsg_dist.imagenet.order import IGNORED, SampleKey, TrainingOrder, ValidationOrder
-from arsg_dist.imagenet.seeding import seeded
-from arsg_dist.imagenet.stopping import signals_held
-from arsg_dist.imagenet.synthetic import SyntheticSplit
-from arsg_dist.imagenet.tar_shards import TarShards
+from arsg_dist.imagenet.data.builtin import SyntheticSplit
+from arsg_dist.imagenet.data.decoding import UNDECODABLE, ImageSource, decode
+from arsg_dist.imagenet.data.folder import ImageTree
+from arsg_dist.imagenet.data.sampler import IGNORED, SampleKey, seeded
+from arsg_dist.imagenet.data.tar_shards import TarShards
+from arsg_dist.imagenet.data.transforms import TrainTransform, ValTransform
+from arsg_dist.imagenet.signals import signals_held
 from arsg_dist.safe_io.processes import safe_start
 from arsg_dist.safe_io.text import printable
-
-__all__ = [
-    "IGNORED",
-    "Batch",
-    "ImageSplit",
-    "SampleKey",
-    "Split",
-    "TrainingOrder",
-    "ValidationOrder",
-    "batches",
-    "cannot_decode",
-    "collate",
-    "loader",
-    "open_splits",
-    "process_loader",
-]
 
 
 @dataclass

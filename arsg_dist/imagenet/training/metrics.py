@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional
 
 from arsg_dist.engine import Communicator
-from arsg_dist.imagenet.data import IGNORED
+from arsg_dist.imagenet.data.sampler import IGNORED
 
 
 @dataclass(frozen=True)

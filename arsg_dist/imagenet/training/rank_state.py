@@ -11,7 +11,7 @@ from torch import nn
 from arsg_dist.checkpoint import SavedRun
 from arsg_dist.engine import Communicator, EngineState
 from arsg_dist.engine.state import EXTRA, key_of
-from arsg_dist.imagenet.seeding import seed_of
+from arsg_dist.imagenet.data.sampler import seed_of
 from arsg_dist.safe_io.text import printable
 
 _RANDOM_STATE_NUMEL = 100_000  # torch's has 5,056 bytes

@@ -18,7 +18,7 @@ from typing import IO, Any, Final
 import numpy as np
 
 from arsg_dist.imagenet.config import DataConfig
-from arsg_dist.imagenet.image_tree import require_class_names, require_directory
+from arsg_dist.imagenet.data.folder import require_class_names, require_directory
 from arsg_dist.safe_io.documents import read_json
 from arsg_dist.safe_io.files import MiB, open_regular
 from arsg_dist.safe_io.text import printable

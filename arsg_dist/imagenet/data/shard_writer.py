@@ -21,9 +21,9 @@ from tqdm import tqdm
 
 from arsg_dist.engine.exit_codes import BAD_INPUT, DONE
 from arsg_dist.imagenet.config import DataConfig
-from arsg_dist.imagenet.image_source import UNDECODABLE, decode
-from arsg_dist.imagenet.image_tree import ImageTree, read_image, require_directory
-from arsg_dist.imagenet.tar_shards import (
+from arsg_dist.imagenet.data.decoding import UNDECODABLE, decode
+from arsg_dist.imagenet.data.folder import ImageTree, read_image, require_directory
+from arsg_dist.imagenet.data.tar_shards import (
     CHECKSUMS,
     DESCRIPTION,
     INDEX,

@@ -1,24 +1,26 @@
-"""What a training run is made of, on one rank."""
+"""Hold what a training run is made of, on one rank."""
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Final, Protocol
 
 import torch
 from torch import nn
 
 from arsg_dist.engine import Communicator, Engine
-from arsg_dist.imagenet.augmentation import BatchMixing, normalised
 from arsg_dist.imagenet.config import TrainConfig
-from arsg_dist.imagenet.data import Batch, TrainingOrder
-from arsg_dist.imagenet.ema import WeightAverage
-from arsg_dist.imagenet.optimization import Schedules
-from arsg_dist.imagenet.stopping import StopRequest
+from arsg_dist.imagenet.data.dataset import Batch
+from arsg_dist.imagenet.data.sampler import TrainingSampler
+from arsg_dist.imagenet.data.transforms import BatchMixing, normalised
+from arsg_dist.imagenet.signals import StopRequest
+from arsg_dist.imagenet.training.ema import WeightAverage
+from arsg_dist.imagenet.training.optimization import Schedules
 
 
 @dataclass(frozen=True)
-class Job:
+class Start:
     """One start of a run: what the recipe does not say.
 
     Attributes:
@@ -39,6 +41,24 @@ class Job:
     skip_damaged: bool = False
 
 
+class Stateful(Protocol):
+    """A part with a state of its own, the same on every rank."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state: tensors alone, or plain values alone."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved state, perhaps of somebody else's run.
+
+        Raises:
+            ValueError: it is no state of this part.
+        """
+
+
+SWITCHES: Final = {"ema": "ema_decay"}
+"""Names in `RunParts.stateful` of what a recipe may leave out, and the settings that do."""
+
+
 @dataclass(frozen=True)
 class RunParts:
     """The objects of one training.
@@ -51,7 +71,7 @@ class RunParts:
         schedules: of the engine's optimizer.
         autocast: context of forward passes.
         mixing: of training batches.
-        train_order: of the training images.
+        train_sampler: order of the training images.
         train_loader: batches in that order.
         val_loader: this rank's share of the validation split.
         classes: names, in the order of the labels.
@@ -66,12 +86,22 @@ class RunParts:
     schedules: Schedules
     autocast: AbstractContextManager[None]
     mixing: BatchMixing
-    train_order: TrainingOrder
+    train_sampler: TrainingSampler
     train_loader: Iterable[Batch]
     val_loader: Iterable[Batch]
     classes: list[str]
     notes: list[str]
     stop: StopRequest
+
+    @property
+    def stateful(self) -> dict[str, Stateful | None]:
+        """What a checkpoint holds beside the engine's state, by its name there; None: the recipe has none."""
+        return {"schedules": self.schedules, "ema": self.average}
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """The networks whose buffers differ between ranks, by their names in checkpoints."""
+        return {"model": self.model, **({"ema": self.average.module} if self.average else {})}
 
     @property
     def communicator(self) -> Communicator:
@@ -84,13 +114,13 @@ class RunParts:
         return self.communicator.rank == 0
 
     def forward(self, module: nn.Module, images: torch.Tensor) -> torch.Tensor:
-        """Logits, shape (batch, classes), in the precision of the run."""
+        """Compute logits, shape (batch, classes), in the precision of the run."""
         with self.autocast:
             logits: torch.Tensor = module(images)
         return logits
 
     def to_device(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Images, in the dtype and memory layout the engine's module takes, and labels."""
+        """Move a batch to the device: images as the engine's module takes them, and labels."""
         device = self.engine.device
         layout = torch.channels_last if self.config.channels_last else torch.contiguous_format
         images = normalised(batch.images.to(device, non_blocking=True))

@@ -1,12 +1,12 @@
 """Which image comes when: a function of (seed, epoch) alone, the same on any number of ranks."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch.utils.data import Sampler
-
-from arsg_dist.imagenet.seeding import seed_of
 
 IGNORED = -1
 """Label of a place in a batch that holds no image of its own and must not count; index of a place without image."""
@@ -28,7 +28,7 @@ class SampleKey(NamedTuple):
     batch_epoch: int = 0
 
 
-class TrainingOrder(Sampler[list[SampleKey]]):
+class TrainingSampler(Sampler[list[SampleKey]]):
     """This rank's micro-batches of a run, from a position on.
 
     A run is one stream of images: the permutation of epoch 0, then that of epoch 1, and so on, each a function of
@@ -128,7 +128,7 @@ class TrainingOrder(Sampler[list[SampleKey]]):
         return torch.randperm(self._num_images, generator=generator)
 
 
-class ValidationOrder(Sampler[list[SampleKey]]):
+class ValidationSampler(Sampler[list[SampleKey]]):
     """This rank's batches of the validation split: every image on exactly one rank.
 
     All ranks have equally many batches of equal size, as sharded parameters need (every forward pass gathers them);
@@ -148,3 +148,20 @@ class ValidationOrder(Sampler[list[SampleKey]]):
     def __iter__(self) -> Iterator[list[SampleKey]]:
         for start in range(0, len(self._indices), self._batch_size):
             yield [SampleKey(0, index) for index in self._indices[start : start + self._batch_size]]
+
+
+def seed_of(*parts: int) -> int:
+    """A 63-bit seed from non-negative integers; other integers, or another number of them, give an unrelated seed."""
+    return int(np.random.SeedSequence((len(parts), *parts)).generate_state(1, np.uint64)[0] >> 1)
+
+
+@contextmanager
+def seeded(*parts: int) -> Iterator[None]:
+    """Inside, torch's CPU generator starts from `seed_of(parts)`; afterwards it goes on as if it had not."""
+    state = torch.default_generator.get_state()
+    # Not torch.manual_seed, which would also reseed the GPU's generator: dropout's.
+    torch.default_generator.manual_seed(seed_of(*parts))
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(state)
