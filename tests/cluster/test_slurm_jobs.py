@@ -44,7 +44,7 @@ def submit_preemptible(cluster: Cluster, tmp_path: Path, steps: int) -> tuple[st
     output = tmp_path / "run"
     output.mkdir()
     program = [
-        str(REPOSITORY / "tests/support/preemptible_job.py"),
+        str(REPOSITORY / "tests/cluster/jobs/preemptible_job.py"),
         "--output",
         str(output),
         "--steps",

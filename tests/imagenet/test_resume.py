@@ -18,7 +18,7 @@ from tests.imagenet.test_training import epochs_of, without_speed
 from tests.support.compare import assert_same_weights
 from tests.support.launchers import Finished, launch
 
-JOB = "tests/support/imagenet_job.py"
+JOB = "tests/imagenet/jobs/imagenet_job.py"
 ENGINES = {
     "single": ("alone", 1, []),
     "deepspeed": ("deepspeed", 2, ["--deepspeed_config", "configs/deepspeed/zero1.json"]),

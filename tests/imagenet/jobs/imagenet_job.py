@@ -22,7 +22,7 @@ from arsg_dist.imagenet import models
 from arsg_dist.imagenet.cli import train_command
 from arsg_dist.imagenet.data.sampler import SampleKey, TrainingSampler
 from arsg_dist.imagenet.training.optimization import Schedules
-from tests.support.small_network import SmallResNet
+from tests.imagenet.jobs.small_network import SmallResNet
 
 
 def send_at(updates: int, number: signal.Signals, target: str) -> None:

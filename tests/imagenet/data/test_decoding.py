@@ -103,7 +103,7 @@ def test_real_photos_decode() -> None:
     archive = Path(
         os.environ.get(
             "ARSG_IMAGENET_SAMPLE",
-            Path(__file__).resolve().parents[3] / "shared" / "data" / "imagenet-sample-200.tar",
+            Path(__file__).resolve().parents[4] / "shared" / "data" / "imagenet-sample-200.tar",
         )
     )
     if not archive.is_file():
