@@ -18,7 +18,7 @@ MOST_PIXELS = 178_956_970
 
 
 def check_parameter(value: Any, name: str) -> Any:
-    """Return a value from outside if it is plain: a number, boolean, text, null, or a list of such.
+    """Return a value from outside if it is plain, in lists or not.
 
     Raises:
         ValueError: it is something else, a whole number of more than 64 bits, or text with control characters.
@@ -84,7 +84,7 @@ class Section:
                 _require(must.holds(value), f"{name} must be {must.be}, not {value}")
 
     def _require_read(self, read: bool, names: tuple[str, ...], where: str) -> None:
-        """Refuse other values than the defaults where nothing reads them: they are meant to do something.
+        """Refuse values other than the defaults that have no effect here.
 
         Args:
             read: whether they are read.
@@ -410,7 +410,7 @@ class TrainConfig(Section):
             )
 
     def micro_batch_size(self, world_size: int) -> int:
-        """Images per rank and micro-batch.
+        """Return the images per rank and micro-batch.
 
         Raises:
             ValueError: `batch_size` cannot be divided evenly.

@@ -1,4 +1,4 @@
-"""Recipes and flags: plain data that becomes the typed settings of a run, and nothing else.
+"""Read recipes and flags: plain data becomes a run's typed settings, no more.
 
 A recipe may be written by anybody. Its keys are the fields of `TrainConfig` and `StartConfig`, its values numbers,
 booleans, text, null and lists of them: there is no key that names a class, a module or another file.
@@ -60,7 +60,7 @@ _FLAGS_ONLY = ("engine", "deepspeed_config", "resume", "skip_damaged", "local_ra
 
 
 def read_arguments(arguments: list[str]) -> Settings:
-    """Return the settings of the arguments of `arsg-imagenet train`: recipes and flags, of which later ones win.
+    """Read the arguments of `arsg-imagenet train`, of which later ones win.
 
     Raises:
         ValueError: an unknown flag or key, a value of another kind or out of range, or a recipe that is not plain
@@ -97,7 +97,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _Give(argparse.Action):
-    """Notes a flag and its text, in the order of the command line."""
+    """Note a flag and its text, in the order of the command line."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         namespace.given.append(((option_string or "").removeprefix("--"), values))
@@ -155,7 +155,7 @@ def _add_flags(parser: argparse.ArgumentParser, section: type, prefix: str) -> N
 
 @cache
 def _documentation(section: type) -> dict[str, str]:
-    """Read the string below each field in the source, and under "" what the section is."""
+    """Read the string below each field in the source; "" → what the section is."""
     found = {"": (inspect.getdoc(section) or section.__name__).partition("\n")[0].rstrip(".")}
     try:
         (body,) = (
@@ -173,7 +173,7 @@ def _documentation(section: type) -> dict[str, str]:
 
 
 def _given(options: argparse.Namespace) -> dict[str, Any]:
-    """What recipes and flags say, typed; nested as the settings are, and without those that nothing was said of."""
+    """Collect what recipes and flags say, typed and nested as the settings are."""
     settings: dict[str, Any] = {}
     for name, text in options.given:
         if name == "config":
@@ -205,7 +205,7 @@ def _read(path: Path) -> Any:
 
 
 def _value_of_flag(name: str, text: str) -> Any:
-    """A section's flag holds a mapping, or names a file that does; text of others is typed by `_assign`."""
+    """Read a section's flag, a mapping or a file with one; leave others as text."""
     if name.startswith(_PARAMETER):
         return parse_yaml(text, f"--{name}")
     kind: Any = Settings
@@ -255,7 +255,7 @@ def _assign(settings: dict[str, Any], section: Any, content: Any, prefix: str) -
 
 
 def _typed(kind: Any, value: Any, name: str) -> Any:
-    """The value as one of a kind. Text, which flags always are, is read as YAML where it may be something else.
+    """Return the value as one of a kind; text of other kinds is read as YAML.
 
     Raises:
         ValueError: it is of another kind.

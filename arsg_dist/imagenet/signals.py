@@ -1,4 +1,4 @@
-"""Ending a run early on a signal: agreed on by all ranks, with a checkpoint and an exit code of its own."""
+"""Stop a run on a signal: all ranks agree, save, and end with a code of its own."""
 
 import json
 import os
@@ -22,7 +22,7 @@ _ONE_KEYSTROKE = 1.0  # seconds in which a Ctrl-C also comes again from a launch
 
 
 class StopRequest:
-    """Notes the signals this rank gets, and asks the other ranks for theirs.
+    """The signals that this rank gets, and what the other ranks got.
 
     A second Ctrl-C, a second or more after the first, ends the process at once.
 
@@ -41,7 +41,7 @@ class StopRequest:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Takes the signals over, and gives them back at the end; a thread other than the main one cannot."""
+        """Handle the signals inside; a thread other than the main one cannot."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -62,7 +62,7 @@ class StopRequest:
         self._interrupted = self._interrupted or now
 
     def agreed(self) -> bool:
-        """Whether to stop now, the same on every rank; every rank must call it once per step.
+        """Tell whether to stop now, once per step, alike on all ranks. Collective.
 
         The ranks exchange one integer in main memory while they compute the next step and read the answer after it:
         a signal stops the run after the step it came in or the one after that.
@@ -72,7 +72,7 @@ class StopRequest:
         return stop
 
     def finish(self) -> None:
-        """Waits for what `agreed` left under way; every rank must call it before other collectives end the job."""
+        """Wait for what `agreed` left under way, before a job's end. Collective."""
         if self._answer is not None:
             self._answer()
             self._answer = None
@@ -80,7 +80,7 @@ class StopRequest:
 
 @contextmanager
 def signals_held() -> Iterator[None]:
-    """Processes started inside never get the signals of a stop; for this process they are only delayed.
+    """Keep the signals of a stop from processes started inside; delay them here.
 
     Terminals, launchers and schedulers signal whole process groups: without this, loader workers would die of a signal
     that asks the run to finish its step.
@@ -93,7 +93,7 @@ def signals_held() -> Iterator[None]:
 
 
 def write_marker(output: Path, *, checkpoint: Path, update: int, signals: list[str]) -> None:
-    """Says in the run's directory that the run is to be started again with --resume.
+    """Say in the run's directory that it is to be started again with --resume.
 
     Raises:
         OSError: it cannot be written.

@@ -1,4 +1,4 @@
-"""Make the data that needs no download: handwritten digits, and synthetic images to measure everything but data."""
+"""Make data that needs no download: handwritten digits, and random images."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ _PIXELS = 32
 
 
 def digits_tree(directory: Path) -> Path:
-    """Writes scikit-learn's 1,797 handwritten digits as ``train/<digit>/*.jpg`` and ``val/<digit>/*.jpg``.
+    """Write scikit-learn's handwritten digits as an ImageFolder tree.
 
     Every fifth image of a digit goes to val (355 of 1,797). The 8×8 scans are enlarged to 32×32 pixels. The tree
     appears under its name only when it is complete; several processes may call this at once.
@@ -75,11 +75,11 @@ class SyntheticSplit:
         return self._config.synthetic_images
 
     def fingerprint(self) -> list[str | int]:
-        """The number of images and classes."""
+        """Return the number of images and classes."""
         return [len(self), len(self.classes)]
 
     def __getitem__(self, key: SampleKey) -> tuple[torch.Tensor, int] | None:
-        """Image and label."""
+        """Return an image and its label."""
         key = SampleKey(*key)
         if key.image == IGNORED:
             return None

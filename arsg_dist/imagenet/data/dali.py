@@ -1,4 +1,4 @@
-"""NVIDIA DALI in place of Pillow: images decoded, cropped, resized and normalised on the GPU.
+"""Decode, crop, resize and normalise images on the GPU, by NVIDIA DALI.
 
 Order and randomness stay this program's: loader processes read the encoded bytes in the order asked for and draw the
 same crops and flips as without DALI, functions of (seed, epoch, image). DALI only computes pixels.
@@ -25,7 +25,7 @@ from arsg_dist.safe_io.text import printable
 
 
 def check_dali() -> None:
-    """Refuses DALI where it cannot run.
+    """Refuse DALI where it cannot run.
 
     Raises:
         ImportError: it is not installed.
@@ -79,7 +79,7 @@ class EncodedSplit(Dataset[Any]):
         self._config, self._train, self._seed = config, train, seed
 
     def __getitem__(self, key: SampleKey) -> Encoded | str | None:
-        """The image, a message if it is none, None for a place to be filled up."""
+        """Return the image, a message if it is none, None for a place to be filled up."""
         epoch, index, counts, batch_epoch = SampleKey(*key)
         if index == IGNORED:
             return None
@@ -135,7 +135,7 @@ class EncodedBatch:
     bad: list[str]
 
     def arrays(self) -> tuple[list[Any], ...]:
-        """Inputs of the pipeline: data, start, shape, part's start and end, mirror, size."""
+        """Return the pipeline's inputs: data, window, part, mirror, size."""
         return (
             [image.data for image in self.images],
             [np.array(image.window[:2], np.int32) for image in self.images],
@@ -148,7 +148,7 @@ class EncodedBatch:
 
 
 class CollateEncoded:
-    """Makes batches; places without a good image get a copy of a good one and IGNORED.
+    """Make batches; places without a good image get a copy of one, and IGNORED.
 
     Args:
         image_size: height and width of the black images in a batch that has no good one.
@@ -158,7 +158,7 @@ class CollateEncoded:
         self._image_size = image_size
 
     def __call__(self, samples: list[Encoded | str | None]) -> EncodedBatch:
-        """The batch of what `EncodedSplit` returned."""
+        """Return the batch of what `EncodedSplit` returned."""
         good = [sample for sample in samples if isinstance(sample, Encoded)]
         bad = [sample for sample in samples if isinstance(sample, str)]
         filler = Encoded(**{**vars(good[0] if good else self._black()), "label": IGNORED})
@@ -215,7 +215,7 @@ class DaliLoader:
         return batch.arrays()
 
     def __iter__(self) -> Iterator[Batch]:
-        """One pass, at a time; loader processes start here and not at the first batch."""
+        """Make one pass, at a time; loader processes start here, before the first batch."""
         self._feed = iter(self._encoded)
         return self._batches()
 

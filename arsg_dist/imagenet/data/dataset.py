@@ -1,4 +1,4 @@
-"""A split as batches on one rank: decoded, augmented and put together in the order asked for."""
+"""Load a split on one rank: images decoded, augmented and put into batches."""
 
 import multiprocessing
 import os
@@ -40,7 +40,7 @@ class Batch:
     bad: list[str]
 
     def pin_memory(self) -> "Batch":
-        """The same batch in page-locked memory (called by the DataLoader)."""
+        """Return the same batch in page-locked memory, for the DataLoader."""
         return Batch(self.images.pin_memory(), self.labels.pin_memory(), self.bad)
 
 
@@ -73,11 +73,11 @@ class ImageSplit(Dataset[Any]):
         return len(self.source)
 
     def fingerprint(self) -> list[str | int]:
-        """What must be equal on all ranks."""
+        """Return what must be equal on all ranks."""
         return self.source.fingerprint()
 
     def __getitem__(self, key: SampleKey) -> tuple[torch.Tensor, int] | str | None:
-        """Image and label, a message if the file cannot be decoded, None for a place to be filled up.
+        """Return image and label, a message if it is none, None for a place to fill up.
 
         What is random in the transform is a function of (seed, epoch, index), so that it does not depend on the
         number of ranks or workers, or on where a run was interrupted.
@@ -98,12 +98,12 @@ Split = ImageSplit | SyntheticSplit
 
 
 def cannot_decode(source: ImageSource, index: int, error: Exception) -> str:
-    """Say which image is no usable one, and why; file names and Pillow's words come from outside."""
+    """Say which image is no usable one, and why, in words that may be shown."""
     return printable(f"cannot decode image {source.name(index)}: {error}", limit=5000)
 
 
 def collate(samples: list[tuple[torch.Tensor, int] | str | None], *, image_size: int) -> Batch:
-    """A batch of fixed size; places without a good image get a copy of a good one (batch norm sees it) and IGNORED.
+    """Make a batch of fixed size; a good image and IGNORED fill it up.
 
     Args:
         samples: as `ImageSplit` returns them.
@@ -118,14 +118,14 @@ def collate(samples: list[tuple[torch.Tensor, int] | str | None], *, image_size:
 
 
 def _stack(images: list[torch.Tensor]) -> torch.Tensor:
-    """One tensor in the layout of the images: Pillow's is channels last, and rearranging takes longer than copying."""
+    """Stack images in their own layout: rearranging takes longer than copying."""
     if images[0].stride(0) == 1:
         return torch.stack([image.permute(1, 2, 0) for image in images]).permute(0, 3, 1, 2)
     return torch.stack(images)
 
 
 def open_splits(root: Path, config: DataConfig, *, seed: int) -> tuple[Split, Split]:
-    """The training and validation splits.
+    """Open the training and validation splits.
 
     Args:
         root: directory of both; of no meaning for synthetic data.
@@ -169,7 +169,7 @@ def _some(names: list[str]) -> str:
 def loader(
     split: Split, order: Sampler[list[SampleKey]], *, workers: int, image_size: int, pin_memory: bool
 ) -> DataLoader[Batch]:
-    """Batches in the given order."""
+    """Load batches in the given order."""
     make_batch = partial(collate, image_size=image_size)
     return process_loader(split, order, workers=workers, collate=make_batch, pin_memory=pin_memory)
 
@@ -177,7 +177,7 @@ def loader(
 def process_loader(
     split: Any, order: Sampler[list[SampleKey]], *, workers: int, collate: Any, pin_memory: bool
 ) -> DataLoader[Any]:
-    """What `collate` makes of the samples of a split, in the given order.
+    """Load what `collate` makes of a split's samples, in the given order.
 
     Worker processes are forked from a server that has only imported this: forking a rank that already communicates may
     hang, and importing everything anew takes each worker seconds.
@@ -201,7 +201,7 @@ def process_loader(
 
 
 def _end_with_the_rank(worker: int) -> None:
-    """Has a loader process end when its rank has ended, however that came.
+    """End a loader process when its rank has ended, however that came.
 
     Torch's own watch is for the process that forked it: here the server, which lives as long as what it forked.
     """
@@ -216,7 +216,7 @@ def _end_with_the_rank(worker: int) -> None:
 
 
 def batches(loader: Iterable[Batch]) -> Iterator[Batch]:
-    """One pass over a loader, whose worker processes are kept from the signals that stop a run."""
+    """Make one pass over a loader, whose processes do not get signals of a stop."""
     with signals_held():
         iterator = iter(loader)
     yield from iterator

@@ -1,4 +1,4 @@
-"""What a split's images come from, and how encoded bytes become an image."""
+"""Decode images from bytes of any origin."""
 
 import io
 import warnings
@@ -29,10 +29,10 @@ class ImageSource(Protocol):
     notes: list[str]
 
     def __len__(self) -> int:
-        """How many images there are."""
+        """Return how many images there are."""
 
     def read(self, index: int) -> tuple[bytes, int]:
-        """The encoded image and its label.
+        """Return the encoded image and its label.
 
         Raises:
             OSError: it cannot be read.
@@ -40,14 +40,14 @@ class ImageSource(Protocol):
         """
 
     def name(self, index: int) -> str:
-        """Where the image is, for messages."""
+        """Return where the image is, for messages."""
 
     def fingerprint(self) -> list[str | int]:
-        """What must be equal on all ranks."""
+        """Return what must be equal on all ranks."""
 
 
 def decode(encoded: bytes, *, max_pixels: int = DataConfig.max_image_pixels) -> Image.Image:
-    """The image in RGB, whatever its file is called and holds: grey, CMYK, palette, and any of `FORMATS`.
+    """Decode an image of any of `FORMATS` to RGB, be it grey, CMYK or a palette.
 
     Orientation in EXIF is not applied, as in every published ImageNet result.
 
@@ -68,7 +68,7 @@ def decode(encoded: bytes, *, max_pixels: int = DataConfig.max_image_pixels) -> 
 
 @contextmanager
 def open_image(encoded: bytes, *, max_pixels: int) -> Iterator[Image.Image]:
-    """Open an image, of which only the header is read, and is found to be usable.
+    """Open an image of which only the header is read, if that is usable.
 
     Args:
         encoded: of any origin.
@@ -109,14 +109,14 @@ def _require_usable(image: Any, max_pixels: int) -> None:
 
 
 def _require_few_scans(image: Image.Image, encoded: bytes) -> None:
-    """Refuse a progressive JPEG of empty scans: each takes a few bytes, and a pass over all pixels to decode."""
+    """Refuse a progressive JPEG of empty scans: each is a pass over all pixels."""
     scans = encoded.count(b"\xff\xda") if image.info.get("progressive") else 0
     if scans > _MOST_SCANS:
         raise ValueError(f"a JPEG of {scans:,} scans, where encoders write about 10")
 
 
 def _deep_colour(image: Any) -> bool:
-    """Whether Pillow, which has no mode for it, would cut colours of more than 8 bits per channel down."""
+    """Tell whether Pillow would cut colours of more than 8 bits per channel down."""
     if image.format == "PNG":
         return any(";16" in str(tile.args) for tile in image.tile)
     if image.format == "TIFF":

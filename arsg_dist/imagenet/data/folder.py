@@ -1,4 +1,4 @@
-"""Images as files: one directory per class."""
+"""Read images from files: an ImageFolder tree, one directory per class."""
 
 import os
 import unicodedata
@@ -63,25 +63,25 @@ class ImageTree:
         return len(self._samples)
 
     def read(self, index: int) -> tuple[bytes, int]:
-        """The bytes of a file and its class's number."""
+        """Return the bytes of a file and its class's number."""
         path, label = self._samples[index]
         return read_image(path, self._max_bytes), label
 
     def file(self, index: int) -> tuple[str, int]:
-        """Path and label of an image."""
+        """Return path and label of an image."""
         return self._samples[index]
 
     def name(self, index: int) -> str:
-        """The file's path."""
+        """Return the file's path."""
         return self._samples[index][0]
 
     def fingerprint(self) -> list[str | int]:
-        """The number of images and the classes."""
+        """Return the number of images and the classes."""
         return [len(self._samples), *self.classes]
 
 
 def read_image(path: str, max_bytes: int) -> bytes:
-    """Read an image file, or what a link in its place leads to: trees of links are a usual way to make a subset.
+    """Read an image file; a tree of links is a usual way to make a subset.
 
     Raises:
         OSError: it cannot be read.
@@ -95,7 +95,7 @@ def read_image(path: str, max_bytes: int) -> bytes:
 
 
 def require_class_names(names: Iterable[str], where: str) -> None:
-    """Refuse names of classes that would be more, or less, than a line of classes.txt.
+    """Refuse names of classes that are no single line of classes.txt.
 
     Raises:
         ValueError: one is empty, or has control or line-breaking characters or bytes that are no text.
@@ -108,7 +108,7 @@ def require_class_names(names: Iterable[str], where: str) -> None:
 
 
 def require_directory(directory: Path) -> None:
-    """Refuses a split that is not there, and says what is.
+    """Refuse a split that is not there, and say what is.
 
     Raises:
         ValueError: not a directory.
@@ -124,7 +124,7 @@ def require_directory(directory: Path) -> None:
 
 
 def _images(directory: Path) -> Iterator[str]:
-    """Paths of the images below a class's directory, in the order of ImageFolder, which runs are resumed by."""
+    """Find the images of a class in ImageFolder's order, which resumes rely on."""
     seen: set[tuple[int, int]] = set()
     below: list[tuple[str, list[str]]] = []
     for root, inner, files in os.walk(directory, followlinks=True):

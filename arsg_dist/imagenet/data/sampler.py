@@ -1,4 +1,4 @@
-"""Which image comes when: a function of (seed, epoch) alone, the same on any number of ranks."""
+"""Sample images by (seed, epoch) alone, alike on any number of ranks."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -84,19 +84,19 @@ class TrainingSampler(Sampler[list[SampleKey]]):
         self._seed = seed
 
     def after(self, position: int) -> int:
-        """The position after the update that starts at `position`."""
+        """Return the position after the update that starts at `position`."""
         return min(position + self._batch_size, self._end)
 
     def end_of(self, epoch: int) -> int:
-        """The position after which `epoch` has ended, if no batch reached over its border."""
+        """Return where `epoch` ends, if no batch reaches over its border."""
         return self._num_images * (epoch + 1)
 
     def updates_until(self, epoch: int, position: int) -> int:
-        """Updates from `position` to the end of `epoch`."""
+        """Count the updates from `position` to the end of `epoch`."""
         return max(0, -(-(min(self.end_of(epoch), self._end) - position) // self._batch_size))
 
     def weight(self, position: int) -> float:
-        """What the loss of the update at `position` has to be multiplied with to be a mean over real images.
+        """Return the factor that makes an update's loss a mean over real images.
 
         Engines average over nominal sizes; this is 1 but for a last update that is filled up.
         """
@@ -151,13 +151,13 @@ class ValidationSampler(Sampler[list[SampleKey]]):
 
 
 def seed_of(*parts: int) -> int:
-    """A 63-bit seed from non-negative integers; other integers, or another number of them, give an unrelated seed."""
+    """Make a 63-bit seed from non-negative integers, unrelated to that of others."""
     return int(np.random.SeedSequence((len(parts), *parts)).generate_state(1, np.uint64)[0] >> 1)
 
 
 @contextmanager
 def seeded(*parts: int) -> Iterator[None]:
-    """Inside, torch's CPU generator starts from `seed_of(parts)`; afterwards it goes on as if it had not."""
+    """Start torch's CPU generator from `seed_of(parts)` inside, and restore it."""
     state = torch.default_generator.get_state()
     # Not torch.manual_seed, which would also reseed the GPU's generator: dropout's.
     torch.default_generator.manual_seed(seed_of(*parts))

@@ -1,4 +1,4 @@
-"""`arsg-imagenet shard`: an ImageFolder tree becomes tar shards, every image checked on the way."""
+"""Write an ImageFolder tree as tar shards, every image checked on the way."""
 
 import argparse
 import hashlib
@@ -67,7 +67,7 @@ class Shard:
 
 
 def shard_command(arguments: list[str]) -> int:
-    """Runs `arsg-imagenet shard`.
+    """Run `arsg-imagenet shard`.
 
     Returns:
         The exit code: 0 done, 2 bad input, 3 there are images that cannot be decoded and --on-bad-image is error.
@@ -129,7 +129,7 @@ def shard(
     skip_bad: bool,
     limits: DataConfig | None = None,
 ) -> int:
-    """Writes the splits of `source` as shards; `destination` appears only when everything in it is complete.
+    """Write splits as shards; `destination` appears only when it is complete.
 
     Args:
         source: directory of the splits.
@@ -258,7 +258,7 @@ def _size(path: str) -> int:
 
 
 def write_shard(shard: Shard) -> Shard:
-    """Writes one tar and syncs it; every image is decoded to the end first."""
+    """Write one tar and sync it; every image is decoded to the end first."""
     with writing(shard.path) as file:
         hashing = _HashingFile(file)
         with tarfile.open(fileobj=hashing, mode="w|", format=tarfile.USTAR_FORMAT) as tar:

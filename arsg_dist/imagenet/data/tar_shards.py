@@ -1,4 +1,4 @@
-"""Images in few large files: WebDataset tar shards, read at any place through an index.
+"""Read images from WebDataset tar shards, at any place through an index.
 
 A split is a directory with ``shard-000000.tar`` …, each a plain tar of ``<number>.jpg`` and ``<number>.cls`` that any
 WebDataset reader takes, and beside them:
@@ -94,7 +94,7 @@ class TarShards:
         return len(self._index)
 
     def read(self, index: int) -> tuple[bytes, int]:
-        """The image in one read.
+        """Return the image, by one read, and its label.
 
         Raises:
             OSError: the shard cannot be read, or ends before the image does.
@@ -111,7 +111,7 @@ class TarShards:
         return encoded, label
 
     def name(self, index: int) -> str:
-        """The file the image was made from, and where it is now."""
+        """Return the file that the image was made from, and where it is now."""
         return f"{self._original(index)} (number {index}, in {self._paths[int(self._index[index]['shard'])]})"
 
     def _original(self, index: int) -> str:
@@ -127,7 +127,7 @@ class TarShards:
         return printable(line.decode(errors="replace").strip(), limit=LONGEST_NAME)
 
     def fingerprint(self) -> list[str | int]:
-        """The number of images, the classes and the index."""
+        """Return the number of images, the classes and the index's digest."""
         return [len(self), *self.classes, self._digest]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -176,7 +176,7 @@ def _require_description(directory: Path, description: dict[str, Any]) -> None:
 
 
 def _index_of(directory: Path, num_classes: int, sizes: list[int]) -> "np.ndarray[Any, Any]":
-    """The records, never a pickle, each within its shard."""
+    """Read the records, never a pickle, each within its shard."""
     refused = f"shards in {directory} cannot be used: {INDEX}"
     try:
         index: np.ndarray[Any, Any] = np.load(directory / INDEX, mmap_mode="r", allow_pickle=False)

@@ -1,4 +1,4 @@
-"""From decoded images to network inputs: transforms of single images, and mixing of whole training batches."""
+"""Transform decoded images to network inputs, and mix training batches."""
 
 from functools import cache
 from typing import Any
@@ -24,7 +24,7 @@ def _constants(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def normalised(images: Tensor) -> Tensor:
-    """Images as networks take them: float32, with the mean 0 and variance 1 of ImageNet's channels.
+    """Normalise images to mean 0 and variance 1 of ImageNet's channels, float32.
 
     Args:
         images: uint8, shape (batch, 3, height, width); floating ones are taken as normalised already.
@@ -42,7 +42,7 @@ def normalised(images: Tensor) -> Tensor:
 
 
 def train_size(config: DataConfig, epoch: int) -> int:
-    """Height and width of the training images of an epoch (counted from 0), pixels."""
+    """Return the side of an epoch's training images (counted from 0), pixels."""
     full, ramp = config.full_train_size, config.progressive
     if not ramp.start_size or epoch >= ramp.end_epoch:
         return full
@@ -52,7 +52,7 @@ def train_size(config: DataConfig, epoch: int) -> int:
 
 
 def val_resize(size: int) -> int:
-    """The shorter side of an image before its centre is cropped for validation, pixels."""
+    """Return the shorter side of an image before its validation crop, pixels."""
     return round(size * 256 / 224)
 
 
@@ -68,7 +68,7 @@ class TrainTransform:
         self._made: dict[int, Any] = {}
 
     def __call__(self, image: Image.Image, epoch: int) -> Tensor:
-        """A uint8 tensor of shape (3, size, size), with the epoch's size."""
+        """Return a uint8 tensor of shape (3, size, size), with the epoch's size."""
         size = train_size(self._config, epoch)
         if size not in self._made:
             self._made[size] = self._make(size)
@@ -105,7 +105,7 @@ class ValTransform:
         self._transform = v2.Compose([*steps, v2.PILToTensor()])
 
     def __call__(self, image: Image.Image, epoch: int) -> Tensor:
-        """A uint8 tensor of shape (3, image_size, image_size), the same in every epoch."""
+        """Return a uint8 tensor (3, image_size, image_size), alike in every epoch."""
         tensor: Tensor = self._transform(image)
         return tensor
 
@@ -134,7 +134,7 @@ class BatchMixing:
         self._seed = seed
 
     def __call__(self, images: Tensor, labels: Tensor, update: int) -> tuple[Tensor, Tensor]:
-        """Mixed images, and for each the probabilities its prediction is compared with.
+        """Mix images, and make the probabilities that predictions are compared with.
 
         Args:
             images: floating point, shape (batch, 3, height, width).
@@ -159,5 +159,5 @@ class BatchMixing:
 
 
 def cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
-    """Sum over the batch of the cross-entropy of `targets` (as `BatchMixing` returns them) and `logits`, in float32."""
+    """Sum the cross-entropy of `BatchMixing`'s targets and logits, in float32."""
     return functional.cross_entropy(logits.float(), targets, reduction="sum")

@@ -1,4 +1,4 @@
-"""Several runs beside each other, over epochs and over wall time: `arsg-imagenet compare RUN...`."""
+"""Compare several runs, over epochs and over wall time."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ class Run:
 
 
 def read_runs(directories: Sequence[Path]) -> list[Run]:
-    """Reads the runs to be compared.
+    """Read the runs to be compared.
 
     Raises:
         ValueError: a directory that holds no run, one with damaged files, or a run without a finished epoch; all of
@@ -61,7 +61,7 @@ def read_runs(directories: Sequence[Path]) -> list[Run]:
 
 
 def warnings(runs: Sequence[Run]) -> list[str]:
-    """Why the comparison may be none."""
+    """Say why the comparison may be none."""
     first, found = runs[0], []
     for run in runs[1:]:
         if run.data != first.data:
@@ -74,7 +74,7 @@ def warnings(runs: Sequence[Run]) -> list[str]:
 
 
 def table(runs: Sequence[Run]) -> str:
-    """A Markdown table, one row per run."""
+    """Make a Markdown table, one row per run."""
     lines = [
         "| run | model | optimizer | engine, ranks | batch | epochs | best top-1 (epoch) | last top-1 | last val loss "
         "| last train loss | images/s | hours |",
@@ -108,7 +108,7 @@ def _numbers(params: dict[str, Any]) -> str:
 
 
 def draw(runs: Sequence[Run], path: Path) -> None:
-    """Draw training loss, validation loss and validation error of all runs, over epochs and over hours.
+    """Draw losses and accuracy of all runs, over epochs and over hours.
 
     Args:
         runs: to be drawn.

@@ -1,4 +1,4 @@
-"""With what was a run made: code, packages, machine."""
+"""Record code revision, package versions and hardware of a run."""
 
 import platform
 import re
@@ -29,7 +29,7 @@ _PACKAGES = (
 
 
 def describe(engine: Engine, *, hosts: list[str], data: str, seed: int) -> dict[str, Any]:
-    """What a start of a run depends on beside its settings, as plain values for YAML.
+    """Describe what a start depends on beside its settings, for YAML.
 
     Args:
         engine: of the run.
@@ -63,7 +63,7 @@ def _version(package: str) -> str | None:
 
 
 def checkout(root: Path) -> dict[str, Any] | None:
-    """Read the revision of a git checkout from its files: running git would run what its settings name.
+    """Read a checkout's revision from its files: git runs what its settings name.
 
     Whether files were changed since is not asked; `code_digest` tells one edited checkout from another.
 
@@ -89,7 +89,7 @@ _REVISION = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
 def _value(git: Path, common: Path, reference: str) -> str:
-    """The revision that a reference stands for; "" if it has none."""
+    """Read the revision that a reference stands for; "" if it has none."""
     for directory in (git, common):
         path = inside(directory, *reference.split("/"))
         if path.exists():

@@ -1,4 +1,4 @@
-"""Weights of a run for other programs, with a model card: `arsg-imagenet export RUN --output DIR`.
+"""Export a run's weights for other programs, with a model card.
 
 The run may be somebody else's, and what is exported may be published: no link in it is followed, and text of the run
 stands in the card as text, not as Markdown or as code.
@@ -33,7 +33,7 @@ CARD = "README.md"
 
 
 def export(run: Path, output: Path, weights: str = BEST) -> Path:
-    """Copies a run's weights into a directory of their own, with model card, settings and class names.
+    """Copy a run's weights, with model card, settings and class names.
 
     Args:
         run: directory of a run with at least one finished epoch.
@@ -162,7 +162,7 @@ def _start(start: dict[str, Any]) -> str:
 
 
 def _code(text: object, *, limit: int = 200) -> str:
-    """Text of a run as a code span, in which Markdown has no meaning."""
+    """Write text of a run as a code span, in which Markdown has no meaning."""
     shown = printable(text, limit=limit)
     ticks = _longer_than_any("`", 1, shown)
     inner = f" {shown} " if shown[:1] in ("`", " ", "") or shown[-1:] == "`" else shown
@@ -170,7 +170,7 @@ def _code(text: object, *, limit: int = 200) -> str:
 
 
 def _fenced(language: str, lines: list[str]) -> list[str]:
-    """A block of code that nothing in it can end."""
+    """Write a block of code that nothing in it can end."""
     fence = _longer_than_any("`", 3, "\n".join(lines))
     return [fence + language, *lines, fence]
 
@@ -181,7 +181,7 @@ def _longer_than_any(character: str, least: int, text: str) -> str:
 
 
 def _loading(model: str, num_classes: int, file: str) -> list[str]:
-    """The lines of Python that build a model of `_MODEL` and load a file of ours."""
+    """Write Python that builds a model of `_MODEL` and loads a file of ours."""
     if model == "resnet20":
         build = [
             "from arsg_dist.imagenet.models import build_model",

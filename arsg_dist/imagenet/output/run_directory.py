@@ -107,7 +107,7 @@ def read_settings(directory: Path) -> dict[Any, Any]:
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """Read the settings of a run as far as they are shown, checked; what else is in it is kept as it is.
+    """Read a run's settings; those that are shown are checked.
 
     Args:
         directory: of the run.
@@ -122,7 +122,7 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def read_environments(directory: Path) -> list[dict[str, Any]]:
-    """Read what was saved at each of the last starts of a run, the oldest first; empty if nothing was.
+    """Read what was saved at each of a run's last starts, the oldest first.
 
     Args:
         directory: of the run.
@@ -163,7 +163,7 @@ _SHOWN_OF_A_START: Final[dict[str, Any]] = {
 
 
 def _check_kinds(found: Any, kinds: Mapping[str, Any], path: Path, what: str = "") -> None:
-    """Raise ValueError unless there is a mapping with such keys, and values of these types or mappings."""
+    """Raise ValueError unless a mapping has these keys, and values of these kinds."""
     if not isinstance(found, dict):
         raise ValueError(f"{path} is damaged: {what or 'it'} is no mapping")
     for key, kind in kinds.items():
@@ -190,7 +190,7 @@ def read_classes(directory: Path) -> list[str]:
 
 
 def read_metrics(directory: Path) -> Iterator[dict[str, Any]]:
-    """Read the records of a run one after another; a last one cut off by a crash is left out.
+    """Read a run's records one by one, without a last one that a crash cut off.
 
     Each has a `kind`, an `update`, and numbers; those of the kind "epoch" have what a finished epoch has.
 

@@ -1,4 +1,4 @@
-"""Record a run while it trains: settings, JSON lines, TensorBoard events, a learning-curve picture."""
+"""Record a run while it trains: settings, metrics, learning curve."""
 
 import json
 import os
@@ -36,7 +36,7 @@ _STARTS_KEPT: Final = 200
 
 
 class RunLog:
-    """Writes a run's records; used on rank 0 only.
+    """The records of a run, on rank 0: YAML, JSON lines, TensorBoard events.
 
     Args:
         directory: of the run; created if missing.
@@ -118,7 +118,7 @@ class RunLog:
                     self._seconds_before = record.get("seconds", 0.0)
 
     def write(self, kind: str, update: int, values: dict[str, float]) -> None:
-        """Adds a record; it gets `seconds`, the run's wall time over all its starts.
+        """Add a record; it gets `seconds`, the run's wall time over all its starts.
 
         Args:
             kind: "train" (a few updates) or "epoch" (with the validation).
@@ -133,7 +133,7 @@ class RunLog:
             self._board.add_scalar(f"{kind}/{name}", value, update)
 
     def close(self) -> Path:
-        """Draws the learning curve and closes the files; returns the picture's path."""
+        """Draw the learning curve and close the files; return the picture's path."""
         self._board.close()
         if self._wandb:
             self._wandb.finish()
@@ -141,7 +141,7 @@ class RunLog:
 
 
 def import_wandb() -> Any:
-    """The package of Weights & Biases, told not to run git in the current directory unless the user wants it to.
+    """Import wandb, told to run no git here unless the user wants it to.
 
     Raises:
         ImportError: it is not installed.

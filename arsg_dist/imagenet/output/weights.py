@@ -1,4 +1,4 @@
-"""Weights as files any PyTorch program reads: RUN/weights/{last,best,ema}.safetensors, after every epoch."""
+"""Write a run's weights as files that any PyTorch program reads."""
 
 import json
 import os
@@ -46,7 +46,7 @@ class WeightFiles:
             self._best = known[BEST]["val_top1"]
 
     def save(self, name: str, weights: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-        """Writes NAME.safetensors, and best.safetensors if no epoch before had this validation accuracy.
+        """Write NAME.safetensors, and best.safetensors if no epoch before was as good.
 
         Args:
             name: `LAST` or `EMA`.
@@ -70,7 +70,7 @@ class WeightFiles:
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """Read what `WeightFiles.save` wrote beside the weights: "epoch", "val_top1" and "weights", and perhaps more.
+    """Read "epoch", "val_top1" and "weights", written beside the weights.
 
     Args:
         path: of the file.

@@ -92,7 +92,7 @@ class Position:
 
 
 class RunCheckpoints:
-    """The checkpoints of one run: the engine's state, schedules, weight average, place in the data, rank states.
+    """The checkpoints of one run: engine, stateful parts, position, rank states.
 
     Args:
         parts: of the run.
@@ -210,7 +210,7 @@ class RunCheckpoints:
         return at, notes
 
     def _newest(self, *, skip_damaged: bool) -> tuple[SavedRun, list[str]]:
-        """The newest checkpoint, every byte of it checked by one of the ranks; what was skipped. Collective."""
+        """Find the newest checkpoint, and check every byte on some rank. Collective."""
         communicator = self._parts.communicator
         names = communicator.from_rank_0([path.name for path in self._store.complete()])
         complete = [inside(self._store.directory, name) for name in names]
@@ -239,7 +239,7 @@ class RunCheckpoints:
         raise JobError("\n".join([*notes, nothing]))
 
     def _fixed(self) -> dict[str, int]:
-        """Settings that what follows in a run has to share with what came before."""
+        """Return the settings that no start of a run may change."""
         return {name: getattr(self._parts.config, name) for name in _WHY_FIXED}
 
 
@@ -254,7 +254,7 @@ def _of_tensors(state: dict[str, Any]) -> bool:
 
 
 def _saved_state(saved: SavedRun, name: str, part: Stateful) -> Any:
-    """Read the state of a part: its tensors, checked to have its own shapes, or its plain values as they are."""
+    """Read the state of a part: tensors of its shapes, or plain values unchecked."""
     own = part.state_dict()
     if not _of_tensors(own):
         return saved.progress[name]

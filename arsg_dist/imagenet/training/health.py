@@ -1,4 +1,4 @@
-"""What can go wrong on one rank without an error, watched while a run trains."""
+"""Watch for what goes wrong on one rank without an error."""
 
 import socket
 import statistics
@@ -33,7 +33,7 @@ class RankReport:
 
 
 class HealthMonitor:
-    """Losses and gradients that are not finite, ranks that are slow, and weights that differ between ranks.
+    """What is not finite, ranks that are slow, weights that differ between ranks.
 
     Args:
         config: of the run.
@@ -53,7 +53,7 @@ class HealthMonitor:
 
     @contextmanager
     def own_time(self) -> Iterator[None]:
-        """Around what a rank does by itself."""
+        """Time what a rank does by itself."""
         on_cuda = self._engine.device.type == "cuda"
         if on_cuda:
             events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]  # type: ignore[no-untyped-call]
@@ -67,7 +67,7 @@ class HealthMonitor:
             self._own_seconds += time.perf_counter() - begin
 
     def before_update(self, update: int) -> None:
-        """To be called before the first backward pass of an update, counted from 1."""
+        """Prepare for an update, counted from 1, before its first backward pass."""
         every = self._config.check_replicas_every
         if every and update % every == 0:
             self._engine.check_next_sums()
@@ -75,13 +75,13 @@ class HealthMonitor:
             self._buffers_before = [buffer.clone() for buffer in self._buffers]
 
     def finite(self, loss: torch.Tensor, update: int) -> torch.Tensor:
-        """A micro-batch's loss of this rank, 0 in place of NaN and infinity, which are noted; waits for nothing."""
+        """Return a loss, 0 in place of NaN and infinity, which are noted; wait for none."""
         good = loss.detach().isfinite()
         self._first_nonfinite = torch.minimum(self._first_nonfinite, torch.where(good, _NEVER, update))
         return torch.where(good, loss.detach(), 0)
 
     def after_update(self, update: int) -> None:
-        """Judges the update just made.
+        """Judge the update just made. Collective.
 
         Raises:
             JobError: on every rank: too many updates without a finite gradient, or weights that differ.
@@ -112,7 +112,7 @@ class HealthMonitor:
             check_replicas(engine.communicator, engine.replicated_tensors())
 
     def report(self) -> RankReport:
-        """What this rank saw since the last report."""
+        """Return what this rank saw since the last report."""
         for begin, end in self._events:
             end.synchronize()
             self._own_seconds += begin.elapsed_time(end) / 1000
@@ -123,7 +123,7 @@ class HealthMonitor:
         return report
 
     def judge(self, reports: list[RankReport]) -> list[str]:
-        """What is to be said about the ranks since the last report.
+        """Say what there is to say about the ranks since the last report.
 
         Args:
             reports: of all ranks.
@@ -161,7 +161,7 @@ class HealthMonitor:
         return notes
 
     def require_finite_weights(self) -> None:
-        """Keeps weights that are not finite out of a checkpoint. Every rank must call it.
+        """Keep weights that are not finite out of a checkpoint. Collective.
 
         Raises:
             JobError: on every rank.

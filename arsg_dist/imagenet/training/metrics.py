@@ -1,4 +1,4 @@
-"""Loss and accuracy over a whole split, exact on any number of ranks."""
+"""Measure loss and accuracy of a whole split, exact on any number of ranks."""
 
 from dataclasses import dataclass
 
@@ -28,13 +28,13 @@ class Evaluation:
 
 
 class Totals:
-    """Sums over the images of one rank, in float64, added up over the ranks at the end."""
+    """Sums over the images of one rank, in float64; added up over the ranks once."""
 
     def __init__(self, device: torch.device) -> None:
         self._sums = torch.zeros(4, dtype=torch.float64, device=device)
 
     def add(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
-        """Counts a batch.
+        """Count a batch.
 
         Args:
             logits: shape (batch, classes), any floating dtype.
@@ -53,7 +53,7 @@ class Totals:
         )
 
     def over_all_ranks(self, communicator: Communicator) -> Evaluation:
-        """The means over the images of all ranks; every rank must call it.
+        """Return the means over the images of all ranks. Collective.
 
         Raises:
             ValueError: no image counted.
@@ -65,7 +65,7 @@ class Totals:
 
 
 def average_buffers(module: nn.Module, communicator: Communicator) -> None:
-    """Gives every rank the mean over the ranks of each floating-point buffer (batch norm's running statistics).
+    """Average the floating-point buffers over the ranks. Collective.
 
     Ranks collect these statistics from their own images; without this, every rank would evaluate and save another
     model.

@@ -1,4 +1,4 @@
-"""The optimizer, its parameter groups and the schedules that a recipe names."""
+"""Build the optimizer, parameter groups and schedules that a recipe names."""
 
 import inspect
 import math
@@ -21,7 +21,7 @@ from arsg_dist.safe_io.text import printable
 def build_optimizer(
     config: OptimizerConfig, parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]]
 ) -> torch.optim.Optimizer:
-    """The optimizer of a recipe over parameters, or over groups from `parameter_groups`.
+    """Build a recipe's optimizer over parameters, or groups of `parameter_groups`.
 
     Raises:
         ValueError: no such optimizer, a key it does not have, or a value it refuses.
@@ -47,7 +47,7 @@ def build_optimizer(
 
 
 def check_optimizer(config: OptimizerConfig) -> None:
-    """Refuse an optimizer that cannot be built, by building it over a parameter of no use.
+    """Refuse an optimizer that cannot be built, by building it over a dummy.
 
     Raises:
         ValueError: as `build_optimizer`.
@@ -56,7 +56,7 @@ def check_optimizer(config: OptimizerConfig) -> None:
 
 
 def parameter_groups(module: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """The trainable parameters as optimizer groups: one, or a second one without weight decay for norms and biases."""
+    """Group the trainable parameters: norms and biases apart if they do not decay."""
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     if config.decay_norm_and_bias:
         return [{"params": parameters}]
@@ -68,7 +68,7 @@ def parameter_groups(module: nn.Module, config: OptimizerConfig) -> list[dict[st
 
 
 class Schedules:
-    """Learning rate and μ over the run: the recipe's schedule, and the observation boost where it asks for one.
+    """Learning rate and μ over the run: the recipe's schedule and boost.
 
     Args:
         config: of the run.
@@ -102,11 +102,11 @@ class Schedules:
             )
 
     def after_update(self) -> None:
-        """To be called after every weight update."""
+        """Step the learning rate, after every weight update."""
         self._schedule.step()
 
     def after_epoch(self, mean_loss: float) -> None:
-        """To be called by every rank after every epoch.
+        """Step the boost, after every epoch. Collective.
 
         Args:
             mean_loss: training loss of the epoch, over all ranks; the boost leaves one that is not finite out.
@@ -118,12 +118,12 @@ class Schedules:
         self._boost.step()
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers and lists."""
+        """Return plain numbers and lists."""
         boost = self._boost.state_dict() if self._boost else None
         return {"schedule": self._schedule.state_dict(), "boost": boost}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues from a saved state; lr and mu come with the optimizer's own.
+        """Go on from a saved state; lr and mu come with the optimizer's own.
 
         Args:
             state: what `state_dict` gave, perhaps of somebody else's run.
@@ -148,7 +148,7 @@ class Schedules:
 
 
 def _check_like(saved: Any, own: Any, what: str) -> None:
-    """Raise ValueError unless a saved state has no other keys than our own, and values of the same kinds."""
+    """Raise ValueError unless a saved state has only our keys, and our kinds."""
     number = (int, float)
     if isinstance(own, dict) and isinstance(saved, dict):
         for key, value in saved.items():
@@ -165,7 +165,7 @@ def _check_like(saved: Any, own: Any, what: str) -> None:
 
 
 def lr_factor(config: TrainConfig, updates_per_epoch: float, update: int) -> float:
-    """What the recipe's learning rate is multiplied by, before any boost.
+    """Return the factor on the recipe's learning rate, before any boost.
 
     Args:
         config: of the run.
@@ -189,6 +189,6 @@ def lr_factor(config: TrainConfig, updates_per_epoch: float, update: int) -> flo
 
 
 def shown_hyperparameters(optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """Learning rate and, where the optimizer has one, μ, of the first group: what progress displays show."""
+    """Return the first group's learning rate and, if it has one, μ, to be shown."""
     group: dict[str, Any] = optimizer.param_groups[0]
     return {key: float(group[key]) for key in ("lr", "mu") if key in group}

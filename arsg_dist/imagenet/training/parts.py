@@ -95,7 +95,7 @@ class RunParts:
 
     @property
     def stateful(self) -> dict[str, Stateful | None]:
-        """What a checkpoint holds beside the engine's state, by its name there; None: the recipe has none."""
+        """What a checkpoint holds beside the engine, by name; None: switched off."""
         return {"schedules": self.schedules, "ema": self.average}
 
     @property
@@ -120,7 +120,7 @@ class RunParts:
         return logits
 
     def to_device(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Move a batch to the device: images as the engine's module takes them, and labels."""
+        """Move a batch to the device, its images as the engine's module takes them."""
         device = self.engine.device
         layout = torch.channels_last if self.config.channels_last else torch.contiguous_format
         images = normalised(batch.images.to(device, non_blocking=True))

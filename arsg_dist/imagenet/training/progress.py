@@ -1,4 +1,4 @@
-"""What a running training shows and records: rates, waiting for data, time left, records, pictures."""
+"""Show a running training: rates, waiting for data, time left, records."""
 
 import math
 import os
@@ -30,12 +30,12 @@ class Stretch:
     waited: float = 0.0
 
     def seconds(self) -> float:
-        """How long it lasts."""
+        """Return how long it lasts."""
         return time.perf_counter() - self.started
 
 
 class Progress:
-    """Progress bar, speed and records of a run. Every rank has one; only rank 0 shows and writes.
+    """Progress bar, speed and records of a run; only rank 0 shows and writes.
 
     Args:
         log: the run's records, on rank 0 only.
@@ -66,7 +66,7 @@ class Progress:
         self._recent = self._epoch = Stretch(self._started)
 
     def begin_epoch(self, title: str, updates: int) -> None:
-        """Starts the bar and the clocks of an epoch of so many updates."""
+        """Start the bar and the clocks of an epoch of so many updates."""
         self._bar = tqdm(
             total=updates * self._batch_size,
             unit=" images",
@@ -80,7 +80,7 @@ class Progress:
         self._recent, self._epoch = Stretch(now), Stretch(now)
 
     def waiting(self, batches: Iterable[T]) -> Iterator[T]:
-        """The same batches, timing how long each `next` takes: on a GPU the longest it can have stood still."""
+        """Time how long each `next` takes: the longest that a GPU can have stood still."""
         iterator = iter(batches)
         while True:
             begin = time.perf_counter()
@@ -94,13 +94,13 @@ class Progress:
             yield batch
 
     def updated(self) -> None:
-        """One weight update was made."""
+        """Count a weight update."""
         self._bar.update(self._batch_size)
         self._recent.images += self._batch_size // self._world_size
         self._epoch.images += self._batch_size // self._world_size
 
     def waited_share(self) -> float:
-        """Share of this rank's time since the last record that it waited for data, 0 … 1."""
+        """Return the share of time since the last record that data took, 0 … 1."""
         return self._recent.waited / max(self._recent.seconds(), 1e-9)
 
     def record(
@@ -112,7 +112,7 @@ class Progress:
         *,
         skipped: int = 0,
     ) -> None:
-        """Writes a training record and refreshes the bar.
+        """Write a training record and refresh the bar.
 
         Args:
             update: weight updates made so far.
@@ -138,13 +138,13 @@ class Progress:
         self._recent = Stretch(time.perf_counter())
 
     def seconds_left(self, update: int) -> float:
-        """Time to the end of the run at the pace of this start so far, validation included; NaN if unknown."""
+        """Return the seconds to the run's end at this start's pace; NaN if unknown."""
         done = update - self._first_update
         pace = (time.perf_counter() - self._started) / done if done else math.nan
         return pace * (self._total_updates - update)
 
     def end_epoch(self) -> dict[str, float]:
-        """Closes the bar; returns speed over the epoch and this rank's waiting share."""
+        """Close the bar; return speed over the epoch and this rank's waiting share."""
         self._bar.close()
         share = self._epoch.waited / max(self._epoch.seconds(), 1e-9)
         return {**self._speed(self._epoch), "data_wait_share": share}
@@ -162,7 +162,7 @@ class Progress:
         bad_images: int,
         image_size: int,
     ) -> None:
-        """Writes and shows the record of a finished epoch (counted from 1)."""
+        """Write and show the record of a finished epoch (counted from 1)."""
         if not self.log:
             return
         values = {
@@ -185,7 +185,7 @@ class Progress:
         )
 
     def say(self, message: str) -> None:
-        """Prints a line beside the bar, on rank 0."""
+        """Print a line beside the bar, on rank 0."""
         if self._leader:
             tqdm.write(message)
 

@@ -1,4 +1,4 @@
-"""What differs between ranks and belongs to a checkpoint: random states, and batch norm's running statistics."""
+"""Save what differs between ranks: random states, and running statistics."""
 
 import random
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ _RANDOM_STATE_NUMEL = 100_000  # torch's has 5,056 bytes
 
 
 def seed_rank(seed: int, rank: int, update: int = 0) -> None:
-    """Gives this rank random numbers of its own (dropout, stochastic depth)."""
+    """Seed this rank's own random numbers (dropout, stochastic depth)."""
     number = seed_of(seed, rank, update, 1)
     torch.manual_seed(number)
     random.seed(number)
@@ -26,7 +26,7 @@ def seed_rank(seed: int, rank: int, update: int = 0) -> None:
 
 
 def add_rank_state(state: EngineState, modules: dict[str, nn.Module], rank: int) -> None:
-    """Adds what belongs to this rank alone to a checkpoint.
+    """Add what belongs to this rank alone to a checkpoint.
 
     Args:
         state: of the engine on this rank.
@@ -55,7 +55,7 @@ def add_rank_state(state: EngineState, modules: dict[str, nn.Module], rank: int)
 def load_rank_state(
     saved: SavedRun, modules: dict[str, nn.Module], communicator: Communicator, *, seed: int, update: int
 ) -> bool:
-    """Restores what `add_rank_state` added.
+    """Restore what `add_rank_state` added.
 
     On another number of ranks there is no rank to continue: running statistics become the mean over the old ranks,
     and random states start from (seed, rank, update).

@@ -1,4 +1,4 @@
-"""Build a training from its settings: input checked, parts made, the same on every engine."""
+"""Build a training from its settings, the same on every engine."""
 
 import dataclasses
 import hashlib
@@ -31,7 +31,7 @@ from arsg_dist.imagenet.training.trainer import Trainer
 
 
 def train(config: TrainConfig, start: Start, ranks: Ranks, communicator: Communicator) -> int:
-    """Train from the start, or the last checkpoint, to the end or a signal. Collective.
+    """Train from the start or the last checkpoint, to the end or a signal. Collective.
 
     Returns:
         The exit code: 0, or `PREEMPTED` after a signal, with a checkpoint written.
@@ -87,7 +87,7 @@ def train(config: TrainConfig, start: Start, ranks: Ranks, communicator: Communi
 
 
 def _check(config: TrainConfig, start: Start, world_size: int) -> EngineBuilder:
-    """Refuse what is known to be wrong before anything is made; return what builds the engine."""
+    """Refuse what is wrong before anything is made; return the engine's builder."""
     check_output(start.output, resume=start.resume)
     config.micro_batch_size(world_size)
     check_optimizer(config.optimizer)
@@ -99,7 +99,7 @@ def _check(config: TrainConfig, start: Start, world_size: int) -> EngineBuilder:
 
 
 def _open_data(config: TrainConfig) -> tuple[Split, Split]:
-    """Open the training and validation splits; without a root the digits, written on first use."""
+    """Open both splits; without a root those of the digits, made on first use."""
     data = config.data
     use_digits = data.source == "folder" and data.root is None
     root = digits_tree(DIGITS) if use_digits else Path(data.root or "")
@@ -152,7 +152,7 @@ def _loader(
 
 
 def share_cores(communicator: Communicator) -> list[str]:
-    """Divide each host's cores among its ranks, which would each use them all. Collective.
+    """Divide each host's cores among its ranks. Collective.
 
     Returns:
         The host name of every rank.

@@ -138,7 +138,7 @@ class Trainer:
             say("settings changed since the run was started: " + "; ".join(self._log.changed))
 
     def _validate(self, loop: "EpochLoop") -> _Validated | None:
-        """Validate the weights and their moving average; None if a signal ended it. Collective."""
+        """Validate weights and their average; None: a signal ended it. Collective."""
         parts = self._parts
         average_buffers(parts.model, parts.communicator)
         with parts.engine.base_iterate() if parts.config.evaluate_at == "theta" else nullcontext():
@@ -196,7 +196,7 @@ class Trainer:
         say(f"outputs in {output}: metrics.jsonl, {curve.name}, tensorboard/, checkpoints/, weights/")
 
     def _stopped(self) -> int:
-        """End the run, which has just been saved, so that it can be started again. Collective."""
+        """End the run, just saved, so that it can be started again. Collective."""
         stop, communicator, update = self._parts.stop, self._parts.communicator, self._at.update
         self._checkpoints.finish()
         stop.finish()
@@ -215,7 +215,7 @@ class Trainer:
 
 
 class EpochLoop:
-    """The steps of the epochs, and of the validation after each, from a position of a run on.
+    """The steps of epochs and their validation, from a position of a run on.
 
     Args:
         parts: of the run.
@@ -301,7 +301,7 @@ class EpochLoop:
         return progress.end_epoch()
 
     def evaluate(self, module: nn.Module) -> Evaluation | None:
-        """Measure loss and accuracy over the validation split; None if a signal ended it. Collective."""
+        """Measure over the validation split; None: a signal ended it. Collective."""
         parts = self._parts
         module.eval()
         totals, bad = Totals(parts.engine.device), list[str]()
@@ -317,7 +317,7 @@ class EpochLoop:
             return totals.over_all_ranks(parts.communicator)
 
     def _exchange(self, loss_sum: float, images: int, bad: list[str]) -> tuple[float, int, list[float]]:
-        """Add up over the ranks; images not decoded end the run, or are counted. Collective."""
+        """Add up over the ranks; bad images end the run or are counted. Collective."""
         report = dataclasses.astuple(self._health.report())
         mine = (loss_sum, images, bad, self._progress.waited_share(), report)
         of_ranks = self._parts.communicator.all_gather_object(mine)
