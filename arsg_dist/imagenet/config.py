@@ -365,8 +365,7 @@ class TrainConfig(Section):
     max_skipped_updates: Count = 10
     """with on_nonfinite "skip", how many one after another do not end the run."""
     straggler_factor: Annotated[
-        float,
-        Must("more than 1, or 0 for no warning", lambda value: value == 0 or 1 < value < math.inf),
+        float, Must("more than 1, or 0 for no warning", lambda value: value == 0 or 1 < value < math.inf)
     ] = 2.0
     """warn of a rank that takes more than this times as long as most others for its own part of an update, loading and
     forward pass; 0 for never."""

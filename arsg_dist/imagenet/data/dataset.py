@@ -55,12 +55,7 @@ class ImageSplit(Dataset[Any]):
     """
 
     def __init__(
-        self,
-        source: ImageSource,
-        transform: Any,
-        *,
-        seed: int,
-        max_pixels: int = DataConfig.max_image_pixels,
+        self, source: ImageSource, transform: Any, *, seed: int, max_pixels: int = DataConfig.max_image_pixels
     ) -> None:
         self.classes = source.classes
         self.notes = source.notes

@@ -123,9 +123,7 @@ def draw(runs: Sequence[Run], path: Path) -> None:
     figure = Figure(figsize=(13, 7), layout="constrained")
     grid = figure.subplots(2, 3)
     for row, (label, quantity, unit) in zip(
-        grid,
-        (("epoch", "epoch", 1.0), ("hours", "seconds", 1 / 3600)),
-        strict=True,
+        grid, (("epoch", "epoch", 1.0), ("hours", "seconds", 1 / 3600)), strict=True
     ):
         for axes, (key, title, scale) in zip(
             row,

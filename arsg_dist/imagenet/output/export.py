@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from arsg_dist.imagenet.data.transforms import val_resize
 from arsg_dist.imagenet.models import TIMM
 from arsg_dist.imagenet.output.run_directory import (
     CLASSES,
@@ -118,7 +119,7 @@ def _card(run: Path, files: dict[str, Path]) -> str:
         f"RGB, {config['data']['image_size']} × {config['data']['image_size']} pixels, scaled to 0 … 1, mean "
         "(0.485, 0.456, 0.406), standard deviation (0.229, 0.224, 0.225); "
         + (
-            f"resized to {round(config['data']['image_size'] * 256 / 224)} and centre-cropped."
+            f"resized to {val_resize(config['data']['image_size'])} and centre-cropped."
             if config["data"]["augmentation"] == "imagenet"
             else "resized."
         )

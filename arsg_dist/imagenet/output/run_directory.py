@@ -8,12 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from arsg_dist.safe_io.documents import parse_json, read_yaml
-from arsg_dist.safe_io.files import (
-    MiB,
-    inside,
-    open_regular,
-    read_text,
-)
+from arsg_dist.safe_io.files import MiB, inside, open_regular, read_text
 from arsg_dist.safe_io.text import printable
 
 CONFIG = "config.yaml"
@@ -89,15 +84,7 @@ def check_output(directory: Path, *, resume: bool) -> None:
 
 
 def read_settings(directory: Path) -> dict[Any, Any]:
-    """Read the settings of a run as they are, unchecked.
-
-    Args:
-        directory: of the run.
-
-    Raises:
-        FileNotFoundError: there are none.
-        ValueError: they are no YAML, or no mapping.
-    """
+    """Read the settings of a run, unchecked but for being a mapping: else a ValueError."""
     settings = read_yaml(directory / CONFIG)
     if settings is None:  # empty: a start of an earlier version met a full disk
         return {}

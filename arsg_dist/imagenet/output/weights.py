@@ -1,4 +1,4 @@
-"""Write a run's weights as files that any PyTorch program reads."""
+"""Write a run's weights for any PyTorch program: weights/{last,best,ema}.safetensors."""
 
 import json
 import os

@@ -105,11 +105,7 @@ def _settings(config: TrainConfig, config_file: str | None) -> TrainingSettings:
 
 
 def build_engine(
-    builder: EngineBuilder,
-    module: nn.Module,
-    config: TrainConfig,
-    communicator: Communicator,
-    ranks: Ranks,
+    builder: EngineBuilder, module: nn.Module, config: TrainConfig, communicator: Communicator, ranks: Ranks
 ) -> Engine:
     """Put a network under its engine, on this rank's device. Collective."""
     # Convolutions of one size are worth trying out; sizes that change would be tried out again and again.

@@ -191,10 +191,7 @@ class Progress:
 
     def _speed(self, stretch: Stretch) -> dict[str, float]:
         per_rank = stretch.images / max(stretch.seconds(), 1e-9)
-        return {
-            "images_per_second": per_rank * self._world_size,
-            "images_per_second_per_rank": per_rank,
-        }
+        return {"images_per_second": per_rank * self._world_size, "images_per_second_per_rank": per_rank}
 
 
 def _prefixed(prefix: str, evaluation: Evaluation) -> dict[str, float]:
