@@ -252,7 +252,7 @@ def _pipeline(source: Any, batch_size: int, device: torch.device) -> Any:
             axis_names="HW",
             device="mixed" if gpu else "cpu",
             output_type=types.RGB,
-            adjust_orientation=False,  # as in image_source.decode
+            adjust_orientation=False,  # as in decoding.decode
         )
         images = fn.resize(
             images,
