@@ -32,9 +32,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from arsg_dist import ARSG
-from arsg_dist.imagenet.augmentation import normalised
 from arsg_dist.imagenet.config import DataConfig
-from arsg_dist.imagenet.data import SampleKey, loader, open_splits
+from arsg_dist.imagenet.data.dataset import loader, open_splits
+from arsg_dist.imagenet.data.sampler import SampleKey
+from arsg_dist.imagenet.data.transforms import normalised
 from arsg_dist.imagenet.models import build_model
 from arsg_dist.imagenet.torchvision_compat import torchvision, v2
 from benchmarks.common.kept_results import machine_results, median_ratio, this_command, write_report

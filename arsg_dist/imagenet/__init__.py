@@ -1,1 +1,1 @@
-"""Image classification on ImageFolder trees (ImageNet and smaller): the application on top of the engines."""
+"""Classify images of ImageFolder trees: the application on top of the engines."""

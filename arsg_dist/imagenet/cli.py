@@ -1,4 +1,4 @@
-"""The command line: `arsg-imagenet train` (also launch/train_imagenet.py), `compare`, `export` and `shard`."""
+"""Run `arsg-imagenet`: its commands `train`, `compare`, `export` and `shard`."""
 
 import argparse
 import sys
@@ -8,20 +8,20 @@ from pathlib import Path
 
 from arsg_dist.engine import Communicator, JobError, Ranks, discover_ranks, end_process, load_builder
 from arsg_dist.engine.exit_codes import BAD_INPUT, DONE, FAILED
-from arsg_dist.imagenet import compare
-from arsg_dist.imagenet.engines import choose_engine
-from arsg_dist.imagenet.export import CARD, export
+from arsg_dist.imagenet.data.shard_writer import shard_command
+from arsg_dist.imagenet.output import compare
+from arsg_dist.imagenet.output.export import CARD, export
+from arsg_dist.imagenet.output.weights import BEST, EMA, LAST
 from arsg_dist.imagenet.recipe import read_arguments, resolved
-from arsg_dist.imagenet.run_parts import Job
-from arsg_dist.imagenet.shard_writer import shard_command
-from arsg_dist.imagenet.train import train
-from arsg_dist.imagenet.weights import BEST, EMA, LAST
+from arsg_dist.imagenet.training.engines import choose_engine
+from arsg_dist.imagenet.training.parts import Start
+from arsg_dist.imagenet.training.setup import train
 from arsg_dist.safe_io.processes import keep_compiled_code_private
 from arsg_dist.safe_io.text import printable_lines
 
 
 def main() -> None:
-    """Entry point of `arsg-imagenet`."""
+    """Run the command that the arguments name; the entry point of `arsg-imagenet`."""
     commands = {
         "train": train_command,
         "compare": compare_command,
@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def compare_command(arguments: list[str]) -> int:
-    """Prints a table of several runs and draws them.
+    """Print a table of several runs and draw them.
 
     Returns:
         The exit code: 0 done, 2 bad input.
@@ -67,7 +67,7 @@ def compare_command(arguments: list[str]) -> int:
 
 
 def export_command(arguments: list[str]) -> int:
-    """Copies a run's weights, with a model card, for other programs.
+    """Copy a run's weights, with a model card, for other programs.
 
     Returns:
         The exit code: 0 done, 2 bad input.
@@ -95,7 +95,7 @@ def export_command(arguments: list[str]) -> int:
 
 
 def train_command(arguments: list[str]) -> int:
-    """Trains as the arguments say, as one rank of a job.
+    """Train as the arguments say, as one rank of a job.
 
     Returns:
         The exit code: 0 done, 1 failed, 2 bad input (said on rank 0), 75 saved on a signal and to be resumed.
@@ -126,7 +126,7 @@ def train_command(arguments: list[str]) -> int:
 
 
 def _show(arguments: list[str]) -> int:
-    """Help or the resolved settings: nothing that ranks need to be connected for."""
+    """Show help or the resolved settings, for which no ranks are connected."""
     try:
         print(resolved(arguments), end="")  # noqa: T201
     except ValueError as error:
@@ -152,7 +152,7 @@ def _connected(arguments: list[str], engine: str, ranks: Ranks, communicator: Co
         output = Path(
             options.output or f"runs/{config.model.replace(':', '-').replace('/', '-')}-{engine}-{started}"
         )
-        job = Job(
+        start = Start(
             engine,
             output,
             options.resume,
@@ -160,7 +160,7 @@ def _connected(arguments: list[str], engine: str, ranks: Ranks, communicator: Co
             options.max_updates,
             options.skip_damaged,
         )
-        code = train(config, job, ranks, communicator)
+        code = train(config, start, ranks, communicator)
     except JobError as error:
         if ranks.rank == 0:
             _say_error(error)
@@ -170,7 +170,7 @@ def _connected(arguments: list[str], engine: str, ranks: Ranks, communicator: Co
 
 
 def _launch_options() -> argparse.ArgumentParser:
-    """What has to be known before the ranks are connected."""
+    """Return a parser of what must be known before the ranks are connected."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--engine", default="auto")
     parser.add_argument("--deepspeed_config")

@@ -1,4 +1,4 @@
-"""Networks by name: torchvision's, timm's, and the paper's ResNet-20 for 32×32 images."""
+"""Build networks by name: torchvision's, timm's, and the paper's ResNet-20."""
 
 from collections.abc import Callable
 from functools import partial
@@ -14,7 +14,7 @@ TIMM = "timm:"
 
 
 def build_model(name: str, num_classes: int, *, zero_init_gamma: bool = False) -> nn.Module:
-    """An untrained network.
+    """Build an untrained network.
 
     Args:
         name: "resnet20", a classification model of `torchvision.models`, or "timm:NAME" for one of timm.
@@ -88,7 +88,7 @@ class ResNet20(nn.Module):
                 nn.init.zeros_(cast(nn.BatchNorm2d, module.residual[-1]).weight)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Logits, shape (batch, num_classes)."""
+        """Compute logits, shape (batch, num_classes)."""
         features = self.blocks(self.stem(images)).mean(dim=(2, 3))
         logits: torch.Tensor = self.classifier(features)
         return logits

@@ -1,64 +1,55 @@
-"""Recipes and flags: plain data that becomes the typed settings of a run, and nothing else.
+"""Read recipes and flags: plain data becomes a run's typed settings, no more.
 
 A recipe may be written by anybody. Its keys are the fields of `TrainConfig` and `StartConfig`, its values numbers,
 booleans, text, null and lists of them: there is no key that names a class, a module or another file.
 """
 
 import argparse
+import ast
 import difflib
 import inspect
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, is_dataclass
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
-from arsg_dist.imagenet.config import TrainConfig, check_parameter
+from arsg_dist.imagenet.config import Must, Section, TrainConfig, check_parameter
 from arsg_dist.safe_io.documents import parse_yaml, read_yaml
 from arsg_dist.safe_io.text import printable
 
-_Section = TypeVar("_Section")
+_Made = TypeVar("_Made")
 _LARGEST = 1 << 16
 """Bytes of a recipe; PyYAML takes seconds for as many, and a recipe has a thousand."""
 
 
 @dataclass(kw_only=True)
-class StartConfig:
-    """This start of a run.
-
-    Attributes:
-        engine: auto, deepspeed, horovod, horovod-sharded or single.
-        deepspeed_config: DeepSpeed JSON config; implies the engine deepspeed.
-        output: directory of the run; null: runs/MODEL-ENGINE-TIME.
-        resume: continue the run in --output from its last checkpoint.
-        skip_damaged: with --resume: if the last checkpoint is damaged, continue from the newest one that is not.
-        max_updates: end after this many weight updates, also inside an epoch: for trying a recipe out.
-        local_rank: passed by the deepspeed launcher; the environment is used.
-    """
+class StartConfig(Section):
+    """This start of a run."""
 
     engine: str = "auto"
+    """auto, deepspeed, horovod, horovod-sharded or single."""
     deepspeed_config: str | None = None
+    """DeepSpeed JSON config; implies the engine deepspeed."""
     output: str | None = None
+    """directory of the run; null: runs/MODEL-ENGINE-TIME."""
     resume: bool = False
+    """continue the run in --output from its last checkpoint."""
     skip_damaged: bool = False
-    max_updates: int | None = None
+    """with --resume: if the last checkpoint is damaged, continue from the newest one that is not."""
+    max_updates: Annotated[int | None, Must("at least 1", lambda value: value is None or value >= 1)] = None
+    """end after this many weight updates, also inside an epoch: for trying a recipe out."""
     local_rank: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.max_updates is not None and self.max_updates < 1:
-            raise ValueError(f"max_updates must be at least 1, not {self.max_updates}")
+    """passed by the deepspeed launcher; the environment is used."""
 
 
 @dataclass(kw_only=True)
 class Settings(TrainConfig, StartConfig):
     """Everything that recipes and flags say: `StartConfig` and `TrainConfig`."""
-
-    def __post_init__(self) -> None:
-        StartConfig.__post_init__(self)
-        TrainConfig.__post_init__(self)
 
     def training(self) -> TrainConfig:
         """Return the settings of the training alone."""
@@ -69,7 +60,7 @@ _FLAGS_ONLY = ("engine", "deepspeed_config", "resume", "skip_damaged", "local_ra
 
 
 def read_arguments(arguments: list[str]) -> Settings:
-    """Return the settings of the arguments of `arsg-imagenet train`: recipes and flags, of which later ones win.
+    """Read the arguments of `arsg-imagenet train`, of which later ones win.
 
     Raises:
         ValueError: an unknown flag or key, a value of another kind or out of range, or a recipe that is not plain
@@ -106,7 +97,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _Give(argparse.Action):
-    """Notes a flag and its text, in the order of the command line."""
+    """Note a flag and its text, in the order of the command line."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         namespace.given.append(((option_string or "").removeprefix("--"), values))
@@ -162,20 +153,27 @@ def _add_flags(parser: argparse.ArgumentParser, section: type, prefix: str) -> N
         _add_flags(parser, kind, inner_prefix)
 
 
+@cache
 def _documentation(section: type) -> dict[str, str]:
-    """What the docstring says of each attribute, and under "" of the section itself."""
-    text = inspect.getdoc(section) or section.__name__
-    found, name = {"": text.partition("\n")[0].rstrip(".")}, ""
-    for line in text.partition("Attributes:\n")[2].splitlines():
-        if start := re.match(r"    (\w+): (.*)", line):
-            name, found[start[1]] = start[1], start[2]
-        elif name and line.strip():
-            found[name] += " " + line.strip()
+    """Read the string below each field in the source; "" → what the section is."""
+    found = {"": (inspect.getdoc(section) or section.__name__).partition("\n")[0].rstrip(".")}
+    try:
+        (body,) = (
+            node.body
+            for node in ast.parse(inspect.getsource(inspect.getmodule(section) or section)).body
+            if isinstance(node, ast.ClassDef) and node.name == section.__name__
+        )
+    except OSError:  # installed without it
+        return found
+    for field, below in pairwise(body):
+        match field, below:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                found[name] = " ".join(text.split())
     return found
 
 
 def _given(options: argparse.Namespace) -> dict[str, Any]:
-    """What recipes and flags say, typed; nested as the settings are, and without those that nothing was said of."""
+    """Collect what recipes and flags say, typed and nested as the settings are."""
     settings: dict[str, Any] = {}
     for name, text in options.given:
         if name == "config":
@@ -207,7 +205,7 @@ def _read(path: Path) -> Any:
 
 
 def _value_of_flag(name: str, text: str) -> Any:
-    """A section's flag holds a mapping, or names a file that does; text of others is typed by `_assign`."""
+    """Read a section's flag, a mapping or a file with one; leave others as text."""
     if name.startswith(_PARAMETER):
         return parse_yaml(text, f"--{name}")
     kind: Any = Settings
@@ -257,7 +255,7 @@ def _assign(settings: dict[str, Any], section: Any, content: Any, prefix: str) -
 
 
 def _typed(kind: Any, value: Any, name: str) -> Any:
-    """The value as one of a kind. Text, which flags always are, is read as YAML where it may be something else.
+    """Return the value as one of a kind; text of other kinds is read as YAML.
 
     Raises:
         ValueError: it is of another kind.
@@ -304,7 +302,7 @@ def _shown(value: Any) -> str:
     return "null" if value is None else printable(repr(value), limit=100)
 
 
-def _made(section: type[_Section], given: dict[str, Any]) -> _Section:
+def _made(section: type[_Made], given: dict[str, Any]) -> _Made:
     """Return a dataclass with these values and its defaults for the others."""
     kinds = get_type_hints(section)
     made = {

@@ -1,4 +1,4 @@
-"""Import torchvision from here: `from arsg_dist.imagenet.torchvision_compat import torchvision, v2`.
+"""Import torchvision, also a CUDA build of it beside a CPU-only torch.
 
 The registry's torchvision wheel is a CUDA build. Beside a CPU-only torch its C++ library cannot be loaded, and
 `import torchvision` then fails with "operator torchvision::nms does not exist", because it attaches Python code to

@@ -129,7 +129,7 @@ def _cifar_records(paths: list[Path]) -> tuple[Tensor, Tensor]:
 
 
 def _image_tree(directory: Path) -> tuple[Tensor, Tensor]:
-    from arsg_dist.imagenet.image_source import decode
+    from arsg_dist.imagenet.data.decoding import decode
     from arsg_dist.safe_io.files import read_bytes
 
     classes = sorted(path.name for path in directory.iterdir() if path.is_dir())

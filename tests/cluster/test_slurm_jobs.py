@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from arsg_dist.imagenet.digits import digits_tree
+from arsg_dist.imagenet.data.builtin import digits_tree
 from tests.cluster import slurm
 from tests.cluster.rehearsal import Cluster
 from tests.cluster.starts import start, wait_for_batch_job
@@ -44,7 +44,7 @@ def submit_preemptible(cluster: Cluster, tmp_path: Path, steps: int) -> tuple[st
     output = tmp_path / "run"
     output.mkdir()
     program = [
-        str(REPOSITORY / "tests/support/preemptible_job.py"),
+        str(REPOSITORY / "tests/cluster/jobs/preemptible_job.py"),
         "--output",
         str(output),
         "--steps",

@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from arsg_dist.deepspeed.config import resolve_config
 from arsg_dist.imagenet import cli
 from arsg_dist.imagenet.config import TrainConfig
-from arsg_dist.imagenet.shard_writer import shard_command
-from arsg_dist.imagenet.tar_shards import TarShards
+from arsg_dist.imagenet.data.shard_writer import shard_command
+from arsg_dist.imagenet.data.tar_shards import TarShards
 
 FEW = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 MANY = settings(FEW, max_examples=max(500, settings.default.max_examples))

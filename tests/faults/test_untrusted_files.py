@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from arsg_dist.imagenet.cli import train_command
-from arsg_dist.imagenet.shard_writer import shard_command
-from arsg_dist.imagenet.tar_shards import TarShards
+from arsg_dist.imagenet.data.shard_writer import shard_command
+from arsg_dist.imagenet.data.tar_shards import TarShards
 
 
 class Malicious:

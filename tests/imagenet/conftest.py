@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from arsg_dist.imagenet.digits import digits_tree
+from arsg_dist.imagenet.data.builtin import digits_tree
 
 
 @pytest.fixture(scope="session")

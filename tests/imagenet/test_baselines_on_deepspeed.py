@@ -8,8 +8,8 @@ import torch
 from arsg_dist.deepspeed.build import DeepSpeedBuilder
 from arsg_dist.imagenet.cli import train_command
 from arsg_dist.imagenet.config import OptimizerConfig, TrainConfig
-from arsg_dist.imagenet.engines import prepare
 from arsg_dist.imagenet.models import build_model
+from arsg_dist.imagenet.training.engines import prepare
 from tests.imagenet.test_features_on_ranks import parameters
 from tests.imagenet.test_training import SCRIPT
 from tests.support.compare import assert_same_weights

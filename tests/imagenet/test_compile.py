@@ -15,18 +15,18 @@ from torch.nn import functional
 
 from arsg_dist.engine import SingleProcessCommunicator, discover_ranks
 from arsg_dist.imagenet.config import OptimizerConfig, TrainConfig
-from arsg_dist.imagenet.engines import build_engine, prepare
+from arsg_dist.imagenet.training.engines import build_engine, prepare
+from tests.imagenet.jobs.small_network import SmallResNet
 from tests.imagenet.test_training import epochs_of
 from tests.support.compare import assert_same_weights
 from tests.support.launchers import launch
-from tests.support.small_network import SmallResNet
 
 ENGINES = {
     "single": ("warm alone", 1, []),
     "zero2": ("warm deepspeed", 2, ["--deepspeed_config", "configs/deepspeed/zero2.json"]),
     "horovod-sharded": ("warm horovodrun", 2, ["--engine", "horovod-sharded"]),
 }
-JOB = "tests/support/imagenet_job.py"
+JOB = "tests/imagenet/jobs/imagenet_job.py"
 SMALL = {"ARSG_TEST_SMALL_NETWORK": "1"}
 
 

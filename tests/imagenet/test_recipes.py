@@ -14,7 +14,6 @@ from PIL import Image
 from arsg_dist.checkpoint import CheckpointStore, SavedRun, save_run
 from arsg_dist.deepspeed.build import settle_precision
 from arsg_dist.engine import SingleProcessCommunicator, SingleProcessEngine, discover_ranks
-from arsg_dist.imagenet.augmentation import train_size
 from arsg_dist.imagenet.cli import train_command
 from arsg_dist.imagenet.config import (
     BoostConfig,
@@ -24,9 +23,10 @@ from arsg_dist.imagenet.config import (
     ScheduleConfig,
     TrainConfig,
 )
-from arsg_dist.imagenet.engines import build_engine, prepare
+from arsg_dist.imagenet.data.transforms import train_size
 from arsg_dist.imagenet.models import build_model
-from arsg_dist.imagenet.optimization import Schedules, build_optimizer, lr_factor, parameter_groups
+from arsg_dist.imagenet.training.engines import build_engine, prepare
+from arsg_dist.imagenet.training.optimization import Schedules, build_optimizer, lr_factor, parameter_groups
 from arsg_dist.theory import boost_ratio
 from tests.imagenet.test_training import ENGINES, start
 from tests.support.launchers import REPOSITORY

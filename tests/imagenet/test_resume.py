@@ -11,14 +11,14 @@ import torch
 from safetensors.torch import load_file
 
 from arsg_dist.engine.exit_codes import PREEMPTED
+from arsg_dist.imagenet.data.shard_writer import shard_command
 from arsg_dist.imagenet.models import build_model
-from arsg_dist.imagenet.shard_writer import shard_command
-from arsg_dist.imagenet.stopping import MARKER
+from arsg_dist.imagenet.signals import MARKER
 from tests.imagenet.test_training import epochs_of, without_speed
 from tests.support.compare import assert_same_weights
 from tests.support.launchers import Finished, launch
 
-JOB = "tests/support/imagenet_job.py"
+JOB = "tests/imagenet/jobs/imagenet_job.py"
 ENGINES = {
     "single": ("alone", 1, []),
     "deepspeed": ("deepspeed", 2, ["--deepspeed_config", "configs/deepspeed/zero1.json"]),

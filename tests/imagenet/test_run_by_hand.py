@@ -17,15 +17,15 @@ from torch.nn import functional
 
 from arsg_dist import theory
 from arsg_dist.engine import Ranks, SingleProcessCommunicator
-from arsg_dist.imagenet import run_directory
-from arsg_dist.imagenet import train as training
 from arsg_dist.imagenet.config import BoostConfig, DataConfig, OptimizerConfig, ScheduleConfig, TrainConfig
-from arsg_dist.imagenet.epoch import EpochLoop
-from arsg_dist.imagenet.metrics import Evaluation
-from arsg_dist.imagenet.order import TrainingOrder
-from arsg_dist.imagenet.run_parts import Job
-from arsg_dist.imagenet.synthetic import SyntheticSplit
-from arsg_dist.imagenet.weights import read_metadata
+from arsg_dist.imagenet.data.builtin import SyntheticSplit
+from arsg_dist.imagenet.data.sampler import TrainingSampler
+from arsg_dist.imagenet.output import run_log
+from arsg_dist.imagenet.output.weights import read_metadata
+from arsg_dist.imagenet.training import setup as training
+from arsg_dist.imagenet.training.metrics import Evaluation
+from arsg_dist.imagenet.training.parts import Start
+from arsg_dist.imagenet.training.trainer import EpochLoop
 
 IMAGES, CLASSES, SIZE, EPOCHS, BATCH = 10, 3, 4, 3, 4
 LR, BETA1, BETA2, MU, EPS = 0.004, 0.9, 0.99, 0.2, 1e-3
@@ -70,14 +70,13 @@ def recipe(**settings: Any) -> TrainConfig:
 
 def start(output: Path, config: TrainConfig, **settings: Any) -> int:
     communicator = SingleProcessCommunicator()
-    job = Job("single", output, **settings)
-    return training.train(config, job, Ranks(0, 1, 0, "none"), communicator)
+    return training.train(config, Start("single", output, **settings), Ranks(0, 1, 0, "none"), communicator)
 
 
 @pytest.fixture(autouse=True)
 def _linear_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "build_model", build_model)
-    monkeypatch.setattr(run_directory, "draw_learning_curve", lambda directory: directory / "none")
+    monkeypatch.setattr(run_log, "draw_learning_curve", lambda directory: directory / "none")
 
 
 class ByHand:
@@ -93,7 +92,7 @@ class ByHand:
         self.train = self.images_of(config, train=True)
         self.val = self.images_of(config, train=False)
         self.records: list[dict[str, float]] = []
-        order = TrainingOrder(
+        order = TrainingSampler(
             IMAGES,
             epochs=EPOCHS,
             batch_size=BATCH,

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from arsg_dist.engine import JobError, SingleProcessCommunicator
-from arsg_dist.imagenet.run_checkpoint import RunCheckpoints
-from arsg_dist.imagenet.run_directory import RunLog, read_metrics
-from arsg_dist.imagenet.weights import BEST, LAST, WeightFiles, read_metadata
+from arsg_dist.imagenet.output.run_directory import read_metrics
+from arsg_dist.imagenet.output.run_log import RunLog
+from arsg_dist.imagenet.output.weights import BEST, LAST, WeightFiles, read_metadata
+from arsg_dist.imagenet.training.checkpoint import RunCheckpoints
 from tests.checkpoint.runs import engine, saved_by
 
 

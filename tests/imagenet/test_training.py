@@ -8,7 +8,7 @@ import pytest
 
 from arsg_dist.checkpoint import SavedRun
 from arsg_dist.imagenet.cli import train_command
-from arsg_dist.imagenet.run_checkpoint import RunCheckpoints
+from arsg_dist.imagenet.training.checkpoint import RunCheckpoints
 from tests.support.launchers import Finished, launch
 
 SCRIPT = "launch/train_imagenet.py"

@@ -34,7 +34,7 @@ from arsg_dist.deepspeed.saved import read_checkpoint
 from arsg_dist.deepspeed.side_effects import check_swap_directory
 from arsg_dist.engine import SingleProcessCommunicator, discover_ranks
 from arsg_dist.imagenet.config import TrainConfig
-from arsg_dist.imagenet.engines import build_engine, prepare
+from arsg_dist.imagenet.training.engines import build_engine, prepare
 from tests.support.deepspeed_files_job import PRECISIONS, STATE
 from tests.support.hostile import Own, Payload
 from tests.support.launchers import REPOSITORY

@@ -17,14 +17,15 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from arsg_dist.imagenet import data, shard_writer, tar_shards
 from arsg_dist.imagenet.config import DataConfig
-from arsg_dist.imagenet.dali import EncodedSplit
-from arsg_dist.imagenet.data import SampleKey, open_splits, process_loader
-from arsg_dist.imagenet.image_source import FORMATS, UNDECODABLE, decode
-from arsg_dist.imagenet.image_tree import ImageTree
-from arsg_dist.imagenet.shard_writer import BAD_LIST, Shard, shard_command, write_shard
-from arsg_dist.imagenet.tar_shards import RECORD, TarShards
+from arsg_dist.imagenet.data import shard_writer, tar_shards
+from arsg_dist.imagenet.data.dali import EncodedSplit
+from arsg_dist.imagenet.data.dataset import ImageSplit, open_splits, process_loader
+from arsg_dist.imagenet.data.decoding import FORMATS, UNDECODABLE, decode
+from arsg_dist.imagenet.data.folder import ImageTree
+from arsg_dist.imagenet.data.sampler import SampleKey
+from arsg_dist.imagenet.data.shard_writer import BAD_LIST, Shard, shard_command, write_shard
+from arsg_dist.imagenet.data.tar_shards import RECORD, TarShards
 from arsg_dist.safe_io.processes import safe_start
 from tests.security.watch import nothing_happens
 
@@ -234,7 +235,7 @@ def test_files_that_are_no_images_are_named_and_not_waited_for(tree: Path) -> No
         assert message.startswith(f"cannot decode image {tree}")
         assert reason in message
         assert message.isprintable()
-    assert isinstance(split, data.ImageSplit)
+    assert isinstance(split, ImageSplit)
     for_dali = EncodedSplit(split.source, config, train=True, seed=0)
     assert [s for key in range(len(split)) if isinstance(s := for_dali[SampleKey(0, key)], str)] == messages
 

@@ -12,8 +12,8 @@ from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
 
 from arsg_dist import ARSG
 from arsg_dist.engine import SingleProcessEngine
-from arsg_dist.imagenet import environment
 from arsg_dist.imagenet.cli import train_command
+from arsg_dist.imagenet.output import environment
 from arsg_dist.optim.kernels import fused
 from arsg_dist.safe_io.processes import is_private, keep_compiled_code_private, private_cache
 
@@ -49,7 +49,7 @@ def test_a_start_runs_nothing_of_the_current_directorys_git(
     engine = SingleProcessEngine(parameter, torch.optim.SGD(parameter.parameters(), lr=0.1))
     described = environment.describe(engine, hosts=["here"], data="digits", seed=0)
     assert not ran.exists()
-    assert described["git"] == environment.checkout(Path(environment.__file__).parents[2])
+    assert described["git"] == environment.checkout(Path(environment.__file__).parents[3])
     assert len(described["code"]) == 64
     subprocess.run(["git", "status"], capture_output=True, check=True)
     assert ran.exists(), "the directory is as harmless as it seems"

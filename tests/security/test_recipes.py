@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 
 from arsg_dist.imagenet import cli
 from arsg_dist.imagenet.config import OptimizerConfig, TrainConfig
-from arsg_dist.imagenet.optimization import build_optimizer
 from arsg_dist.imagenet.recipe import read_arguments, resolved
+from arsg_dist.imagenet.training.optimization import build_optimizer
 from arsg_dist.safe_io.documents import parse_yaml
 from tests.security.watch import nothing_happens
 from tests.support.launchers import REPOSITORY

@@ -23,16 +23,17 @@ from arsg_dist.checkpoint import CheckpointStore, SavedRun, save_run
 from arsg_dist.checkpoint.convert import to_torch
 from arsg_dist.checkpoint.export import export_saved
 from arsg_dist.engine import JobError, SingleProcessCommunicator
-from arsg_dist.imagenet import compare, run_directory
 from arsg_dist.imagenet.cli import compare_command, export_command, train_command
 from arsg_dist.imagenet.config import TrainConfig
-from arsg_dist.imagenet.export import write_model_card
-from arsg_dist.imagenet.optimization import Schedules
-from arsg_dist.imagenet.position import Position
-from arsg_dist.imagenet.rank_state import add_rank_state, load_rank_state
-from arsg_dist.imagenet.run_directory import RunLog, read_metrics
-from arsg_dist.imagenet.stopping import write_marker
-from arsg_dist.imagenet.weights import LAST, WeightFiles
+from arsg_dist.imagenet.output import compare, run_directory
+from arsg_dist.imagenet.output.export import write_model_card
+from arsg_dist.imagenet.output.run_directory import read_metrics
+from arsg_dist.imagenet.output.run_log import RunLog
+from arsg_dist.imagenet.output.weights import LAST, WeightFiles
+from arsg_dist.imagenet.signals import write_marker
+from arsg_dist.imagenet.training.checkpoint import Position
+from arsg_dist.imagenet.training.optimization import Schedules
+from arsg_dist.imagenet.training.rank_state import add_rank_state, load_rank_state
 from tests.checkpoint.runs import engine, saved
 from tests.checkpoint.test_commands import command
 from tests.imagenet.conftest import digits, recipe, small_tree

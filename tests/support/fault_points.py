@@ -15,9 +15,9 @@ from torch import Tensor
 from arsg_dist.deepspeed import DeepSpeedEngine
 from arsg_dist.engine import SingleProcessEngine
 from arsg_dist.engine.replica_check import fingerprints
-from arsg_dist.imagenet import engines
-from arsg_dist.imagenet.optimization import Schedules
-from arsg_dist.imagenet.run_parts import RunParts
+from arsg_dist.imagenet.training import setup
+from arsg_dist.imagenet.training.optimization import Schedules
+from arsg_dist.imagenet.training.parts import RunParts
 from arsg_dist.optim import ARSG
 
 POINTS = ("forward", "backward", "reduce", "step", "after step", "write", "sync", "rename", "weights")
@@ -166,14 +166,14 @@ def _at_point(strike: Callable[[], None], point: str, number: int) -> None:
         for kind in ENGINE_CLASSES:
             _before(kind, "backward", passed)
     elif point == "reduce":
-        real = engines.build_engine
+        real = setup.build_engine
 
         def build(builder: Any, module: torch.nn.Module, *arguments: Any) -> Any:
             parameters = list(module.parameters())
             parameters[len(parameters) // 2].register_post_accumulate_grad_hook(lambda _: passed())
             return real(builder, module, *arguments)
 
-        engines.build_engine = build
+        setup.build_engine = build
     elif point == "step":
         _before(ARSG, "step", passed)
     elif point == "after step":
@@ -194,14 +194,14 @@ def _at_point(strike: Callable[[], None], point: str, number: int) -> None:
 
 
 def remember_weights() -> None:
-    real = engines.build_engine
+    real = setup.build_engine
 
     def build(*arguments: Any) -> Any:
         engine = real(*arguments)
         _trained.extend(p for p in engine.module.parameters() if p.numel() > 5)
         return engine
 
-    engines.build_engine = build
+    setup.build_engine = build
 
 
 def _before(
@@ -239,9 +239,9 @@ def _spoil(what: str, number: int, strike: Callable[[], None]) -> None:
 
         kind.backward = backward  # type: ignore[method-assign]
     if what == "loss":
-        from arsg_dist.imagenet import epoch
+        from arsg_dist.imagenet.training import trainer
 
-        real_loss = epoch.cross_entropy_sum
+        real_loss = trainer.cross_entropy_sum
         seen = 0
 
         def spoiled(logits: Tensor, targets: Tensor) -> Tensor:
@@ -250,7 +250,7 @@ def _spoil(what: str, number: int, strike: Callable[[], None]) -> None:
             loss = real_loss(logits, targets)
             return loss * torch.nan if seen == number else loss
 
-        epoch.cross_entropy_sum = spoiled
+        trainer.cross_entropy_sum = spoiled
 
 
 def _compare_around_step(engine: Any) -> None:

@@ -1,0 +1,1 @@
+"""Read a split's images: sources, transforms, samplers, loaders."""

@@ -1,0 +1,164 @@
+"""Build a training from its settings, the same on every engine."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import socket
+from collections.abc import Iterable
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from arsg_dist.engine import Communicator, EngineBuilder, Ranks, check_agreement
+from arsg_dist.imagenet.config import DataConfig, TrainConfig
+from arsg_dist.imagenet.data import dali
+from arsg_dist.imagenet.data.builtin import DIGITS, digits_tree
+from arsg_dist.imagenet.data.dataset import Batch, ImageSplit, Split, loader, open_splits
+from arsg_dist.imagenet.data.sampler import TrainingSampler, ValidationSampler
+from arsg_dist.imagenet.data.transforms import BatchMixing
+from arsg_dist.imagenet.models import build_model
+from arsg_dist.imagenet.output.environment import describe
+from arsg_dist.imagenet.output.run_directory import check_output
+from arsg_dist.imagenet.output.run_log import import_wandb
+from arsg_dist.imagenet.signals import StopRequest
+from arsg_dist.imagenet.training.ema import WeightAverage
+from arsg_dist.imagenet.training.engines import autocast, build_engine, prepare
+from arsg_dist.imagenet.training.optimization import Schedules, check_optimizer
+from arsg_dist.imagenet.training.parts import RunParts, Start
+from arsg_dist.imagenet.training.trainer import Trainer
+
+
+def train(config: TrainConfig, start: Start, ranks: Ranks, communicator: Communicator) -> int:
+    """Train from the start or the last checkpoint, to the end or a signal. Collective.
+
+    Returns:
+        The exit code: 0, or `PREEMPTED` after a signal, with a checkpoint written.
+
+    Raises:
+        JobError: bad input or a failure all ranks agreed on; raised on every rank.
+    """
+    stop = StopRequest(communicator)
+    with stop.installed():
+        with communicator.fail_together():
+            builder = _check(config, start, communicator.world_size)
+        with communicator.fail_together():
+            train_split, val_split = _open_data(config)
+            train_sampler, val_sampler = _samplers(config, train_split, val_split, communicator)
+            torch.manual_seed(config.seed)
+            classes = train_split.classes
+            model = build_model(config.model, len(classes), zero_init_gamma=config.zero_init_gamma)
+        data = train_split.fingerprint()
+        check_agreement(communicator, config=dataclasses.asdict(config), data=data, seed=config.seed)
+        hosts = share_cores(communicator)
+        average = WeightAverage(model, config.ema_decay) if config.ema_decay else None
+        engine = build_engine(builder, model, config, communicator, ranks)
+        make_loader = partial(_loader, data=config.data, seed=config.seed, device=engine.device)
+        micro_batch_size = config.micro_batch_size(communicator.world_size)
+        parts = RunParts(
+            config=config,
+            engine=engine,
+            model=model,
+            average=average.to(engine.device) if average else None,
+            schedules=Schedules(
+                config,
+                engine.optimizer,
+                updates_per_epoch=train_sampler.updates_per_epoch,
+                communicator=engine.communicator,
+            ),
+            autocast=autocast(builder.precision, engine.device),
+            mixing=BatchMixing(
+                config.data,
+                num_classes=len(classes),
+                label_smoothing=config.label_smoothing,
+                seed=config.seed,
+            ),
+            train_sampler=train_sampler,
+            train_loader=make_loader(train_split, train_sampler, train=True, batch_size=micro_batch_size),
+            val_loader=make_loader(val_split, val_sampler, train=False, batch_size=config.val_batch_size),
+            classes=classes,
+            notes=[*train_split.notes, *val_split.notes],
+            stop=stop,
+        )
+        digest = hashlib.sha256(json.dumps(data).encode()).hexdigest()[:16]
+        environment = describe(engine, hosts=hosts, data=digest, seed=config.seed)
+        return Trainer(parts, start, num_images=len(train_split)).train(environment)
+
+
+def _check(config: TrainConfig, start: Start, world_size: int) -> EngineBuilder:
+    """Refuse what is wrong before anything is made; return the engine's builder."""
+    check_output(start.output, resume=start.resume)
+    config.micro_batch_size(world_size)
+    check_optimizer(config.optimizer)
+    if config.data.loader == "dali":
+        dali.check_dali()
+    if config.wandb_project:
+        import_wandb()
+    return prepare(start.engine, config, start.deepspeed_config, world_size)
+
+
+def _open_data(config: TrainConfig) -> tuple[Split, Split]:
+    """Open both splits; without a root those of the digits, made on first use."""
+    data = config.data
+    use_digits = data.source == "folder" and data.root is None
+    root = digits_tree(DIGITS) if use_digits else Path(data.root or "")
+    return open_splits(root, data, seed=config.seed)
+
+
+def _samplers(
+    config: TrainConfig, train_split: Split, val_split: Split, communicator: Communicator
+) -> tuple[TrainingSampler, ValidationSampler]:
+    rank, world_size = communicator.rank, communicator.world_size
+    return (
+        TrainingSampler(
+            len(train_split),
+            epochs=config.epochs,
+            batch_size=config.batch_size,
+            accumulation_steps=config.accumulation_steps,
+            rank=rank,
+            world_size=world_size,
+            seed=config.seed,
+        ),
+        ValidationSampler(len(val_split), batch_size=config.val_batch_size, rank=rank, world_size=world_size),
+    )
+
+
+def _loader(
+    split: Split,
+    sampler: TrainingSampler | ValidationSampler,
+    *,
+    data: DataConfig,
+    train: bool,
+    batch_size: int,
+    seed: int,
+    device: torch.device,
+) -> Iterable[Batch]:
+    image_size = data.full_train_size if train else data.image_size
+    if data.loader == "dali":
+        assert isinstance(split, ImageSplit)
+        return dali.DaliLoader(
+            split,
+            sampler,
+            config=data,
+            train=train,
+            batch_size=batch_size,
+            image_size=image_size,
+            seed=seed,
+            device=device,
+        )
+    pin_memory = device.type == "cuda"
+    return loader(split, sampler, workers=data.workers, image_size=image_size, pin_memory=pin_memory)
+
+
+def share_cores(communicator: Communicator) -> list[str]:
+    """Divide each host's cores among its ranks. Collective.
+
+    Returns:
+        The host name of every rank.
+    """
+    hosts = communicator.all_gather_object(socket.gethostname())
+    if "OMP_NUM_THREADS" not in os.environ:
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(max(1, cores // hosts.count(socket.gethostname())))
+    return hosts
