@@ -11,6 +11,7 @@ from torch.optim import lr_scheduler
 
 from arsg_dist import ARSG
 from arsg_dist.optim import Beta1Warmup, LossPlateau, ObservationBoost
+from tests.deepspeed.jobs.common import weights_of
 from tests.support import toy
 
 UPDATES = 12
@@ -211,4 +212,4 @@ def single_process(name: str) -> tuple[list[Any], dict[str, Tensor], list[Any]]:
                 if update % 2 == 0:  # observe_every = 2
                     continue
             scheduler.step()
-    return used, {name: p.detach().clone() for name, p in named.items()}, settings_of(optimizer)
+    return used, weights_of(model), settings_of(optimizer)

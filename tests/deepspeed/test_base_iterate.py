@@ -13,6 +13,7 @@ from arsg_dist import ARSG
 from arsg_dist.checkpoint import CheckpointStore, SavedRun, save_run
 from arsg_dist.engine import SingleProcessEngine
 from tests.deepspeed import matrix
+from tests.deepspeed.jobs.common import weights_of
 from tests.deepspeed.results import results_of
 from tests.deepspeed.visited_cases import Visited, visited_cases
 from tests.support import toy
@@ -128,7 +129,7 @@ def test_the_single_process_engine_visits_theta_and_refuses_training_there(tmp_p
         engine.step()
 
     update()
-    x = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    x = weights_of(model)
     path = save_run(
         CheckpointStore(tmp_path, engine.communicator), 1, engine.state(), {}, engine.communicator
     )

@@ -70,6 +70,21 @@ def _offload(**settings: Any) -> dict[str, Any]:
     return {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", **settings}}}
 
 
+def _config(offload: dict[str, Any], stage: int = 3, **params: Any) -> dict[str, Any]:
+    return {
+        "optimizer": {"type": "ARSG", "params": params},
+        "zero_optimization": {"stage": stage, "offload_optimizer": offload},
+    }
+
+
+def _nvme(buffers: int | None = None, *, read: bool = False, write: bool = False) -> dict[str, Any]:
+    count = {} if buffers is None else {"buffer_count": buffers}
+    return {"device": "nvme", "nvme_path": "/nvme", "pipeline_read": read, "pipeline_write": write, **count}
+
+
+PIPELINED = {"read": True, "write": True}
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
@@ -93,10 +108,26 @@ def _offload(**settings: Any) -> dict[str, Any]:
             {"optimizer": {"type": "ARSG", "params": {"nu": 0.1}}},
             "nu, which ARSG does not have; it has .*'mu'",
         ),
+        (_config(_nvme(9), stage=1), "'nvme'.*stages 1 and 2 DeepSpeed keeps the state in CPU memory"),
+        (_config(_nvme(9), stage=2), "'nvme'.*stages 1 and 2 DeepSpeed keeps the state in CPU memory"),
+        (_config({"device": "cpu"}, stage=0), "at stage 0 DeepSpeed offloads nothing"),
+        (_config(_nvme(9), state_dtype="bfloat16"), "'bfloat16'.*buffers are fp32"),
+        ({"zero_optimization": {"stage": 0, "cpu_offload": True}}, "at stage 0 DeepSpeed offloads nothing"),
+        ({"zero_optimization": {"cpu_offload": True}}, "at stage 0 DeepSpeed offloads nothing"),
+        ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "below stage 3"),
+        ({"zero_optimization": {"stage": 2, "cpu_offload_param": True}}, "below stage 3"),
+        ({"data_types": {"grad_accum_dtype": "bf16"}}, "grad_accum_dtype.*at stage 0"),
+        ({"data_types": {"grad_accum_dtype": "torch.float32"}, "bf16": {"enabled": True}}, "at stage 0"),
+        ({"bf16": {"enabled": True, "bf16_optimizer_states": True}}, "state_dtype"),
+        (
+            {"torch_autocast": {"enabled": True, "dtype": "float16"}, "zero_optimization": {"stage": 1}},
+            "never falls",
+        ),
     ],
 )
 def test_what_cannot_work_with_arsg_is_refused_with_the_reason(config: dict[str, Any], message: str) -> None:
-    """Catches settings under which DeepSpeed would update with another optimizer, or stop with a puzzle."""
+    """Catches settings under which DeepSpeed would update with another optimizer, stop with a puzzle, or train nothing;
+    and those that it takes without a word and does not follow."""
     with pytest.raises(ValueError, match=message):
         check_config(config)
     if "optimizer" not in config:
@@ -126,6 +157,22 @@ def test_what_cannot_work_with_arsg_is_refused_with_the_reason(config: dict[str,
         },
         {"optimizer": {"type": "AdamW", "params": {"torch_adam": True}}},
         {"optimizer": {"type": "auto", "params": "auto"}, "bf16": {"enabled": True}},
+        {"optimizer": {"type": "AdamW"}, "zero_optimization": {"stage": 3, "offload_optimizer": _nvme()}},
+        _config({"device": "cpu", "pin_memory": False}, stage=1, state_dtype="bfloat16"),
+        {"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "none"}}},
+        {"zero_optimization": {"stage": 0, "cpu_offload": False, "cpu_offload_param": "auto"}},
+        {"zero_optimization": {"stage": 1, "cpu_offload": True}},
+        {"data_types": {"grad_accum_dtype": "float"}},
+        {"data_types": {"grad_accum_dtype": "bfloat16"}, "bf16": {"enabled": True}},
+        {"data_types": {"grad_accum_dtype": "bf16"}, "bf16": {"enabled": "auto"}},
+        {
+            "data_types": {"grad_accum_dtype": "fp32"},
+            "bf16": {"enabled": True},
+            "zero_optimization": {"stage": 1},
+        },
+        {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}, "zero_optimization": {"stage": 3}},
+        {"torch_autocast": {"enabled": True, "dtype": "float16"}},
+        {"torch_autocast": {"enabled": False, "dtype": "float16"}, "zero_optimization": {"stage": 3}},
     ],
 )
 def test_what_works_is_not_refused(config: dict[str, Any]) -> None:
@@ -141,3 +188,32 @@ def test_params_that_are_no_settings_are_refused_by_deepspeed(params: Any, messa
     with pytest.raises(ValueError, match=message):
         DeepSpeedConfig({"train_batch_size": 1, "optimizer": {"type": "ARSG", "params": params}})
     DeepSpeedConfig({"train_batch_size": 1, "optimizer": {"type": "ARSG"}})
+
+
+@pytest.mark.parametrize(
+    ("needed", "pipeline", "params"),
+    [
+        (5, {}, {}),
+        (4, {}, {"preconditioner": "adam"}),
+        (3, {}, {"preconditioner": "none"}),
+        (6, {}, {"lookahead_k": 5}),
+        (10, {"read": True}, {}),
+        (10, {"write": True}, {}),
+        (15, PIPELINED, {}),
+        (12, PIPELINED, {"preconditioner": "adam"}),
+    ],
+)
+def test_too_few_buffers_for_nvme_are_refused_with_the_number(
+    needed: int, pipeline: dict[str, bool], params: dict[str, Any]
+) -> None:
+    """Catches a bare assertion of DeepSpeed in the first or second update, on the ranks that get there."""
+    check_config(_config(_nvme(needed, **pipeline), **params))
+    with pytest.raises(ValueError, match=f"buffer_count of at least {needed} for NVMe"):
+        check_config(_config(_nvme(needed - 1, **pipeline), **params))
+
+
+def test_deepspeeds_default_is_too_few_buffers() -> None:
+    """Catches a default taken for enough."""
+    with pytest.raises(ValueError, match=r"at least 5 for NVMe \(DeepSpeed's default is 4\)"):
+        check_config(_config(_nvme()))
+    check_config(_config(_nvme(), preconditioner="adam"))

@@ -17,6 +17,7 @@ from torch import Tensor
 import arsg_dist.deepspeed
 from arsg_dist import ARSG
 from tests.deepspeed.jobs import interfaces as job
+from tests.deepspeed.jobs.common import weights_of
 from tests.deepspeed.results import results_of
 from tests.deepspeed.unmodified import problem
 from tests.support import toy
@@ -76,10 +77,6 @@ def _state(named: dict[str, Any], optimizer: ARSG) -> dict[str, dict[str, Tensor
     }
 
 
-def started_from() -> dict[str, Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in job.build_model().named_parameters()}
-
-
 def assert_same_state(actual: dict[str, dict[str, Tensor]], expected: dict[str, dict[str, Tensor]]) -> None:
     for key, tensors in expected.items():
         zero = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
@@ -94,7 +91,9 @@ def assert_same_state(actual: dict[str, dict[str, Tensor]], expected: dict[str, 
 def test_every_way_trains_the_groups_as_one_process_does(way: str, stage: int) -> None:
     """Catches a way that loses the config's settings, or those of a user's own parameter groups."""
     assert_same_weights(
-        result(f"{way}, zero{stage}"), single_process()["weights"]["weights"], started_from=started_from()
+        result(f"{way}, zero{stage}"),
+        single_process()["weights"]["weights"],
+        started_from=weights_of(job.build_model()),
     )
 
 
@@ -220,7 +219,7 @@ def _weights_of_one_process() -> dict[str, Tensor]:
         optimizer.zero_grad()
         torch.nn.functional.mse_loss(model(data.inputs), data.targets).backward()
         optimizer.step()
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    return weights_of(model)
 
 
 @pytest.mark.ranks
@@ -234,7 +233,7 @@ def test_an_unmodified_script_trains_arsg(form: str, tmp_path: Path) -> None:
     finished = launch("deepspeed --module", 2, "arsg_dist.deepspeed.run", *named, *arguments)
     assert finished.code == 0, finished.output[-5000:]
     seen = torch.load(output, weights_only=True)
-    start = {name: parameter.detach().clone() for name, parameter in problem.build_model().named_parameters()}
+    start = weights_of(problem.build_model())
     assert_same_weights(seen["weights"], _weights_of_one_process(), started_from=start)
     if form == "script":
         assert seen["argv"] == [str(script), "--local_rank=0", *map(str, arguments)]

@@ -8,6 +8,7 @@ import torch
 
 from arsg_dist.deepspeed import check_config
 from tests.deepspeed import scheduled as schedules
+from tests.deepspeed.jobs.common import weights_of
 from tests.deepspeed.results import results_of
 from tests.support import toy
 from tests.support.compare import assert_same_weights
@@ -43,7 +44,7 @@ def test_every_update_uses_the_settings_of_one_process(name: str, stage: int) ->
     assert_same_settings(found["used"], used)
     assert_same_settings(found["after"], after)
     if not schedules.CASES[name].fp16:
-        start = {name: p.detach().clone() for name, p in toy.build_model().named_parameters()}
+        start = weights_of(toy.build_model())
         assert_same_weights(found["weights"], weights, started_from=start)
 
 

@@ -4,10 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import arsg_dist.imagenet.torchvision_compat  # noqa: F401  (transformers imports torchvision)
 from tests.deepspeed import third_parties as problem
+from tests.deepspeed.jobs.common import weights_of
 from tests.deepspeed.results import results_of
 from tests.support.compare import assert_same_weights
 
@@ -16,10 +17,6 @@ pytestmark = pytest.mark.ranks
 
 def result(name: str) -> Any:
     return results_of("deepspeed", 2, "third_parties")[name]
-
-
-def started_from(model: nn.Module) -> dict[str, Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
 def loss_of_gpt2(model: Any) -> Tensor:
@@ -35,7 +32,7 @@ def test_hugging_faces_trainer_trains_as_one_process(stage: int) -> None:
     """Catches "auto" filled in wrongly, a schedule of the Trainer's or DeepSpeed's that goes astray, accumulation or
     clipping counted twice."""
     model = problem.build_gpt2()
-    start = started_from(model)
+    start = weights_of(model)
     expected = problem.weights_of_one_process(
         model, loss_of_gpt2, schedule=SCHEDULES[stage], clip=problem.CLIP
     )
@@ -66,7 +63,7 @@ def test_settings_that_the_trainer_does_not_know_stay(stage: int) -> None:
 def test_accelerate_trains_as_one_process(name: str) -> None:
     """Catches a dummy optimizer whose settings do not arrive, and an ARSG that accelerate replaces."""
     model = problem.build_gpt2()
-    start = started_from(model)
+    start = weights_of(model)
     expected = problem.weights_of_one_process(model, loss_of_gpt2)
     assert_same_weights(result(name), expected, started_from=start)
 
@@ -75,7 +72,7 @@ def test_accelerate_trains_as_one_process(name: str) -> None:
 def test_deepspeeds_simple_model_trains_as_one_process(stage: int) -> None:
     """Catches an engine with its own data loader and a model that returns its loss, with a layer it does not use."""
     model = problem.SimpleModel()
-    start = started_from(model)
+    start = weights_of(model)
     inputs, classes = problem.samples()
     expected = problem.weights_of_one_process(model, lambda model: model(inputs, classes))
     assert_same_weights(result(f"SimpleModel, zero{stage}"), expected, started_from=start)

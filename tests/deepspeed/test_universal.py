@@ -16,6 +16,7 @@ from arsg_dist.deepspeed.universal import convert, main
 from arsg_dist.engine.state import travelling
 from tests.checkpoint.test_commands import command
 from tests.deepspeed.checkpoint_cases import Everything, Kept, kept_cases, transfers
+from tests.deepspeed.jobs.common import weights_of
 from tests.deepspeed.saved_checkpoints import converted, results_saved_by, resumed_on
 from tests.support.compare import REDUCTION_ORDER, assert_same_weights
 
@@ -46,7 +47,7 @@ def result_of(saved_on: int, ranks: int, selection: str) -> dict[str, Any]:
 
 @functools.cache
 def started_from() -> dict[str, torch.Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in Everything().named_parameters()}
+    return weights_of(Everything())
 
 
 @everywhere

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from arsg_dist import ARSG
+from tests.deepspeed.jobs.common import weights_of
 
 SAMPLES = 8  # all of them in every update, so that nobody's shuffling matters
 LENGTH, VOCABULARY = 12, 40
@@ -98,4 +99,4 @@ def weights_of_one_process(
         optimizer.step()
         if scheduler:
             scheduler.step()
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    return weights_of(model)

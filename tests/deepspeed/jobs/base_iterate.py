@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 from torch import Tensor
 
@@ -15,7 +14,7 @@ import arsg_dist.deepspeed  # makes "type": "ARSG" known
 from arsg_dist.engine import end_process
 from tests.deepspeed import matrix
 from tests.deepspeed.jobs.common import job, refusal, weights_of
-from tests.deepspeed.jobs.matrix import masters
+from tests.deepspeed.jobs.matrix import begin, masters, update
 from tests.deepspeed.visited_cases import Visited, visited_cases
 from tests.support import toy
 
@@ -37,21 +36,15 @@ def compare(visited: Visited) -> dict[str, Any]:
 
 def train(visited: Visited, visit_after: tuple[int, ...]) -> dict[str, Any]:
     case = visited.case
-    rank, world_size = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
-    model = matrix.build_model(case)
-    parameters = matrix.grouped(case, dict(model.named_parameters()))
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=parameters, config=visited.config())
+    engine = begin(case, visited.config())
     seen: dict[str, Any] = {}
     if 0 in visit_after:
         before = weights_of(engine.module)
         with arsg_dist.deepspeed.base_iterate(engine):
             seen["moved before the first step"] = differing(before, weights_of(engine.module))
-    for update in range(toy.UPDATES):
-        for step in range(case.accumulation):
-            part = matrix.micro_batch(case, world_size, rank, step)
-            engine.backward(matrix.loss_of(engine, case, update, part))
-            engine.step()
-        if update + 1 in visit_after:
+    for number in range(toy.UPDATES):
+        update(engine, case, number)
+        if number + 1 in visit_after:
             visit(engine, case, seen)
     seen["masters"] = masters(engine, case)
     engine.destroy()

@@ -62,10 +62,7 @@ def save_and_resume(config: checkpoints.Kept, directory: Path) -> dict[str, Any]
 def build(config: checkpoints.Kept, **sections: Any) -> Any:
     model = checkpoints.Everything()
     parameters = matrix.grouped(config.case, dict(model.named_parameters()))
-    engine, *_ = deepspeed.initialize(
-        model=model, model_parameters=parameters, config=config.config(**sections)
-    )
-    return engine
+    return deepspeed.initialize(model=model, model_parameters=parameters, config=config.config(**sections))[0]
 
 
 def train(engine: Any, config: checkpoints.Kept, first: int, last: int) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from arsg_dist.engine import end_process
 from arsg_dist.optim import fused
 from tests.deepspeed import matrix
-from tests.deepspeed.jobs.common import gathered, job, refusal
+from tests.deepspeed.jobs.common import gathered, job, refusal, weights_of
 from tests.deepspeed.matrix_cases import cases
 from tests.deepspeed.nvme import NVME
 from tests.support import toy
@@ -47,25 +47,16 @@ def main() -> None:
 
 def train(case: matrix.Case, directory: Path) -> dict[str, Any]:
     """Trains, checks that all ranks agree, and returns fp32 weights and each rank's optimizer state."""
-    rank, world_size = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
-    model = matrix.build_model(case)
-    parameters = matrix.grouped(case, dict(model.named_parameters()))
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=parameters, config=case.config(directory))
+    engine = begin(case, case.config(directory))
     fused_updates.append(0)
     before = masters(engine, case)
     state_before = state_of(engine)
     poison_padding(engine.optimizer)
-    for update in range(toy.UPDATES):
-        for step in range(case.accumulation):
-            part = matrix.micro_batch(case, world_size, rank, step)
-            engine.backward(matrix.loss_of(engine, case, update, part))
-            engine.step()
+    for number in range(toy.UPDATES):
+        update(engine, case, number)
     after = masters(engine, case)
-    with deepspeed.zero.GatheredParameters(list(model.parameters()), enabled=case.stage == 3):
-        for name, parameter in model.named_parameters():
-            assert torch.equal(parameter, after[name].to(case.dtype)), (
-                f"{case}: {name} is not its master, rounded"
-            )
+    for name, weight in weights_of(engine.module).items():
+        assert torch.equal(weight, after[name].to(case.dtype)), f"{case}: {name} is not its master, rounded"
     state = {**state_of(engine), "fused updates": fused_updates.pop()}
     engine.destroy()
     all_ranks = gathered({"after": after, "state": state})
@@ -77,6 +68,21 @@ def train(case: matrix.Case, directory: Path) -> dict[str, Any]:
         "state_before": state_before,
         "states": [other["state"] for other in all_ranks],
     }
+
+
+def begin(case: matrix.Case, config: dict[str, Any]) -> Any:
+    """An engine for the model of a configuration."""
+    model = matrix.build_model(case)
+    parameters = matrix.grouped(case, dict(model.named_parameters()))
+    return deepspeed.initialize(model=model, model_parameters=parameters, config=config)[0]
+
+
+def update(engine: Any, case: matrix.Case, number: int) -> None:
+    rank, world_size = deepspeed.comm.get_rank(), deepspeed.comm.get_world_size()
+    for step in range(case.accumulation):
+        part = matrix.micro_batch(case, world_size, rank, step)
+        engine.backward(matrix.loss_of(engine, case, number, part))
+        engine.step()
 
 
 def try_configurations() -> list[dict[str, tuple[str | None, list[str]]]]:
