@@ -16,6 +16,8 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DeepSpeedPlugin, DummyOptim
 from torch import Tensor
 
+# transformers imports torchvision, once something of it is used
+import arsg_dist.imagenet.torchvision_compat  # noqa: F401
 from arsg_dist import ARSG
 from arsg_dist.engine import end_process
 from tests.deepspeed import third_parties as problem
