@@ -13,7 +13,7 @@ from arsg_dist.engine.exit_codes import BAD_INPUT
 from arsg_dist.safe_io.text import printable
 
 if TYPE_CHECKING:
-    from arsg_dist.deepspeed.explain import Explanation
+    from arsg_dist.deepspeed.config.explain import Explanation
 
 SUMMARY: Final = (
     "say what a DeepSpeed config does with ARSG: bytes and messages per rank, and what is refused"
@@ -46,8 +46,8 @@ def run(arguments: argparse.Namespace) -> int:
     """
     try:
         with contextlib.redirect_stdout(sys.stderr):  # where DeepSpeed logs; stdout is for the answer
-            from arsg_dist.deepspeed.config import read_config
-            from arsg_dist.deepspeed.explain import explain
+            from arsg_dist.deepspeed.config.explain import explain
+            from arsg_dist.deepspeed.config.resolve import read_config
         config = read_config(arguments.file)
         parameters = _numels(arguments.model) if arguments.model else [_number(arguments.parameters)]
         explanation = explain(config, parameters=parameters, world_size=arguments.world_size)

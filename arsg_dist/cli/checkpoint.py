@@ -121,8 +121,8 @@ def _convert(options: argparse.Namespace) -> int:
             raise ValueError(
                 f"{options.path} is a portable checkpoint already; for torch's format add --to torch"
             )
-        from arsg_dist.deepspeed.saved import read_checkpoint
-        from arsg_dist.deepspeed.saved_files import reading
+        from arsg_dist.deepspeed.checkpoint.files import reading
+        from arsg_dist.deepspeed.checkpoint.reader import read_checkpoint
 
         saved = read_checkpoint(options.path, trust_pickle=options.trust_pickle)
         with reading(saved.where):

@@ -1,4 +1,4 @@
-"""ARSG under DeepSpeed's ZeRO.
+"""Train with ARSG under DeepSpeed's ZeRO.
 
 Importing this package registers the optimizer, so that a DeepSpeed JSON config with
 ``"optimizer": {"type": "ARSG", "params": {...}}`` works in any script that has the line
@@ -13,15 +13,14 @@ except ImportError as error:
     ) from error
 
 from arsg_dist.deepspeed.base_iterate import base_iterate
-from arsg_dist.deepspeed.checkpoint_guard import guard_checkpoints
-from arsg_dist.deepspeed.config import check_config, resolve_config
-from arsg_dist.deepspeed.engine import DeepSpeedEngine, connect
+from arsg_dist.deepspeed.checkpoint.engine_state import restart_lost_maximum
+from arsg_dist.deepspeed.checkpoint.guard import guard_checkpoints
+from arsg_dist.deepspeed.checkpoint.pickles import trust_pickles
+from arsg_dist.deepspeed.config.resolve import check_config, resolve_config
+from arsg_dist.deepspeed.engine import DeepSpeedEngine, connect, release_shared_memory
 from arsg_dist.deepspeed.export import export
-from arsg_dist.deepspeed.initialization import initialize
-from arsg_dist.deepspeed.load_saved import restart_lost_maximum
-from arsg_dist.deepspeed.pickles import trust_pickles
+from arsg_dist.deepspeed.initialize import initialize
 from arsg_dist.deepspeed.registration import register
-from arsg_dist.deepspeed.shared_memory import release_shared_memory
 
 register()
 guard_checkpoints()

@@ -1,21 +1,22 @@
-"""Evaluation at the base iterate θ under DeepSpeed."""
+"""Evaluate at the base iterate θ under DeepSpeed."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from arsg_dist.deepspeed.shards import (
+from arsg_dist.deepspeed.checkpoint.zero_state import (
     Shard,
+    needed_state,
     optimizer_of,
     publish_copies,
     release_whole_parameters,
     shards_of,
 )
+from arsg_dist.optim import ARSG
 from arsg_dist.optim.base_iterate import base_iterate_point
-from arsg_dist.optim.state import MOMENTS, needs_step
 
 _CHUNK: Final = 1 << 24
 """Elements converted at a time: the conversion has a few temporary tensors of that size in fp32."""
@@ -34,7 +35,7 @@ _FORBIDDEN: Final = {
 
 @contextmanager
 def base_iterate(engine: Any) -> Iterator[None]:
-    """Moves the model's parameters from the observation point x to the base iterate θ, and back on leaving.
+    """Move the parameters to the base iterate θ, and back to x on leaving. Collective.
 
     As `arsg_dist.ARSG.base_iterate`, for an engine of `deepspeed.initialize` under any ZeRO stage and precision::
 
@@ -44,8 +45,6 @@ def base_iterate(engine: Any) -> Iterator[None]:
     θ is computed from the fp32 masters and rounded to the parameters' dtype; masters and optimizer state are not
     touched. Leaving, also by an exception, restores the parameters bit by bit. Each rank keeps a copy of its own part
     of the parameters meanwhile: 1/ranks of them under stages 1 to 3. Parameters never stepped stay where they are.
-
-    Entering and leaving are collective: every rank must do both.
 
     Args:
         engine: the DeepSpeed engine.
@@ -66,7 +65,7 @@ def base_iterate(engine: Any) -> Iterator[None]:
     # Of the instance, not of its class: a boost that listens to `backward`.
     own = {name: vars(engine)[name] for name in _FORBIDDEN if name in vars(engine)}
     for name, called in _FORBIDDEN.items():
-        setattr(engine, name, _refusal(called))
+        setattr(engine, name, _refusal(optimizer, called))
     try:
         release_whole_parameters(engine)
         for shard in shards:
@@ -86,19 +85,16 @@ def base_iterate(engine: Any) -> Iterator[None]:
         optimizer._at_base_iterate = False
 
 
-def _refusal(called: str) -> Callable[..., NoReturn]:
-    def refuse(*args: Any, **kwargs: Any) -> NoReturn:
-        raise RuntimeError(
-            f"{called} inside base_iterate(): the parameters are not at the observation point x"
-        )
+def _refusal(optimizer: ARSG, called: str) -> Callable[..., None]:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        optimizer._refuse_at_base_iterate(called)
 
     return refuse
 
 
 def check_complete(shard: Shard) -> None:
-    """Raises RuntimeError if the state of a stepped shard does not define θ."""
-    needed = {*MOMENTS[shard.group["preconditioner"]], *(["step"] if needs_step(shard.group) else [])}
-    missing = needed - shard.state.keys()
+    """Raise RuntimeError if the state of a stepped shard does not define θ."""
+    missing = needed_state(shard.group) - {"slow_param"} - shard.state.keys()
     if missing:
         raise RuntimeError(
             f"the optimizer state lacks {sorted(missing)}, so θ is not defined: settings changed after the first step, "
@@ -108,32 +104,23 @@ def check_complete(shard: Shard) -> None:
 
 @torch.no_grad()
 def _move_to_base_iterate(shard: Shard) -> None:
-    for target, theta in zip(_chunks(shard.copy), _base_iterate_chunks(shard), strict=True):
-        target.copy_(theta)
+    if shard.master.dim() != 1:  # of stage 0, in the parameter's shape and layout
+        shard.copy.copy_(theta_of(shard, lambda tensor: tensor))
+        return
+    for start in range(0, shard.master.numel(), _CHUNK):
+        chunk = slice(start, start + _CHUNK)
+        shard.copy[chunk] = theta_of(shard, lambda tensor, chunk=chunk: tensor[chunk])  # type: ignore[misc]
 
 
-def _base_iterate_chunks(shard: Shard) -> Iterator[Tensor]:
-    """θ of a shard, piece after piece of at most 2²⁴ elements, so that its temporaries stay small.
+def theta_of(shard: Shard, cut: Callable[[Tensor], Tensor]) -> Tensor:
+    """Compute θ of a part of a shard.
 
-    Yields:
-        Tensors that together are the shard: flat, or the whole in the master's shape where that cannot be cut.
+    Args:
+        shard: with complete state.
+        cut: takes the part out of the master, or out of a tensor of its shape.
     """
-    moments = {
-        name: value
+    state = {
+        name: cut(value) if isinstance(value, Tensor) and value.shape == shard.master.shape else value
         for name, value in shard.state.items()
-        if isinstance(value, Tensor) and value.shape == shard.master.shape
     }
-    others = {name: value for name, value in shard.state.items() if name not in moments}
-    parts = zip(*(_chunks(tensor) for tensor in (shard.master, *moments.values())), strict=True)
-    for master, *values in parts:
-        yield base_iterate_point(
-            master.detach(), {**others, **dict(zip(moments, values, strict=True))}, shard.group
-        )
-
-
-def _chunks(tensor: Tensor) -> list[Tensor]:
-    return (
-        [tensor]
-        if tensor.dim() != 1
-        else [tensor[start : start + _CHUNK] for start in range(0, tensor.numel(), _CHUNK)]
-    )
+    return base_iterate_point(cut(shard.master).detach(), state, shard.group)

@@ -1,13 +1,13 @@
-"""Build DeepSpeed's engine for a training: its config completed with what the training's settings say."""
+"""Build DeepSpeed's engine, its config completed with a training's settings."""
 
 import warnings
 from typing import Any
 
 from torch import nn
 
-from arsg_dist.deepspeed.config import resolve_config
+from arsg_dist.deepspeed.config.resolve import resolve_config
+from arsg_dist.deepspeed.config.side_effects import side_effects
 from arsg_dist.deepspeed.engine import DeepSpeedEngine, capabilities_at, connect
-from arsg_dist.deepspeed.side_effects import side_effects
 from arsg_dist.engine import Communicator, Engine, EngineBuilder, Ranks, TrainingSettings
 
 
@@ -47,7 +47,7 @@ class DeepSpeedBuilder(EngineBuilder):
         return connect(ranks)
 
     def build(self, module: nn.Module, communicator: Communicator, ranks: Ranks) -> Engine:
-        """Hand the network to `deepspeed.initialize`; rank 0 warns of what the config does besides training."""
+        """Hand the network to `deepspeed.initialize`; warn of side effects. Collective."""
         settings = self._settings
         for effect in side_effects(self.config) if communicator.rank == 0 else ():
             warnings.warn(f"besides training, the DeepSpeed config has an effect: {effect}", stacklevel=2)
@@ -88,7 +88,7 @@ def settle_precision(config: dict[str, Any], precision: str, path: str) -> None:
 
 
 def _precision_on(config: dict[str, Any]) -> str | None:
-    """The section of a DeepSpeed config that turns fp32 off."""
+    """Name the section of a DeepSpeed config that turns fp32 off."""
     for name in ("bf16", "bfloat16", "fp16", "torch_autocast"):
         if (config.get(name) or {}).get("enabled", False) is True:
             return name

@@ -1,8 +1,10 @@
-"""DeepSpeed's ZeRO engine behind the common `Engine` interface."""
+"""Put DeepSpeed's ZeRO engine behind the common `Engine` interface."""
 
 import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -11,9 +13,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import nn
 
 from arsg_dist.deepspeed.base_iterate import base_iterate
-from arsg_dist.deepspeed.engine_state import COUNTERS, engine_state
-from arsg_dist.deepspeed.load_saved import check_saved, fill, publish
-from arsg_dist.deepspeed.shared_memory import release_shared_memory
+from arsg_dist.deepspeed.checkpoint.engine_state import engine_state, load_engine_state
 from arsg_dist.engine import (
     Capabilities,
     Communicator,
@@ -31,7 +31,7 @@ from arsg_dist.engine import (
 
 
 def connect(ranks: Ranks) -> Communicator:
-    """Joins this process to the job under DeepSpeed and returns its communicator.
+    """Join this process to the job; return its communicator. Collective.
 
     Args:
         ranks: from `discover_ranks`.
@@ -59,7 +59,7 @@ def connect(ranks: Ranks) -> Communicator:
 
 
 def capabilities_at(stage: int) -> Capabilities:
-    """What code above an engine may count on at a ZeRO stage."""
+    """Return what code above an engine may count on at a ZeRO stage."""
     if stage < 3:
         return Capabilities()
     return Capabilities(
@@ -68,12 +68,30 @@ def capabilities_at(stage: int) -> Capabilities:
     )
 
 
+def release_shared_memory() -> None:
+    """Release the memory that DeepSpeed's CPU operator leaves in /dev/shm. Collective.
+
+    DeepSpeed 0.19.8 leaves 66 MiB of memory per rank in /dev/shm for ever, under a name with the job's master port.
+    To be called after `deepspeed.init_distributed` (`connect` does): the ranks have mapped each other's memory by then
+    and need its name no more. Elsewhere than on CPU ranks of one host there is nothing to release.
+    """
+    deepspeed.comm.barrier()
+    forget_name(deepspeed.comm.get_rank())
+
+
+def forget_name(rank: int | str) -> None:
+    """Remove the name of one rank's shared memory, when no rank will look for it."""
+    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{rank}"
+    (Path("/dev/shm") / name).unlink(missing_ok=True)
+
+
 def _device(ranks: Ranks) -> torch.device:
     return torch.device(get_accelerator().device_name(ranks.local_rank))
 
 
 class DeepSpeedEngine(Engine):
-    """A model under DeepSpeed, its optimizer state sharded by the ZeRO stage of the config.
+    """Train a model under DeepSpeed, its optimizer state sharded as the config says.
 
     Args:
         module: the model; DeepSpeed moves it to this rank's device and casts it as the config says.
@@ -124,11 +142,11 @@ class DeepSpeedEngine(Engine):
             )
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Adds the gradient; DeepSpeed divides by the number of micro-batches and averages over the ranks."""
+        """Add the gradient; DeepSpeed averages it over micro-batches and ranks."""
         self.engine.backward(loss)
 
     def step(self) -> None:
-        """Ends a micro-batch; DeepSpeed updates the weights after the last one."""
+        """End a micro-batch; DeepSpeed updates the weights after the last one."""
         before = self.engine.skipped_steps
         if self._skip_nonfinite and self.engine.optimizer is self.engine.basic_optimizer:
             self._leave_out_nonfinite()
@@ -136,7 +154,7 @@ class DeepSpeedEngine(Engine):
         self.skipped_updates += self.engine.skipped_steps - before
 
     def _leave_out_nonfinite(self) -> None:
-        """Stage 0 in fp32 has no check of its own; without gradients its step changes nothing."""
+        """Drop bad gradients at stage 0 in fp32, whose step then changes nothing."""
         if not self.engine.is_gradient_accumulation_boundary():
             return
         if not all_finite(p.grad for p in self.engine.module.parameters() if p.grad is not None):
@@ -144,7 +162,7 @@ class DeepSpeedEngine(Engine):
             self.skipped_updates += 1
 
     def whole_weights(self) -> dict[str, torch.Tensor]:
-        """Gather the model's state dict, under ZeRO stage 3 from all ranks."""
+        """Gather the model's state dict, under ZeRO stage 3 from all ranks. Collective."""
         parts = [p for p in self.engine.module.parameters() if hasattr(p, "ds_id")]
         gathered = deepspeed.zero.GatheredParameters(parts) if parts else nullcontext()
         with gathered:
@@ -156,34 +174,26 @@ class DeepSpeedEngine(Engine):
             yield getattr(parameter, "ds_tensor", parameter)
 
     def replicated_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The parameters, at stages 0 to 2."""
+        """Yield the parameters, at stages 0 to 2."""
         if self.capabilities.no_whole_weights:
             raise NotImplementedError("under ZeRO stage 3 no rank holds whole weights to compare")
         yield from self.engine.module.named_parameters()
 
     def state(self) -> EngineState:
-        """This rank's shards; of what every rank holds alike, its share."""
+        """Offer this rank's shards, and its share of what every rank holds alike."""
         self._refuse_at_base_iterate("state")
         return engine_state(self.engine, self.communicator.rank, self.communicator.world_size)
 
     def load_state(self, saved: SavedState) -> None:
-        """Every rank reads the pieces it holds, under any stage."""
+        """Read the pieces that this rank holds, under any stage. Collective."""
         self._refuse_at_base_iterate("load_state")
-        with self.communicator.fail_together():
-            check_saved(self.engine, saved, with_optimizer=True)
-        with self.communicator.fail_together():
-            fill(self.engine, saved, with_optimizer=True)
-        publish(self.engine)
-        for name in COUNTERS:
-            setattr(self.engine, name, saved.counters.get(name, 0))
-        # From here on updates may have another number of micro-batches.
-        self.engine.micro_steps = self.engine.global_steps * self.accumulation_steps
+        load_engine_state(self.engine, saved, self.communicator)
 
     def base_iterate(self) -> AbstractContextManager[None]:
-        """Moves the parameters to θ and back; see `arsg_dist.deepspeed.base_iterate`."""
+        """Move the parameters to θ and back. Collective."""
         return base_iterate(self.engine)
 
     @property
     def at_base_iterate(self) -> bool:
-        """Whether a `base_iterate` context is entered."""
+        """Tell whether a `base_iterate` context is entered."""
         return bool(getattr(self.engine.basic_optimizer, "_at_base_iterate", False))

@@ -1,6 +1,7 @@
-"""One safetensors file with the whole model, from a running engine or from a checkpoint directory."""
+"""Export the whole model of an engine or a checkpoint to a safetensors file."""
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,13 @@ from torch import Tensor
 
 from arsg_dist.checkpoint.export import Layout, Point, check_arguments, export_saved, metadata_of
 from arsg_dist.checkpoint.safetensors_file import write_safetensors
-from arsg_dist.deepspeed.base_iterate import check_complete
-from arsg_dist.deepspeed.layout import Piece, read_piece
-from arsg_dist.deepspeed.saved import read_checkpoint
-from arsg_dist.deepspeed.saved_files import reading
-from arsg_dist.deepspeed.shards import Shard, group_names, optimizer_of, shapes_of, shards_of
+from arsg_dist.deepspeed.base_iterate import check_complete, theta_of
+from arsg_dist.deepspeed.checkpoint.files import reading
+from arsg_dist.deepspeed.checkpoint.partitioning import Piece, read_piece
+from arsg_dist.deepspeed.checkpoint.reader import read_checkpoint
+from arsg_dist.deepspeed.checkpoint.zero_state import Shard, optimizer_of, shapes_of, shards_of, trained_names
 from arsg_dist.engine import TorchCommunicator
-from arsg_dist.optim.base_iterate import base_iterate_point
+from arsg_dist.engine.replicated_state import persistent_buffers
 
 
 def export(
@@ -27,7 +28,7 @@ def export(
     *,
     trust_pickle: bool = False,
 ) -> None:
-    """Writes the model's parameters and buffers into one safetensors file.
+    """Write parameters and buffers to one safetensors file. From an engine, collective.
 
     The keys are those of the module's `state_dict`; tied parameters are written under each of their names, so that
     ``model.load_state_dict(safetensors.torch.load_file(path))`` works as it is. Trained parameters come from the fp32
@@ -87,13 +88,10 @@ def _engine_tensors(engine: Any, at: Point, dtype: torch.dtype) -> tuple[Layout,
     for shard in shards:
         for piece in shard.pieces:
             holders.setdefault(piece.name, []).append((shard, piece))
-    trained = {name for group in group_names(engine) for name in group}
+    trained = trained_names(engine)
     of = {key: names[parameter] for key, parameter in engine.module.named_parameters(remove_duplicate=False)}
     parameters = {name: parameter for parameter, name in names.items()}
-    persistent = set(engine._get_buffer_names())
-    buffers = {
-        key: value for key, value in engine.module.named_buffers(remove_duplicate=False) if key in persistent
-    }
+    buffers = persistent_buffers(engine.module)
     layout: Layout = {key: (dtype, tuple(shapes[name])) for key, name in of.items()}
     layout |= {key: (value.dtype, tuple(value.shape)) for key, value in buffers.items()}
 
@@ -117,20 +115,11 @@ def _gathered(
 ) -> Tensor:
     whole = torch.zeros(shape.numel(), dtype=torch.float32, device=engine.device)
     for shard, piece in holders:
-        values = _theta(shard, piece) if at == "theta" and shard.state else read_piece(shard.master, piece)
+        cut = partial(read_piece, piece=piece)
+        values = theta_of(shard, cut) if at == "theta" and shard.state else cut(shard.master)
         whole.narrow(0, piece.start, piece.numel).copy_(values)
     group = shards[0].process_group
     if group is not None:
         # As integers: each element comes from one rank, and its bits arrive as they are, those of −0 and NaN too.
         torch.distributed.all_reduce(whole.view(torch.int32), group=group)
     return whole.view(shape)
-
-
-def _theta(shard: Shard, piece: Piece) -> Tensor:
-    state = {
-        name: read_piece(value, piece)
-        if isinstance(value, Tensor) and value.shape == shard.master.shape
-        else value
-        for name, value in shard.state.items()
-    }
-    return base_iterate_point(read_piece(shard.master, piece).detach(), state, shard.group)

@@ -1,4 +1,4 @@
-"""Makes DeepSpeed know the optimizer type "ARSG", and treat it right."""
+"""Register the optimizer type "ARSG" with DeepSpeed."""
 
 import functools
 import warnings
@@ -12,23 +12,24 @@ from deepspeed.runtime.engine import DeepSpeedEngine as _Engine
 from deepspeed.runtime.utils import is_optimized_parameter
 from deepspeed.runtime.zero import utils as zero_utils
 
-from arsg_dist.deepspeed.config import check_config
-from arsg_dist.deepspeed.offload import apply_offload
-from arsg_dist.deepspeed.repairs import Method, apply_repairs, wrap_once
-from arsg_dist.deepspeed.schedules import check_scheduler, with_schedules_for_arsg
-from arsg_dist.deepspeed.settings import AUTO
-from arsg_dist.deepspeed.side_effects import check_swap_directory
-from arsg_dist.deepspeed.state_access import repair_state_access
+from arsg_dist.deepspeed.config.resolve import check_config
+from arsg_dist.deepspeed.config.rules import AUTO
+from arsg_dist.deepspeed.config.schedules import check_scheduler, with_schedules_for_arsg
+from arsg_dist.deepspeed.config.side_effects import check_swap_directory
+from arsg_dist.deepspeed.patches.offload import patch_offload
+from arsg_dist.deepspeed.patches.state_access import patch_state_access
+from arsg_dist.deepspeed.patches.training_step import patch_training_step
+from arsg_dist.deepspeed.patching import Method, wrap_once
 from arsg_dist.optim import ARSG
 
 
 def register() -> None:
-    """Lets `"type": "ARSG"` in a DeepSpeed JSON config mean `arsg_dist.ARSG`, under every ZeRO stage.
+    """Register `arsg_dist.ARSG` as `"type": "ARSG"` of DeepSpeed configs.
 
     DeepSpeed 0.19 has no registry: it looks a type it does not know itself up in `torch.optim`, and ZeRO accepts an
     optimizer by its exact class. Here DeepSpeed's look-up is wrapped, so that torch stays as it is. More of its methods
     are wrapped, and do what they did for other optimizers: its check of a config also calls `check_config`, and warns
-    where DeepSpeed will clip the gradient unasked; schedules of the config; and the `repairs`. Calling this again
+    where DeepSpeed will clip the gradient unasked; schedules of the config; and the `patches`. Calling this again
     changes nothing.
 
     Raises:
@@ -42,13 +43,13 @@ def register() -> None:
     wrap_once(_Engine, "_do_sanity_check", _with_arsg_check)
     wrap_once(_Engine, "_do_optimizer_sanity_check", _with_built_arsg_check)
     wrap_once(_Engine, "_scheduler_from_config", with_schedules_for_arsg)
-    repair_state_access()
-    apply_repairs()
-    apply_offload()
+    patch_state_access()
+    patch_training_step()
+    patch_offload()
 
 
 def arsg_factory(params: Any, source: str) -> "functools.partial[ARSG]":
-    """What makes an ARSG from parameters or groups of them, with the settings of a config.
+    """Return what makes an ARSG from parameters or groups, with a config's settings.
 
     Args:
         params: `optimizer.params` of a DeepSpeed config; None for ARSG's defaults.
@@ -70,7 +71,7 @@ def arsg_factory(params: Any, source: str) -> "functools.partial[ARSG]":
 
 
 def _with_params_looked_at(method: Method) -> Method:
-    """DeepSpeed looks for keys in whatever optimizer.params is, and fails without saying where."""
+    """Refuse optimizer.params in which DeepSpeed would look for keys, and fail."""
 
     def _initialize_params(config: Any, param_dict: dict[str, Any]) -> None:
         section = param_dict.get("optimizer") or {}
@@ -115,7 +116,7 @@ def _with_arsg_check(method: Method) -> Method:
 
 
 def _with_built_arsg_check(method: Method) -> Method:
-    """For callables of which only the result tells that they make an ARSG; and groups without anything to train."""
+    """Check what a callable has made, and drop groups without anything to train."""
 
     def check(engine: Any, basic_optimizer: Any) -> Any:
         client = engine.client_optimizer
@@ -131,7 +132,7 @@ def _with_built_arsg_check(method: Method) -> Method:
 
 
 def _drop_frozen_groups(optimizer: ARSG) -> None:
-    """Groups whose parameters are all frozen go the way of empty ones, which DeepSpeed drops.
+    """Drop groups whose parameters are all frozen, as DeepSpeed drops empty ones.
 
     Stages 1 and 2 fail on them with an IndexError. They are dropped at every stage and precision where DeepSpeed makes
     masters, so that an engine has the same groups in all of these, and schedules go from one to another.
@@ -144,7 +145,7 @@ def _drop_frozen_groups(optimizer: ARSG) -> None:
 
 
 def makes_arsg(client: Any) -> bool:
-    """Whether a callable shows, without being called, that it makes an ARSG."""
+    """Tell whether a callable shows, without being called, that it makes an ARSG."""
     return client is ARSG or (isinstance(client, functools.partial) and client.func is ARSG)
 
 

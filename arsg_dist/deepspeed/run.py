@@ -1,4 +1,4 @@
-"""Runs an unmodified training script with "type": "ARSG" known to DeepSpeed.
+"""Run an unmodified training script with "type": "ARSG" known to DeepSpeed.
 
 deepspeed --module arsg_dist.deepspeed.run train.py ARGUMENTS
 deepspeed --module arsg_dist.deepspeed.run -m package.train ARGUMENTS
@@ -11,12 +11,12 @@ import runpy
 import sys
 from pathlib import Path
 
-from arsg_dist.deepspeed.shared_memory import forget_name
+from arsg_dist.deepspeed.engine import forget_name
 from arsg_dist.engine.exit_codes import BAD_INPUT
 
 
 def main(arguments: list[str]) -> None:
-    """Becomes the script: its `sys.argv`, `sys.path`, `__main__` and exit code are as without this module.
+    """Become the script: `sys.argv`, `sys.path`, `__main__` and exit code are its own.
 
     `--local_rank=N`, which the deepspeed launcher puts before the script's name, is handed on to the script as its
     first argument, as the launcher does without this module.
@@ -53,7 +53,7 @@ def main(arguments: list[str]) -> None:
 
 
 def _first_on_path(directory: str) -> None:
-    """Where Python looks for modules first, unless started with -P."""
+    """Have Python look for modules there first, unless started with -P."""
     if not sys.flags.safe_path:
         sys.path[0] = directory
 

@@ -1,4 +1,4 @@
-"""Converts a DeepSpeed checkpoint of an engine with ARSG to DeepSpeed's universal layout, losing nothing.
+"""Convert ARSG's DeepSpeed checkpoints to the universal layout, without loss.
 
 usage: python -m arsg_dist.deepspeed.universal [--trust-pickle] INPUT OUTPUT
 
@@ -18,9 +18,7 @@ from typing import Any
 import torch
 
 from arsg_dist.checkpoint.convert import TRUST_HELP
-from arsg_dist.deepspeed.pickles import load
-from arsg_dist.deepspeed.saved import ShardedCheckpoint
-from arsg_dist.deepspeed.saved_files import (
+from arsg_dist.deepspeed.checkpoint.files import (
     ARSG_SECTION,
     SavedCheckpoint,
     check_state_is_there,
@@ -28,6 +26,8 @@ from arsg_dist.deepspeed.saved_files import (
     resolve_tag,
     steps_of,
 )
+from arsg_dist.deepspeed.checkpoint.pickles import load
+from arsg_dist.deepspeed.checkpoint.reader import ShardedCheckpoint
 from arsg_dist.safe_io.files import inside, make_directory, new_directory, write_text, writing
 
 FORMAT_VERSION = 1

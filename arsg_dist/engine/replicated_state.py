@@ -34,16 +34,24 @@ def parameter_names(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict
     return names
 
 
-def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
-    """The buffers of a module's `state_dict`, by all their names."""
+def persistent_buffers(module: nn.Module, *, duplicates: bool = True) -> dict[str, Tensor]:
+    """The buffers of a module's `state_dict`, by all their names; without `duplicates` by the first."""
     kept = module.state_dict(keep_vars=True)
-    return {name: buffer for name, buffer in module.named_buffers(remove_duplicate=False) if name in kept}
+    named = module.named_buffers(remove_duplicate=not duplicates)
+    return {name: buffer for name, buffer in named if name in kept}
+
+
+def add_buffers(state: EngineState, module: nn.Module, rank: int) -> None:
+    """Add a module's persistent buffers to a state; rank 0's, for batch norm's differ between ranks."""
+    if rank == 0:
+        for name, buffer in persistent_buffers(module).items():
+            state.add_whole(key_of(BUFFER, name), buffer)
 
 
 def aliases_of(module: nn.Module, names: Mapping[Tensor, str]) -> dict[str, str]:
-    """Further names of parameters → the name they are saved under."""
+    """Further names of parameters → the name they are saved under; a parameter without a name has none."""
     named = module.named_parameters(remove_duplicate=False)
-    return {name: names[parameter] for name, parameter in named if names[parameter] != name}
+    return {name: names[parameter] for name, parameter in named if names.get(parameter, name) != name}
 
 
 def named_groups(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> list[Group]:
@@ -78,9 +86,7 @@ def replicated_state(
         if numbers := state_numbers(name, held):
             state.numbers[name] = numbers
     state.add_replicated(tensors, rank, world_size)
-    if rank == 0:  # batch norm's differ between ranks
-        for name, buffer in persistent_buffers(module).items():
-            state.add_whole(key_of(BUFFER, name), buffer)
+    add_buffers(state, module, rank)
     return state
 
 

@@ -51,7 +51,7 @@ def zero_config(stage: int, load: Load) -> dict[str, Any]:
 
 @cache
 def _explained(stage: int, load: Load, ranks: int) -> Any:
-    from arsg_dist.deepspeed.explain import explain
+    from arsg_dist.deepspeed.config.explain import explain
 
     explained = explain(zero_config(stage, load), parameters=load.parameters, world_size=ranks)
     assert explained.refused is None, explained.refused

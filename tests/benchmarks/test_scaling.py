@@ -10,7 +10,7 @@ pytest.importorskip("scipy", reason="calibration needs scipy")
 pytest.importorskip("deepspeed", reason="what ZeRO sends and holds comes from arsg_dist.deepspeed.explain")
 pytest.importorskip("horovod.torch", reason="shards are laid out by arsg_dist.horovod")
 
-from arsg_dist.deepspeed.explain import explain
+from arsg_dist.deepspeed.config.explain import explain
 from benchmarks.scaling import fit
 from benchmarks.scaling.__main__ import MEASUREMENTS
 from benchmarks.scaling.collectives import Cluster, Cost, Exchange, Link, seconds, sent_by_rank

@@ -55,7 +55,7 @@ def test_engine_gives_the_weights_of_one_process(
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_plain_deepspeed_json_trains_arsg_under_every_zero_stage(ranks: int, tmp_path: Path) -> None:
     """Catches a stage that does not accept the type ARSG, or that counts or shards its state wrongly."""
-    job = launch("warm deepspeed", ranks, "tests/support/plain_deepspeed_job.py", tmp_path)
+    job = launch("warm deepspeed", ranks, "tests/deepspeed/jobs/plain.py", tmp_path)
     assert job.code == 0, job.output[-5000:]
     for stage in range(4):
         assert_same_weights(

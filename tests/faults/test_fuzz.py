@@ -17,7 +17,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from arsg_dist.deepspeed.config import resolve_config
+from arsg_dist.deepspeed.config.resolve import resolve_config
 from arsg_dist.imagenet import cli
 from arsg_dist.imagenet.config import TrainConfig
 from arsg_dist.imagenet.data.shard_writer import shard_command

@@ -13,16 +13,7 @@ import torch
 from arsg_dist.imagenet.cli import train_command
 from arsg_dist.imagenet.data.shard_writer import shard_command
 from arsg_dist.imagenet.data.tar_shards import TarShards
-
-
-class Malicious:
-    """Unpickling it makes a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return Path.touch, (self.path,)
+from tests.support.hostile import Payload
 
 
 def test_every_file_of_a_checkpoint_replaced_by_a_pickle(
@@ -36,8 +27,8 @@ def test_every_file_of_a_checkpoint_replaced_by_a_pickle(
     for path in files:
         shutil.copy(path, tmp_path / "kept")
         for write in (
-            lambda p: p.write_bytes(pickle.dumps(Malicious(marker))),
-            lambda p: torch.save({"model": Malicious(marker)}, p),
+            lambda p: p.write_bytes(pickle.dumps(Payload(marker))),
+            lambda p: torch.save({"model": Payload(marker)}, p),
         ):
             write(path)
             code = train_command([*recipe, "--epochs", "2", "--resume", "--max_updates", "5"])
@@ -52,7 +43,7 @@ def test_a_pickle_in_the_index_of_shards(small_tree: Path, tmp_path: Path) -> No
     """Catches numpy's pickles, in an index whose checksum fits."""
     assert shard_command([str(small_tree), str(tmp_path / "shards"), "--workers", "1"]) == 0
     split, marker = tmp_path / "shards" / "train", tmp_path / "executed"
-    evil = np.array([Malicious(marker)], dtype=object)
+    evil = np.array([Payload(marker)], dtype=object)
     (split / "index.npy").unlink()
     np.save(split / "index.npy", evil, allow_pickle=True)
     description = json.loads((split / "split.json").read_text())
@@ -81,7 +72,7 @@ def test_an_image_that_is_a_pickle(
     """Catches a decoder that tries more formats than images."""
     marker = tmp_path / "executed"
     path = sorted((small_tree / "train" / "3").iterdir())[2]
-    path.write_bytes(pickle.dumps(Malicious(marker)))
+    path.write_bytes(pickle.dumps(Payload(marker)))
     assert train_command(recipe) == 2
     assert f"cannot decode image {path}" in capsys.readouterr().err
     assert not marker.exists()

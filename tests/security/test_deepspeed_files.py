@@ -28,14 +28,15 @@ from safetensors.torch import load_file
 import arsg_dist.deepspeed.build
 from arsg_dist.checkpoint import SavedRun
 from arsg_dist.cli import main as cli
-from arsg_dist.deepspeed import pickles, universal
-from arsg_dist.deepspeed.config import resolve_config
-from arsg_dist.deepspeed.saved import read_checkpoint
-from arsg_dist.deepspeed.side_effects import check_swap_directory
+from arsg_dist.deepspeed import universal
+from arsg_dist.deepspeed.checkpoint import pickles
+from arsg_dist.deepspeed.checkpoint.reader import read_checkpoint
+from arsg_dist.deepspeed.config.resolve import resolve_config
+from arsg_dist.deepspeed.config.side_effects import check_swap_directory
 from arsg_dist.engine import SingleProcessCommunicator, discover_ranks
 from arsg_dist.imagenet.config import TrainConfig
 from arsg_dist.imagenet.training.engines import build_engine, prepare
-from tests.support.deepspeed_files_job import PRECISIONS, STATE
+from tests.deepspeed.jobs.files import PRECISIONS, STATE
 from tests.support.hostile import Own, Payload
 from tests.support.launchers import REPOSITORY
 
@@ -48,7 +49,7 @@ def saved() -> Path:
     directory = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
     finished = subprocess.run(
-        [sys.executable, "-m", "tests.support.deepspeed_files_job", directory],
+        [sys.executable, "-m", "tests.deepspeed.jobs.files", directory],
         cwd=REPOSITORY,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,

@@ -1,7 +1,6 @@
 """What ranks tell each other is data, whoever sends it."""
 
 import math
-import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 
 from arsg_dist.engine import SingleProcessCommunicator
 from arsg_dist.engine.messages import MAX_BYTES, check_sizes, decode, encode
+from tests.support.hostile import Payload
 
 
 def _raw(content: bytes) -> torch.Tensor:
@@ -21,19 +21,9 @@ def _with_text(text: str, rest: bytes = b"") -> torch.Tensor:
     return _raw(len(text.encode()).to_bytes(8, "little") + text.encode() + rest)
 
 
-class _Payload:
-    """Makes a file when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self._path),)
-
-
 def test_a_pickle_sent_by_a_stranger_is_not_run(tmp_path: Path) -> None:
     """Catches a message that is unpickled: whoever joins as a rank would run code on all others."""
-    pickled = pickle.dumps(_Payload(tmp_path / "ran"))
+    pickled = pickle.dumps(Payload(tmp_path / "ran"))
     for message in (pickled, len(pickled).to_bytes(8, "little") + pickled):
         with pytest.raises(ValueError, match="what rank 1 sent is no message"):
             decode([encode("fine"), _raw(message)])

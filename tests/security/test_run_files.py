@@ -37,6 +37,7 @@ from arsg_dist.imagenet.training.rank_state import add_rank_state, load_rank_sta
 from tests.checkpoint.runs import engine, saved
 from tests.checkpoint.test_commands import command
 from tests.imagenet.conftest import digits, recipe, small_tree
+from tests.support.hostile import Payload
 
 __all__ = ["digits", "recipe", "small_tree"]
 
@@ -754,16 +755,6 @@ def test_a_random_state_of_a_checkpoint_that_is_none_is_a_clear_error(tmp_path: 
             load_rank_state(SavedRun(path), {}, communicator, seed=0, update=1)
 
 
-class Malicious:
-    """Unpickling it makes a file."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return Path.touch, (self.path,)
-
-
 def test_no_command_executes_a_checkpoint(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -771,8 +762,8 @@ def test_no_command_executes_a_checkpoint(
     marker, output = tmp_path / "executed", tmp_path / "out"
     for name in ("manifest.json", "shard-00000.safetensors"):
         for write in (
-            lambda path: path.write_bytes(pickle.dumps(Malicious(marker))),
-            lambda path: torch.save({"model": Malicious(marker)}, path),
+            lambda path: path.write_bytes(pickle.dumps(Payload(marker))),
+            lambda path: torch.save({"model": Payload(marker)}, path),
         ):
             directory = tmp_path / "c"
             shutil.copytree(checkpoint, directory)

@@ -14,7 +14,7 @@ from tests.support import toy
 from tests.support.launchers import REPOSITORY
 from tests.support.messages import check_messages
 
-HYPERPARAMETERS = toy.HYPERPARAMETERS | {"fused": True}  # plain_deepspeed_job.py has the default path
+HYPERPARAMETERS = toy.HYPERPARAMETERS | {"fused": True}  # tests/deepspeed/jobs/plain.py has the default path
 
 
 def main() -> None:

@@ -1,0 +1,1 @@
+"""Save and load DeepSpeed engines' state, and read DeepSpeed's checkpoint files."""

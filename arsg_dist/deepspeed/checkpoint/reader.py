@@ -1,0 +1,264 @@
+"""Read DeepSpeed checkpoints of ARSG without an engine, one parameter at a time."""
+
+import re
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from deepspeed.checkpoint.constants import (
+    BASE_OPTIMIZER_STATE,
+    GROUP_PADDINGS,
+    OPTIMIZER_STATE_DICT,
+    PARAM_ALIGNMENT_PADDINGS,
+    SINGLE_PARTITION_OF_FP32_GROUPS,
+)
+from torch import Tensor
+
+from arsg_dist.deepspeed.checkpoint.files import (
+    ARSG_SECTION,
+    SavedCheckpoint,
+    model_files,
+    module_tensors,
+    reading,
+    resolve_tag,
+    scale_of,
+    settings_of,
+    steps_of,
+)
+from arsg_dist.deepspeed.checkpoint.partitioning import (
+    Piece,
+    offsets_in_group,
+    pieces_of_each,
+    pieces_of_range,
+    read_piece,
+)
+from arsg_dist.deepspeed.checkpoint.pickles import Reader, load
+from arsg_dist.safe_io.files import inside
+
+_MASTER: Final = "fp32"
+_FP32_FLAT_GROUPS: Final = "fp32_flat_groups"
+_SHARD: Final = re.compile(r"(?:bf16_)?zero_pp_rank_(\d{1,9})_mp_rank_(\d+)_optim_states\.pt$")
+
+
+@dataclass
+class _Flat:
+    """Hold what each rank wrote of a flat tensor that was cut over the ranks."""
+
+    group: int
+    masters: list[Tensor]
+    states: list[dict[str, Any]]
+    pieces: list[list[Piece]]
+
+
+class ShardedCheckpoint(SavedCheckpoint):
+    """Read what `engine.save_checkpoint` wrote under any ZeRO stage.
+
+    Args:
+        directory: with the tag, as ``checkpoints/global_step100``.
+        read: of each file.
+
+    Raises:
+        ValueError: no such checkpoint, an incomplete one, one of another optimizer, or one of a kind not read here.
+    """
+
+    def __init__(self, directory: Path, read: Reader = load) -> None:
+        self.where = directory
+        shards = sorted(
+            (int(match[1]), path)
+            for path in directory.glob("*_optim_states.pt")
+            if (match := _SHARD.match(path.name))
+        )
+        layers = next(directory.glob("layer_*-model_states.pt"), None)  # of a pipeline
+        if layers or any(not path.name.endswith("mp_rank_00_optim_states.pt") for _, path in shards):
+            raise ValueError(
+                f"{directory} is of a tensor- or pipeline-parallel model, which is not supported"
+            )
+        if next(directory.glob("*_expert_*_model_states.pt"), None):
+            raise ValueError(f"{directory} is of a mixture of experts, which is not supported")
+        models = [read(path) for path in model_files(directory)]
+        if not models:
+            raise ValueError(f"{directory} holds no DeepSpeed checkpoint (no *_model_states.pt)")
+        self._shapes: dict[str, torch.Size] = {}
+        self._flats: list[_Flat] = []
+        self.loss_scale = None
+        if shards:
+            ranks, written = [rank for rank, _ in shards], models[0]["dp_world_size"]
+            if len(ranks) != written or ranks != list(range(len(ranks))):
+                raise ValueError(
+                    f"{directory} is incomplete, or of several runs: {written} ranks wrote it, and there are files of "
+                    f"{ranks}"
+                )
+            optimizers = [read(path)[OPTIMIZER_STATE_DICT] for _, path in shards]
+            self._read_zero(optimizers, models[0])
+        else:
+            self._read_unsharded(models[0])
+        self.module = module_tensors(models, self._shapes)
+        self.aliases, self.counters = self.module.aliases, self.module.counters
+        group_of: dict[str, int] = {}
+        self._parts: dict[str, list[tuple[_Flat, int, Piece]]] = {name: [] for name in self._shapes}
+        for flat in self._flats:
+            for rank, pieces in enumerate(flat.pieces):
+                for piece in pieces:
+                    self._parts[piece.name].append((flat, rank, piece))
+                    group_of[piece.name] = flat.group
+        self.group_of, self._trained = group_of, list(self._shapes)
+
+    def entries(self, name: str) -> set[str]:
+        """See `SavedState`."""
+        if name not in self._parts:  # frozen
+            return set()
+        flat, rank, _ = self._parts[name][0]
+        return set(flat.states[rank])
+
+    def master(self, name: str) -> Tensor:
+        """See `SavedCheckpoint`."""
+        return self._whole(name, [flat.masters[rank] for flat, rank, _ in self._parts[name]])
+
+    def state(self, name: str, key: str) -> Any:
+        """See `SavedCheckpoint`."""
+        values = [flat.states[rank][key] for flat, rank, _ in self._parts[name]]
+        return int(values[0]) if key == "step" else self._whole(name, values)
+
+    def _whole(self, name: str, tensors: list[Tensor]) -> Tensor:
+        parts = zip(tensors, self._parts[name], strict=True)
+        return torch.cat([read_piece(tensor, piece) for tensor, (_, _, piece) in parts]).view(
+            self._shapes[name]
+        )
+
+    def _read_zero(self, optimizers: list[dict[str, Any]], model: dict[str, Any]) -> None:
+        first = optimizers[0]
+        inner: list[Any] = [
+            saved.get(BASE_OPTIMIZER_STATE, saved.get(OPTIMIZER_STATE_DICT)) for saved in optimizers
+        ]
+        if not isinstance(inner[0], dict):
+            raise ValueError(
+                f"{self.where} was saved with zero_optimization.elastic_checkpoint, which is not read"
+            )
+        self.groups = settings_of(inner[0]["param_groups"], self.where)
+        self.loss_scale = scale_of(first.get("loss_scaler"))
+        stage_3 = _FP32_FLAT_GROUPS in first
+        world_size = len(optimizers)
+        for index, shapes in enumerate(model["param_shapes"]):
+            numels = {name: torch.Size(shape).numel() for name, shape in shapes.items()}
+            self._shapes |= {name: torch.Size(shape) for name, shape in shapes.items()}
+            if stage_3:
+                masters = [saved[_FP32_FLAT_GROUPS][index] for saved in optimizers]
+                identity = index
+                pieces = [pieces_of_each(numels.items(), rank, world_size) for rank in range(world_size)]
+            else:
+                masters = [saved[SINGLE_PARTITION_OF_FP32_GROUPS][index] for saved in optimizers]
+                identity = inner[0]["param_groups"][index]["params"][0]
+                paddings = (
+                    first[PARAM_ALIGNMENT_PADDINGS][index] if PARAM_ALIGNMENT_PADDINGS in first else None
+                )
+                offsets = offsets_in_group(numels.values(), paddings or [0] * len(numels))
+                listed = [
+                    (name, numel, at) for (name, numel), at in zip(numels.items(), offsets, strict=True)
+                ]
+                # BF16_Optimizer writes its masters with the padding, the others without.
+                stripped = first[GROUP_PADDINGS][index] if "loss_scaler" in first else 0
+                size = masters[0].numel() + stripped
+                pieces = [pieces_of_range(listed, rank, size) for rank in range(world_size)]
+            group = next(i for i, g in enumerate(inner[0]["param_groups"]) if identity in g["params"])
+            states = [saved["state"].get(identity, {}) for saved in inner]
+            self._flats.append(_Flat(group, masters, states, pieces))
+
+    def _read_unsharded(self, model: dict[str, Any]) -> None:
+        saved, section = model["optimizer"], model.get(ARSG_SECTION)
+        half = OPTIMIZER_STATE_DICT in saved
+        inner = saved[OPTIMIZER_STATE_DICT] if half else saved
+        self.groups = settings_of(inner["param_groups"], self.where)
+        if section is None:
+            raise ValueError(
+                f"{self.where} does not tell the parameters' names (it was saved without arsg_dist.deepspeed)"
+            )
+        if half and saved["dynamic_loss_scale"]:
+            self.loss_scale = {key: saved[key] for key in ("cur_scale", "cur_iter", "last_overflow_iter")}
+        for index, names in enumerate(section["groups"]):
+            for position, name in zip(section["positions"][index], names, strict=True):
+                master = saved["fp32_groups"][index][position] if half else model["module"][name]
+                identity = inner["param_groups"][index]["params"][position]
+                state = inner["state"].get(identity, {})
+                self._shapes[name] = master.shape
+                self._flats.append(_Flat(index, [master], [state], [[Piece(name, 0, 0, master.numel())]]))
+
+
+class UniversalCheckpoint(SavedCheckpoint):
+    """Read a universal checkpoint, of this package's converter or DeepSpeed's.
+
+    Args:
+        directory: with the tag.
+        read: of each file.
+
+    Raises:
+        ValueError: not such a directory, or one of another optimizer.
+    """
+
+    def __init__(self, directory: Path, read: Reader = load) -> None:
+        self.where, self._read_file = directory, read
+        path = directory / "zero" / "optimizer_state.pt"
+        if not path.is_file():
+            raise ValueError(f"{directory} is not in the universal layout: {path} does not exist")
+        saved = read(path)
+        section = saved.get(ARSG_SECTION)
+        self.groups = settings_of(saved["param_groups"], directory)
+        self.group_of = None
+        self.loss_scale = section["loss_scale"] if section else scale_of(saved.get("loss_scaler"))
+        models = [read(path) for path in model_files(directory)]
+        if not models:
+            raise ValueError(f"{directory} has no *_model_states.pt")
+        trained: dict[str, None] = {}
+        if section:
+            self.group_of = {name: i for i, names in enumerate(section["groups"]) for name in names}
+            trained = dict.fromkeys(self.group_of)
+        for shapes in models[0].get("param_shapes") or []:
+            trained |= dict.fromkeys(shapes)
+        self._trained = list(trained)
+        self.module = module_tensors(models, trained)
+        self.aliases, self.counters = self.module.aliases, self.module.counters
+
+    def entries(self, name: str) -> set[str]:
+        """See `SavedState`."""
+        return {path.stem for path in self._file(name, _MASTER).parent.glob("*.pt")} - {_MASTER}
+
+    def master(self, name: str) -> Tensor:
+        """See `SavedCheckpoint`."""
+        master: Tensor = self._read(name, _MASTER)
+        return master
+
+    def state(self, name: str, key: str) -> Any:
+        """See `SavedCheckpoint`."""
+        return self._read(name, key)
+
+    def _file(self, name: str, key: str) -> Path:
+        return inside(self.where, "zero", *steps_of(name, self.where), f"{key}.pt")
+
+    def _read(self, name: str, key: str) -> Any:
+        value = self._read_file(self._file(name, key))
+        if key == "step":
+            return int(value)
+        # DeepSpeed's converter writes flat tensors for stage 3.
+        return value["param"] if isinstance(value, dict) else value
+
+
+def read_checkpoint(directory: str | Path, *, trust_pickle: bool = False) -> SavedCheckpoint:
+    """Open a checkpoint directory of either kind.
+
+    Its files are pickles, from which data alone is taken.
+
+    Args:
+        directory: with the tag; or the one above it, whose file `latest` names the tag.
+        trust_pickle: execute what its files name besides data, which is refused otherwise: only where you trust their
+            writer.
+
+    Raises:
+        ValueError: no checkpoint of an engine with ARSG, or one that names something to execute.
+    """
+    directory = resolve_tag(Path(directory))
+    read = partial(load, trust_pickle=trust_pickle)
+    with reading(directory):
+        if (directory / "zero" / "optimizer_state.pt").is_file():
+            return UniversalCheckpoint(directory, read)
+        return ShardedCheckpoint(directory, read)

@@ -1,0 +1,1 @@
+"""Read, check and explain DeepSpeed configs for ARSG."""

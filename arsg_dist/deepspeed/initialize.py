@@ -1,0 +1,126 @@
+"""Call `deepspeed.initialize` with ARSG as an object instead of by its name."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+from deepspeed.constants import TORCH_DISTRIBUTED_DEFAULT_PORT
+from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
+from torch.optim import Optimizer
+
+from arsg_dist.deepspeed.config.resolve import check_config
+from arsg_dist.deepspeed.registration import arsg_factory, makes_arsg
+from arsg_dist.optim import ARSG
+
+
+def initialize(
+    args: Any = None,
+    model: Any = None,
+    optimizer: Any = None,
+    model_parameters: Any = None,
+    training_data: Any = None,
+    lr_scheduler: Any = None,
+    distributed_port: int = TORCH_DISTRIBUTED_DEFAULT_PORT,
+    mpu: Any = None,
+    dist_init_required: bool | None = None,
+    collate_fn: Callable[..., Any] | None = None,
+    config: str | Path | dict[str, Any] | None = None,
+    mesh_param: Any = None,
+    config_params: str | Path | dict[str, Any] | None = None,
+) -> tuple[Any, Any, Any, Any]:
+    """Call `deepspeed.initialize` for ARSG, without its look-up of the type "ARSG".
+
+    Builds the ARSG that the config's optimizer section describes, or takes the one you pass, and hands it to DeepSpeed.
+    Same arguments and results as `deepspeed.initialize` (see there), except:
+
+    Args:
+        args: may have `deepspeed_config`, the path of the config.
+        model: a module.
+        optimizer: an ARSG, or a callable that takes parameters or groups and returns one. Default: from the config.
+        model_parameters: parameters, or groups of them with settings of their own (lr, betas, mu, ...).
+        training_data: see DeepSpeed.
+        lr_scheduler: see DeepSpeed; a callable gets the ARSG.
+        distributed_port: see DeepSpeed.
+        mpu: see DeepSpeed.
+        dist_init_required: see DeepSpeed.
+        collate_fn: see DeepSpeed.
+        config: path or content; not changed. CPU offload does not need `zero_force_ds_cpu_optimizer`.
+        mesh_param: see DeepSpeed.
+        config_params: DeepSpeed's older name of `config`.
+
+    Returns:
+        engine, optimizer (as DeepSpeed wrapped it), data loader or None, scheduler or None.
+
+    Raises:
+        TypeError: the optimizer is not an ARSG, nor makes one.
+        ValueError: no config; no ARSG in it although no optimizer is passed; both; or what `check_config` refuses.
+    """
+    named = getattr(args, "deepspeed_config", None)
+    given = [value for value in (config, config_params, named) if value is not None]
+    if len(given) != 1:
+        raise ValueError("give exactly one DeepSpeed config: config=... or args.deepspeed_config")
+    content = given[0]
+    if not isinstance(content, dict):
+        content = load_ds_config(str(content))
+    content = copy.deepcopy(content)
+    check_config(content)
+    section = content.pop("optimizer", None)
+    if optimizer is not None and section is not None:
+        raise ValueError(
+            "there is an optimizer in the DeepSpeed config and another one as an argument: remove one"
+        )
+    if optimizer is None:
+        if not section or section.get("type") != "ARSG":
+            raise ValueError(
+                f"the DeepSpeed config has optimizer {section!r}: arsg_dist.deepspeed.initialize needs "
+                '{"type": "ARSG", ...} or optimizer=...; for other optimizers use deepspeed.initialize'
+            )
+        optimizer = arsg_factory(section.get("params"), "the DeepSpeed config")
+    optimizer = _only_arsg(optimizer)
+    if named is not None:
+        args.deepspeed_config = None  # DeepSpeed wants to be told once only
+    try:
+        result: tuple[Any, Any, Any, Any] = deepspeed.initialize(
+            args=args,
+            model=model,
+            optimizer=optimizer,
+            model_parameters=model_parameters,
+            training_data=training_data,
+            lr_scheduler=lr_scheduler,
+            distributed_port=distributed_port,
+            mpu=mpu,
+            dist_init_required=dist_init_required,
+            collate_fn=collate_fn,
+            config=content,
+            mesh_param=mesh_param,
+        )
+    finally:
+        if named is not None:
+            args.deepspeed_config = named
+    return result
+
+
+def _only_arsg(optimizer: Any) -> Any:
+    """Return the optimizer; wrap a callable to refuse what is not an ARSG."""
+    if isinstance(optimizer, ARSG) or makes_arsg(optimizer):
+        return optimizer
+    if isinstance(optimizer, type | Optimizer) or not callable(optimizer):
+        raise _not_arsg(optimizer)
+
+    def make(parameters: Any) -> ARSG:
+        made = optimizer(parameters)
+        if not isinstance(made, ARSG):
+            raise _not_arsg(made)
+        return made
+
+    return make
+
+
+def _not_arsg(optimizer: Any) -> TypeError:
+    name = optimizer.__name__ if isinstance(optimizer, type) else type(optimizer).__name__
+    return TypeError(
+        f"arsg_dist.deepspeed.initialize takes an ARSG or a callable that makes one, not {name}: for other optimizers "
+        "use deepspeed.initialize"
+    )

@@ -1,0 +1,152 @@
+"""Correct DeepSpeed's safe_get_full_* and safe_set_full_* functions under ARSG.
+
+With DeepSpeed 0.19.8 they reach the optimizer state of the first parameter group only, lose it after a checkpoint is
+loaded, read and write other parameters' elements with `round_robin_gradients`, and where they fail they do so on some
+ranks, while the others wait for ever.
+"""
+
+import functools
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.utils import link_hp_params
+from torch import Tensor
+
+from arsg_dist.deepspeed.patching import Method, wrap_once
+from arsg_dist.optim import ARSG
+
+
+def patch_state_access() -> None:
+    """Apply all of these patches; calling this again changes nothing.
+
+    Raises:
+        RuntimeError: this DeepSpeed is built differently.
+    """
+    wrap_once(DeepSpeedZeroOptimizer, "_link_all_hp_params", _with_links_renewed)
+    wrap_once(DeepSpeedZeroOptimizer, "_lazy_init_hp_params_optimizer_state", _with_every_group_linked)
+    wrap_once(DeepSpeedZeroOptimizer_Stage3, "set_full_hp_param", _with_padding_left_alone)
+    wrap_once(DeepSpeedZeroOptimizer_Stage3, "set_fp32_grad_for_param", _with_gradient_padded)
+
+
+def _with_links_renewed(method: Method) -> Method:
+    """Give new links to masters their links to state, and checks (stages 1 and 2)."""
+
+    def _link_all_hp_params(zero: Any) -> None:
+        method(zero)
+        if not isinstance(zero.optimizer, ARSG):
+            return
+        if zero.round_robin_gradients:
+            _link_where_parameters_lie(zero)
+        zero._hp_optimizer_states_linked = False
+        zero._lazy_init_hp_params_optimizer_state()
+        for parameters, master in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
+            for parameter in parameters:
+                for name in ("get_full_hp_param", "set_full_hp_param"):
+                    unchecked = getattr(parameter, name)
+                    setattr(parameter, name, functools.partial(_checked, unchecked, zero.optimizer, master))
+
+    return _link_all_hp_params
+
+
+def _link_where_parameters_lie(zero: Any) -> None:
+    """Link parameters to where round_robin_gradients puts them in their flat group.
+
+    Their order there is another than in the parameter group. DeepSpeed heeds that only where
+    `parameter_alignment` pads; else its links lead to elements of other parameters.
+    """
+    for index, parameters in enumerate(zero.bit16_groups):
+        in_order = zip(
+            zero.round_robin_bit16_groups[index], zero.round_robin_bit16_offsets[index], strict=True
+        )
+        offsets = {id(parameter): offset for parameter, offset in in_order}
+        size = zero.partition_size[index]
+        link_hp_params(
+            lp_param_list=parameters,
+            flat_hp_partition=zero.single_partition_of_fp32_groups[index],
+            gradient_dict=zero.averaged_gradients,
+            offload_gradient_dict=zero.offload_gradient_dict,
+            use_offload=zero.cpu_offload,
+            param_group_index=index,
+            partition_start=size * deepspeed.comm.get_rank(group=zero.real_dp_process_group[index]),
+            partition_size=size,
+            dp_group=zero.real_dp_process_group[index],
+            param_offsets=[offsets[id(parameter)] for parameter in parameters],
+        )
+
+
+def _checked(unchecked: Method, optimizer: ARSG, master: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Refuse state that is not there, on every rank alike.
+
+    Each rank has a part of the group, if not of the parameter.
+    """
+    key = kwargs.get("optim_state_key")
+    for argument in args:
+        key = argument if isinstance(argument, str) else key
+    state = optimizer.state.get(master, {})
+    if key is not None and not isinstance(state.get(key), Tensor):
+        has = [name for name, value in state.items() if isinstance(value, Tensor)]
+        raise ValueError(
+            f"there is no optimizer state {key!r} of this parameter: "
+            + (f"there is {has}" if has else "state appears with the first update")
+        )
+    return unchecked(*args, **kwargs)
+
+
+def _with_every_group_linked(method: Method) -> Method:
+    """Link state when all groups have it (stages 1 and 2).
+
+    DeepSpeed links the state of all groups after the step of the first, when the others have none yet, and never again.
+    """
+
+    def _lazy_init_hp_params_optimizer_state(zero: Any) -> None:
+        masters = zero.single_partition_of_fp32_groups
+        if not isinstance(zero.optimizer, ARSG) or all(zero.optimizer.state.get(m) for m in masters):
+            method(zero)
+
+    return _lazy_init_hp_params_optimizer_state
+
+
+def _with_padding_left_alone(method: Method) -> Method:
+    """Set parameters whose elements do not divide by the number of ranks (stage 3).
+
+    DeepSpeed cuts a padded part for the last rank out of the value, which has no padding, and raises there.
+    """
+
+    def set_full_hp_param(
+        zero: Any, value: Tensor, parameter: Any, optim_state_key: str | None = None
+    ) -> None:
+        if not isinstance(zero.optimizer, ARSG) or not parameter.requires_grad:
+            method(zero, value, parameter, optim_state_key)
+            return
+        if value.numel() != parameter.ds_numel:
+            raise ValueError(f"a value of {value.numel()} elements for a parameter of {parameter.ds_numel}")
+        part, group = zero._get_fp32_opt_state_partition(
+            parameter, release_swap_buffers=False, optim_state_key=optim_state_key
+        )
+        start = part.numel() * zero._get_param_partition_rank(parameter)
+        mine = value.detach().flatten()[start : start + part.numel()]
+        part.data[: mine.numel()].copy_(mine)
+        if zero._swappable_optimizer_subgroup(group):
+            zero._optimizer_states_and_gradient_swap_out(group)
+
+    return set_full_hp_param
+
+
+def _with_gradient_padded(method: Method) -> Method:
+    """Set the gradient of such parameters (stage 3)."""
+
+    def set_fp32_grad_for_param(zero: Any, value: Tensor, parameter: Any) -> None:
+        if isinstance(zero.optimizer, ARSG) and parameter.requires_grad:
+            if value.numel() != parameter.ds_numel:
+                raise ValueError(
+                    f"a gradient of {value.numel()} elements for a parameter of {parameter.ds_numel}"
+                )
+            ranks = deepspeed.comm.get_world_size(group=zero._get_param_partition_group(parameter))
+            missing = ranks * parameter.partition_numel() - value.numel()
+            value = torch.nn.functional.pad(value.detach().flatten(), (0, missing))
+        method(zero, value, parameter)
+
+    return set_fp32_grad_for_param

@@ -1,0 +1,367 @@
+"""DeepSpeed engines of a single rank, in this process: each is made, trained and compared in a moment.
+
+What needs several ranks is in the matrices; this is for what a number worked out by hand can show on one.
+"""
+
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import pytest
+import torch
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor, nn
+
+from arsg_dist import ARSG, theory
+from arsg_dist.checkpoint import CheckpointStore, SavedRun, save_run
+from arsg_dist.deepspeed import DeepSpeedEngine, base_iterate, restart_lost_maximum
+from arsg_dist.deepspeed.checkpoint.engine_state import dynamic_scaler
+from arsg_dist.deepspeed.checkpoint.partitioning import Piece, pieces_of_each, pieces_of_range
+from arsg_dist.deepspeed.checkpoint.reader import read_checkpoint
+from arsg_dist.deepspeed.config.rules import check_nvme
+from arsg_dist.deepspeed.config.schedules import build_scheduler
+from arsg_dist.engine import JobError, SingleProcessCommunicator, SingleProcessEngine
+
+SETTINGS = {"lr": 0.1, "betas": [0.9, 0.5], "mu": 0.5, "eps": 1e-4}
+STAGES = [0, 1, 2, 3]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_rank() -> Iterator[None]:
+    """A job of one rank, for the tests of this file."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOCAL_RANK", "0")
+        # DeepSpeed asks oneDNN, which has fp16 on some CPUs only; torch itself computes in fp16 on every CPU.
+        patch.setattr(type(get_accelerator()), "is_fp16_supported", lambda _: True)
+        torch.distributed.init_process_group(
+            "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+        )
+        deepspeed.init_distributed(verbose=False, auto_mpi_discovery=False)
+        yield
+        torch.distributed.destroy_process_group()
+        deepspeed.comm.comm.cdb = None
+
+
+class Slopes(nn.Module):
+    """Three parameters whose gradients are the inputs; one that is not asked for gets none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused, self.first, self.last = (nn.Parameter(torch.ones(size)) for size in (3, 5, 2))
+
+    def forward(self, first: float, last: float) -> Tensor:
+        return first * self.first.sum() + last * self.last.sum()
+
+
+def groups(module: Slopes) -> list[dict[str, Any]]:
+    """The first group begins with a parameter without gradient; the second one has settings of its own."""
+    return [
+        {"params": [module.unused, module.first]},
+        {"params": [module.last], "lr": 0.5, "betas": (0.5, 0.5)},
+    ]
+
+
+def sharded(stage: int, module: nn.Module | None = None, **config: Any) -> DeepSpeedEngine:
+    module = module or Slopes()
+    complete = {
+        "train_batch_size": 1,
+        "gradient_clipping": 0.0,
+        "zero_optimization": {"stage": stage},
+        "optimizer": {"type": "ARSG", "params": SETTINGS},
+        **config,
+    }
+    parts = groups(module) if isinstance(module, Slopes) else None
+    return DeepSpeedEngine(module, complete, SingleProcessCommunicator(), parameter_groups=parts)
+
+
+def alone() -> SingleProcessEngine:
+    module = Slopes()
+    return SingleProcessEngine(module, ARSG(groups(module), **SETTINGS))  # type: ignore[arg-type]
+
+
+def go(engine: Any, *inputs: tuple[float, float]) -> None:
+    for values in inputs:
+        engine.backward(engine.module(*values))
+        engine.step()
+
+
+def weights(engine: Any) -> list[float]:
+    """One element of each parameter; all of its elements are alike."""
+    module = getattr(engine.module, "module", engine.module)
+    with deepspeed.zero.GatheredParameters(list(module.parameters())):
+        values = [parameter.detach().flatten() for parameter in module.parameters()]
+        assert all(bool((value == value[0]).all()) for value in values)
+        return [value[0].item() for value in values]
+
+
+def saved(engine: Any, directory: Path, kind: type[SavedRun] = SavedRun) -> SavedRun:
+    store = CheckpointStore(directory, engine.communicator)
+    return kind(save_run(store, 1, engine.state(), {}, engine.communicator))
+
+
+def by_hand(*gradients: float, lr: float, beta1: float, restart_after: int = 0) -> tuple[float, float]:
+    """x after updates with these gradients from 1, and its base iterate."""
+    x, m, v, v_hat = 1.0, 0.0, 0.0, SETTINGS["eps"]
+    assert isinstance(v_hat, float)
+    for update, gradient in enumerate(gradients):
+        if restart_after and update == restart_after:
+            v_hat = v
+        m = beta1 * m + (1 - beta1) * gradient
+        v = 0.5 * v + 0.5 * gradient**2
+        v_hat = max(v_hat, v)
+        x -= lr * (0.5 * m + 0.5 * gradient) / v_hat**0.5
+    return x, x + lr * 0.5 * beta1 / (1 - beta1) * m / v_hat**0.5
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_dynamic_loss_scale_grows_and_falls(stage: int) -> None:
+    """Catches a scale that never grows, and one that a growth long past is written over again after an overflow."""
+    fp16 = {"enabled": True, "initial_scale_power": 4, "loss_scale_window": 2, "hysteresis": 1}
+    engine = sharded(stage, fp16=fp16)
+    scales = []
+    for value in (1.0, 1.0, 1.0, 1.0, float("inf"), 1.0, 1.0, 1.0):
+        go(engine, (value, 1.0))
+        scales.append(dynamic_scaler(engine.engine.optimizer).cur_scale)
+    assert scales[:3] == [16, 16, 32], scales
+    assert scales[4] == scales[3] / 2, scales
+    assert scales[7] == scales[4] * 2, scales
+    assert engine.skipped_updates == 1
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_of_one_process_goes_on_under_every_stage(stage: int, tmp_path: Path) -> None:
+    """Catches moments lost where a group's first parameter never had a gradient, a second group with the first one's
+    settings, a piece read from another place, and a network that computes with the weights of before: seen at once or
+    by one more update, with numbers worked out by hand."""
+    first = alone()
+    go(first, (1.0, 2.0))
+    run = saved(first, tmp_path)
+    assert run.entries("unused") == set()
+    engine = sharded(stage)
+    go(engine, (-7.0, 5.0))
+    engine.load_state(run)
+    loaded = [1.0, by_hand(1.0, lr=0.1, beta1=0.9)[0], by_hand(2.0, lr=0.5, beta1=0.5)[0]]
+    assert weights(engine) == pytest.approx(loaded, rel=1e-5)
+    go(engine, (0.25, 0.0))
+    expected = [1.0, by_hand(1.0, 0.25, lr=0.1, beta1=0.9)[0], by_hand(2.0, 0.0, lr=0.5, beta1=0.5)[0]]
+    assert weights(engine) == pytest.approx(expected, rel=1e-5)
+
+
+class LostMaximum(SavedRun):
+    """As DeepSpeed's own converter leaves it."""
+
+    def entries(self, name: str) -> set[str]:
+        return super().entries(name) - {"max_exp_avg_sq"}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_lost_maximum_restarts_at_v_and_is_kept_from_then_on(stage: int, tmp_path: Path) -> None:
+    """Catches v̂ that is the same tensor as v and falls with it, seen only after another update."""
+    first = alone()
+    go(first, (2.0, 1.0), (1.0, 1.0))
+    run = saved(first, tmp_path, LostMaximum)
+    engine = sharded(stage)
+    with pytest.raises(JobError, match=r"has lost \['max_exp_avg_sq'\]"):
+        engine.load_state(run)
+    with restart_lost_maximum(), pytest.warns(UserWarning, match="it restarts at v"):
+        engine.load_state(run)
+    go(engine, (0.0, 0.0), (0.0, 0.0))
+    expected = [
+        1.0,
+        by_hand(2.0, 1.0, 0.0, 0.0, lr=0.1, beta1=0.9, restart_after=2)[0],
+        by_hand(1.0, 1.0, 0.0, 0.0, lr=0.5, beta1=0.5, restart_after=2)[0],
+    ]
+    assert weights(engine) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_resumed_loss_scale_goes_on_as_it_would_have(stage: int, tmp_path: Path) -> None:
+    """Catches a scale without its counts of updates: it would grow at another update than in the uninterrupted run."""
+    fp16 = {"enabled": True, "initial_scale_power": 6, "loss_scale_window": 3, "hysteresis": 1}
+    first = sharded(stage, fp16=fp16)
+    go(first, (1.0, 1.0), (float("inf"), 1.0), (1.0, 1.0))
+    second = sharded(stage, fp16=fp16)
+    second.load_state(saved(first, tmp_path))
+    scales: list[list[float]] = [[], []]
+    for engine, seen in zip((first, second), scales, strict=True):
+        for _ in range(4):
+            go(engine, (1.0, 1.0))
+            seen.append(dynamic_scaler(engine.engine.optimizer).cur_scale)
+    assert scales[0] == scales[1]
+    assert scales[0][0] == 32
+    assert scales[0][-1] == 64
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_theta_of_every_group_comes_in_chunks_and_x_returns(
+    stage: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches chunks of masters and moments that do not belong together, the first group's α·η for all, and a rest that
+    stays at x."""
+    monkeypatch.setattr(importlib.import_module("arsg_dist.deepspeed.base_iterate"), "_CHUNK", 3)
+    engine = sharded(stage)
+    go(engine, (1.0, 2.0), (0.5, 1.0))
+    before = weights(engine)
+    with base_iterate(engine.engine):
+        thetas = weights(engine)
+    by_formula = [
+        by_hand(1.0, 0.5, lr=0.1, beta1=0.9),
+        by_hand(2.0, 1.0, lr=0.5, beta1=0.5),
+    ]
+    assert thetas == pytest.approx([1.0, *(theta for _, theta in by_formula)], rel=1e-5)
+    assert weights(engine) == before == pytest.approx([1.0, *(x for x, _ in by_formula)], rel=1e-5)
+
+
+@pytest.mark.parametrize("place", ["first", "last"])
+def test_stage_0_leaves_an_update_out_whichever_gradient_is_bad(place: str) -> None:
+    """Catches a look at the first gradient only, an update that is not counted, and a check before the last
+    micro-batch."""
+    module = Slopes()
+    config = {
+        "train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "gradient_clipping": 0.0,
+        "zero_optimization": {"stage": 0},
+        "optimizer": {"type": "ARSG", "params": SETTINGS},
+    }
+    engine = DeepSpeedEngine(
+        module, config, SingleProcessCommunicator(), parameter_groups=groups(module), skip_nonfinite=True
+    )
+    bad = float("nan")
+    go(engine, (bad, 1.0) if place == "first" else (1.0, bad), (1.0, 1.0))
+    assert (weights(engine), engine.skipped_updates) == ([1.0, 1.0, 1.0], 1)
+    go(engine, (0.5, 2.0), (1.5, 2.0))
+    assert engine.skipped_updates == 1
+    expected = [1.0, by_hand(1.0, lr=0.1, beta1=0.9)[0], by_hand(2.0, lr=0.5, beta1=0.5)[0]]
+    assert weights(engine) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("boost_first", [False, True])
+def test_a_boost_scales_deepspeeds_schedule_by_each_groups_ratio(boost_first: bool) -> None:
+    """Catches the first group's ratio for all, and a schedule that writes the unboosted learning rate back, also where
+    it comes after the boost."""
+    optimizer = ARSG(groups(Slopes()), mu=0.05, lr=0.1)
+    warmup = {
+        "type": "WarmupLR",
+        "params": {"warmup_max_lr": [0.1, 0.5], "warmup_num_steps": 4, "warmup_type": "linear"},
+    }
+    boost = {"type": "ObservationBoost", "params": {"milestones": [5]}}
+    members = [boost, warmup] if boost_first else [warmup, boost]
+    schedule = build_scheduler({"type": "ChainedScheduler", "params": {"schedulers": members}}, optimizer)
+    for _ in range(8):
+        optimizer.step()
+        schedule.step()
+    ratios = [theory.boost_ratio(beta1, 0.05, 0.1) for beta1 in (0.999, 0.5)]
+    expected = [0.1 * ratios[0], 0.5 * ratios[1]]
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(expected)
+
+
+def test_a_plateau_is_observed_every_so_many_updates() -> None:
+    """Catches observations of single updates, or one update early: the mean of the losses would be another."""
+    optimizer = ARSG(groups(Slopes()), mu=0.05, lr=0.1)
+    section = {
+        "type": "ObservationBoost",
+        "params": {"observe_every": 2, "plateau": {"smoothing": 0.0, "patience": 0, "threshold": 0.0}},
+    }
+    boost = build_scheduler(section, optimizer)
+    # Means of 2 and 1.5, then of 1.5 again: flat with the sixth update.
+    seen = []
+    for loss in (1.0, 3.0, 2.5, 0.5, 1.0, 2.0, 9.0, 9.0):
+        boost.record(loss)
+        optimizer.step()
+        boost.step()
+        seen.append(optimizer.param_groups[0]["mu"])
+    assert seen == [0.05] * 5 + [0.1] * 3
+
+
+def test_nvme_buffers_are_for_the_group_with_the_most_state() -> None:
+    """Catches buffers counted for the last group only."""
+    offload = {"device": "nvme", "buffer_count": 4, "pipeline_read": True}
+    many, few = {"preconditioner": "amsgrad"}, {"preconditioner": "none"}
+    for listed in ([many, few], [few, many]):
+        with pytest.raises(ValueError, match="buffer_count of at least 10 for NVMe"):
+            check_nvme({"offload_optimizer": offload}, listed, "ds.json")
+    with pytest.raises(ValueError, match="of at least 6"):
+        check_nvme({"offload_optimizer": offload}, [few], "ds.json")
+
+
+def test_a_piece_is_named_once_and_padding_never() -> None:
+    """Catches pieces without elements, an element on two ranks or on none, and a place in another rank's part."""
+    # a: 3 elements, b: 5, c: 1, one after another; 3 ranks of 4, the last three of which are padding.
+    listed = [("a", 3, 0), ("b", 5, 3), ("c", 1, 8)]
+    assert [pieces_of_range(listed, rank, 4) for rank in range(3)] == [
+        [Piece("a", 0, 0, 3), Piece("b", 0, 3, 1)],
+        [Piece("b", 1, 0, 4)],
+        [Piece("c", 0, 0, 1)],
+    ]
+    # Every rank has ⌈1/3⌉, ⌈3/3⌉ and ⌈5/3⌉ places; those of c are padding on all ranks but the first.
+    assert [pieces_of_each([("c", 1), ("a", 3), ("b", 5)], rank, 3) for rank in range(3)] == [
+        [Piece("c", 0, 0, 1), Piece("a", 0, 1, 1), Piece("b", 0, 2, 2)],
+        [Piece("a", 1, 1, 1), Piece("b", 2, 2, 2)],
+        [Piece("a", 2, 1, 1), Piece("b", 4, 2, 1)],
+    ]
+
+
+def test_parameters_of_one_group_with_different_counts_of_steps_are_refused(tmp_path: Path) -> None:
+    """Catches the first parameter's count given to all: DeepSpeed steps a group as a whole."""
+    module = Slopes()
+    optimizer = ARSG([{"params": [module.first, module.last]}], preconditioner="adam")
+    first = SingleProcessEngine(module, optimizer)
+    for parameter in (module.first, module.last):
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    module.last.grad = None
+    optimizer.step()
+    other = Slopes()
+    config = {
+        "train_batch_size": 1,
+        "gradient_clipping": 0.0,
+        "zero_optimization": {"stage": 1},
+        "optimizer": {"type": "ARSG", "params": {"preconditioner": "adam"}},
+    }
+    engine = DeepSpeedEngine(
+        other,
+        config,
+        SingleProcessCommunicator(),
+        parameter_groups=[{"params": [other.first, other.last]}],
+    )
+    with pytest.raises(JobError, match="'first' and 'last' of group 0 have made different numbers of steps"):
+        engine.load_state(saved(first, tmp_path))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_of_every_stage_goes_on_in_one_process(stage: int, tmp_path: Path) -> None:
+    """Catches a piece saved with another parameter's elements or another group's settings, seen by one more update."""
+    first = sharded(stage)
+    go(first, (1.0, 2.0))
+    engine = alone()
+    go(engine, (-7.0, 5.0))
+    engine.load_state(saved(first, tmp_path))
+    go(engine, (0.25, 0.0))
+    expected = [1.0, by_hand(1.0, 0.25, lr=0.1, beta1=0.9)[0], by_hand(2.0, 0.0, lr=0.5, beta1=0.5)[0]]
+    assert weights(engine) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_buffers_of_a_module_with_two_names_come_back(stage: int, tmp_path: Path) -> None:
+    """Catches a second name that other engines miss in a saved run, or that is asked of DeepSpeed's own files, which
+    have the first only."""
+
+    def build() -> DeepSpeedEngine:
+        norm = nn.BatchNorm1d(2)
+        return sharded(stage, nn.Sequential(norm, nn.Tanh(), norm))
+
+    engine = build()
+    engine.backward(engine.module(torch.arange(6.0).view(3, 2)).square().sum())
+    engine.step()
+    mean = engine.engine.module[0].running_mean.clone()
+    run = saved(engine, tmp_path / "run")
+    assert {"0.running_mean", "2.running_mean"} <= set(run.buffers)
+    engine.engine.save_checkpoint(str(tmp_path / "own"))
+    for source in (run, read_checkpoint(tmp_path / "own")):
+        other = build()
+        other.load_state(source)
+        assert torch.equal(other.engine.module[0].running_mean, mean)
+        assert mean.any()
