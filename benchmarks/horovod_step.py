@@ -178,7 +178,7 @@ def measure(peer: str, workload: str, arguments: argparse.Namespace) -> dict[str
         optimizer.zero_grad()
     state = sum(
         value.numel() * value.element_size()
-        for state in getattr(optimizer, "_inner", optimizer).state.values()
+        for state in getattr(optimizer, "inner", optimizer).state.values()
         for value in state.values()
         if isinstance(value, Tensor)
     )

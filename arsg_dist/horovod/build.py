@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from arsg_dist.engine import Communicator, Engine, LocalBuilder, Ranks
-from arsg_dist.horovod.communicator import connect
+from arsg_dist.horovod.comm.communicator import connect
 from arsg_dist.horovod.engine import HorovodEngine, HorovodShardedEngine
 
 

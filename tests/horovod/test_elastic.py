@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from arsg_dist import ARSG, ObservationBoost
+from tests.horovod.jobs.elastic_job import BOOST_AT, UPDATES
 from tests.support import toy
 from tests.support.compare import REDUCTION_ORDER, assert_same_weights
-from tests.support.horovod_elastic_job import BOOST_AT, UPDATES
 from tests.support.launchers import launch
 
 pytestmark = [pytest.mark.ranks]
@@ -67,7 +67,7 @@ def test_the_job_goes_on_as_one_process_would(
     job = launch(
         "horovodrun",
         sum(int(slots) for slots in re.findall(r":(\d)\n", hosts)),
-        "tests/support/horovod_elastic_job.py",
+        "tests/horovod/jobs/elastic_job.py",
         form,
         scenario,
         hosts_file,

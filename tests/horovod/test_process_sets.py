@@ -12,6 +12,6 @@ def test_some_ranks_train_together(launcher: str) -> None:
     """Catches an exchange with ranks of another set, an average over the wrong number, a state on the wrong rank, and
     a hang of an optimizer of all ranks after one of some."""
     variables = {"HOROVOD_DYNAMIC_PROCESS_SETS": "1"}
-    job = launch(launcher, 4, "tests/support/horovod_process_sets_job.py", variables=variables)
+    job = launch(launcher, 4, "tests/horovod/jobs/process_sets_job.py", variables=variables)
     assert job.code == 0, job.output[-8000:]
     assert job.output.count("done: ") == 2, job.output

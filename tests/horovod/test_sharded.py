@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from arsg_dist.horovod.sharded_arguments import ELEMENT_WISE
-from tests.support.horovod_sharded import CASES, OPTIMIZERS, OTHER_OPTIMIZERS
+from arsg_dist.horovod.sharded.arguments import ELEMENT_WISE
+from tests.horovod.jobs.sharded_cases import CASES, OPTIMIZERS, OTHER_OPTIMIZERS
 from tests.support.launchers import launch
 
 pytestmark = pytest.mark.ranks
 
-JOB = "tests/support/horovod_sharded_job.py"
+JOB = "tests/horovod/jobs/sharded_job.py"
 # Every CI run has each number of ranks, and both ways of exchange; the next one has the other three.
 MPI_AND_GLOO = [
     pytest.param("mpirun", 2, marks=pytest.mark.turn(0, of=2)),

@@ -7,8 +7,8 @@ import torch
 
 pytest.importorskip("horovod.torch")
 
-from arsg_dist.horovod.buckets import ALIGNMENT, Layout, ParameterSpec, plan
-from tests.support.horovod_sharded import Patchwork
+from arsg_dist.horovod.sharded.buckets import ALIGNMENT, Layout, ParameterSpec, plan
+from tests.horovod.jobs.sharded_cases import Patchwork
 
 
 def layout(world_size: int, bucket_bytes: int, model: torch.nn.Module | None = None) -> Layout:

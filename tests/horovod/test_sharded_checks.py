@@ -2,12 +2,12 @@
 
 import pytest
 
-from tests.support.horovod_sharded_checks_job import CHECKS
+from tests.horovod.sharded_checks import CHECKS
 from tests.support.launchers import launch
 
 pytestmark = pytest.mark.ranks
 
-JOB = "tests/support/horovod_sharded_checks_job.py"
+JOB = "tests/horovod/jobs/sharded_checks_job.py"
 
 
 OUTLIVED = [
@@ -27,8 +27,9 @@ OUTLIVED = [
     ],
 )
 def test_what_users_know_works_or_is_refused(launcher: str, ranks: int, names: list[str]) -> None:
-    """The job's checks name the bugs they catch: readers that see old parameters, gradients that are silently not
-    clipped, written parameters that are overwritten, state lost or cut wrongly, hooks called twice, a hang."""
+    """The checks, in tests/horovod/sharded_checks, name the bugs they catch: readers that see old parameters, gradients
+    that are silently not clipped, written parameters that are overwritten, state lost or cut wrongly, hooks called
+    twice, a hang."""
     job = launch(launcher, ranks, JOB, *names, timeout=500)
     assert job.code == 0, job.output[-8000:]
     assert job.output.count("done: ") == len(names), job.output

@@ -15,7 +15,7 @@ from tests.support.launchers import launch
 
 pytestmark = pytest.mark.ranks
 
-JOB = "tests/support/horovod_sharded_engine_job.py"
+JOB = "tests/horovod/jobs/sharded_engine_job.py"
 CHAIN = (
     ("sharded", "mpirun", 2),
     ("single", "alone", 1),

@@ -4,13 +4,13 @@ import re
 
 import pytest
 
+from tests.horovod.jobs.exchange_stress_job import ROUNDS
 from tests.horovod.test_sharded import MPI_AND_GLOO
-from tests.support.horovod_exchange_stress_job import ROUNDS
 from tests.support.launchers import launch
 
 pytestmark = [pytest.mark.ranks, pytest.mark.slow]
 
-JOB = "tests/support/horovod_exchange_stress_job.py"
+JOB = "tests/horovod/jobs/exchange_stress_job.py"
 
 
 @pytest.mark.parametrize(("launcher", "ranks"), MPI_AND_GLOO)

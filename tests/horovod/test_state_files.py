@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from arsg_dist import ARSG
+from tests.horovod.jobs.state_files_job import share_of_batch
 from tests.support import toy
 from tests.support.compare import REDUCTION_ORDER, assert_same_weights
-from tests.support.horovod_state_files_job import share_of_batch
 from tests.support.launchers import launch
 
 pytestmark = [pytest.mark.ranks, pytest.mark.slow]
@@ -40,7 +40,7 @@ def test_a_file_goes_from_ranks_to_ranks_and_to_one_process(tmp_path: Path) -> N
     """Catches state, or the masters of half precision, that are lost, cut or assigned wrongly on the way through a file
     to another number of ranks, and keys that a plain ARSG does not know."""
     for update, (launcher, ranks) in enumerate(CHAIN):
-        job = launch(launcher, ranks, "tests/support/horovod_state_files_job.py", tmp_path, update)
+        job = launch(launcher, ranks, "tests/horovod/jobs/state_files_job.py", tmp_path, update)
         assert job.code == 0, f"{ranks} ranks: {job.output[-5000:]}"
     sizes = [ranks for _, ranks in CHAIN]
 

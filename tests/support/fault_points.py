@@ -274,7 +274,7 @@ def _compare_around_step(engine: Any) -> None:
 
 def _add_wrongly(number: int, strike: Callable[[], None]) -> None:
     """The sum of the first bucket that this rank receives in update `number` is wrong in one element."""
-    from arsg_dist.horovod.exchange import AllToAllReduceScatter, Started
+    from arsg_dist.horovod.comm.collectives import AllToAllReduceScatter, Started
 
     real = AllToAllReduceScatter.start
     count = 0

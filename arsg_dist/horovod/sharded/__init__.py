@@ -1,0 +1,1 @@
+"""Sharded data parallelism: gradients, optimizer state and fp32 masters partitioned over the ranks."""
