@@ -212,15 +212,7 @@ def choose_reduce_scatter(path: str, group: Group, device: str) -> ReduceScatter
 
 # Horovod joins all-gathers of one dtype that are asked for together, and then copies everything into a buffer and out
 # of it again. These all move as they are over MPI, Gloo and NCCL, so neighbouring buckets travel as different ones.
-_MOVED_AS = (
-    torch.float32,
-    torch.int32,
-    torch.float16,
-    torch.uint8,
-    torch.int64,
-    torch.float64,
-    torch.int8,
-)
+_MOVED_AS = (torch.float32, torch.int32, torch.float16, torch.uint8, torch.int64, torch.float64, torch.int8)
 
 
 def start_all_gather(

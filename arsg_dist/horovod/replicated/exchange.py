@@ -3,7 +3,7 @@
 import functools
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,12 +106,10 @@ class Exchange(ABC):
     def reset(self) -> None:
         """Forget what is in flight."""
 
-    @abstractmethod
-    def before_update(self) -> None:
+    def before_update(self) -> None:  # noqa: B027
         """Prepare an update; to be called before every one."""
 
-    @abstractmethod
-    def after_update(self) -> None:
+    def after_update(self) -> None:  # noqa: B027
         """Complete an update; to be called after every one. Collective."""
 
 
@@ -237,12 +235,6 @@ class GradientExchange(Exchange):
             part._group_counts = dict.fromkeys(part._group_counts, 0)
             part.load_state_dict(part.state_dict())
         self._sent.clear()
-
-    def before_update(self) -> None:
-        """Do nothing."""
-
-    def after_update(self) -> None:
-        """Do nothing."""
 
 
 class AdasumExchange(Exchange):
@@ -380,7 +372,7 @@ def _launch_incomplete_groups(part: Any) -> None:
     Horovod sends what such a group has one by one, and waits for ever for ranks that used the whole group.
     """
     for group in part._group_counts:
-        if group in part._handles or not _any_requires_grad(group):
+        if group in part._handles or not any(parameter.requires_grad for parameter in group):
             continue
         for parameter in group:
             part._handles.pop(parameter, None)
@@ -388,7 +380,3 @@ def _launch_incomplete_groups(part: Any) -> None:
                 parameter.grad = torch.zeros_like(parameter)
         part._handles[group] = part._grouped_allreduce_grad_async(group)
         part._group_counts[group] = 0
-
-
-def _any_requires_grad(group: Iterable[Tensor]) -> bool:
-    return any(parameter.requires_grad for parameter in group)

@@ -211,12 +211,7 @@ class ParameterGather:
             range(len(shards))
         ):  # the first layers' parameters, needed first, are in the last
             self.pending.started[self._names[bucket]] = start_all_gather(
-                self.group,
-                shards[bucket],
-                self._targets[bucket],
-                self._names[bucket],
-                bucket,
-                self._pool,
+                self.group, shards[bucket], self._targets[bucket], self._names[bucket], bucket, self._pool
             )
         self.pending.finish(self._unwatched if self.pending.lazy else self._names)
 

@@ -54,11 +54,7 @@ class ReleasedGradient(Tensor):
     def __new__(cls, parameter: Tensor, unscale: Unscale) -> "ReleasedGradient":
         """Make a placeholder of a parameter's shape; `unscale` serves GradScaler."""
         placeholder: ReleasedGradient = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
-            cls,
-            parameter.shape,
-            strides=parameter.stride(),
-            dtype=parameter.dtype,
-            device=parameter.device,
+            cls, parameter.shape, strides=parameter.stride(), dtype=parameter.dtype, device=parameter.device
         )
         placeholder._unscale = unscale
         return placeholder

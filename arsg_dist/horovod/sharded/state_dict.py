@@ -9,6 +9,7 @@ from torch import Tensor
 
 from arsg_dist.horovod.comm.collectives import sum_dtype
 from arsg_dist.horovod.comm.process_groups import ShardGroups
+from arsg_dist.horovod.sharded.buckets import ParameterSpec
 from arsg_dist.horovod.sharded.inner_optimizer import NUMBERS, InnerOptimizer, is_per_element
 from arsg_dist.horovod.sharded.parameters import ShardedParameters
 from arsg_dist.horovod.sharded.partition import Partition
@@ -40,7 +41,10 @@ def gather_state(shards: ShardedParameters, inner: InnerOptimizer, *, everywhere
             state[index[id(partition.parameters[parameter])]] = {
                 name: value if kind == "number" else None for name, (kind, value) in named.items()
             }
-        for name, parameters, dtype in _tensor_entries(partition, entries):
+        for parameter, spec in enumerate(partition.layout.parameters):
+            if _has_master(spec):
+                entries.setdefault(parameter, {})[MASTER] = ("tensor", sum_dtype(spec.dtype))
+        for name, dtype, parameters in _tensor_entries(entries):
             what = f"state{number}.{name}"
             whole = _gather_entry(groups, inner, partition, what, name, parameters, dtype, everywhere)
             for number_in_partition, tensor in whole.items():
@@ -142,21 +146,20 @@ def _entries(groups: ShardGroups, inner: InnerOptimizer, partition: Partition) -
     return {parameter: merged[parameter] for parameter in sorted(merged) if merged[parameter]}
 
 
-def _tensor_entries(partition: Partition, entries: Entries) -> Iterator[tuple[str, list[int], torch.dtype]]:
-    """Yield (name, parameters that have it, dtype) of all state tensors.
-
-    Of masters too, where a parameter is not its own.
-    """
+def _tensor_entries(entries: Entries) -> list[tuple[str, torch.dtype, list[int]]]:
+    """List all state tensors, alike on every rank: name, dtype, parameters that have it."""
     found: dict[tuple[str, torch.dtype], list[int]] = {}
     for parameter, named in entries.items():
         for name, (kind, dtype) in named.items():
             if kind == "tensor":
                 found.setdefault((name, dtype), []).append(parameter)
-    for parameter, spec in enumerate(partition.layout.parameters):
-        if spec.numel and sum_dtype(spec.dtype) != spec.dtype:
-            found.setdefault((MASTER, sum_dtype(spec.dtype)), []).append(parameter)
-    for (name, dtype), parameters in sorted(found.items(), key=lambda item: (item[0][0], str(item[0][1]))):
-        yield name, parameters, dtype
+    ordered = sorted(found.items(), key=lambda item: (item[0][0], str(item[0][1])))
+    return [(name, dtype, parameters) for (name, dtype), parameters in ordered]
+
+
+def _has_master(spec: ParameterSpec) -> bool:
+    """Tell whether a parameter is not its own master."""
+    return bool(spec.numel) and sum_dtype(spec.dtype) != spec.dtype
 
 
 def _gather_entry(
@@ -315,7 +318,14 @@ def _load_partition(
     layout = partition.layout
     place_of = [index[id(parameter)] for parameter in partition.parameters]
     kinds: Entries = {
-        parameter: entries[place] for parameter, place in enumerate(place_of) if place in entries
+        parameter: {
+            name: kind
+            for name, kind in entries[place].items()
+            # Full-precision parameters are their own masters, and are loaded with the model.
+            if name != MASTER or _has_master(layout.parameters[parameter])
+        }
+        for parameter, place in enumerate(place_of)
+        if place in entries
     }
     for segment, piece in partition.pieces:
         if segment.parameter in kinds:
@@ -337,14 +347,7 @@ def _load_partition(
         else:
             loaded[piece][name] = part.clone().to(piece.device)
 
-    named: dict[tuple[str, torch.dtype], list[int]] = {}
-    for parameter, known in kinds.items():
-        own_dtype = layout.parameters[parameter].dtype
-        for name, (kind, dtype) in known.items():
-            # Full-precision parameters are their own masters, and are loaded with the model.
-            if kind == "tensor" and (name != MASTER or sum_dtype(own_dtype) != own_dtype):
-                named.setdefault((name, dtype), []).append(parameter)
-    for (name, dtype), parameters in sorted(named.items(), key=lambda item: (item[0][0], str(item[0][1]))):
+    for name, dtype, parameters in _tensor_entries(kinds):
         wanted = set(parameters)
         if local:
             for segment, piece in partition.pieces:

@@ -2,15 +2,7 @@
 
 from collections.abc import Callable
 
-from tests.horovod.sharded_checks import (
-    construction,
-    gradients,
-    groups,
-    lifetime,
-    parameters,
-    readers,
-    state,
-)
+from tests.horovod.sharded_checks import construction, gradients, groups, lifetime, parameters, readers, state
 
 CHECKS: dict[str, Callable[[], None]] = {
     name.removeprefix("check_"): check

@@ -10,9 +10,7 @@ from torch import Tensor, nn
 
 from arsg_dist import ARSG
 from arsg_dist.horovod import ShardedOptimizer
-from arsg_dist.horovod.comm.collectives import (
-    BufferPool,
-)
+from arsg_dist.horovod.comm.collectives import BufferPool
 from tests.horovod.sharded_checks.common import SETTINGS, assert_equal, build, plain_after, refused, update
 from tests.support import toy
 
