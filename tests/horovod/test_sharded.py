@@ -69,3 +69,13 @@ def test_shards_inside_a_node_equal_one_process(launcher: str, ranks: int, shard
     """Catches shards of different nodes that drift apart, a gradient of one node only, and groups of ranks that Horovod
     refuses because it has them."""
     check(launcher, ranks, *CORE, shard_group=shard_group)
+
+
+@pytest.mark.parametrize("launcher", ["mpirun", pytest.param("warm horovodrun", marks=pytest.mark.slow)])
+def test_some_ranks_train_together(launcher: str) -> None:
+    """Catches an exchange with ranks of another set, an average over the wrong number, a state on the wrong rank, and
+    a hang of an optimizer of all ranks after one of some."""
+    variables = {"HOROVOD_DYNAMIC_PROCESS_SETS": "1"}
+    job = launch(launcher, 4, "tests/horovod/jobs/process_sets_job.py", variables=variables)
+    assert job.code == 0, job.output[-8000:]
+    assert job.output.count("done: ") == 2, job.output

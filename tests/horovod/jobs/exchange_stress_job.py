@@ -9,13 +9,12 @@ comparison with a second sum has; each for SECONDS at most.
 import sys
 import time
 
-import horovod.torch as hvd
 import torch
 
-from arsg_dist.engine import end_process
 from arsg_dist.horovod.comm.collectives import AllToAllReduceScatter, BufferPool, NativeReduceScatter
 from arsg_dist.horovod.comm.process_groups import Group
 from arsg_dist.horovod.comm.verification import CheckedReduceScatter, check_exchanges
+from tests.horovod.jobs import run_job
 
 # By dtype and MB; two buckets are under way in each round. Large ones have fewer rounds, for their time.
 ROUNDS = {
@@ -94,16 +93,11 @@ def _second_sums(exchange: NativeReduceScatter, numel: int) -> str:
 
 
 def main() -> None:
-    hvd.init()
-    torch.set_num_threads(1)
     if sys.argv[1] == "alltoall":
         stress(Group())
     else:
         hunt(Group(), float(sys.argv[2]), float(sys.argv[3]))
-    hvd.barrier()
-    hvd.shutdown()
-    end_process(0)
 
 
 if __name__ == "__main__":
-    main()
+    run_job(main)

@@ -8,12 +8,12 @@ from typing import Any
 
 import horovod.torch as hvd
 import pytest
-import torch
 from torch import nn
 
 from arsg_dist import ARSG
-from arsg_dist.engine import end_process
 from arsg_dist.horovod import DistributedOptimizer, ShardedOptimizer
+from tests.horovod.checks.common import plain_after, update
+from tests.horovod.jobs import run_job
 from tests.support import toy
 from tests.support.compare import assert_same_weights
 
@@ -39,14 +39,9 @@ def train(model: nn.Module, optimizer: Any, process_set: Any, first: int, update
 
 
 def assert_as_one_process(model: nn.Module, first: int, updates: int) -> None:
-    alone = toy.build_model()
+    alone, optimizer = plain_after(0)
     start = {name: tensor.clone() for name, tensor in alone.state_dict().items()}
-    optimizer = ARSG(alone.parameters(), **toy.HYPERPARAMETERS)
-    for number in range(first, first + updates):
-        optimizer.zero_grad()
-        inputs, targets = toy.batch(number)
-        toy.loss_of(alone(inputs), targets).backward()
-        optimizer.step()
+    update(alone, optimizer, *range(first, first + updates))
     assert_same_weights(model.state_dict(), alone.state_dict(), started_from=start)
 
 
@@ -88,17 +83,12 @@ def check_two_sets_train_at_once(sets: list[Any]) -> None:
 
 
 def main() -> None:
-    hvd.init()
-    torch.set_num_threads(1)
     sets = [hvd.add_process_set(ranks) for ranks in ([0, 1], [1, 2], [0, 3])]
     for check in (check_an_optimizer_of_some_ranks_and_one_of_all, check_two_sets_train_at_once):
         check(sets)
         if hvd.rank() == 0:
             print("done:", check.__name__, flush=True)
-    hvd.barrier()
-    hvd.shutdown()
-    end_process(0)
 
 
 if __name__ == "__main__":
-    main()
+    run_job(main)

@@ -3,7 +3,7 @@
 usage: sharded_job.py [--shard_group=N|node] [NAME OF A CASE]...
 """
 
-import sys
+import argparse
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,10 +11,10 @@ import horovod.torch as hvd
 import torch
 from torch import Tensor
 
-from arsg_dist.engine import end_process
 from arsg_dist.horovod import ShardedOptimizer
 from arsg_dist.horovod.sharded.buckets import ALIGNMENT
 from arsg_dist.horovod.sharded.inner_optimizer import NUMBERS
+from tests.horovod.jobs import run_job
 from tests.horovod.jobs import sharded_cases as sharded
 from tests.support import toy
 from tests.support.compare import assert_same_weights
@@ -122,7 +122,7 @@ def run(case: sharded.Case, **arguments: Any) -> None:
         if case.dtype in (torch.float32, torch.float64):
             expected = {name: master.detach() for name, master in reference.masters.items() if name in start}
             compare(case, sharded.weights_of(model), expected, start)
-    held = hvd.allgather_object(elements_of(optimizer._inner.state.values()))
+    held = hvd.allgather_object(elements_of(optimizer.inner.state.values()))
     whole = elements_of(entry for p, entry in reference.optimizer.state.items() if p.requires_grad)
     assert sum(held) == whole * hvd.size() // optimizer.shard_world_size
     # No rank has more than its share, but for the padding at the end of the last bucket.
@@ -177,26 +177,20 @@ def compare_state(case: sharded.Case, actual: dict[str, Any], expected: dict[str
 
 
 def main() -> None:
-    hvd.init()
-    torch.set_num_threads(1)
-    names = [argument for argument in sys.argv[1:] if not argument.startswith("--")]
-    group: list[str | int] = [
-        int(value) if value.isdecimal() else value
-        for value in (
-            a.removeprefix("--shard_group=") for a in sys.argv[1:] if a.startswith("--shard_group=")
-        )
-    ]
-    for case in sharded.selected(names):
+    parser = argparse.ArgumentParser()
+    parser.add_argument(
+        "--shard_group", type=lambda text: int(text) if text.isdecimal() else text, default="job"
+    )
+    parser.add_argument("names", nargs="*")
+    chosen = parser.parse_args()
+    for case in sharded.selected(chosen.names):
         try:
-            run(case, **({"shard_group": group[0]} if group else {}))
+            run(case, shard_group=chosen.shard_group)
         except Exception as error:
             raise AssertionError(f"case {case.name!r} on rank {hvd.rank()} of {hvd.size()}") from error
         if hvd.rank() == 0:
             print("done:", case.name, flush=True)
-    hvd.barrier()
-    hvd.shutdown()
-    end_process(0)
 
 
 if __name__ == "__main__":
-    main()
+    run_job(main)

@@ -13,15 +13,13 @@ import horovod.torch as hvd
 import torch
 
 from arsg_dist import ARSG
-from arsg_dist.engine import end_process
 from arsg_dist.horovod import ShardedOptimizer
+from tests.horovod.jobs import run_job
 from tests.support import toy
 
 
 def main() -> None:
     directory, update = Path(sys.argv[1]), int(sys.argv[2])
-    hvd.init()
-    torch.set_num_threads(1)
     for dtype in (torch.float32, torch.bfloat16):
         model = toy.build_model().to(dtype)
         file, next_file = (directory / f"{number}-{dtype}.pt" for number in (update, update + 1))
@@ -40,9 +38,6 @@ def main() -> None:
         if hvd.rank() == 0:
             torch.save(state, next_file)
         optimizer.close()
-    hvd.barrier()
-    hvd.shutdown()
-    end_process(0)
 
 
 def share_of_batch(model: torch.nn.Module, update: int, rank: int, world_size: int) -> torch.Tensor:
@@ -54,4 +49,4 @@ def share_of_batch(model: torch.nn.Module, update: int, rank: int, world_size: i
 
 
 if __name__ == "__main__":
-    main()
+    run_job(main)

@@ -11,14 +11,13 @@ from torch import Tensor, nn
 from arsg_dist import ARSG
 from arsg_dist.horovod import ShardedOptimizer
 from arsg_dist.horovod.comm.collectives import BufferPool
-from tests.horovod.sharded_checks.common import SETTINGS, assert_equal, build, plain_after, refused, update
+from tests.horovod.checks.common import SETTINGS, assert_equal, build, loss_of, plain_after, refused, update
 from tests.support import toy
 
 
 def check_released_gradients_refuse() -> None:
     model, optimizer = build()
-    inputs, targets = toy.batch(0)
-    toy.loss_of(model(inputs), targets).backward()
+    loss_of(model).backward()
     with refused(RuntimeError, "optimizer.clip_grad_norm_(max_norm)"):
         nn.utils.clip_grad_norm_(model.parameters(), 0.1)
     with refused(RuntimeError, "handed to its owner"):
@@ -28,7 +27,7 @@ def check_released_gradients_refuse() -> None:
     with refused(RuntimeError, "is for between updates"):
         optimizer.set_backward_passes_per_step(2)
     with refused(RuntimeError, "call optimizer.zero_grad()"):
-        toy.loss_of(model(inputs), targets).backward()
+        loss_of(model).backward()
     with refused(RuntimeError, "call synchronize() before it"), optimizer.skip_synchronize():
         optimizer.step()
     optimizer.synchronize()
@@ -44,9 +43,8 @@ def check_released_gradients_refuse() -> None:
 def check_passes_can_change() -> None:
     model, optimizer = build()
     optimizer.set_backward_passes_per_step(2)
-    inputs, targets = toy.batch(0)
     for _ in range(2):
-        (toy.loss_of(model(inputs), targets) / 2).backward()
+        (loss_of(model) / 2).backward()
     optimizer.step()
     assert_equal(model, plain_after(1)[0])
     optimizer.zero_grad()
@@ -93,8 +91,7 @@ def check_padding_is_no_overflow() -> None:
     scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(BufferPool, "take", take_what_was_used_before)
-        inputs, targets = toy.batch(0)
-        scaler.scale(toy.loss_of(model(inputs), targets)).backward()
+        scaler.scale(loss_of(model)).backward()
         scaler.step(optimizer)
         scaler.update()
     assert scaler.get_scale() == 64.0
@@ -146,7 +143,7 @@ def check_exchange_memory_is_lent_once_and_comes_back() -> None:
             optimizer.synchronize_parameters()
             assert not lent
         optimizer.zero_grad()
-        toy.loss_of(model(toy.batch(0)[0].to(dtype)), toy.batch(0)[1].to(dtype)).backward()
+        loss_of(model).backward()
         optimizer.synchronize()
         assert lent
         optimizer.zero_grad()  # an update thrown away

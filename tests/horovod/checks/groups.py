@@ -11,11 +11,12 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from arsg_dist import ARSG
 from arsg_dist.engine import JobError
 from arsg_dist.horovod import ShardedOptimizer
-from tests.horovod.sharded_checks.common import (
+from tests.horovod.checks.common import (
     SETTINGS,
     OneWrongNumber,
     assert_equal,
     build,
+    loss_of,
     plain_after,
     refused,
     update,
@@ -34,8 +35,7 @@ def check_groups_can_be_added() -> None:
         optimizer.zero_grad()
         model.zero_grad()
         optimizer.add_param_group({"params": list(model[4].parameters()), "lr": 0.01})
-        for number in (1, 2):
-            update(model, optimizer, number)
+        update(model, optimizer, 1, 2)
         if isinstance(optimizer, ShardedOptimizer):
             state = optimizer.state_dict()
             assert hvd.rank() or len(state["state"]) == 6
@@ -72,7 +72,7 @@ def check_grad_scaler_sees_groups_added_later() -> None:
                 loss = toy.loss_of(model[:4](inputs).sum(1, True), targets[:, :1])
                 loss = loss + share * model[4](torch.ones(1, 67)).sum() if share else loss
             else:
-                loss = toy.loss_of(model(inputs), targets)
+                loss = loss_of(model, number)
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
@@ -188,10 +188,9 @@ def check_two_optimizers_at_once() -> None:
         for half in (model[:2], model[2:])
     ]
     for number in range(3):
-        inputs, targets = toy.batch(number)
         for optimizer in halves:
             optimizer.zero_grad()
-        toy.loss_of(model(inputs), targets).backward()
+        loss_of(model, number).backward()
         for optimizer in halves if number % 2 else halves[::-1]:
             optimizer.step()
     assert_equal(model, plain_after(3)[0])

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from arsg_dist import ARSG
+from arsg_dist.engine import JobError
 from arsg_dist.horovod import ShardedOptimizer
 from arsg_dist.horovod.comm.collectives import (
     AllToAllReduceScatter,
@@ -18,7 +19,8 @@ from arsg_dist.horovod.comm.collectives import (
 from arsg_dist.horovod.comm.process_groups import Group
 from arsg_dist.horovod.comm.verification import check_exchanges
 from arsg_dist.horovod.sharded import optimizer as sharded_optimizer
-from tests.horovod.sharded_checks.common import (
+from tests.horovod.checks.common import (
+    SETTINGS,
     OneWrongNumber,
     assert_equal,
     build,
@@ -119,3 +121,48 @@ def check_self_test_finds_one_wrong_number() -> None:
         update(model, optimizer)
         assert_equal(model, plain_after(1)[0])
         optimizer.close()
+
+
+def last_ranks() -> str:
+    return ", ".join(map(str, range(1, hvd.size())))
+
+
+def check_ranks_that_differ() -> None:
+    if hvd.size() == 1:
+        return  # nobody to differ from
+    model = toy.build_model()
+    with torch.no_grad():
+        model[4].bias[2] += hvd.rank()
+    model, optimizer = build(model)
+    with refused(RuntimeError, "hvd.broadcast_parameters(model.state_dict(), root_rank=0)"):
+        update(model, optimizer)
+    optimizer.close()
+    other = nn.Linear(3, 2 + hvd.rank())
+    with refused((ValueError, JobError), "differ from rank 0's"):
+        build(other)
+    with refused((ValueError, JobError), "bucket_mb"):
+        build(bucket_mb=-1.0 if hvd.rank() else 1.0)
+    for what, arguments in {
+        "or bucket_mb of": {"bucket_mb": 0.02},
+        "op, ": {"op": hvd.Sum},
+        "backward_passes_per_step, ": {"backward_passes_per_step": 2},
+        "gradient_predivide_factor, ": {"gradient_predivide_factor": 2.0},
+        "compression or ": {"compression": hvd.Compression.fp16},
+        "shard_group differs between the ranks": {"shard_group": 1},
+    }.items():
+        with refused(ValueError, what):
+            build(**(arguments if hvd.rank() else {}))
+    model, plain = plain_after(0, lr=SETTINGS["lr"] + 0.01 * hvd.rank())
+    with refused(ValueError, f"settings of its groups (lr, ...) of rank {last_ranks()} differ from rank 0's"):
+        ShardedOptimizer(plain, model.named_parameters())
+    # The classic mistakes: rank 0 alone loads a file before wrapping, or a rank has another one.
+    for updates in (0 if hvd.rank() else 2, 1 if hvd.rank() else 2):
+        model, plain = plain_after(updates, preconditioner="adam")
+        with refused(
+            ValueError, f"after it by load_state_dict()) of rank {last_ranks()} differ from rank 0's"
+        ):
+            ShardedOptimizer(plain, model.named_parameters())
+    model, plain = plain_after(1, state_dtype=torch.bfloat16 if hvd.rank() else None)
+    with refused(ValueError, "optimizer state"):
+        ShardedOptimizer(plain, model.named_parameters())
+    build(toy.build_model())[1].close()  # the ranks still agree

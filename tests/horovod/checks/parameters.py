@@ -1,4 +1,4 @@
-"""Whoever reads parameters waits for those of the last update.
+"""Parameters that others read, who wait for those of the last update, or write.
 
 The all-gather is made to write at the last moment, so that whoever does not wait reads old values.
 """
@@ -14,12 +14,14 @@ from torch.nn import functional
 
 from arsg_dist import ARSG
 from arsg_dist.horovod import ShardedOptimizer
-from tests.horovod.sharded_checks.common import (
+from tests.horovod.checks.common import (
     SETTINGS,
     assert_equal,
     build,
     late_exchange,
+    loss_of,
     plain_after,
+    refused,
     update,
 )
 from tests.support import toy
@@ -124,8 +126,7 @@ def check_one_module_of_two_optimizers() -> None:
         for half in (weights, biases)
     ]
     with late_exchange():
-        inputs, targets = toy.batch(0)
-        toy.loss_of(model(inputs), targets).backward()
+        loss_of(model).backward()
         for optimizer in optimizers:
             optimizer.step()
         assert all(optimizer.shards.pending.started for optimizer in optimizers)
@@ -134,3 +135,40 @@ def check_one_module_of_two_optimizers() -> None:
         assert all(type(module.__dict__["_parameters"]) is not dict for module in model[::2])
         optimizer.close()
     assert all(type(module.__dict__["_parameters"]) is dict for module in model[::2])
+
+
+def check_written_parameters_are_kept() -> None:
+    """Loaded, broadcast and clamped parameters are trained on; the rest keeps its master's precision."""
+    for dtype in (torch.float32, torch.bfloat16):
+        model, optimizer = build(toy.build_model().to(dtype))
+        update(model, optimizer)
+        loaded = {name: tensor.clone() + 0.5 for name, tensor in model.state_dict().items()}
+        model.load_state_dict(loaded)
+        with optimizer.base_iterate():
+            pass
+        assert all(torch.equal(tensor, loaded[name]) for name, tensor in model.state_dict().items())
+        for master in (m for p in optimizer.shards.partitions for m in p.masters):
+            assert master.dtype == torch.float32
+        if hvd.rank():
+            with torch.no_grad():
+                model[0].weight.fill_(3.0)
+        hvd.broadcast_parameters(model.state_dict(), root_rank=0)
+        with optimizer.base_iterate():
+            pass
+        assert all(torch.equal(tensor, loaded[name]) for name, tensor in model.state_dict().items())
+        with torch.no_grad():
+            model[0].bias.clamp_(0.0, 0.1)
+        clamped = model[0].bias.detach().clone()
+        for settings in optimizer.param_groups:
+            settings["lr"] = 0.0
+        update(model, optimizer)
+        assert torch.equal(model[0].bias, clamped)
+        optimizer.close()
+
+
+def check_memory_replaced() -> None:
+    model, optimizer = build()
+    model[2].weight.data = model[2].weight.data.clone()
+    with refused(RuntimeError, "the memory of 2.weight was replaced"):
+        update(model, optimizer)
+    optimizer.close()

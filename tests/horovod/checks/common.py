@@ -24,12 +24,17 @@ def build(model: nn.Module | None = None, **arguments: Any) -> tuple[nn.Module, 
     return model, ShardedOptimizer(optimizer, model.named_parameters(), **{"bucket_mb": 0.01, **arguments})
 
 
-def update(model: nn.Module, optimizer: torch.optim.Optimizer, number: int = 0) -> None:
-    optimizer.zero_grad()
-    inputs, targets = toy.batch(number)
+def loss_of(model: nn.Module, number: int = 0) -> Tensor:
     dtype = next(model.parameters()).dtype
-    toy.loss_of(model(inputs.to(dtype)), targets.to(dtype)).backward()
-    optimizer.step()
+    inputs, targets = (tensor.to(dtype) for tensor in toy.batch(number))
+    return toy.loss_of(model(inputs), targets)
+
+
+def update(model: nn.Module, optimizer: torch.optim.Optimizer, *numbers: int) -> None:
+    for number in numbers or [0]:
+        optimizer.zero_grad()
+        loss_of(model, number).backward()
+        optimizer.step()
 
 
 @contextmanager

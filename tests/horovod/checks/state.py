@@ -13,7 +13,7 @@ from arsg_dist import ARSG
 from arsg_dist.horovod import ShardedOptimizer
 from arsg_dist.horovod.comm import process_groups
 from arsg_dist.horovod.comm.process_groups import Group
-from tests.horovod.sharded_checks.common import SETTINGS, assert_equal, build, plain_after, refused, update
+from tests.horovod.checks.common import SETTINGS, assert_equal, build, plain_after, refused, update
 from tests.support import toy
 
 
@@ -69,8 +69,7 @@ def check_trained_optimizer_keeps_its_state() -> None:
 
 def check_state_loads_into_a_plain_optimizer_and_back() -> None:
     model, optimizer = build()
-    for number in range(2):
-        update(model, optimizer, number)
+    update(model, optimizer, 0, 1)
     state = optimizer.state_dict()
     optimizer.close()
     alone = toy.build_model()
@@ -139,8 +138,7 @@ def check_bf16_state() -> None:
     model = toy.build_model().bfloat16()
     plain = ARSG(model.parameters(), **SETTINGS, state_dtype="bfloat16")
     optimizer = ShardedOptimizer(plain, model.named_parameters(), bucket_mb=0.01)
-    for number in range(2):
-        update(model, optimizer, number)
+    update(model, optimizer, 0, 1)
     state = optimizer.state_dict()
     again = ShardedOptimizer(
         ARSG(copied := list(copy.deepcopy(model).parameters()), **SETTINGS, state_dtype="bfloat16"),
@@ -183,3 +181,17 @@ def check_state_is_collective() -> None:
     with refused(RuntimeError, "leave it out"):
         hvd.broadcast_optimizer_state(optimizer, root_rank=0)
     optimizer.close()
+
+
+def check_masters_of_a_half_precision_run_leave_fp32_parameters_alone() -> None:
+    """Loading them moves no parameter, and above all not this rank's part only."""
+    half, optimizer = build(toy.build_model().to(torch.bfloat16))
+    update(half, optimizer)
+    state = optimizer.state_dict()
+    optimizer.close()
+    for given in (state, hvd.broadcast_object(state, root_rank=0)):
+        model, optimizer = build()
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        optimizer.load_state_dict(given)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+        optimizer.close()

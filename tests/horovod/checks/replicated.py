@@ -1,11 +1,7 @@
-"""Job for one rank: properties of the wrapped optimizer that are no training.
-
-usage: replicated_checks_job.py [NAME OF A CHECK]...
-"""
+"""Properties of the wrapped optimizer that are no training, checked on real ranks."""
 
 import copy
 import re
-import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -16,19 +12,10 @@ import torch
 from torch import nn
 
 from arsg_dist import ARSG
-from arsg_dist.engine import discover_ranks, end_process
-from arsg_dist.horovod import DistributedOptimizer, broadcast, connect
+from arsg_dist.horovod import DistributedOptimizer, broadcast
 from arsg_dist.horovod.comm.communicator import HorovodCommunicator
-from tests.horovod.jobs.checks import run_checks
 from tests.support import toy
 from tests.support.messages import check_messages
-
-CHECKS: dict[str, Callable[[], None]] = {}
-
-
-def check(function: Callable[[], None]) -> Callable[[], None]:
-    CHECKS[function.__name__] = function
-    return function
 
 
 def raises(kind: Any, text: str, action: Callable[[], Any]) -> None:
@@ -50,8 +37,7 @@ def backward(model: nn.Module) -> None:
     model(torch.full((1, 3), 1.0 + hvd.rank()).to(next(model.parameters()).dtype)).sum().backward()
 
 
-@check
-def step_hooks_fire_once_and_see_the_average() -> None:
+def check_step_hooks_fire_once_and_see_the_average() -> None:
     def fired(wrap: Callable[..., Any]) -> tuple[int, int, float]:
         model = nn.Linear(3, 2)
         optimizer = wrap(ARSG(model.parameters()), named_parameters=model.named_parameters())
@@ -69,8 +55,7 @@ def step_hooks_fire_once_and_see_the_average() -> None:
     )
 
 
-@check
-def bf16_gradients_are_averaged_in_fp32() -> None:
+def check_bf16_gradients_are_averaged_in_fp32() -> None:
     model = nn.Linear(1, 1, bias=False).bfloat16()
     optimizer = wrapped(ARSG(model.parameters()), model)
     # 1 + 2^-8 is no bfloat16; the mean of 1 and 1 + 2^-7 summed in bfloat16 would be lost in 2 + 2^-7.
@@ -82,8 +67,7 @@ def bf16_gradients_are_averaged_in_fp32() -> None:
     assert model.weight.grad.item() == mean.item(), (model.weight.grad.item(), mean.item())
 
 
-@check
-def changing_gradients_in_flight_is_refused() -> None:
+def check_changing_gradients_in_flight_is_refused() -> None:
     """And nothing is in flight afterwards: the gradients are the averages of those that backward() left."""
 
     def replace(model: nn.Module) -> None:
@@ -116,8 +100,7 @@ def changing_gradients_in_flight_is_refused() -> None:
         assert torch.equal(model.weight.grad, average)
 
 
-@check
-def unscaling_gradients_in_flight_is_refused() -> None:
+def check_unscaling_gradients_in_flight_is_refused() -> None:
     model, optimizer = small()
     scaler = torch.amp.GradScaler("cpu")
     loss = model(torch.ones(1, 3)).sum()
@@ -127,8 +110,7 @@ def unscaling_gradients_in_flight_is_refused() -> None:
     scaler.step(optimizer)
 
 
-@check
-def out_of_order_calls_are_refused() -> None:
+def check_out_of_order_calls_are_refused() -> None:
     model, optimizer = small()
     backward(model)
     raises(RuntimeError, "in flight", optimizer.zero_grad)
@@ -140,8 +122,7 @@ def out_of_order_calls_are_refused() -> None:
         raises(RuntimeError, "base_iterate", optimizer.step)
 
 
-@check
-def bad_arguments_are_refused() -> None:
+def check_bad_arguments_are_refused() -> None:
     model, optimizer = small()
     fresh = ARSG(model.parameters())
     raises(TypeError, "wrapped for Horovod already", lambda: DistributedOptimizer(optimizer))
@@ -169,8 +150,7 @@ def bad_arguments_are_refused() -> None:
         )
 
 
-@check
-def a_new_optimizer_takes_over_a_model() -> None:
+def check_a_new_optimizer_takes_over_a_model() -> None:
     """The old one's hooks, which live on in a circle when it is dropped, would send every gradient too."""
     model, old = small()
     for in_flight in (False, True):
@@ -189,8 +169,7 @@ def a_new_optimizer_takes_over_a_model() -> None:
     raises(RuntimeError, "which has ended", old.step)
 
 
-@check
-def a_group_added_later_has_the_number_of_passes_of_now() -> None:
+def check_a_group_added_later_has_the_number_of_passes_of_now() -> None:
     """Not the one at wrapping, by which its gradients would be sent after the first of two passes."""
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
     nn.init.eye_(model[0].weight)
@@ -207,8 +186,7 @@ def a_group_added_later_has_the_number_of_passes_of_now() -> None:
     assert torch.equal(model[1].bias.grad, torch.full((2,), 2.0))
 
 
-@check
-def sparse_gradients_are_those_of_one_process() -> None:
+def check_sparse_gradients_are_those_of_one_process() -> None:
     """For optimizers that take them; also of a rank that did not look anything up."""
     rows = [[0, 1, 1], [1, 4, 5], [2, 2, 3]]
     for make, settings, dtype in (
@@ -242,8 +220,7 @@ def sparse_gradients_are_those_of_one_process() -> None:
     raises(RuntimeError, "the gradient of weight was changed", optimizer.step)
 
 
-@check
-def settings_that_differ_are_refused_before_the_update() -> None:
+def check_settings_that_differ_are_refused_before_the_update() -> None:
     """A schedule fed with each rank's own loss would let the replicas drift apart without a word."""
     model = nn.Linear(3, 2)
     optimizer = wrapped(torch.optim.SGD(model.parameters(), lr=0.5), model)
@@ -264,8 +241,7 @@ def settings_that_differ_are_refused_before_the_update() -> None:
     assert torch.allclose(model.weight, before - 0.5 * (1 + hvd.size()) / 2)
 
 
-@check
-def what_users_find_on_horovods_is_here() -> None:
+def check_what_users_find_on_horovods_is_here() -> None:
     """The names of parameters; and a schedule made before wrapping does not complain of its order."""
     model = nn.Linear(3, 2)
     plain = torch.optim.SGD(model.parameters(), lr=0.5)
@@ -281,15 +257,13 @@ def what_users_find_on_horovods_is_here() -> None:
     assert optimizer.param_groups[0]["lr"] == 0.125
 
 
-@check
-def sparse_gradients_are_refused_where_they_arise() -> None:
+def check_sparse_gradients_are_refused_where_they_arise() -> None:
     table = nn.Embedding(5, 2, sparse=True)
     wrapped(ARSG(table.parameters()), table)
     raises(RuntimeError, "sparse_as_dense=True", table(torch.tensor([1])).sum().backward)
 
 
-@check
-def the_wrapped_optimizer_shares_groups_and_state() -> None:
+def check_the_wrapped_optimizer_shares_groups_and_state() -> None:
     model, _ = small()
     optimizer = ARSG(model.parameters())
     model(torch.ones(1, 3)).sum().backward()
@@ -302,8 +276,7 @@ def the_wrapped_optimizer_shares_groups_and_state() -> None:
     assert distributed.state[model.weight]["max_exp_avg_sq"].any()
 
 
-@check
-def rank_0_state_reaches_every_rank() -> None:
+def check_rank_0_state_reaches_every_rank() -> None:
     """Rank 0 is trained, with a bf16 state; the others are fresh, or have been trained otherwise."""
     for wrap in (lambda optimizer, model: optimizer, wrapped):
         torch.manual_seed(0)
@@ -330,8 +303,7 @@ def rank_0_state_reaches_every_rank() -> None:
                     ), name
 
 
-@check
-def broadcasting_no_state_makes_no_step() -> None:
+def check_broadcasting_no_state_makes_no_step() -> None:
     def moved(broadcast_state: Callable[..., None], wrap: Callable[..., Any]) -> float:
         torch.manual_seed(0)
         model = nn.Linear(3, 2)
@@ -351,8 +323,7 @@ def broadcasting_no_state_makes_no_step() -> None:
     assert plain > 0, "plain Horovod makes no step: this repair has no purpose"
 
 
-@check
-def broadcasts_copy_every_dtype_and_layout() -> None:
+def check_broadcasts_copy_every_dtype_and_layout() -> None:
     for dtype in (torch.bfloat16, torch.float16, torch.float64, torch.complex64, torch.bool, torch.int64):
         tensors = {
             "flat": torch.arange(7).to(dtype) if hvd.rank() == 0 else torch.zeros(7, dtype=dtype),
@@ -367,8 +338,7 @@ def broadcasts_copy_every_dtype_and_layout() -> None:
     raises(ValueError, "hvd.broadcast_object", lambda: hvd.broadcast_parameters({"extra": 3}))
 
 
-@check
-def different_optimizers_are_refused_on_every_rank() -> None:
+def check_different_optimizers_are_refused_on_every_rank() -> None:
     model = nn.Linear(3, 2 + hvd.rank())
     raises(
         ValueError,
@@ -377,8 +347,7 @@ def different_optimizers_are_refused_on_every_rank() -> None:
     )
 
 
-@check
-def a_rank_that_has_joined_takes_part_with_zeros() -> None:
+def check_a_rank_that_has_joined_takes_part_with_zeros() -> None:
     """As under plain Horovod; the other ranks' gradients are still divided by the number of all."""
     model = nn.Linear(3, 2, bias=False)
     nn.init.zeros_(model.weight)
@@ -393,8 +362,7 @@ def a_rank_that_has_joined_takes_part_with_zeros() -> None:
     assert last == 0 or hvd.size() == 1
 
 
-@check
-def adasum_combines_the_updates() -> None:
+def check_adasum_combines_the_updates() -> None:
     """Two ranks: a + b with each scaled by 1 − a·b/(2|·|²); needs MPI and a power of two of ranks."""
     model = toy.build_model()
     fresh = ARSG(model.parameters(), **toy.HYPERPARAMETERS)
@@ -428,8 +396,7 @@ def adasum_combines_the_updates() -> None:
         torch.testing.assert_close(update, expected, rtol=1e-4, atol=1e-6)
 
 
-@check
-def messages_are_plain_values_of_every_rank() -> None:
+def check_messages_are_plain_values_of_every_rank() -> None:
     """Also settings and state: a kind that is not sent is refused on every rank."""
     check_messages(HorovodCommunicator())
     _, optimizer = small()
@@ -439,15 +406,3 @@ def messages_are_plain_values_of_every_rank() -> None:
         "rank 0 cannot send its value: builtins.set",
         lambda: hvd.broadcast_optimizer_state(optimizer),
     )
-
-
-def main() -> None:
-    communicator = connect(discover_ranks())
-    warnings.simplefilter("ignore")
-    run_checks({name: CHECKS[name] for name in sys.argv[1:]} or CHECKS)
-    communicator.close()
-    end_process(0)
-
-
-if __name__ == "__main__":
-    main()

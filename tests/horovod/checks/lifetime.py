@@ -18,11 +18,12 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from arsg_dist import ARSG
 from arsg_dist.horovod import ShardedOptimizer
-from tests.horovod.sharded_checks.common import (
+from tests.horovod.checks.common import (
     SETTINGS,
     assert_equal,
     build,
     late_exchange,
+    loss_of,
     plain_after,
     refused,
     update,
@@ -33,8 +34,7 @@ from tests.support import toy
 def trained_in_a_function(**arguments: Any) -> nn.Module:
     """As everybody writes it: the optimizer ends its life with the function."""
     model, optimizer = build(**arguments)
-    for number in range(2):
-        update(model, optimizer, number)
+    update(model, optimizer, 0, 1)
     return model
 
 
@@ -78,8 +78,7 @@ def check_a_model_and_its_optimizer_free_everything() -> None:
     alone = weakref.ref(optimizer)
     arenas = [StorageWeakRef(a.untyped_storage()) for p in optimizer.shards.partitions for a in p.arenas]
     pending = weakref.ref(optimizer.shards.pending)
-    inputs, targets = toy.batch(1)
-    toy.loss_of(model(inputs), targets).backward()
+    loss_of(model, 1).backward()
     if hvd.rank() == 0:
         optimizer.step()
         optimizer.zero_grad()
@@ -99,7 +98,6 @@ def check_a_model_and_its_optimizer_free_everything() -> None:
         assert_equal(model, plain_after(2)[0])
         optimizer.zero_grad()
         del model, optimizer
-    del inputs, targets
     gc.collect()  # an update held back is in a circle
     hvd.allgather_object(None, name="all have")
     assert all(arena.expired() for arena in arenas)
@@ -121,8 +119,7 @@ def check_a_new_optimizer_takes_over() -> None:
             optimizer = ShardedOptimizer(torch.optim.SGD(parameters, lr=1e-3), bucket_mb=0.01)
             update(model, optimizer, 1)
         reference = torch.optim.SGD(expected.parameters(), lr=1e-3)
-        for number in range(2):
-            update(expected, reference, number)
+        update(expected, reference, 0, 1)
         assert_equal(model, expected)
         assert all(len(module._forward_pre_hooks) == 1 for module in model[::2])
         assert all(len(p._post_accumulate_grad_hooks) == 1 for p in parameters)
@@ -132,16 +129,14 @@ def check_a_new_optimizer_takes_over() -> None:
 def check_an_optimizer_dropped_in_the_middle_of_an_update() -> None:
     """Its gradients are refused as before, and cleared the model is as good as new."""
     model, optimizer = build()
-    inputs, targets = toy.batch(0)
-    toy.loss_of(model(inputs), targets).backward()
+    loss_of(model).backward()
     del optimizer
     gc.collect()
     assert not mpi_ops._handle_map
     plain = ARSG(model.parameters(), **SETTINGS)
     with refused(RuntimeError, "call optimizer.zero_grad()"):
         plain.step()
-    for number in range(2):
-        update(model, plain, number)
+    update(model, plain, 0, 1)
     assert_equal(model, plain_after(2)[0])
     update(*(again := build(model)))
     again[1].close()
@@ -165,8 +160,7 @@ def check_a_rank_that_leaves_lets_the_others_have_the_parameters() -> None:
     model, optimizer = build()
     update(model, optimizer)  # the first one is collective
     optimizer.zero_grad()
-    inputs, targets = toy.batch(1)
-    toy.loss_of(model(inputs), targets).backward()
+    loss_of(model, 1).backward()
     if hvd.rank() == 0:
         others = hvd.size() - 1
 
