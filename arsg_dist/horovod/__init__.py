@@ -1,4 +1,4 @@
-"""ARSG under Horovod: `DistributedOptimizer` (replicated) and `ShardedOptimizer`, behind the `Engine` interface too."""
+"""Train with ARSG under Horovod, replicated or sharded."""
 
 try:
     import horovod.torch as _horovod  # noqa: F401

@@ -158,7 +158,7 @@ def _portable(group: dict[str, Any]) -> dict[str, Any]:
 
 
 def _assign_options(group: dict[str, Any], options: dict[str, Any]) -> None:
-    """Assign settings; tensors keep their identity: schedulers and graphs hold on to them."""
+    """Assign settings; tensors keep their identity, which schedulers hold on to."""
     for name, value in options.items():
         present = group.get(name)
         if isinstance(value, Tensor) and isinstance(present, Tensor):

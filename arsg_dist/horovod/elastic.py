@@ -139,7 +139,7 @@ class TorchState(hvd.elastic.TorchState):  # type: ignore[misc]
         return (handler for handler in self._handlers.values() if isinstance(handler, ShardedHandler))
 
     def save(self) -> None:
-        """Commit, without looking for changes of hosts. Collective with a `ShardedOptimizer`."""
+        """Commit without looking for changes of hosts. Collective if sharded."""
         for handler in self._sharded():
             handler.stage()
         super().save()

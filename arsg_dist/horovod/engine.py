@@ -1,4 +1,4 @@
-"""Put Horovod behind the `Engine` interface, replicated and with sharded optimizer state."""
+"""Put Horovod behind the `Engine` interface, replicated and sharded."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -94,7 +94,7 @@ class HorovodShardedEngine(HorovodEngine):
         yield from self.module.named_parameters()
 
     def check_next_sums(self) -> None:
-        """Have every bucket's sum computed by the next rank too, from the same gradients. Collective."""
+        """Have every bucket's sum computed by the next rank too. Collective."""
         self.optimizer.check_sums(True)
 
     def faulty_sums(self) -> list[str]:

@@ -56,7 +56,7 @@ class BufferPool:
         return torch.empty(0, dtype=dtype).set_(free.pop(), 0, (numel,))  # type: ignore[call-overload,no-any-return]
 
     def give_back(self, tensor: Tensor) -> None:
-        """Take back a whole tensor of `take` that nobody uses, pending collectives included."""
+        """Take back a whole tensor that nobody uses, pending collectives included."""
         if tensor.device.type == "cpu":
             storage = tensor.untyped_storage()
             self._free.setdefault(storage.nbytes(), []).append(storage)
@@ -64,7 +64,7 @@ class BufferPool:
 
 @dataclass
 class Started:
-    """Hold a pending collective; dropped, its memory is freed when Horovod needs it no more."""
+    """Hold a pending collective; dropped, it frees its memory when Horovod is done."""
 
     handle: int
     result: Callable[[Any], Tensor]

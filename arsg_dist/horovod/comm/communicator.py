@@ -46,8 +46,7 @@ class HorovodCommunicator(Communicator):
 
     def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the sum over the ranks. Collective."""
-        total: torch.Tensor = hvd.allreduce(tensor.detach(), op=hvd.Sum, name="arsg_dist.sum")
-        return total
+        return self._group.sum(tensor.detach(), "sum")
 
     def start_any(self, flag: bool) -> Callable[[], bool]:
         """Ask in main memory, while the caller goes on. Collective."""

@@ -1,4 +1,4 @@
-"""Check the environment before ranks work together, where Horovod itself says nothing."""
+"""Check the environment of the ranks, where Horovod itself says nothing."""
 
 import os
 from collections.abc import Mapping, MutableMapping

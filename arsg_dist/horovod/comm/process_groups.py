@@ -116,7 +116,7 @@ class Group:
         return whole
 
     def gather_to_first(self, shard: Tensor, what: str) -> Tensor | None:
-        """Concatenate all shards (1-D, of equal size) on the first rank; else None. Collective."""
+        """Concatenate all shards (1-D, of equal size) on the first rank. Collective."""
         splits = torch.zeros(self.size, dtype=torch.int32)
         splits[0] = shard.numel()
         received, _ = hvd.alltoall(
@@ -163,7 +163,7 @@ class ShardGroups:
         return self.replicas is None or self.replicas.rank == 0
 
     def fail_together(self) -> AbstractContextManager[None]:
-        """Raise on every rank if the block raises on one. Collective, except in an elastic job."""
+        """Raise on every rank if the block raises on one; alone if elastic. Collective."""
         # Where ranks come and go, those that train do not answer to one that is still being built.
         return nullcontext() if self.elastic else self.world.fail_together()
 

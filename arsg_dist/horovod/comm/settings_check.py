@@ -82,7 +82,7 @@ def _numbers(optimizer: Optimizer) -> Iterator[tuple[str, float]]:
 
 
 def _number(value: Any) -> float:
-    """Return what is compared: nothing of texts, and of tensors on an accelerator, which the update would wait for."""
+    """Return what is compared: nothing of texts and of an accelerator's tensors."""
     if isinstance(value, Tensor) and value.numel() == 1 and value.device.type == "cpu":
         value = value.item()
     return float(value) if isinstance(value, Real) and math.isfinite(value) else 0.0

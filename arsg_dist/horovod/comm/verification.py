@@ -1,4 +1,4 @@
-"""Verify the collectives: a self-test at start-up, a redundant reduction while training.
+"""Verify collectives: a self-test at start-up, a redundant reduction later.
 
 A wrong sum of a sharded optimizer reaches every rank: its owner updates the shard with it and sends the result to all,
 so that no comparison of weights can find it.
@@ -41,7 +41,7 @@ class _Twice(Started):
 
 
 class CheckedReduceScatter:
-    """Reduce-scatter, and on demand have the sums checked by the next rank, which receives the same shard.
+    """Reduce-scatter, and on demand have the next rank check the sums.
 
     Args:
         exchange: does the work.

@@ -1,4 +1,4 @@
-"""Compress gradients for Horovod, which reduces neither bfloat16 nor complex numbers."""
+"""Compress gradients for Horovod, which reduces no bfloat16 and no complex ones."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,7 @@ class _Sent:
 
 
 class WireFormat:
-    """Wrap a Horovod compression for every dtype and memory layout a gradient can have.
+    """Wrap a Horovod compression for every dtype and layout of gradients.
 
     - bfloat16 travels and is reduced in float32, rounded once on arrival; complex numbers as pairs of real ones;
     - a gradient that is not contiguous (channels_last) travels as a copy and arrives in its own layout;

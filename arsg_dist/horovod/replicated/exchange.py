@@ -27,7 +27,7 @@ _sent_by: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 @dataclass(frozen=True, kw_only=True)
 class ExchangeSettings:
-    """Hold the arguments of Horovod's `DistributedOptimizer` beside optimizer and names.
+    """Hold the arguments of `DistributedOptimizer` beside optimizer and names.
 
     Raises:
         ValueError: a value out of range, or settings that contradict each other.
@@ -96,7 +96,7 @@ class Exchange(ABC):
 
     @abstractmethod
     def synchronize(self) -> None:
-        """Finish the reduction of gradients; `grad` is then the same everywhere. Collective."""
+        """Finish the reduction of gradients, then the same everywhere. Collective."""
 
     @abstractmethod
     def set_backward_passes_per_step(self, passes: int) -> None:
@@ -135,7 +135,7 @@ class GradientExchange(Exchange):
 
     @property
     def in_flight(self) -> bool:
-        """Whether a backward pass sent, or held back, gradients that no `synchronize()` has waited for."""
+        """Whether gradients were sent, or held back, that nobody has waited for."""
         return any(part._handles for part in self._parts) and not self._ended
 
     @property
@@ -143,7 +143,7 @@ class GradientExchange(Exchange):
         return any(isinstance(part._allreduce_delay, _Never) for part in self._parts)
 
     def connect(self, parameters: Named) -> None:
-        """Register the hooks that send gradients. With `groups` the first call is collective.
+        """Register the hooks that send gradients. Collective at first, with `groups`.
 
         An earlier optimizer's exchange of the same parameters ends; gradients that it has in flight arrive before.
         """
@@ -305,7 +305,7 @@ class _Never(dict[Tensor, int]):
 
 
 def _take_over(parameters: Named) -> None:
-    """End an earlier optimizer's exchange: both would send the gradients, by the same names."""
+    """End an earlier optimizer's exchange, which would send the gradients too."""
     references = [_sent_by.get(parameter) for _, parameter in parameters]  # type: ignore[no-untyped-call]
     parts = {id(part): part for reference in references if reference and (part := reference()) is not None}
     for part in parts.values():
@@ -367,7 +367,7 @@ def _refuse_sparse(parameter: Tensor, name: str) -> Any:
 
 
 def _launch_incomplete_groups(part: Any) -> None:
-    """Send groups of which this rank used only some parameters, with zeros for the others.
+    """Send groups of which this rank used some parameters, zeros for the others.
 
     Horovod sends what such a group has one by one, and waits for ever for ranks that used the whole group.
     """

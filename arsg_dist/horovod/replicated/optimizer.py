@@ -1,4 +1,4 @@
-"""Replicate an optimizer over Horovod's ranks, in place of `hvd.DistributedOptimizer`."""
+"""Replicate an optimizer over Horovod's ranks."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -150,7 +150,7 @@ class ReplicatedOptimizer(HorovodOptimizer):
         self._passes = passes
 
     def synchronize(self) -> None:
-        """Wait until gradients are those of all ranks, before clipping or unscaling. Collective.
+        """Wait until gradients are those of all ranks, before clipping. Collective.
 
         `step()` then does not repeat it, with or without `skip_synchronize()`.
 
@@ -212,7 +212,7 @@ class ReplicatedOptimizer(HorovodOptimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Asked by torch's GradScaler as its step begins: it must not look at gradients in flight."""
+        """Refuse torch's GradScaler, which asks as its step begins, gradients in flight."""
         if self._exchange is not None and self._exchange.in_flight:
             raise RuntimeError(
                 "a GradScaler must not look at gradients in flight: call optimizer.synchronize() before "

@@ -1,1 +1,1 @@
-"""Sharded data parallelism: gradients, optimizer state and fp32 masters partitioned over the ranks."""
+"""Sharded data parallelism: every rank holds a partition of the optimizer."""

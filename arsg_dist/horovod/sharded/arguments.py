@@ -139,7 +139,7 @@ def given_names(named_parameters: Iterable[tuple[str, Tensor]] | None) -> dict[T
 
 
 def names_of(param_groups: list[dict[str, Any]], given: dict[Tensor, str] | None) -> list[tuple[str, Tensor]]:
-    """List the optimizer's parameters with their names, in the order they were named in.
+    """List the optimizer's parameters with names, in the order they were named in.
 
     Raises:
         ValueError: a name is missing.

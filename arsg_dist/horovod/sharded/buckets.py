@@ -1,4 +1,4 @@
-"""Plan the flat memory of parameters and its partition over the ranks (torch only).
+"""Plan the flat memory of parameters and its partition (torch only).
 
 Parameters of one dtype and device lie one after another in one flat tensor, an *arena*, in the reverse of the order
 they are named in, which is about the order in which a backward pass finishes their gradients. An arena is cut into

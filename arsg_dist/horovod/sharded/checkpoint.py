@@ -75,7 +75,7 @@ def sharded_engine_state(
 
 @torch.no_grad()
 def load_sharded(module: nn.Module, optimizer: ShardedOptimizer, saved: SavedState) -> None:
-    """Fill this rank's pieces and what every rank holds; `publish_masters` does the rest.
+    """Fill this rank's pieces and what every rank holds; then `publish_masters`.
 
     Raises:
         ValueError: the saved run does not fit, found before anything changes; or a file is damaged.

@@ -205,7 +205,7 @@ class ParameterGather:
         return self._targets[bucket]
 
     def start(self, shards: Sequence[Tensor]) -> None:
-        """Begin to send this rank's shards, one per bucket, maybe the parameters' own memory. Collective."""
+        """Begin to all-gather; one shard per bucket, maybe parameter memory. Collective."""
         assert not self.pending.started.keys() & set(self._names)
         for bucket in reversed(
             range(len(shards))

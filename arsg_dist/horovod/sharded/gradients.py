@@ -80,7 +80,7 @@ class ReleasedGradient(Tensor):
 
 
 class GradientBuckets:
-    """Collect gradients in buckets, reduce-scatter each once full, keep this rank's shard.
+    """Collect gradients in buckets, and reduce-scatter each once full.
 
     A bucket is exchanged once per update: when the last of its parameters has seen `passes` backward passes, or in
     `synchronize`, where parameters that saw none contribute zeros. Horovod carries an operation out when every rank
@@ -268,7 +268,7 @@ class GradientBuckets:
         return shard
 
     def unscale(self, found_inf: Tensor, inv_scale: Tensor) -> None:
-        """Unscale this rank's shards once per update; `found_inf` is of all ranks. Collective."""
+        """Unscale this rank's shards, once per update. Collective."""
         # GradScaler asks once per dtype of gradient, and looks at this rank's answer only.
         if self._found_inf is None:
             self.synchronize()

@@ -1,4 +1,4 @@
-"""Update this rank's pieces with the optimizer that a ShardedOptimizer was made from."""
+"""Update this rank's pieces with the optimizer that was given."""
 
 import copy
 from collections import OrderedDict, defaultdict
@@ -16,7 +16,7 @@ NUMBERS = frozenset({"step", "mu_product", "eta", "mu"})
 
 
 def is_per_element(parameter_name: str, name: str, value: Any, parameter: Tensor) -> bool:
-    """Tell whether a state entry has one number per element, rather than one per parameter.
+    """Tell whether a state entry has one number per element, not per parameter.
 
     Raises:
         ValueError: neither.

@@ -1,4 +1,4 @@
-"""Partition gradients, optimizer state and fp32 masters across Horovod ranks (as ZeRO-2)."""
+"""Partition gradients, optimizer state and fp32 masters across Horovod ranks."""
 
 import sys
 from collections import Counter
@@ -197,7 +197,7 @@ class ShardedOptimizer(HorovodOptimizer):
             partition.gradients.synchronize()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients, also those of an update that was synchronized and then not made.
+        """Clear the gradients, also of an update that was synchronized and not made.
 
         Args:
             set_to_none: False fills `.grad` with zeros, which costs the memory of all gradients.
@@ -224,7 +224,7 @@ class ShardedOptimizer(HorovodOptimizer):
         *,
         parameters: Iterable[Tensor] | None = None,
     ) -> Tensor:
-        """Scale the reduced gradients down to a norm, as `torch.nn.utils.clip_grad_norm_`. Collective.
+        """Clip the reduced gradients, as torch's `clip_grad_norm_`. Collective.
 
         Args:
             max_norm: largest norm over all parameters.
@@ -270,14 +270,14 @@ class ShardedOptimizer(HorovodOptimizer):
         return not self.shards.groups.shard.max(bad, "nonfinite").item()
 
     def check_sums(self, on: bool) -> None:
-        """Have gradients reduced twice from the next backward pass on, or no more. Collective.
+        """Reduce gradients twice from the next backward pass on, or not. Collective.
 
         `comm.verification` says how.
         """
         self.shards.reduction.reduce_scatter.checking = on
 
     def faulty_sums(self) -> list[str]:
-        """Return what `check_sums` found since the last call, the same everywhere. Collective."""
+        """Return what `check_sums` found since the last call. Collective."""
         return self.shards.reduction.reduce_scatter.faults()
 
     # The update
@@ -319,14 +319,14 @@ class ShardedOptimizer(HorovodOptimizer):
         return loss
 
     def synchronize_parameters(self) -> None:
-        """Wait until the parameters of the last update are there; to read them past their modules."""
+        """Wait for the last update's parameters; to read them past their modules."""
         self.shards.pending.wait()
 
     # Points
 
     @contextmanager
     def base_iterate(self) -> Iterator[None]:
-        """Move all ranks' parameters to θ inside, and bit by bit to x again afterwards. Collective.
+        """Move parameters to θ inside, and bit by bit back to x afterwards. Collective.
 
         As `ARSG.base_iterate`.
 
@@ -433,7 +433,7 @@ class ShardedOptimizer(HorovodOptimizer):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any] | None) -> None:  # type: ignore[override]
-        """Load a state that `state_dict` here or of the unsharded optimizer returned. Collective.
+        """Load a `state_dict`, of this class or of the unsharded optimizer. Collective.
 
         Load the model's parameters too (before or after): half-precision parameters whose `master_params` do not
         round to them keep their own value.

@@ -1,4 +1,4 @@
-"""Own the parameters of a sharded optimizer: their partitions, process groups and names."""
+"""Own the parameters of a sharded optimizer: partitions, groups and names."""
 
 import functools
 import weakref
@@ -18,7 +18,7 @@ from arsg_dist.horovod.sharded.partition import Partition
 
 
 class ShardedParameters:
-    """Divide parameters, masters and gradients among the ranks; a component of `ShardedOptimizer`.
+    """Divide parameters, masters and gradients; a part of `ShardedOptimizer`.
 
     Args:
         groups: the ranks.
@@ -79,7 +79,7 @@ class ShardedParameters:
     # Layout
 
     def add(self, named: Sequence[tuple[str, Tensor]], inner: InnerOptimizer) -> None:
-        """Include further parameters, or none of them if that fails. Collective, except in an elastic job.
+        """Include further parameters, or none if that fails. Collective unless elastic.
 
         Args:
             named: (name, parameter), in the order of the model.
@@ -102,7 +102,7 @@ class ShardedParameters:
         self._started_equal = False
 
     def lay_out(self, inner: InnerOptimizer) -> None:
-        """Lay out what is not yet, check the collectives and partition the state. Collective.
+        """Lay out what is not yet, check collectives, partition the state. Collective.
 
         Args:
             inner: the optimizer, whose state for these parameters is taken over.
@@ -189,7 +189,7 @@ class ShardedParameters:
         self._started_equal = False
 
     def close(self) -> None:
-        """Take the hooks off the parameters and their modules; see `ShardedOptimizer.close`."""
+        """Take the hooks off the parameters and their modules."""
         self.pending.close()
         for partition in self.partitions:
             partition.gradients.remove()
@@ -204,7 +204,7 @@ class ShardedParameters:
         return any(partition.gradients.under_way for partition in self.partitions)
 
     def refuse_in_update(self, what: str) -> None:
-        """Raise RuntimeError after a backward pass and before `step`, and without a layout."""
+        """Raise RuntimeError between a backward pass and `step`, or without a layout."""
         self.require_layout(what)
         if any(p.gradients.under_way and not p.gradients.synchronized for p in self.partitions):
             raise RuntimeError(f"{what} after backward() and before step()")
@@ -245,7 +245,7 @@ class ShardedParameters:
 
 
 def _unscale(owner: "weakref.ref[ShardedParameters]", found_inf: Tensor, inv_scale: Tensor) -> None:
-    """Unscale every partition's gradients, whichever GradScaler met on this rank. Collective."""
+    """Unscale every partition's gradients, whichever GradScaler met. Collective."""
     shards = owner()
     assert shards is not None, "GradScaler was given its optimizer"
     for partition in shards.partitions:

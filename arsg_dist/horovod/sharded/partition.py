@@ -14,7 +14,7 @@ from arsg_dist.horovod.sharded.gradients import GradientBuckets, Reduction, Unsc
 
 
 class Partition:
-    """Hold parameters in flat memory, of which this rank owns a part, with their gradients.
+    """Hold parameters in flat memory, of which this rank owns a part.
 
     Args:
         layout: of the parameters.
@@ -81,7 +81,7 @@ class Partition:
         return [piece for segment, piece in self.pieces if self.group_of[segment.parameter] == group]
 
     def adopt_parameters(self) -> None:
-        """Take over into the masters what was written into the parameters since the gather.
+        """Take over into the masters what was written into the parameters meanwhile.
 
         So parameters may be loaded, broadcast, clamped or averaged in place at any time, as with an optimizer that is
         not sharded. Elements of half precision that nobody wrote keep their master's precision.

@@ -1,4 +1,4 @@
-"""Gather and load the whole state of a sharded optimizer, tensor by tensor and bucket by bucket."""
+"""Gather and load the whole state of a sharded optimizer, bucket by bucket."""
 
 import copy
 from collections.abc import Iterator
@@ -67,7 +67,7 @@ def gather_state(shards: ShardedParameters, inner: InnerOptimizer, *, everywhere
 
 
 def own_state(inner: InnerOptimizer) -> dict[str, Any]:
-    """Copy the state this rank's optimizer was given, before anything was sharded, to CPU."""
+    """Copy to CPU the state this rank's optimizer was given, before any sharding."""
     state = _whole_entries(inner)
     return {
         "state": {
@@ -147,7 +147,7 @@ def _entries(groups: ShardGroups, inner: InnerOptimizer, partition: Partition) -
 
 
 def _tensor_entries(entries: Entries) -> list[tuple[str, torch.dtype, list[int]]]:
-    """List all state tensors, alike on every rank: name, dtype, parameters that have it."""
+    """List all state tensors: name, dtype, parameters that have it."""
     found: dict[tuple[str, torch.dtype], list[int]] = {}
     for parameter, named in entries.items():
         for name, (kind, dtype) in named.items():
@@ -172,7 +172,7 @@ def _gather_entry(
     dtype: torch.dtype,
     everywhere: bool,
 ) -> dict[int, Tensor]:
-    """Gather one state tensor of several parameters, on rank 0 or everywhere. Collective."""
+    """Gather a state tensor of several parameters. Collective."""
     group, layout = groups.shard, partition.layout
     receives = everywhere or groups.world.rank == 0
     wanted = set(parameters)
@@ -263,7 +263,7 @@ def load_state(shards: ShardedParameters, inner: InnerOptimizer, state_dict: dic
 
 
 def _check_fit(inner: InnerOptimizer, state_dict: dict[str, Any]) -> None:
-    """Raise ValueError unless the state's groups and shapes are those of the parameters."""
+    """Raise ValueError unless the state's groups and shapes fit the parameters."""
     mine = [len(group["params"]) for group in inner.groups]
     theirs = [len(group["params"]) for group in state_dict["param_groups"]]
     if mine != theirs:
