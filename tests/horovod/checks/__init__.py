@@ -17,10 +17,8 @@ def _checks_of(*modules: ModuleType) -> dict[str, Callable[[], None]]:
 
 REPLICATED = _checks_of(replicated)
 SHARDED = _checks_of(parameters, lifetime, gradients, state, groups, construction)
-# It uses torch.compile, after which every step() waits, and the other checks would show less.
-SHARDED["readers_wait"] = SHARDED.pop("readers_wait")
-# After it there is no Horovod.
-SHARDED["a_rank_that_leaves_lets_the_others_have_the_parameters"] = SHARDED.pop(
-    "a_rank_that_leaves_lets_the_others_have_the_parameters"
-)
+# The first uses torch.compile, after which every step() waits, and other checks would show less; after the second there
+# is no Horovod.
+for last in ("readers_wait", "a_rank_that_leaves_lets_the_others_have_the_parameters"):
+    SHARDED[last] = SHARDED.pop(last)
 CHECKS = {"replicated": REPLICATED, "sharded": SHARDED}

@@ -15,12 +15,10 @@ from arsg_dist.horovod.comm.process_groups import Group
 from arsg_dist.horovod.sharded import gather
 from tests.support import toy
 
-SETTINGS = toy.HYPERPARAMETERS
-
 
 def build(model: nn.Module | None = None, **arguments: Any) -> tuple[nn.Module, ShardedOptimizer]:
     model = toy.build_model() if model is None else model
-    optimizer = ARSG(model.parameters(), **SETTINGS)
+    optimizer = ARSG(model.parameters(), **toy.HYPERPARAMETERS)
     return model, ShardedOptimizer(optimizer, model.named_parameters(), **{"bucket_mb": 0.01, **arguments})
 
 
@@ -46,7 +44,7 @@ def refused(kinds: Any, text: str) -> Iterator[None]:
 
 def plain_after(updates: int, **settings: Any) -> tuple[nn.Module, ARSG]:
     model = toy.build_model()
-    optimizer = ARSG(model.parameters(), **{**SETTINGS, **settings})
+    optimizer = ARSG(model.parameters(), **{**toy.HYPERPARAMETERS, **settings})
     for number in range(updates):
         update(model, optimizer, number)
     return model, optimizer
@@ -62,20 +60,17 @@ def assert_equal(actual: nn.Module | dict[str, Tensor], expected: nn.Module | di
 
 @contextmanager
 def late_exchange() -> Iterator[None]:
+    """All-gathers write at the last moment, so that whoever does not wait reads old values."""
     start = gather.start_all_gather
 
-    def late(
-        group: Group, shard: Tensor, bucket: Tensor, name: str, number: int, pool: BufferPool
-    ) -> Started:
+    def late(group: Group, shard: Tensor, bucket: Tensor, *rest: Any) -> Started:
         arrived = torch.empty_like(bucket)
-        started = start(group, shard, arrived, name, number, pool)
+        started = start(group, shard, arrived, *rest)
         return Started(started.handle, lambda output: bucket.copy_(started.result(output)))
 
-    gather.start_all_gather = late
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gather, "start_all_gather", late)
         yield
-    finally:
-        gather.start_all_gather = start
 
 
 class OneWrongNumber(AllToAllReduceScatter):

@@ -19,15 +19,7 @@ from arsg_dist.horovod.comm.collectives import (
 from arsg_dist.horovod.comm.process_groups import Group
 from arsg_dist.horovod.comm.verification import check_exchanges
 from arsg_dist.horovod.sharded import optimizer as sharded_optimizer
-from tests.horovod.checks.common import (
-    SETTINGS,
-    OneWrongNumber,
-    assert_equal,
-    build,
-    plain_after,
-    refused,
-    update,
-)
+from tests.horovod.checks.common import OneWrongNumber, assert_equal, build, plain_after, refused, update
 from tests.support import toy
 
 
@@ -152,7 +144,7 @@ def check_ranks_that_differ() -> None:
     }.items():
         with refused(ValueError, what):
             build(**(arguments if hvd.rank() else {}))
-    model, plain = plain_after(0, lr=SETTINGS["lr"] + 0.01 * hvd.rank())
+    model, plain = plain_after(0, lr=toy.HYPERPARAMETERS["lr"] + 0.01 * hvd.rank())
     with refused(ValueError, f"settings of its groups (lr, ...) of rank {last_ranks()} differ from rank 0's"):
         ShardedOptimizer(plain, model.named_parameters())
     # The classic mistakes: rank 0 alone loads a file before wrapping, or a rank has another one.

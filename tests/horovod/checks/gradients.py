@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from arsg_dist import ARSG
 from arsg_dist.horovod import ShardedOptimizer
 from arsg_dist.horovod.comm.collectives import BufferPool
-from tests.horovod.checks.common import SETTINGS, assert_equal, build, loss_of, plain_after, refused, update
+from tests.horovod.checks.common import assert_equal, build, loss_of, plain_after, refused, update
 from tests.support import toy
 
 
@@ -63,7 +63,7 @@ def check_settings_that_differ_are_refused_before_the_update() -> None:
     update(model, optimizer)
     before = [parameter.detach().clone() for parameter in model.parameters()]
     optimizer.param_groups[0]["lr"] *= 0.5 if hvd.rank() == 1 else 1.0
-    lr = SETTINGS["lr"]
+    lr = toy.HYPERPARAMETERS["lr"]
     with refused(RuntimeError, f"lr of group 0 is {lr:g} on rank 0, {lr / 2:g} on rank 1. A schedule"):
         update(model, optimizer, 1)
     assert all(map(torch.equal, before, model.parameters()))
@@ -95,7 +95,7 @@ def check_padding_is_no_overflow() -> None:
         scaler.step(optimizer)
         scaler.update()
     assert scaler.get_scale() == 64.0
-    update(expected, ARSG(expected.parameters(), **SETTINGS))
+    update(expected, ARSG(expected.parameters(), **toy.HYPERPARAMETERS))
     assert_equal(model, expected)
     optimizer.close()
 

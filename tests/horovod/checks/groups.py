@@ -12,7 +12,6 @@ from arsg_dist import ARSG
 from arsg_dist.engine import JobError
 from arsg_dist.horovod import ShardedOptimizer
 from tests.horovod.checks.common import (
-    SETTINGS,
     OneWrongNumber,
     assert_equal,
     build,
@@ -27,7 +26,7 @@ from tests.support import toy
 def check_groups_can_be_added() -> None:
     def train(sharded: bool) -> nn.Module:
         model = toy.build_model()
-        optimizer: torch.optim.Optimizer = ARSG(model[:3].parameters(), **SETTINGS)
+        optimizer: torch.optim.Optimizer = ARSG(model[:3].parameters(), **toy.HYPERPARAMETERS)
         if sharded:
             names = [(n, p) for n, p in model.named_parameters() if not n.startswith("4")]
             optimizer = ShardedOptimizer(optimizer, names, bucket_mb=0.01)
@@ -57,7 +56,7 @@ def check_grad_scaler_sees_groups_added_later() -> None:
 
     def train(sharded: bool) -> nn.Module:
         model = toy.build_model()
-        optimizer: torch.optim.Optimizer = ARSG(model[:3].parameters(), **SETTINGS)
+        optimizer: torch.optim.Optimizer = ARSG(model[:3].parameters(), **toy.HYPERPARAMETERS)
         if sharded:
             optimizer = ShardedOptimizer(optimizer, model.named_parameters(), bucket_mb=0.01)
         optimizer.add_param_group({"params": list(model[4].parameters()), "lr": 0.01})
@@ -88,7 +87,7 @@ def check_a_group_is_added_on_all_ranks_or_on_none() -> None:
     model = toy.build_model()
     frozen = nn.Linear(2, 2).requires_grad_(False)
     names = [*model.named_parameters(), *nn.ModuleDict({"frozen": frozen}).named_parameters()]
-    optimizer = ShardedOptimizer(ARSG(model[:3].parameters(), **SETTINGS), names, bucket_mb=0.01)
+    optimizer = ShardedOptimizer(ARSG(model[:3].parameters(), **toy.HYPERPARAMETERS), names, bucket_mb=0.01)
 
     def refuses(kinds: Any, text: str, group: Any) -> None:
         with refused(kinds, text):
@@ -121,7 +120,7 @@ def check_a_group_is_added_on_all_ranks_or_on_none() -> None:
     optimizer.load_state_dict(optimizer.state_dict())
     optimizer.close()
     expected = toy.build_model()
-    plain = ARSG(expected[:3].parameters(), **SETTINGS)
+    plain = ARSG(expected[:3].parameters(), **toy.HYPERPARAMETERS)
     update(expected, plain)
     expected.zero_grad()
     plain.add_param_group({"params": list(expected[4].parameters())})
@@ -163,7 +162,7 @@ def check_freezing_and_thawing() -> None:
 
 def check_hooks_and_schedulers() -> None:
     model = toy.build_model()
-    plain = ARSG(model.parameters(), **SETTINGS)
+    plain = ARSG(model.parameters(), **toy.HYPERPARAMETERS)
     schedule = torch.optim.lr_scheduler.StepLR(plain, 1, gamma=0.5)  # made before: it changes the same groups
     calls: list[str] = []
     plain.register_step_pre_hook(lambda *_: calls.append("before"))
@@ -174,7 +173,7 @@ def check_hooks_and_schedulers() -> None:
     everywhere.remove()
     assert calls == ["before", "after", "global"] or calls == ["before", "global", "after"], calls
     schedule.step()
-    assert optimizer.param_groups[0]["lr"] == SETTINGS["lr"] / 2
+    assert optimizer.param_groups[0]["lr"] == toy.HYPERPARAMETERS["lr"] / 2
     with refused(TypeError, "cannot be copied or pickled"):
         copy.deepcopy(optimizer)
     optimizer.close()
@@ -184,7 +183,9 @@ def check_two_optimizers_at_once() -> None:
     """As of a GAN: each updates its own half of what one backward pass computes."""
     model = toy.build_model()
     halves = [
-        ShardedOptimizer(ARSG(half.parameters(), **SETTINGS), half.named_parameters(), bucket_mb=0.01)
+        ShardedOptimizer(
+            ARSG(half.parameters(), **toy.HYPERPARAMETERS), half.named_parameters(), bucket_mb=0.01
+        )
         for half in (model[:2], model[2:])
     ]
     for number in range(3):

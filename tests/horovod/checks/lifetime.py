@@ -19,7 +19,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from arsg_dist import ARSG
 from arsg_dist.horovod import ShardedOptimizer
 from tests.horovod.checks.common import (
-    SETTINGS,
     assert_equal,
     build,
     late_exchange,
@@ -133,7 +132,7 @@ def check_an_optimizer_dropped_in_the_middle_of_an_update() -> None:
     del optimizer
     gc.collect()
     assert not mpi_ops._handle_map
-    plain = ARSG(model.parameters(), **SETTINGS)
+    plain = ARSG(model.parameters(), **toy.HYPERPARAMETERS)
     with refused(RuntimeError, "call optimizer.zero_grad()"):
         plain.step()
     update(model, plain, 0, 1)

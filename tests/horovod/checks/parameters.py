@@ -1,7 +1,4 @@
-"""Parameters that others read, who wait for those of the last update, or write.
-
-The all-gather is made to write at the last moment, so that whoever does not wait reads old values.
-"""
+"""Parameters that others read, who wait for those of the last update, or write."""
 
 import copy
 from collections.abc import Callable
@@ -15,7 +12,6 @@ from torch.nn import functional
 from arsg_dist import ARSG
 from arsg_dist.horovod import ShardedOptimizer
 from tests.horovod.checks.common import (
-    SETTINGS,
     assert_equal,
     build,
     late_exchange,
@@ -122,7 +118,7 @@ def check_one_module_of_two_optimizers() -> None:
     weights = [(name, p) for name, p in model.named_parameters() if p.dim() > 1]
     biases = [(name, p) for name, p in model.named_parameters() if p.dim() == 1]
     optimizers = [
-        ShardedOptimizer(ARSG([p for _, p in half], **SETTINGS), half, bucket_mb=0.01)
+        ShardedOptimizer(ARSG([p for _, p in half], **toy.HYPERPARAMETERS), half, bucket_mb=0.01)
         for half in (weights, biases)
     ]
     with late_exchange():

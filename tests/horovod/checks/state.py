@@ -13,7 +13,7 @@ from arsg_dist import ARSG
 from arsg_dist.horovod import ShardedOptimizer
 from arsg_dist.horovod.comm import process_groups
 from arsg_dist.horovod.comm.process_groups import Group
-from tests.horovod.checks.common import SETTINGS, assert_equal, build, plain_after, refused, update
+from tests.horovod.checks.common import assert_equal, build, plain_after, refused, update
 from tests.support import toy
 
 
@@ -74,7 +74,7 @@ def check_state_loads_into_a_plain_optimizer_and_back() -> None:
     optimizer.close()
     alone = toy.build_model()
     alone.load_state_dict(model.state_dict())
-    plain = ARSG(alone.parameters(), **SETTINGS)
+    plain = ARSG(alone.parameters(), **toy.HYPERPARAMETERS)
     if hvd.rank() == 0:
         plain.load_state_dict(state)
         update(alone, plain, 2)
@@ -136,12 +136,14 @@ def check_state_travels_one_bucket_at_a_time() -> None:
 def check_bf16_state() -> None:
     """Moments in bfloat16 (with their step count) survive the way through rank 0, and masters do."""
     model = toy.build_model().bfloat16()
-    plain = ARSG(model.parameters(), **SETTINGS, state_dtype="bfloat16")
+    plain = ARSG(model.parameters(), **toy.HYPERPARAMETERS, state_dtype="bfloat16")
     optimizer = ShardedOptimizer(plain, model.named_parameters(), bucket_mb=0.01)
     update(model, optimizer, 0, 1)
     state = optimizer.state_dict()
     again = ShardedOptimizer(
-        ARSG(copied := list(copy.deepcopy(model).parameters()), **SETTINGS, state_dtype="bfloat16"),
+        ARSG(
+            copied := list(copy.deepcopy(model).parameters()), **toy.HYPERPARAMETERS, state_dtype="bfloat16"
+        ),
         [(name, p) for (name, _), p in zip(model.named_parameters(), copied, strict=True)],
         bucket_mb=0.01,
     )
@@ -167,13 +169,11 @@ def check_state_is_collective() -> None:
         return
     model, optimizer = build()
     update(model, optimizer)
-    before, process_groups.MEETING_TIMEOUT = process_groups.MEETING_TIMEOUT, 1.0
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(process_groups, "MEETING_TIMEOUT", 1.0)
         if hvd.rank() == 0:
             with refused(RuntimeError, "outside 'if hvd.rank() == 0'"):
                 optimizer.state_dict()
-    finally:
-        process_groups.MEETING_TIMEOUT = before
     hvd.allgather_object(None, name="rank 0 has given up")
     if hvd.rank():
         optimizer.shards.groups.world.meet("state_dict()")  # what rank 0 still waits for

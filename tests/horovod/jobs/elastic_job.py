@@ -157,11 +157,10 @@ def compare(state: TorchState, path: Path) -> None:
         return
     assert optimizer.keys() == noted["optimizer"].keys()
     assert optimizer["param_groups"] == noted["optimizer"]["param_groups"]
+    pairs = []
     if "master_params" in optimizer:
-        pairs = [(optimizer["master_params"], noted["optimizer"]["master_params"])]
+        pairs += [(optimizer["master_params"], noted["optimizer"]["master_params"])]
         assert any((master.bfloat16() != master).any() for master in optimizer["master_params"].values())
-    else:
-        pairs = []
     assert optimizer["state"].keys() == noted["optimizer"]["state"].keys()
     pairs += [(entry, noted["optimizer"]["state"][place]) for place, entry in optimizer["state"].items()]
     assert {"exp_avg", "exp_avg_sq", "max_exp_avg_sq"} <= optimizer["state"][0].keys()

@@ -56,10 +56,8 @@ def hunt(group: Group, megabytes: float, seconds: float) -> None:
             found = some_rounds(exchange, numel)
             rounds += ROUNDS_AT_ONCE
         if group.rank == 0:
-            print(
-                f"{name}: {f'found in {rounds} rounds: {found}' if found else f'0 of {rounds} rounds'}",
-                flush=True,
-            )
+            result = f"found in {rounds} rounds: {found}" if found else f"0 of {rounds} rounds"
+            print(f"{name}: {result}", flush=True)
 
 
 def _self_test(exchange: NativeReduceScatter, numel: int) -> str:

@@ -91,13 +91,8 @@ def run(case: sharded.Case, **arguments: Any) -> None:
     weights = sharded.weights_of(model)
     expected = {name: master.detach() for name, master in reference.masters.items() if name in start}
     state = optimizer.state_dict()
-    names = [
-        n
-        for group in optimizer.param_groups
-        for p in group["params"]
-        for n, q in model.named_parameters()
-        if p is q
-    ]
+    name_of = {parameter: name for name, parameter in model.named_parameters()}
+    names = [name_of[p] for group in optimizer.param_groups for p in group["params"]]
     if "master_params" in state:
         masters = {names[place]: master for place, master in state["master_params"].items()}
         compare(case, masters, expected, {name: tensor.float() for name, tensor in start.items()})
@@ -105,8 +100,8 @@ def run(case: sharded.Case, **arguments: Any) -> None:
             assert torch.equal(master.to(case.dtype), weights[name]), f"{name} is not its master, rounded"
     elif case.dtype in (torch.float32, torch.float64):
         compare(case, weights, expected, start)
-    for other in hvd.allgather_object({name: w.float().numpy().tobytes() for name, w in weights.items()}):
-        assert other == {name: w.float().numpy().tobytes() for name, w in weights.items()}, "ranks differ"
+    of_ranks = hvd.allgather_object({name: w.float().numpy().tobytes() for name, w in weights.items()})
+    assert all(other == of_ranks[0] for other in of_ranks), "ranks differ"
     if hvd.rank() == 0:
         compare_state(case, state, reference.optimizer.state_dict())
     optimizer.load_state_dict(state)  # rank 0 sends it to the others
@@ -178,14 +173,13 @@ def compare_state(case: sharded.Case, actual: dict[str, Any], expected: dict[str
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument(
-        "--shard_group", type=lambda text: int(text) if text.isdecimal() else text, default="job"
-    )
+    parser.add_argument("--shard_group", default="job")
     parser.add_argument("names", nargs="*")
     chosen = parser.parse_args()
+    group = int(chosen.shard_group) if chosen.shard_group.isdecimal() else chosen.shard_group
     for case in sharded.selected(chosen.names):
         try:
-            run(case, shard_group=chosen.shard_group)
+            run(case, shard_group=group)
         except Exception as error:
             raise AssertionError(f"case {case.name!r} on rank {hvd.rank()} of {hvd.size()}") from error
         if hvd.rank() == 0:
