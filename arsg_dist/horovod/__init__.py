@@ -1,4 +1,4 @@
-"""ARSG under Horovod: `DistributedOptimizer` (replicated) and `ShardedOptimizer`, behind the `Engine` interface too."""
+"""Train with ARSG under Horovod, replicated or sharded."""
 
 try:
     import horovod.torch as _horovod  # noqa: F401
@@ -9,11 +9,11 @@ except ImportError as error:
     ) from error
 
 from arsg_dist.horovod.broadcast import broadcast_optimizer_state, broadcast_parameters, register
-from arsg_dist.horovod.communicator import HorovodCommunicator, connect
-from arsg_dist.horovod.distributed import DistributedOptimizer, ReplicatedOptimizer
+from arsg_dist.horovod.comm.communicator import HorovodCommunicator, connect
+from arsg_dist.horovod.comm.environment import check_environment, check_world_size, set_stall_defaults
 from arsg_dist.horovod.engine import HorovodEngine, HorovodShardedEngine
-from arsg_dist.horovod.guards import check_environment, check_world_size, set_stall_defaults
-from arsg_dist.horovod.sharded import ShardedOptimizer
+from arsg_dist.horovod.replicated.optimizer import DistributedOptimizer, ReplicatedOptimizer
+from arsg_dist.horovod.sharded.optimizer import ShardedOptimizer
 
 register()
 

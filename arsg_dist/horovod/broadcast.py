@@ -1,4 +1,4 @@
-"""Rank 0's parameters and optimizer state on every rank, for every dtype, without a step."""
+"""Broadcast parameters and optimizer state, for every dtype, without a step."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from arsg_dist.horovod.distributed import ReplicatedOptimizer
-from arsg_dist.horovod.group import Group
+from arsg_dist.horovod.comm.process_groups import Group
 from arsg_dist.horovod.leaving import join, shutdown
+from arsg_dist.horovod.replicated.optimizer import ReplicatedOptimizer
 from arsg_dist.optim import ARSG
 
 _horovod_parameters: Callable[..., None] = functions.broadcast_parameters
@@ -23,7 +23,7 @@ _CARRIERS = {1: torch.uint8, 2: torch.float16, 4: torch.int32, 8: torch.int64}
 
 
 def register() -> None:
-    """Puts `broadcast_parameters`, `broadcast_optimizer_state`, `join` and `shutdown` in the place of Horovod's.
+    """Replace Horovod's broadcasts of parameters and state, `join` and `shutdown`.
 
     Horovod's broadcasts (0.28.1) refuse bfloat16 and tensors that are not contiguous, and make a real step where an
     optimizer has no state yet; after its `join` a `ShardedOptimizer` crashes, and its `shutdown` cuts off the
@@ -38,7 +38,7 @@ def register() -> None:
 
 
 def broadcast_parameters(params: Any, root_rank: int = 0) -> None:
-    """Overwrites every rank's tensors with those of one rank, in place, bit by bit.
+    """Broadcast one rank's tensors in place, bit by bit. Collective.
 
     Args:
         params: `model.state_dict()`, or a list of tensors or (name, tensor).
@@ -68,10 +68,11 @@ def broadcast_parameters(params: Any, root_rank: int = 0) -> None:
 
 
 def broadcast_optimizer_state(optimizer: Optimizer, root_rank: int = 0, model: Any = None) -> None:
-    """Gives every rank one rank's settings and state: learning rates, moments, maxima, step counts.
+    """Broadcast one rank's optimizer settings and state. Collective.
 
-    For `ARSG` and for optimizers wrapped by `arsg_dist.horovod.DistributedOptimizer`; others go Horovod's way.
-    Nothing is stepped: state that `root_rank` does not have is dropped elsewhere, state that others lack is created.
+    That is learning rates, moments, maxima, step counts. For `ARSG` and for optimizers wrapped by
+    `arsg_dist.horovod.DistributedOptimizer`; others go Horovod's way. Nothing is stepped: state that `root_rank` does
+    not have is dropped elsewhere, state that others lack is created.
 
     Args:
         optimizer: with the same parameters on every rank.
@@ -119,7 +120,7 @@ def broadcast_optimizer_state(optimizer: Optimizer, root_rank: int = 0, model: A
 
 
 def _described(state: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
-    """The state with ("tensor", shape, dtype, whether on the CPU) for tensors and ("other", value) for the rest."""
+    """Describe state: ("tensor", shape, dtype, on the CPU?) or ("other", value)."""
     return {
         name: ("tensor", tuple(value.shape), value.dtype, value.is_cpu)
         if isinstance(value, Tensor)
@@ -131,7 +132,7 @@ def _described(state: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
 def _tensor_like(
     present: Any, parameter: Tensor, shape: tuple[int, ...], dtype: torch.dtype, on_cpu: bool
 ) -> Tensor:
-    """The present tensor if it fits, else a new one in the parameter's layout."""
+    """Return the present tensor if it fits, else a new one in the parameter's layout."""
     device = torch.device("cpu") if on_cpu else parameter.device
     if isinstance(present, Tensor) and (tuple(present.shape), present.dtype, present.device) == (
         shape,
@@ -157,7 +158,7 @@ def _portable(group: dict[str, Any]) -> dict[str, Any]:
 
 
 def _assign_options(group: dict[str, Any], options: dict[str, Any]) -> None:
-    """Keeps the identity of tensor options: schedulers and captured graphs hold on to them."""
+    """Assign settings; tensors keep their identity, which schedulers hold on to."""
     for name, value in options.items():
         present = group.get(name)
         if isinstance(value, Tensor) and isinstance(present, Tensor):
@@ -167,7 +168,7 @@ def _assign_options(group: dict[str, Any], options: dict[str, Any]) -> None:
 
 
 def _carrier(tensor: Tensor) -> Tensor:
-    """The tensor's bits, flat, contiguous, of a type that Horovod copies; shares memory if that is possible."""
+    """View or copy a tensor's bits, flat, of a type that Horovod copies."""
     flat = tensor.detach()
     if flat.is_complex():
         flat = torch.view_as_real(flat)
@@ -175,7 +176,7 @@ def _carrier(tensor: Tensor) -> Tensor:
 
 
 def _unload(bits: Tensor, tensor: Tensor) -> None:
-    """Writes a carrier's bits back where it does not share the tensor's memory."""
+    """Write a carrier's bits back where it does not share the tensor's memory."""
     target = tensor.detach()
     if target.is_complex():
         target = torch.view_as_real(target)

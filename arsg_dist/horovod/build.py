@@ -6,13 +6,14 @@ import torch
 from torch import nn
 
 from arsg_dist.engine import Communicator, Engine, LocalBuilder, Ranks
-from arsg_dist.horovod.communicator import connect
+from arsg_dist.horovod.comm.communicator import connect
 from arsg_dist.horovod.engine import HorovodEngine, HorovodShardedEngine
 
 
 class HorovodBuilder(LocalBuilder):
     """Build a `HorovodEngine`."""
 
+    _engine_class: type[HorovodEngine] = HorovodEngine
     _channels_last = False  # gradients of such parameters would have to be copied
 
     @staticmethod
@@ -27,19 +28,11 @@ class HorovodBuilder(LocalBuilder):
         communicator: Communicator,
         options: dict[str, Any],
     ) -> Engine:
-        return HorovodEngine(module, optimizer, communicator, **options)
+        return self._engine_class(module, optimizer, communicator, **options)
 
 
 class HorovodShardedBuilder(HorovodBuilder):
     """Build a `HorovodShardedEngine`."""
 
+    _engine_class = HorovodShardedEngine
     _channels_last = True
-
-    def _engine(
-        self,
-        module: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        communicator: Communicator,
-        options: dict[str, Any],
-    ) -> Engine:
-        return HorovodShardedEngine(module, optimizer, communicator, **options)

@@ -1,4 +1,4 @@
-"""Elastic jobs: ranks come and go, training goes on from the last commit.
+"""Train in elastic jobs: ranks come and go, training goes on from the last commit.
 
     state = arsg_dist.horovod.elastic.TorchState(model=model, optimizer=optimizer, schedule=schedule, update=0)
 
@@ -13,20 +13,78 @@ from collections.abc import Iterator
 from typing import Any, Protocol, runtime_checkable
 
 import horovod.torch as hvd
+import torch
 from horovod.common.exceptions import HostsUpdatedInterrupt
 from horovod.torch.elastic import run
 from horovod.torch.elastic.state import StateHandler, get_handler_registry
 from torch import nn
 from torch.optim import Optimizer
 
-from arsg_dist.horovod.sharded import ShardedOptimizer
-from arsg_dist.horovod.sharded_elastic import ShardedHandler
+from arsg_dist.horovod.broadcast import broadcast_parameters
+from arsg_dist.horovod.comm.process_groups import Group
+from arsg_dist.horovod.sharded.arguments import check_elastic
+from arsg_dist.horovod.sharded.optimizer import ShardedOptimizer
+from arsg_dist.horovod.sharded.state_dict import outline_of, own_state, tensors_of
 
 __all__ = ["TorchState", "run"]
 
 
+class ShardedHandler(StateHandler):  # type: ignore[misc]
+    """Keep the committed state of a sharded optimizer in every rank's host memory.
+
+    Every rank holds the whole state, so any rank may die. A commit is made in two steps: `stage` gathers it, which
+    fails if a rank dies meanwhile, and `save` puts it in the place of the one before, which cannot fail. What is
+    committed together is staged first, then saved.
+
+    Args:
+        optimizer: sharded over all ranks.
+
+    Raises:
+        ValueError: it is not.
+    """
+
+    def __init__(self, optimizer: ShardedOptimizer) -> None:
+        check_elastic(optimizer.shard_group, optimizer.process_set)
+        super().__init__(optimizer)
+        self.label = "elastic"
+        """Precedes the names of exchanges; differs between the optimizers of a state."""
+        self._saved: dict[str, Any] = {} if optimizer.shards.partitions else own_state(optimizer.inner)
+        self._staged: dict[str, Any] | None = None
+
+    @property
+    def committed(self) -> dict[str, Any]:
+        """The last commit, as of `ShardedOptimizer.state_dict`."""
+        return self._saved
+
+    def stage(self) -> None:
+        """Gather the state of now on every rank. Collective."""
+        if self.value.shards.partitions:
+            self._staged = self.value.gather_state(everywhere=True)
+
+    def save(self) -> None:
+        """Make what was staged the commit, on this rank alone."""
+        if self._staged is not None:
+            self._saved, self._staged = self._staged, None
+
+    def restore(self) -> None:
+        """Give up what is under way, on this rank alone; `sync` loads the commit."""
+        self._staged = None
+        self.value.abandon_layout()
+
+    def sync(self) -> None:
+        """Give every rank its part of rank 0's commit, else of its state. Collective."""
+        self.stage()  # where nothing was lost, it is the state of now that goes on
+        self._staged = _broadcast(self._staged or self._saved, self.label)
+        self.value.reshard(self._staged, self.label)
+
+    def set_value(self, value: Any) -> None:
+        """Refuse another optimizer."""
+        if value is not self.value:
+            raise TypeError("a sharded optimizer cannot be exchanged in a TorchState: make a new TorchState")
+
+
 class TorchState(hvd.elastic.TorchState):  # type: ignore[misc]
-    """`hvd.elastic.TorchState` that loses nothing.
+    """Keep what `hvd.elastic.TorchState` keeps, and lose nothing.
 
     Beside what Horovod's keeps (models, optimizers, `ElasticSampler`, plain values), anything with `state_dict` and
     `load_state_dict` is kept by its state: schedulers, `ObservationBoost`, gradient scalers. Horovod's would copy such
@@ -81,24 +139,24 @@ class TorchState(hvd.elastic.TorchState):  # type: ignore[misc]
         return (handler for handler in self._handlers.values() if isinstance(handler, ShardedHandler))
 
     def save(self) -> None:
-        """Commits, without looking for changes of hosts. With a `ShardedOptimizer` every rank must call it."""
+        """Commit without looking for changes of hosts. Collective if sharded."""
         for handler in self._sharded():
             handler.stage()
         super().save()
 
     def sync(self) -> None:
-        """Gives every rank rank 0's state, and commits it."""
+        """Give every rank rank 0's state, and commit it. Collective."""
         super().sync()
         super().save()  # a sharded optimizer's commit has just been received
 
     def reset(self) -> None:
-        """Called when ranks came or went, before `sync`."""
+        """Forget what is under way when ranks came or went, before `sync`."""
         for handler in self._sharded():
             handler.restore()
         self._forget_gradients()
 
     def restore(self) -> None:
-        """Goes back to the last commit."""
+        """Go back to the last commit."""
         for handler in self._sharded():
             handler.restore()  # first: reading parameters that are on their way would wait for dead ranks
         super().restore()
@@ -112,7 +170,7 @@ class TorchState(hvd.elastic.TorchState):  # type: ignore[misc]
                         parameter.grad = None
 
     def check_host_updates(self) -> None:
-        """Ends the running function on every rank if hosts came or went, after a commit.
+        """End the running function on every rank if hosts came or went, after a commit.
 
         Raises:
             HostsUpdatedInterrupt: for `run`, which starts the function again with the new ranks.
@@ -132,7 +190,7 @@ class _Stateful(Protocol):
 
 
 class _StatefulHandler(StateHandler):  # type: ignore[misc]
-    """Keeps what has a state_dict by its state_dict."""
+    """Keep what has a state_dict by its state_dict."""
 
     def __init__(self, value: _Stateful) -> None:
         super().__init__(value)
@@ -150,3 +208,19 @@ class _StatefulHandler(StateHandler):  # type: ignore[misc]
         self.value.load_state_dict(
             hvd.broadcast_object(self.value.state_dict(), root_rank=0, name="elastic.stateful")
         )
+
+
+def _broadcast(state: dict[str, Any], label: str) -> dict[str, Any]:
+    """Broadcast rank 0's state, bit by bit. Collective."""
+    first = hvd.rank() == 0
+    outline: Any = outline_of(state) if first else None
+    received: dict[str, Any] = Group(name=label).all_gather_object(outline, "outline")[0]
+    if first:
+        received = state
+    tensors = []
+    for number, (holder, key) in enumerate(tensors_of(received)):
+        if not first:
+            holder[key] = torch.empty_like(holder[key], device="cpu")
+        tensors.append((f"{label}.commit{number}", holder[key]))
+    broadcast_parameters(tensors, root_rank=0)
+    return received

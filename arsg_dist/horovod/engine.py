@@ -1,4 +1,4 @@
-"""Horovod behind the common `Engine` interface: replicated, and with sharded optimizer state."""
+"""Put Horovod behind the `Engine` interface, replicated and sharded."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -8,13 +8,15 @@ from torch import nn
 
 from arsg_dist.engine import Communicator, EngineState, LocalEngine, SavedState
 from arsg_dist.horovod.broadcast import broadcast_parameters
-from arsg_dist.horovod.distributed import DistributedOptimizer
-from arsg_dist.horovod.sharded import ShardedOptimizer
-from arsg_dist.horovod.sharded_checkpoint import load_sharded, sharded_engine_state
+from arsg_dist.horovod.replicated.optimizer import DistributedOptimizer
+from arsg_dist.horovod.sharded.checkpoint import load_sharded, sharded_engine_state
+from arsg_dist.horovod.sharded.optimizer import ShardedOptimizer
 
 
 class HorovodEngine(LocalEngine):
-    """Every rank holds model and optimizer; Horovod averages the gradients while they are computed.
+    """Train replicated: every rank holds model and optimizer.
+
+    Horovod averages the gradients while they are computed.
 
     Subclasses distribute the optimizer in another way.
 
@@ -72,7 +74,9 @@ class HorovodEngine(LocalEngine):
 
 
 class HorovodShardedEngine(HorovodEngine):
-    """Every rank holds the model; optimizer state and fp32 masters are divided among the ranks.
+    """Train with optimizer state and fp32 masters divided among the ranks.
+
+    Every rank holds the model.
 
     Arguments as of `HorovodEngine`, the further ones of `ShardedOptimizer`, such as `bucket_mb`.
     """
@@ -85,16 +89,16 @@ class HorovodShardedEngine(HorovodEngine):
         return self.optimizer.gradient_is_finite()
 
     def replicated_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The parameters."""
+        """Yield the parameters."""
         self.optimizer.synchronize_parameters()
         yield from self.module.named_parameters()
 
     def check_next_sums(self) -> None:
-        """Every bucket's sum is computed by the next rank too, from the same gradients."""
+        """Have every bucket's sum computed by the next rank too. Collective."""
         self.optimizer.check_sums(True)
 
     def faulty_sums(self) -> list[str]:
-        """The buckets whose two sums differ."""
+        """Name the buckets whose two sums differ. Collective."""
         self.optimizer.check_sums(False)
         return self.optimizer.faulty_sums()
 
@@ -110,9 +114,9 @@ class HorovodShardedEngine(HorovodEngine):
         )
 
     def load_state(self, saved: SavedState) -> None:
-        """Every rank reads the pieces it owns."""
+        """Read the pieces that this rank owns. Collective."""
         super().load_state(saved)
-        self.optimizer.publish_masters()
+        self.optimizer.shards.publish_masters()
 
     def _load_own_state(self, saved: SavedState) -> None:
         load_sharded(self.module, self.optimizer, saved)

@@ -1,4 +1,4 @@
-"""What a rank owes the others before it leaves them."""
+"""Leave the other ranks without leaving them in the lurch: join and shut down."""
 
 import gc
 from collections.abc import Callable
@@ -6,17 +6,18 @@ from typing import Any
 
 import horovod.torch as hvd
 
-from arsg_dist.horovod.parameter_gather import finish_gathers
-from arsg_dist.horovod.sharded_arguments import sharded_by
+from arsg_dist.horovod.sharded.arguments import sharded_by
+from arsg_dist.horovod.sharded.gather import finish_gathers
 
 _horovod_join: Callable[..., int] = hvd.join
 _horovod_shutdown: Callable[..., Any] = hvd.shutdown
 
 
 def join(device: int = -1) -> int:
-    """`hvd.join`, refused while there is a `ShardedOptimizer`: a rank that has joined has no shards to send.
+    """Join as `hvd.join`; refused while there is a `ShardedOptimizer`. Collective.
 
-    Horovod 0.28.1 crashes (segmentation fault) when the others ask it for one.
+    A rank that has joined has no shards to send: Horovod 0.28.1 crashes (segmentation fault) when the others ask it for
+    one.
 
     Args:
         device: as of Horovod.
@@ -39,9 +40,10 @@ def join(device: int = -1) -> int:
 
 
 def shutdown(*args: Any, **kwargs: Any) -> Any:
-    """`hvd.shutdown`, after the parameters of the last update have arrived, here and on the other ranks.
+    """Shut down as `hvd.shutdown`, after the parameters of the last update arrived.
 
-    Horovod ends what is under way on every rank, and a `ShardedOptimizer` sends parameters after its `step()`.
+    Here and on the other ranks: Horovod ends what is under way on every rank, and a `ShardedOptimizer` sends parameters
+    after its `step()`.
 
     Args:
         args: as of Horovod.

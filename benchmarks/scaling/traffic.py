@@ -62,7 +62,7 @@ def _shards(load: Load, group: int) -> tuple[int, int]:
     """Elements with padding: of all parameters, and of one rank's shard in Horovod's sharded optimizer."""
     import torch
 
-    from arsg_dist.horovod.buckets import ParameterSpec, plan
+    from arsg_dist.horovod.sharded.buckets import ParameterSpec, plan
 
     dtype = torch.bfloat16 if load.precision == "bf16" else torch.float32
     specs = [ParameterSpec(str(i), (numel,), (1,), dtype, "cpu") for i, numel in enumerate(load.parameters)]

@@ -131,7 +131,7 @@ class Horovod(StepBenchmark):
                     found.setdefault(f"waited, {name}", []).append(1e3 * WAITING.seconds / arguments.steps)
             optimizer.zero_grad()
         medians = {name: statistics.median(values) for name, values in found.items()}
-        state = state_bytes(getattr(optimizer, "_inner", optimizer))
+        state = state_bytes(getattr(optimizer, "inner", optimizer))
         return {**medians, "state": state, "peak": memory.peak() - held}
 
     def head(self, settings: Mapping[str, Any]) -> tuple[str, list[str]]:

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from arsg_dist import ARSG, ObservationBoost
-from tests.support import toy
+from arsg_dist import ObservationBoost
+from tests.horovod.checks.common import plain_after, update
+from tests.horovod.jobs.elastic_job import BOOST_AT, UPDATES
 from tests.support.compare import REDUCTION_ORDER, assert_same_weights
-from tests.support.horovod_elastic_job import BOOST_AT, UPDATES
 from tests.support.launchers import launch
 
 pytestmark = [pytest.mark.ranks]
@@ -17,15 +17,11 @@ pytestmark = [pytest.mark.ranks]
 
 def one_process() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Weights before and after."""
-    model = toy.build_model()
+    model, optimizer = plain_after(0, mu=0.05)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = ARSG(model.parameters(), **toy.HYPERPARAMETERS | {"mu": 0.05})
     boost = ObservationBoost(optimizer, [BOOST_AT])
-    for update in range(UPDATES):
-        optimizer.zero_grad()
-        inputs, targets = toy.batch(update)
-        toy.loss_of(model(inputs), targets).backward()
-        optimizer.step()
+    for number in range(UPDATES):
+        update(model, optimizer, number)
         boost.step()
     return before, {name: p.detach().clone() for name, p in model.named_parameters()}
 
@@ -67,7 +63,7 @@ def test_the_job_goes_on_as_one_process_would(
     job = launch(
         "horovodrun",
         sum(int(slots) for slots in re.findall(r":(\d)\n", hosts)),
-        "tests/support/horovod_elastic_job.py",
+        "tests/horovod/jobs/elastic_job.py",
         form,
         scenario,
         hosts_file,

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.horovod.jobs.replicated_cases import CASES, Place
 from tests.support.compare import REDUCTION_ORDER, assert_same_weights
-from tests.support.horovod_replicated import CASES, Place
 from tests.support.launchers import launch
 
 pytestmark = pytest.mark.ranks
@@ -26,7 +26,7 @@ QUICK = 4
 
 def run_job(wrapper: str, launcher: str, ranks: int, directory: Path) -> dict[str, Any]:
     output = directory / "results.pt"
-    job = launch(launcher, ranks, "tests/support/horovod_replicated_job.py", wrapper, output)
+    job = launch(launcher, ranks, "tests/horovod/jobs/replicated_job.py", wrapper, output)
     assert job.code == 0, job.output[-5000:]
     results: dict[str, Any] = torch.load(output, weights_only=True)
     return results

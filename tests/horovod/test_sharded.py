@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from arsg_dist.horovod.sharded_arguments import ELEMENT_WISE
-from tests.support.horovod_sharded import CASES, OPTIMIZERS, OTHER_OPTIMIZERS
+from arsg_dist.horovod.sharded.arguments import ELEMENT_WISE
+from tests.horovod.jobs.sharded_cases import CASES, OPTIMIZERS, OTHER_OPTIMIZERS
 from tests.support.launchers import launch
 
 pytestmark = pytest.mark.ranks
 
-JOB = "tests/support/horovod_sharded_job.py"
+JOB = "tests/horovod/jobs/sharded_job.py"
 # Every CI run has each number of ranks, and both ways of exchange; the next one has the other three.
 MPI_AND_GLOO = [
     pytest.param("mpirun", 2, marks=pytest.mark.turn(0, of=2)),
@@ -69,3 +69,13 @@ def test_shards_inside_a_node_equal_one_process(launcher: str, ranks: int, shard
     """Catches shards of different nodes that drift apart, a gradient of one node only, and groups of ranks that Horovod
     refuses because it has them."""
     check(launcher, ranks, *CORE, shard_group=shard_group)
+
+
+@pytest.mark.parametrize("launcher", ["mpirun", pytest.param("warm horovodrun", marks=pytest.mark.slow)])
+def test_some_ranks_train_together(launcher: str) -> None:
+    """Catches an exchange with ranks of another set, an average over the wrong number, a state on the wrong rank, and
+    a hang of an optimizer of all ranks after one of some."""
+    variables = {"HOROVOD_DYNAMIC_PROCESS_SETS": "1"}
+    job = launch(launcher, 4, "tests/horovod/jobs/process_sets_job.py", variables=variables)
+    assert job.code == 0, job.output[-8000:]
+    assert job.output.count("done: ") == 2, job.output

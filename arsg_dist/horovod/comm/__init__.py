@@ -1,0 +1,1 @@
+"""Collectives over Horovod's ranks, and the checks around them."""

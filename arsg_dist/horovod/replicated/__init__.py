@@ -1,0 +1,1 @@
+"""Replicated data parallelism: every rank holds the whole optimizer."""

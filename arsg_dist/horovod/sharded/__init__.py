@@ -1,0 +1,1 @@
+"""Sharded data parallelism: every rank holds a partition of the optimizer."""

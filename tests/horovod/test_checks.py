@@ -1,0 +1,46 @@
+"""What a Horovod user does beside training, and what is refused, on real ranks."""
+
+import pytest
+
+from tests.horovod.checks import REPLICATED, SHARDED
+from tests.support.launchers import launch
+
+pytestmark = pytest.mark.ranks
+
+JOB = "tests/horovod/jobs/checks_job.py"
+OUTLIVED = [
+    "the_model_outlives_its_optimizer",
+    "a_model_and_its_optimizer_free_everything",
+    "a_rank_that_leaves_lets_the_others_have_the_parameters",
+]
+
+
+@pytest.fixture(scope="module", params=[("mpirun", 2), ("mpirun", 3), ("horovodrun", 2)], ids=str)
+def output(request: pytest.FixtureRequest) -> str:
+    return launch(*request.param, JOB, "replicated").output
+
+
+@pytest.mark.parametrize("name", list(REPLICATED))
+def test_a_replicated_optimizer_keeps_its_promise(output: str, name: str) -> None:
+    """Catches what its name says, on any rank; the checks are in tests/horovod/checks/replicated.py."""
+    assert f"done: {name}\n" in output, output[-5000:]
+
+
+@pytest.mark.parametrize(
+    ("launcher", "ranks", "names"),
+    [
+        ("mpirun", 2, list(SHARDED)),
+        ("mpirun", 3, OUTLIVED),
+        pytest.param("alone", 1, list(SHARDED), marks=pytest.mark.slow),
+        pytest.param("horovodrun", 3, list(SHARDED), marks=pytest.mark.slow),
+    ],
+)
+def test_what_users_know_of_a_sharded_optimizer_works_or_is_refused(
+    launcher: str, ranks: int, names: list[str]
+) -> None:
+    """The checks, in tests/horovod/checks, name the bugs they catch: readers that see old parameters, gradients
+    that are silently not clipped, written parameters that are overwritten, state lost or cut wrongly, hooks called
+    twice, a hang."""
+    job = launch(launcher, ranks, JOB, "sharded", *names, timeout=500)
+    assert job.code == 0, job.output[-8000:]
+    assert job.output.count("done: ") == len(names), job.output
