@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from arsg_dist.engine.exit_codes import BAD_INPUT
+from arsg_dist.engine.job import BAD_INPUT
 from arsg_dist.safe_io.text import printable
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from arsg_dist.checkpoint.convert import TRUST_HELP
-from arsg_dist.engine.exit_codes import BAD_INPUT, FAILED
+from arsg_dist.engine.job import BAD_INPUT, FAILED
 from arsg_dist.safe_io.text import printable, printable_lines
 
 SUMMARY = "Shows, verifies, converts and exports the checkpoint of a run."

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from arsg_dist.deepspeed.engine import forget_name
-from arsg_dist.engine.exit_codes import BAD_INPUT
+from arsg_dist.engine.job import BAD_INPUT
 
 
 def main(arguments: list[str]) -> None:

@@ -1,38 +1,19 @@
 """The few collective operations a training loop itself needs, the same on every engine."""
 
-import logging
-import os
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from arsg_dist.engine.job import JobError
 from arsg_dist.engine.messages import check_sizes, decode, encode
 from arsg_dist.engine.ranks import Ranks
 from arsg_dist.engine.rendezvous import announce_to_torch, collective_timeout, init_method
 
 T = TypeVar("T")
-
-
-class JobError(RuntimeError):
-    """Something that went wrong on at least one rank and was agreed on by all: raised on every rank alike."""
-
-
-def end_process(code: int) -> NoReturn:
-    """Ends this rank at once with an exit code; what it printed is flushed.
-
-    For a rank that has closed its communicator, or that gives up while others wait for it. Python's ordinary end runs
-    the destructors of native libraries, where a background thread of theirs was seen to abort a rank that had done all
-    its work ("terminate called without an active exception"): the launcher then reports a failed job.
-    """
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 class Communicator(ABC):

@@ -7,7 +7,7 @@ import traceback
 from pathlib import Path
 
 from arsg_dist.engine import Communicator, JobError, Ranks, discover_ranks, end_process, load_builder
-from arsg_dist.engine.exit_codes import BAD_INPUT, DONE, FAILED
+from arsg_dist.engine.job import BAD_INPUT, DONE, FAILED
 from arsg_dist.imagenet.data.shard_writer import shard_command
 from arsg_dist.imagenet.output import compare
 from arsg_dist.imagenet.output.export import CARD, export

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import FrameType
 
 from arsg_dist.engine import Communicator
-from arsg_dist.engine.exit_codes import PREEMPTED
+from arsg_dist.engine.job import PREEMPTED
 from arsg_dist.safe_io.files import write_text
 
 MARKER = "requeue.json"

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from arsg_dist.engine import JobError, SingleProcessCommunicator, check_replicas
-from arsg_dist.engine.replica_check import fingerprint, fingerprints
+from arsg_dist.engine.consistency import fingerprint, fingerprints
 
 
 class _Ranks(SingleProcessCommunicator):

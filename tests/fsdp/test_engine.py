@@ -99,7 +99,7 @@ def test_what_does_not_work_is_refused_before_training() -> None:
     with pytest.raises(ValueError, match="fp16 does not work with the engine fsdp"):
         load_builder("fsdp")(settings(precision="fp16"), world_size=2)
     module = nn.Linear(2, 2)
-    with pytest.raises(ValueError, match="call arsg_dist.fsdp.shard"):
+    with pytest.raises(ValueError, match=r"call arsg_dist\.fsdp\.shard"):
         FSDPEngine(module, ARSG(module.parameters()), SingleProcessCommunicator())
     module.scale = nn.Parameter(torch.tensor(1.0))
     with pytest.raises(ValueError, match="'scale' has no dimension"):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from arsg_dist.engine.exit_codes import BAD_INPUT
+from arsg_dist.engine.job import BAD_INPUT
 from arsg_dist.imagenet.cli import main, train_command
 from tests.imagenet.test_training import ENGINES, SCRIPT, epochs_of, start
 from tests.support.launchers import launch

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from arsg_dist.engine.exit_codes import PREEMPTED
+from arsg_dist.engine.job import PREEMPTED
 from arsg_dist.imagenet.data.shard_writer import shard_command
 from arsg_dist.imagenet.models import build_model
 from arsg_dist.imagenet.signals import MARKER

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from arsg_dist.deepspeed import DeepSpeedEngine
 from arsg_dist.engine import LocalEngine
-from arsg_dist.engine.replica_check import fingerprints
+from arsg_dist.engine.consistency import fingerprints
 from arsg_dist.imagenet.training import setup
 from arsg_dist.imagenet.training.optimization import Schedules
 from arsg_dist.imagenet.training.parts import RunParts

@@ -30,6 +30,7 @@ from arsg_dist.engine import (
     end_process,
     init_method,
 )
+from arsg_dist.engine.consistency import installed_version
 from arsg_dist.safe_io.text import printable_lines
 
 SUMMARY = "say what is installed and pinned and whether the ranks' collectives return what they should"
@@ -78,7 +79,7 @@ def run(options: argparse.Namespace) -> int:
 def _connect(ranks: Ranks, device: torch.device) -> tuple[Communicator, Collectives | None]:
     if ranks.world_size == 1:
         return SingleProcessCommunicator(), None
-    if ranks.launcher == "deepspeed or torchrun" or not facts.version("horovod"):
+    if ranks.launcher == "deepspeed or torchrun" or not installed_version("horovod"):
         if "MASTER_ADDR" not in os.environ:
             raise ImportError(
                 f"{ranks.launcher} started {ranks.world_size} ranks, which Horovod would connect, and it is not "

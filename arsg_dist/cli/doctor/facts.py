@@ -1,6 +1,5 @@
 """Gather what a process knows of itself and its machine, in plain values."""
 
-import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -13,6 +12,7 @@ import torch
 
 import arsg_dist
 from arsg_dist.engine import Ranks
+from arsg_dist.engine.consistency import installed_version
 
 _PACKAGES = ("torch", "deepspeed", "horovod", "mpi4py")
 
@@ -43,7 +43,7 @@ def gather(ranks: Ranks, device: torch.device) -> dict[str, Any]:
         "versions": {
             "python": platform.python_version(),
             "arsg_dist": arsg_dist.__version__,
-            **{name: version(name) for name in _PACKAGES},
+            **{name: installed_version(name) for name in _PACKAGES},
         },
         "cpu_kernel": "compiled" if importlib.util.find_spec("arsg_dist._C") else "",
         "horovod_backends": horovod_backends(),
@@ -68,17 +68,9 @@ def device_of(ranks: Ranks) -> torch.device:
     return device
 
 
-def version(package: str) -> str:
-    """Return a package's version, or "" if it is not installed."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
-
-
 def horovod_backends() -> str:
     """Name Horovod's backends, as "MPI Gloo NCCL", or say why it cannot be loaded."""
-    if not version("horovod"):
+    if not installed_version("horovod"):
         return ""
     try:
         import horovod.torch as hvd

@@ -19,7 +19,7 @@ from arsg_dist.cli.launch.job import (
 from arsg_dist.cli.launch.profiles import Profile, load_profile, profile_names
 from arsg_dist.cli.launch.supervise import run_watched
 from arsg_dist.cli.launch.targets import TARGETS, Target
-from arsg_dist.engine.exit_codes import BAD_INPUT
+from arsg_dist.engine.job import BAD_INPUT
 from arsg_dist.safe_io import files
 
 SUMMARY = "start a training on this machine, a list of hosts, or through a scheduler"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from arsg_dist.engine.replica_check import fingerprint
+from arsg_dist.engine.consistency import fingerprint
 from arsg_dist.horovod.comm.collectives import (
     AllToAllReduceScatter,
     BufferPool,

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from arsg_dist.engine.replica_check import fingerprints
+from arsg_dist.engine.consistency import fingerprints
 from arsg_dist.horovod.comm.collectives import BufferPool, sum_dtype
 from arsg_dist.horovod.comm.process_groups import ShardGroups
 from arsg_dist.horovod.sharded.buckets import Layout, Segment

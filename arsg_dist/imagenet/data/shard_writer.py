@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from arsg_dist.engine.exit_codes import BAD_INPUT, DONE
+from arsg_dist.engine.job import BAD_INPUT, DONE
 from arsg_dist.imagenet.config import DataConfig
 from arsg_dist.imagenet.data.decoding import UNDECODABLE, decode
 from arsg_dist.imagenet.data.folder import ImageTree, read_image, require_directory

@@ -4,7 +4,6 @@ import platform
 import re
 import sys
 import time
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +11,10 @@ import torch
 
 import arsg_dist
 from arsg_dist.engine import Engine
-from arsg_dist.engine.agreement import code_digest
+from arsg_dist.engine.consistency import PACKAGES, code_digest, installed_version
 from arsg_dist.safe_io.files import inside, read_text
 
-_PACKAGES = (
-    "arsg-dist",
-    "torch",
-    "torchvision",
-    "timm",
-    "deepspeed",
-    "horovod",
-    "numpy",
-    "pillow",
-    "safetensors",
-)
+_PACKAGES = (*PACKAGES, "timm", "pillow", "safetensors")
 
 
 def describe(engine: Engine, *, hosts: list[str], data: str, seed: int) -> dict[str, Any]:
@@ -44,7 +33,7 @@ def describe(engine: Engine, *, hosts: list[str], data: str, seed: int) -> dict[
         "git": checkout(Path(arsg_dist.__file__).parents[1]),
         "code": code_digest(),
         "python": platform.python_version(),
-        "packages": {name: version for name in _PACKAGES if (version := _version(name))},
+        "packages": {name: version for name in _PACKAGES if (version := installed_version(name))},
         "device": torch.cuda.get_device_name(device)
         if device.type == "cuda"
         else platform.machine() + " CPU",
@@ -53,13 +42,6 @@ def describe(engine: Engine, *, hosts: list[str], data: str, seed: int) -> dict[
         "seed": seed,
         "data": data,
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def checkout(root: Path) -> dict[str, Any] | None:

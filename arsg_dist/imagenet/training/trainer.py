@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from arsg_dist.engine import JobError, copy_weights
-from arsg_dist.engine.exit_codes import PREEMPTED
+from arsg_dist.engine.job import PREEMPTED
 from arsg_dist.imagenet.data.builtin import DIGITS
 from arsg_dist.imagenet.data.dataset import Batch, batches
 from arsg_dist.imagenet.data.sampler import IGNORED

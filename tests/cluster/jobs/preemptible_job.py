@@ -14,7 +14,7 @@ import torch
 
 from arsg_dist.deepspeed import connect
 from arsg_dist.engine import discover_ranks, end_process
-from arsg_dist.engine.exit_codes import PREEMPTED
+from arsg_dist.engine.job import PREEMPTED
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--output", type=Path)

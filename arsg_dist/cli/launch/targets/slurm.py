@@ -10,7 +10,7 @@ from arsg_dist.cli.launch.targets import script
 from arsg_dist.cli.launch.targets.base import Target, rank_environment
 from arsg_dist.cli.launch.targets.horovodrun import on_command_lines
 from arsg_dist.cli.launch.targets.mpirun import INHERITED, exported, mpirun_options
-from arsg_dist.engine.exit_codes import PREEMPTED
+from arsg_dist.engine.job import PREEMPTED
 
 SCRIPT = "arsg_job.sbatch"
 
