@@ -1,4 +1,4 @@
-"""Checkpoints on disk: one format for every engine, which exist, and how a new one appears all at once."""
+"""Keep checkpoints on disk, in one format for every engine."""
 
 from arsg_dist.checkpoint.saved_run import SavedRun
 from arsg_dist.checkpoint.store import CheckpointStore

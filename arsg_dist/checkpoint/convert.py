@@ -1,4 +1,4 @@
-"""Saved runs of any kind as portable checkpoints, and portable checkpoints for plain torch."""
+"""Convert saved runs to portable checkpoints, and these for plain torch."""
 
 import os
 from pathlib import Path
@@ -30,7 +30,7 @@ TRUST_HELP: Final = (
 
 
 def to_portable(saved: SavedState, target: Path, engine: str, progress: dict[str, Any]) -> None:
-    """Writes a portable checkpoint, as one process.
+    """Write a portable checkpoint, as one process.
 
     Args:
         saved: any saved run that tells the group of each parameter.
@@ -75,7 +75,7 @@ def to_portable(saved: SavedState, target: Path, engine: str, progress: dict[str
 
 
 def to_torch(saved: SavedRun, target: Path) -> None:
-    """Writes one file for ``torch.load(target, weights_only=True)``: needs memory for the whole run.
+    """Write one file for ``torch.load(target, weights_only=True)``; the whole run is in memory.
 
     Its keys: "model", a state dict with tied parameters under each name; "optimizer", a state dict whose parameters are
     numbered in the order of the groups; "parameters", their names in this order; "progress".

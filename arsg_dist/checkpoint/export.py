@@ -1,4 +1,4 @@
-"""One safetensors file with the whole model, from a saved run."""
+"""Export a saved run's model to one safetensors file."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +17,7 @@ Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 def export_saved(saved: SavedState, path: Path, at: Point = "x", dtype: torch.dtype = torch.float32) -> None:
-    """Writes the parameters and buffers of a saved run into one safetensors file, one tensor at a time.
+    """Write a saved run's parameters and buffers, one tensor at a time.
 
     The keys are those of the module's `state_dict`; tied parameters are written under each of their names. The file
     appears complete or not at all.
@@ -54,7 +54,7 @@ def export_saved(saved: SavedState, path: Path, at: Point = "x", dtype: torch.dt
 
 
 def check_arguments(at: str, dtype: torch.dtype) -> None:
-    """Raises ValueError for another point or a dtype that is not floating."""
+    """Raise ValueError for another point or a dtype that is not floating."""
     if at not in ("x", "theta"):
         raise ValueError(f"at={at!r}: choose 'x' or 'theta'")
     if not dtype.is_floating_point:
@@ -62,7 +62,7 @@ def check_arguments(at: str, dtype: torch.dtype) -> None:
 
 
 def metadata_of(at: Point) -> dict[str, str]:
-    """What the file says about itself."""
+    """Make what the file says about itself."""
     return {"format": "pt", "arsg_point": at}
 
 

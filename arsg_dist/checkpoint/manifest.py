@@ -1,4 +1,4 @@
-"""`manifest.json`: what a checkpoint holds, in which file every part of it lies, and the digest of each part.
+"""Write and read `manifest.json`: a checkpoint's tensors, files and digests.
 
 A manifest may come from anybody: every value is checked for its kind, and every size against the shards' before memory
 is asked for.
@@ -38,7 +38,7 @@ _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class StoredPiece:
-    """Where consecutive elements of a tensor lie.
+    """Say where consecutive elements of a tensor lie.
 
     Attributes:
         shard: name of the file.
@@ -55,7 +55,7 @@ class StoredPiece:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor and its pieces, which cover it in ascending order."""
+    """Describe a tensor and its pieces, which cover it in ascending order."""
 
     spec: TensorSpec
     pieces: list[StoredPiece]
@@ -63,7 +63,7 @@ class StoredTensor:
 
 @dataclass
 class Manifest:
-    """The content of `manifest.json`; the attributes of `EngineState` mean the same here.
+    """Hold the content of `manifest.json`; attributes of `EngineState` mean the same.
 
     Attributes:
         world_size: ranks that wrote it.
@@ -116,7 +116,7 @@ class Manifest:
 
     @classmethod
     def read(cls, directory: Path) -> "Manifest":
-        """Reads and checks the file.
+        """Read and check the file.
 
         Raises:
             ValueError: it is missing, damaged, or of another format; the message says which.
@@ -365,7 +365,7 @@ def _counts(value: Any, what: str) -> tuple[int, ...]:
 
 
 def merge_tensors(parts: list[dict[str, StoredTensor]]) -> dict[str, StoredTensor]:
-    """The tensors of all ranks, their pieces in ascending order.
+    """Merge the tensors of all ranks, their pieces in ascending order.
 
     Raises:
         ValueError: two ranks describe a tensor differently.

@@ -1,4 +1,4 @@
-"""Writes a safetensors file one tensor at a time, so that a model never has to be in memory twice.
+"""Write a safetensors file one tensor at a time, never a model twice in memory.
 
 The safetensors library (0.8) writes from a dictionary of all tensors. The format is a header length, a JSON header and
 the tensors' bytes: https://github.com/huggingface/safetensors#format
@@ -35,7 +35,7 @@ def write_safetensors(
     tensors: Iterable[Tensor],
     metadata: Mapping[str, str],
 ) -> None:
-    """Writes all or nothing: the file appears under its name when it is complete and on disk.
+    """Write all or nothing: the file appears when it is complete and on disk.
 
     Args:
         path: of the file; an existing one is replaced.

@@ -1,4 +1,4 @@
-"""Reads a checkpoint: any part of it on any rank, every byte checked against its digest."""
+"""Read any part of a checkpoint on any rank, checked against its digest."""
 
 import os
 from functools import cached_property
@@ -17,7 +17,7 @@ from arsg_dist.safe_io.files import open_regular
 
 
 class SavedRun(SavedState):
-    """A checkpoint directory. Nothing in it is executed, whoever wrote it.
+    """Read a checkpoint directory; nothing in it is executed, whoever wrote it.
 
     Args:
         directory: of the checkpoint. It may be a link, its files may not.
@@ -80,7 +80,7 @@ class SavedRun(SavedState):
 
     @property
     def extras(self) -> list[str]:
-        """Names of the tensors that the program added to the engine's."""
+        """List the tensors that the program added to the engine's."""
         return self._names.get(EXTRA, [])
 
     def entries(self, name: str) -> set[str]:
@@ -114,7 +114,7 @@ class SavedRun(SavedState):
         return in_order(whole, order).narrow(0, start, numel)
 
     def damage(self, shard: str | None = None) -> list[str]:
-        """Reads everything and says what is wrong, one line each.
+        """Read everything and say what is wrong, one line each.
 
         Args:
             shard: this file only.

@@ -1,4 +1,4 @@
-"""A directory of checkpoints in which only complete ones can be seen."""
+"""Keep a directory of checkpoints in which only complete ones can be seen."""
 
 import json
 import math
@@ -32,7 +32,7 @@ Memory = dict[tuple[str, int], Tensor]
 
 
 class CheckpointStore:
-    """Checkpoints named ``step-000001234`` in a directory on a file system that all ranks share.
+    """Keep checkpoints ``step-000001234`` in a directory that all ranks share.
 
     A checkpoint is written under a name that `latest` does not see, synced, and renamed: after a crash at any moment
     every visible one is complete. The link ``best`` leads to the one with the highest score.
@@ -123,7 +123,7 @@ class CheckpointStore:
         score: float | None = None,
         wait: bool = True,
     ) -> Path:
-        """Makes a checkpoint; every rank must call it. A save under way is finished first.
+        """Make a checkpoint; a save under way is finished first. Collective.
 
         Args:
             step: updates made so far; names the checkpoint.
@@ -182,7 +182,7 @@ class CheckpointStore:
         return path
 
     def finish(self) -> None:
-        """Waits until the last `save` is in place; every rank must call it.
+        """Wait until the last `save` is in place. Collective.
 
         Raises:
             JobError: on every rank, if it failed on any.
@@ -223,7 +223,7 @@ class CheckpointStore:
 
 @dataclass
 class _Saving:
-    """A checkpoint that threads of the ranks are writing, without a message between them.
+    """Follow a checkpoint that threads of the ranks write without messages.
 
     Each rank leaves an empty file when its part is on the disk; rank 0 waits until it sees those of all, or until
     `join_concluded` tells it that they are there.
@@ -268,18 +268,18 @@ class _Saving:
         return all((self.directory / _written(rank)).exists() for rank in range(self.world_size))
 
     def join_written(self) -> None:
-        """Waits for this rank's part; raises what went wrong with it."""
+        """Wait for this rank's part; raise what went wrong with it."""
         self._own_written.wait()
         if self._failed is not None:
             raise self._failed
 
     def give_up(self) -> None:
-        """Another rank has not written its part: there will be no checkpoint."""
+        """Give the checkpoint up: another rank has not written its part."""
         self._given_up.set()
         self._thread.join()
 
     def join_concluded(self) -> None:
-        """Waits until the checkpoint is in place; to be called when every rank has written. Raises what went wrong."""
+        """Wait until the checkpoint is in place, when every rank has written."""
         self._all_written.set()
         self._thread.join()
         if self._failed is not None:

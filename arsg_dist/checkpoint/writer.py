@@ -1,4 +1,4 @@
-"""Writes a checkpoint: every rank its shard, then one of them the manifest."""
+"""Write a checkpoint: every rank its shard, then one of them the manifest."""
 
 import dataclasses
 import hashlib
@@ -39,7 +39,7 @@ def save_run(
     score: float | None = None,
     wait: bool = True,
 ) -> Path:
-    """Makes a checkpoint of a run; every rank must call it.
+    """Make a checkpoint of a run. Collective.
 
     Args:
         store: where.
@@ -72,7 +72,7 @@ def save_run(
 
 
 def snapshot(state: EngineState, memory: Memory) -> EngineState:
-    """A copy in main memory, which the training does not change any more.
+    """Copy to main memory, where the training does not change it any more.
 
     Args:
         state: of this rank.
@@ -94,7 +94,7 @@ def snapshot(state: EngineState, memory: Memory) -> EngineState:
 
 
 def write_part(directory: Path, rank: int, state: EngineState) -> None:
-    """Writes a rank's shard and what it knows, for `write_manifest`. Both are on the disk when it returns.
+    """Write a rank's shard and what it knows to the disk, for `write_manifest`.
 
     Args:
         directory: of the checkpoint; exists.
@@ -127,7 +127,7 @@ def write_part(directory: Path, rank: int, state: EngineState) -> None:
 
 
 def write_manifest(directory: Path, world_size: int, state: EngineState, progress: dict[str, Any]) -> None:
-    """Joins what all ranks wrote; afterwards the checkpoint is complete.
+    """Join what all ranks wrote; afterwards the checkpoint is complete.
 
     Args:
         directory: of the checkpoint.
@@ -165,17 +165,17 @@ def write_manifest(directory: Path, world_size: int, state: EngineState, progres
 
 
 def shard_name(rank: int) -> str:
-    """Name of a rank's file."""
+    """Name a rank's file."""
     return f"shard-{rank:05d}.safetensors"
 
 
 def piece_name(key: str, start: int) -> str:
-    """Name of a piece in its file."""
+    """Name a piece in its file."""
     return f"{key}@{start}"
 
 
 def digest_of(values: Tensor) -> str:
-    """SHA-256 of a contiguous CPU tensor's bytes."""
+    """Compute the SHA-256 of a contiguous CPU tensor's bytes."""
     content = values.reshape(-1).view(torch.uint8).numpy().data if values.numel() else b""
     return hashlib.sha256(content).hexdigest()
 

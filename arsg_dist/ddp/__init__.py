@@ -1,4 +1,4 @@
-"""Replicated data parallelism by torch's own DistributedDataParallel, behind the `Engine` interface."""
+"""Train on replicas with torch's own DistributedDataParallel."""
 
 from arsg_dist.ddp.engine import DDPEngine
 from arsg_dist.engine import connect_torch as connect

@@ -1,4 +1,4 @@
-"""torch's DistributedDataParallel behind the common `Engine` interface."""
+"""Put torch's DistributedDataParallel behind the `Engine` interface."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from arsg_dist.engine import Communicator, LocalEngine
 
 
 class DDPEngine(LocalEngine):
-    """Hold model and optimizer on every rank; DistributedDataParallel averages gradients during the backward pass.
+    """Replicate model and optimizer; average gradients during the backward pass.
 
     Args:
         module: the model, on this rank's device; rank 0's weights and buffers are broadcast. Buffers (batch norm's
@@ -57,5 +57,5 @@ class DDPEngine(LocalEngine):
         self._announce_micro_batch()
 
     def _announce_micro_batch(self) -> None:
-        """Whether the next backward pass exchanges gradients DDP decides in the forward pass before it."""
+        """Exchange gradients in the last micro-batch only."""
         self._parallel.require_backward_grad_sync = self._ends_update

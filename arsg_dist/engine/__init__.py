@@ -1,4 +1,4 @@
-"""What a training loop needs from a run of any size: ranks, a communicator, and the `Engine` interface.
+"""Provide what a training loop needs of any run: ranks, collectives, `Engine`.
 
 `SingleProcessEngine` is the engine without a distribution; `arsg_dist.deepspeed.DeepSpeedEngine` and
 `arsg_dist.horovod.HorovodEngine` implement the same interface on several ranks.

@@ -1,4 +1,4 @@
-"""The interface between a training loop and whatever distributes it."""
+"""Define the interface between a training loop and what distributes it."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
@@ -15,7 +15,7 @@ from arsg_dist.engine.state import EngineState
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What code above an engine may count on.
+    """Say what code above an engine may count on.
 
     Attributes:
         no_whole_weights: "" where every rank holds the whole weights between updates; else under what it does not, and
@@ -26,7 +26,7 @@ class Capabilities:
 
 
 def all_finite(tensors: Iterable[torch.Tensor]) -> bool:
-    """Whether no element of any of these tensors is NaN or infinite; waits for their device once."""
+    """Tell whether all elements are finite, waiting for the device once."""
     held = [tensor for tensor in tensors if tensor.numel()]
     largest = torch._foreach_norm(held, torch.inf) if held else []
     return not largest or bool(torch.stack([norm.float() for norm in largest]).isfinite().all())
@@ -43,7 +43,7 @@ def copy_weights(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 class Engine(ABC):
-    """A model, its optimizer and the exchange of gradients, on one rank of a job.
+    """Train a model on one rank of a job, its gradients reduced over all.
 
     A training loop is the same on every engine::
 
@@ -79,15 +79,15 @@ class Engine(ABC):
 
     @abstractmethod
     def backward(self, loss: torch.Tensor) -> None:
-        """Adds the gradient of `loss` (a scalar, mean over this rank's micro-batch)."""
+        """Add the gradient of `loss` (a scalar, mean over this rank's micro-batch)."""
 
     @abstractmethod
     def step(self) -> None:
-        """Ends a micro-batch; after the last of an update, changes the weights and clears the gradients."""
+        """End a micro-batch; after the last of an update, step and clear gradients."""
 
     @abstractmethod
     def state(self) -> EngineState:
-        """What this rank contributes to a checkpoint of the run; for `arsg_dist.checkpoint` to write.
+        """Make what this rank contributes to a checkpoint of the run.
 
         Its pieces are views of the training's own memory as far as possible: write or copy them before the next update.
 
@@ -97,7 +97,7 @@ class Engine(ABC):
 
     @abstractmethod
     def load_state(self, saved: SavedState) -> None:
-        """Goes to where a saved run stands, whichever engine and number of ranks saved it. Every rank must call it.
+        """Load a saved run, whichever engine and number of ranks saved it. Collective.
 
         Raises:
             JobError: on every rank: the saved run does not fit this model and optimizer, which is found before anything
@@ -106,10 +106,10 @@ class Engine(ABC):
 
     @abstractmethod
     def whole_weights(self) -> dict[str, torch.Tensor]:
-        """Copy the model's state dict to rank 0's main memory, floating tensors as float32. Collective.
+        """Copy the model's state dict to rank 0's main memory. Collective.
 
         Returns:
-            Contiguous CPU tensors by name on rank 0, nothing on the others.
+            Contiguous CPU tensors by name, floating ones float32, on rank 0; nothing on the others.
         """
 
     def local_parameters(self) -> Iterator[torch.Tensor]:
@@ -128,7 +128,7 @@ class Engine(ABC):
             )
 
     def replicated_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Name → tensor of what every rank holds and must hold the same, bit for bit, between updates.
+        """Yield name and tensor of what every rank must hold alike between updates.
 
         Raises:
             NotImplementedError: an engine of which no rank holds whole weights.
@@ -136,17 +136,17 @@ class Engine(ABC):
         raise NotImplementedError(f"{type(self).__name__} has no replicated weights")
 
     def check_next_sums(self) -> None:  # noqa: B027
-        """Has the sums of the next update's gradients computed twice, where a wrong one would reach all ranks alike.
+        """Have the next update's gradients reduced twice. Collective.
 
         That is so where one rank updates a part of the weights for all. Every rank must call it.
         """
 
     def faulty_sums(self) -> list[str]:
-        """What `check_next_sums` has found, the same on every rank. Every rank must call it."""
+        """Return what `check_next_sums` has found, alike on every rank. Collective."""
         return []
 
     def base_iterate(self) -> AbstractContextManager[None]:
-        """Evaluation at the base iterate θ: inside the context the model's parameters are θ, afterwards x again.
+        """Move the parameters to the base iterate θ inside a context. Collective.
 
         Every rank must enter and leave it. x returns bit by bit; `backward`, `step`, `state` and `load_state` raise
         RuntimeError inside, and so does nested use. See `arsg_dist.ARSG.base_iterate`.

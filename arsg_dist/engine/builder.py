@@ -1,4 +1,4 @@
-"""How a training asks for an engine without knowing which."""
+"""Build an engine for a training that does not know which."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from arsg_dist.engine.ranks import Ranks
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSettings:
-    """What a training asks of its engine.
+    """Say what a training asks of its engine.
 
     Attributes:
         batch_size: images (or other samples) per update, over all ranks.
@@ -45,7 +45,7 @@ class TrainingSettings:
 
 
 class EngineBuilder(ABC):
-    """Check a training's settings against an engine, and build it later, when the data has been opened.
+    """Check a training's settings against an engine, and build it later.
 
     Args:
         settings: of the training.

@@ -1,4 +1,4 @@
-"""The few collective operations a training loop itself needs, the same on every engine."""
+"""Provide the few collectives that a training loop itself needs."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
@@ -17,14 +17,14 @@ T = TypeVar("T")
 
 
 class Communicator(ABC):
-    """Collectives over all ranks of the job. Every rank must make the same calls in the same order."""
+    """Run collectives over all ranks, which make the same calls in one order."""
 
     rank: int
     world_size: int
 
     @abstractmethod
     def all_gather_object(self, value: T) -> list[T]:
-        """Returns every rank's `value`, in rank order, on every rank.
+        """Return every rank's `value`, in rank order, on every rank.
 
         Args:
             value: None, booleans, numbers, texts, tensors, and lists, tuples and dictionaries of them; see
@@ -36,14 +36,14 @@ class Communicator(ABC):
 
     @abstractmethod
     def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Returns the sum of `tensor` over the ranks; shape and dtype are kept (float32, float64, int64)."""
+        """Return the sum of `tensor` over the ranks; shape and dtype are kept."""
 
     @abstractmethod
     def close(self) -> None:
-        """Ends communication in an orderly way; to be called by every rank, once."""
+        """End communication in an orderly way, once. Collective."""
 
     def start_any(self, flag: bool) -> Callable[[], bool]:
-        """Starts asking whether `flag` is true on any rank.
+        """Start asking whether `flag` is true on any rank. Collective.
 
         Returns:
             What waits for the answer and returns it; every rank must call it before the next `start_any`.
@@ -52,16 +52,16 @@ class Communicator(ABC):
         return lambda: bool(total)
 
     def barrier(self) -> None:
-        """Returns when every rank has called it."""
+        """Return when every rank has called it."""
         self.all_gather_object(None)
 
     def from_rank_0(self, value: T) -> T:
-        """Returns rank 0's `value` on every rank."""
+        """Return rank 0's `value` on every rank."""
         return self.all_gather_object(value if self.rank == 0 else None)[0]  # type: ignore[return-value]
 
     @contextmanager
     def fail_together(self, *kinds: type[Exception]) -> Iterator[None]:
-        """Runs a block on every rank and, if it failed on any, raises `JobError` on all.
+        """Run a block on every rank; if it failed on any, raise `JobError` on all.
 
         The alternative, one rank raising while the others wait for it in a collective, is a hang.
 
@@ -93,25 +93,25 @@ class Communicator(ABC):
 
 
 class SingleProcessCommunicator(Communicator):
-    """The communicator of a job with one rank."""
+    """Answer for a job with one rank."""
 
     rank = 0
     world_size = 1
 
     def all_gather_object(self, value: T) -> list[T]:
-        """Returns `[value]`, as several ranks would send it."""
+        """Return `[value]`, as several ranks would send it."""
         return decode([encode(value)])
 
     def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Returns `tensor`."""
+        """Return `tensor`."""
         return tensor
 
     def close(self) -> None:
-        """Does nothing."""
+        """Do nothing."""
 
 
 class TorchCommunicator(Communicator):
-    """Collectives over torch.distributed's default process group, which must be initialised.
+    """Run collectives over torch.distributed's default process group.
 
     Args:
         device: where tensors must be for the group's backend (CPU for gloo, this rank's GPU for NCCL).
@@ -129,7 +129,7 @@ class TorchCommunicator(Communicator):
         )
 
     def all_gather_object(self, value: T) -> list[T]:
-        """Returns every rank's `value`, past the GPU."""
+        """Return every rank's `value`, past the GPU."""
         message = encode(value)
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
         dist.all_gather(sizes, torch.tensor([message.numel()]), group=self._host_group)
@@ -142,13 +142,13 @@ class TorchCommunicator(Communicator):
         return decode([received[:size] for received, size in zip(messages, numbers, strict=True)])
 
     def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Returns the sum over the ranks, on the device `tensor` was on."""
+        """Return the sum over the ranks, on the device `tensor` was on."""
         total = tensor.detach().to(self._device, copy=True)
         dist.all_reduce(total)
         return total.to(tensor.device)
 
     def start_any(self, flag: bool) -> Callable[[], bool]:
-        """Asks in main memory, while the caller goes on."""
+        """Ask in main memory, while the caller goes on."""
         total = torch.tensor([int(flag)])
         work: Any = dist.all_reduce(total, group=self._host_group, async_op=True)
 
@@ -159,13 +159,13 @@ class TorchCommunicator(Communicator):
         return answer
 
     def close(self) -> None:
-        """Destroys the process group: gloo prints warnings and may hang when a process just ends."""
+        """Destroy the process group: gloo may hang when a process just ends."""
         self.barrier()
         dist.destroy_process_group()
 
 
 def connect_torch(ranks: Ranks) -> TorchCommunicator:
-    """Join this process to a job through torch.distributed: NCCL on GPUs, else Gloo. Collective.
+    """Join a job through torch.distributed: NCCL on GPUs, else Gloo. Collective.
 
     Args:
         ranks: from `discover_ranks`.

@@ -1,4 +1,4 @@
-"""Compare the ranks of a job: what they are about to do, and whether their replicas still hold the same bits."""
+"""Compare the ranks of a job: what they are about to do, and replicas' bits."""
 
 import hashlib
 import importlib.metadata
@@ -22,7 +22,7 @@ _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of Python and of the packages that take part in a training; "not installed" where one is missing."""
+    """Return the versions of Python and of packages; "not installed" for none."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         versions[package] = installed_version(package) or "not installed"
@@ -38,7 +38,7 @@ def installed_version(package: str) -> str:
 
 
 def code_digest() -> str:
-    """A digest of the Python files of this package: versions do not tell one edited checkout from another."""
+    """Digest the package's Python files, which tell edited checkouts apart."""
     root = Path(arsg_dist.__file__).parent
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
@@ -48,7 +48,7 @@ def code_digest() -> str:
 
 
 def check_agreement(communicator: Communicator, **values: Any) -> None:
-    """Stops every rank if one has another value, instead of training something nobody asked for.
+    """Stop every rank if one has another value. Collective.
 
     World size, package versions and the source of this package are always compared. Every rank must call it, with
     the same names.
@@ -102,7 +102,7 @@ def _short(text: str) -> str:
 
 @torch.no_grad()
 def fingerprint(tensor: Tensor) -> Tensor:
-    """A number that depends on every bit of a tensor and its place.
+    """Compute a number that depends on every bit of a tensor and its place.
 
     Two tensors that differ in one element never have the same; any other two have with a chance of about 2⁻⁶⁴.
 
@@ -123,13 +123,13 @@ def fingerprint(tensor: Tensor) -> Tensor:
 
 
 def fingerprints(tensors: Iterable[Tensor]) -> list[int]:
-    """`fingerprint` of each, waiting for a device once."""
+    """Compute the `fingerprint` of each, waiting for a device once."""
     found = [fingerprint(tensor) for tensor in tensors]
     return [int(number) for number in torch.stack(found).tolist()] if found else []
 
 
 def check_replicas(communicator: Communicator, replicated: Iterator[tuple[str, Tensor]]) -> None:
-    """Compares tensors bit by bit over the ranks, through their fingerprints. Every rank must call it.
+    """Compare tensors bit by bit over the ranks, by fingerprints. Collective.
 
     Args:
         communicator: of the ranks that hold the same.

@@ -1,4 +1,4 @@
-"""How a job ends: exit codes, the error that all ranks agree on, and the end of a rank."""
+"""End a job: exit codes, the error that all ranks agree on, a rank's end."""
 
 import logging
 import os
@@ -13,11 +13,11 @@ PREEMPTED: Final = 75
 
 
 class JobError(RuntimeError):
-    """Something that went wrong on at least one rank and was agreed on by all: raised on every rank alike."""
+    """Report what went wrong on at least one rank, raised on every rank alike."""
 
 
 def end_process(code: int) -> NoReturn:
-    """Ends this rank at once with an exit code; what it printed is flushed.
+    """End this rank at once with an exit code; what it printed is flushed.
 
     For a rank that has closed its communicator, or that gives up while others wait for it. Python's ordinary end runs
     the destructors of native libraries, where a background thread of theirs was seen to abort a rank that had done all

@@ -1,4 +1,4 @@
-"""The engines whose ranks step an optimizer of their own: a single process, and what replicated ones build on."""
+"""Train with an optimizer that each rank steps itself: one process, or replicas."""
 
 from abc import abstractmethod
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ _SCALER = "GradScaler"
 
 
 class LocalEngine(Engine):
-    """Accumulate, scale, clip and check gradients on a rank that holds the whole model and steps its own optimizer.
+    """Accumulate, scale, clip and check gradients around an optimizer.
 
     Args:
         module: the model, on the device to train on.
@@ -57,13 +57,13 @@ class LocalEngine(Engine):
         self._at_base_iterate = False
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Adds the gradient of `loss` divided by the number of micro-batches."""
+        """Add the gradient of `loss` divided by the number of micro-batches."""
         self._refuse_at_base_iterate("backward")
         scaled = self._grad_scaler.scale(loss / self.accumulation_steps)
         scaled.backward()  # type: ignore[no-untyped-call]
 
     def step(self) -> None:
-        """Counts a micro-batch; updates the weights after the last of an update."""
+        """Count a micro-batch; update the weights after the last of an update."""
         self._refuse_at_base_iterate("step")
         self._micro_batches += 1
         if self._micro_batches % self.accumulation_steps == 0:
@@ -77,7 +77,7 @@ class LocalEngine(Engine):
         return (self._micro_batches + 1) % self.accumulation_steps == 0
 
     def _announce_micro_batch(self) -> None:
-        """Called before the forward pass of every micro-batch but the first."""
+        """Prepare the next micro-batch; called after each."""
 
     def _update(self) -> None:
         if self._skip_nonfinite and not self._gradient_is_finite():
@@ -104,7 +104,7 @@ class LocalEngine(Engine):
         return copy_weights(self._network) if self.communicator.rank == 0 else {}
 
     def state(self) -> EngineState:
-        """This rank's share of what every rank holds alike."""
+        """Make this rank's share of the state."""
         self._refuse_at_base_iterate("state")
         state = self._own_state()
         state.loss_scale = self._loss_scale()
@@ -120,7 +120,7 @@ class LocalEngine(Engine):
         )
 
     def load_state(self, saved: SavedState) -> None:
-        """Every rank reads what it holds."""
+        """Load what this rank holds."""
         self._refuse_at_base_iterate("load_state")
         with self.communicator.fail_together():
             self._load_own_state(saved)
@@ -144,7 +144,7 @@ class LocalEngine(Engine):
         self._grad_scaler.load_state_dict(loaded)
 
     def replicated_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Parameters and optimizer state."""
+        """Yield parameters and optimizer state."""
         for name, parameter in self._network.named_parameters():
             yield name, parameter
             for entry, value in self.optimizer.state.get(parameter, {}).items():
@@ -158,7 +158,7 @@ class LocalEngine(Engine):
 
     @contextmanager
     def base_iterate(self) -> Iterator[None]:
-        """Moves the parameters to θ and back, on every rank."""
+        """Move the parameters to θ and back."""
         base_iterate = getattr(self.optimizer, "base_iterate", None)
         if base_iterate is None:
             raise TypeError(f"the base iterate is ARSG's; this optimizer is {type(self.optimizer).__name__}")

@@ -1,4 +1,4 @@
-"""What ranks tell each other beside training tensors: plain values as JSON, with the bytes of tensors behind it.
+"""Encode what ranks tell each other: JSON, with the bytes of tensors behind it.
 
 A message is data only, whoever sent it: reading one builds the kinds of values named in `encode` and nothing else.
 Lists, texts, numbers, booleans and None are JSON's own; each other kind is an object with one key that names it.
@@ -148,7 +148,7 @@ def _split(message: Tensor, where: str) -> dict[str, Any]:
 
 
 class _Reader:
-    """Builds values from an outline; the bytes of its tensors come in the same order."""
+    """Build values from an outline; the bytes of its tensors come in the same order."""
 
     def __init__(self, rest: Tensor) -> None:
         self._rest = rest

@@ -1,4 +1,4 @@
-"""Which rank is this process? The one place that reads what launchers put into the environment."""
+"""Find this process's rank: the one place that reads launchers' variables."""
 
 import os
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's place in the job, as its launcher announced it.
+    """Hold this process's place in the job, as its launcher announced it.
 
     Attributes:
         rank: 0 … world_size − 1, unique in the job.
@@ -40,7 +40,7 @@ _CONVENTIONS = (
 
 
 def discover_ranks(environ: Mapping[str, str] | None = None) -> Ranks:
-    """Reads this process's ranks from the environment its launcher made.
+    """Read this process's ranks from the environment its launcher made.
 
     Args:
         environ: variables to read, default `os.environ`.

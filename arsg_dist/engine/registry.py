@@ -1,4 +1,4 @@
-"""The one table of engines: what code above them asks about an engine before it is imported."""
+"""List the engines: what is asked about one before it is imported."""
 
 import importlib
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ Rendezvous = Literal["torch", "horovod"]
 
 @dataclass(frozen=True)
 class EngineEntry:
-    """One engine.
+    """Describe one engine.
 
     Attributes:
         name: on command lines, in checkpoints and in messages; `Engine.kind` of its engines.

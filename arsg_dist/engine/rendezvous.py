@@ -1,4 +1,4 @@
-"""Where ranks that only know their number find each other: what torch.distributed wants to be told.
+"""Bring ranks that know their number together: what torch.distributed asks.
 
 Whoever reaches the place where ranks meet can ask for a rank, and torch trusts it. So the place is not on the network
 where all ranks are on one host, is at one address where that is known, and takes every rank once.
@@ -26,7 +26,7 @@ _SCHEME = "arsg-dist"
 
 
 def announce_to_torch(ranks: Ranks, environ: MutableMapping[str, str] | None = None) -> None:
-    """Sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT where the launcher did not.
+    """Set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT if none did.
 
     srun and mpirun number the ranks but name no meeting point. DeepSpeed then asks mpi4py, which under srun without
     an MPI answers that each rank is alone. Here it is the first host of the Slurm step, or the host of MPI's rank 0,
@@ -60,7 +60,7 @@ def announce_to_torch(ranks: Ranks, environ: MutableMapping[str, str] | None = N
 
 
 def collective_timeout(environ: Mapping[str, str] | None = None) -> timedelta | None:
-    """The longest a collective may take before the job is given up, or None for the library's default.
+    """Return the longest a collective may take, or None for the default.
 
     Args:
         environ: variables to read, default `os.environ`; ARSG_COLLECTIVE_SECONDS, which `arsg-dist launch` sets.
@@ -77,7 +77,7 @@ def collective_timeout(environ: Mapping[str, str] | None = None) -> timedelta | 
 
 
 def first_host(node_list: str) -> str:
-    """The first name in Slurm's compact form, as `scontrol show hostnames` prints it.
+    """Find the first name in Slurm's compact form of a node list.
 
     Args:
         node_list: for example "node[08-11,20],login1" or "rack[1-2]n[1-4]".

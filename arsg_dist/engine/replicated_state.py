@@ -1,4 +1,4 @@
-"""The state of a model and optimizer that a rank holds whole, to and from a checkpoint."""
+"""Save and load a model and optimizer that a rank holds whole."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -21,7 +21,7 @@ from arsg_dist.engine.state import (
 
 
 def parameter_names(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[Tensor, str]:
-    """Parameter → its name in the model, for all parameters of both.
+    """Map all parameters of model and optimizer to their names.
 
     Raises:
         ValueError: the optimizer has a parameter that the model has not.
@@ -35,27 +35,27 @@ def parameter_names(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict
 
 
 def persistent_buffers(module: nn.Module, *, duplicates: bool = True) -> dict[str, Tensor]:
-    """The buffers of a module's `state_dict`, by all their names; without `duplicates` by the first."""
+    """Find the buffers of a module's `state_dict`, by all names or the first."""
     kept = module.state_dict(keep_vars=True)
     named = module.named_buffers(remove_duplicate=not duplicates)
     return {name: buffer for name, buffer in named if name in kept}
 
 
 def add_buffers(state: EngineState, module: nn.Module, rank: int) -> None:
-    """Add a module's persistent buffers to a state; rank 0's, for batch norm's differ between ranks."""
+    """Add rank 0's persistent buffers: batch norm's differ between ranks."""
     if rank == 0:
         for name, buffer in persistent_buffers(module).items():
             state.add_whole(key_of(BUFFER, name), buffer)
 
 
 def aliases_of(module: nn.Module, names: Mapping[Tensor, str]) -> dict[str, str]:
-    """Further names of parameters → the name they are saved under; a parameter without a name has none."""
+    """Map further names of parameters to the name they are saved under."""
     named = module.named_parameters(remove_duplicate=False)
     return {name: names[parameter] for name, parameter in named if names.get(parameter, name) != name}
 
 
 def named_groups(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> list[Group]:
-    """The optimizer's groups by the names of their parameters."""
+    """List the optimizer's groups by the names of their parameters."""
     return [
         Group(plain_settings(group), [names[parameter] for parameter in group["params"]])
         for group in optimizer.param_groups
@@ -65,7 +65,7 @@ def named_groups(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) 
 def replicated_state(
     engine: str, module: nn.Module, optimizer: torch.optim.Optimizer, rank: int, world_size: int
 ) -> EngineState:
-    """This rank's share of what every rank holds.
+    """Make this rank's share of what every rank holds.
 
     Args:
         engine: name of the kind of engine.
@@ -91,7 +91,7 @@ def replicated_state(
 
 
 def check_model(module: nn.Module, saved: SavedState) -> None:
-    """Raises ValueError unless a saved run has the model's parameters and buffers, in their shapes, and no others."""
+    """Raise ValueError unless a saved run has just the model's parameters, buffers."""
     parameters, buffers = dict(module.named_parameters()), persistent_buffers(module)
     for entry, wanted, present in (
         (PARAMETER, parameters, saved.parameters),
@@ -109,7 +109,7 @@ def optimizer_state(
     saved: SavedState,
     read: Callable[[str, str], Tensor] | None = None,
 ) -> dict[str, Any]:
-    """The saved state as torch's `Optimizer.load_state_dict` takes it, on the CPU.
+    """Read a state as `Optimizer.load_state_dict` takes it, on the CPU.
 
     Settings of how the optimizer computes (foreach, fused, ...) are the optimizer's own.
 
@@ -149,7 +149,7 @@ def _as_in(group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]
 
 @torch.no_grad()
 def load_tensors(tensors: Iterable[tuple[str, str, Tensor]], saved: SavedState) -> None:
-    """Fills whole tensors in place.
+    """Fill whole tensors in place.
 
     Args:
         tensors: entry, name and the tensor to fill.
@@ -160,7 +160,7 @@ def load_tensors(tensors: Iterable[tuple[str, str, Tensor]], saved: SavedState) 
 
 
 def load_replicated(module: nn.Module, optimizer: torch.optim.Optimizer, saved: SavedState) -> None:
-    """Fills model and optimizer; no other rank takes part.
+    """Fill model and optimizer; no other rank takes part.
 
     Raises:
         ValueError: the saved run does not fit, found before anything changes; or a file is damaged, found on the way.

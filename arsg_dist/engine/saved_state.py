@@ -1,4 +1,4 @@
-"""A saved run as engines read it, whatever kind of files it lies in."""
+"""Define how engines read a saved run, whatever files it lies in."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,7 +11,7 @@ from arsg_dist.engine.state import TensorSpec, travelling
 
 
 class SavedState(ABC):
-    """A saved run, of which any rank reads what it wants. Tensors come from the files when they are asked for.
+    """Offer a saved run, of which any rank reads what it asks for.
 
     Attributes:
         where: what messages call it.
@@ -32,35 +32,35 @@ class SavedState(ABC):
     @property
     @abstractmethod
     def parameters(self) -> list[str]:
-        """Names of all parameters, frozen ones too, without aliases."""
+        """List all parameters, frozen ones too, without aliases."""
 
     @property
     @abstractmethod
     def trained(self) -> list[str]:
-        """Names of the parameters that the optimizer has."""
+        """List the parameters that the optimizer has."""
 
     @property
     @abstractmethod
     def buffers(self) -> list[str]:
-        """Names of persistent buffers."""
+        """List persistent buffers."""
 
     @abstractmethod
     def entries(self, name: str) -> set[str]:
-        """Names of a parameter's state entries, numbers too; empty before its first step, without its value."""
+        """List a parameter's state entries, numbers too; none before its first step."""
 
     @abstractmethod
     def spec(self, entry: str, name: str) -> TensorSpec | None:
-        """What a tensor is; None if there is none, as for numbers."""
+        """Describe a tensor; None if there is none, as for numbers."""
 
     @abstractmethod
     def number(self, name: str, entry: str) -> Any:
-        """A number of a parameter: int, float, None, or a 0-dim tensor where the optimizer had one."""
+        """Return a number of a parameter: int, float, None, or a 0-dim tensor."""
 
     @abstractmethod
     def read(
         self, entry: str, name: str, start: int = 0, numel: int | None = None, order: tuple[int, ...] = ()
     ) -> Tensor:
-        """Elements of a tensor, 1-D, on the CPU.
+        """Read elements of a tensor, 1-D, on the CPU.
 
         Args:
             entry: `PARAMETER`, `BUFFER` or an entry of the state.
@@ -74,14 +74,14 @@ class SavedState(ABC):
         """
 
     def whole(self, entry: str, name: str) -> Tensor:
-        """A whole tensor in its shape, on the CPU; raises as `read`."""
+        """Read a whole tensor in its shape, on the CPU; raise as `read`."""
         spec = self.spec(entry, name)
         if spec is None:
             raise ValueError(f"{self.where} has no {entry} of {name!r}")
         return self.read(entry, name).view(spec.shape)
 
     def check_shape(self, entry: str, name: str, shape: Iterable[int]) -> None:
-        """Raises ValueError unless there is a parameter or buffer of this name and shape."""
+        """Raise ValueError unless there is a tensor of this name and shape."""
         spec, wanted = self.spec(entry, name), tuple(shape)
         if spec is None:
             raise ValueError(f"{self.where} has no {entry} {name!r}: it is of another model")
@@ -89,7 +89,7 @@ class SavedState(ABC):
             raise ValueError(f"{self.where} has {name!r} in shape {spec.shape}, the model in {wanted}")
 
     def settings_for(self, names: Sequence[str], index: int, count: int) -> dict[str, Any]:
-        """The saved settings for a group of these parameters.
+        """Find the saved settings for a group of these parameters.
 
         Args:
             names: of the group's parameters.

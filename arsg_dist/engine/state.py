@@ -1,4 +1,4 @@
-"""The state of a training run as every engine offers it and takes it back, whoever holds which part of it.
+"""Define a run's engine-independent state: named tensors in rank-local pieces.
 
 A run is a set of named tensors: each parameter's value, each entry of its optimizer state, buffers. Ranks offer
 *pieces* of them, consecutive elements in a stated order, and ask for other pieces when they load. Settings of groups
@@ -30,7 +30,7 @@ _PIECE_NUMEL: Final = 1 << 24  # a loader that wants a part reads and checks who
 
 
 def key_of(entry: str, name: str) -> str:
-    """The name of a tensor of a run.
+    """Name a tensor of a run.
 
     Args:
         entry: `PARAMETER`, `BUFFER`, `EXTRA` or a key of the optimizer's state ("exp_avg").
@@ -41,7 +41,7 @@ def key_of(entry: str, name: str) -> str:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """What a whole tensor is.
+    """Describe a whole tensor.
 
     Attributes:
         dtype: of the elements.
@@ -55,12 +55,12 @@ class TensorSpec:
 
     @property
     def numel(self) -> int:
-        """Number of elements."""
+        """Count the elements."""
         return math.prod(self.shape)
 
 
 def order_of(stride: Sequence[int], shape: Sequence[int]) -> tuple[int, ...]:
-    """The order of elements in dense memory; empty if row by row.
+    """Find the order of elements in dense memory; empty if row by row.
 
     Args:
         stride: of the tensor, in elements.
@@ -74,12 +74,12 @@ def order_of(stride: Sequence[int], shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def in_order(tensor: Tensor, order: tuple[int, ...]) -> Tensor:
-    """A tensor's elements in an order, 1-D; a view if its memory allows."""
+    """Return elements in an order, 1-D; a view if the memory allows."""
     return (tensor.permute(order) if order else tensor).reshape(-1)
 
 
 def from_order(flat: Tensor, shape: tuple[int, ...], order: tuple[int, ...]) -> Tensor:
-    """The tensor of a shape whose elements in an order are `flat`; shares its memory."""
+    """Return the tensor whose elements in an order are `flat`, sharing memory."""
     if not order:
         return flat.view(shape)
     inverse = [order.index(dim) for dim in range(len(shape))]
@@ -88,7 +88,7 @@ def from_order(flat: Tensor, shape: tuple[int, ...], order: tuple[int, ...]) -> 
 
 @dataclass(frozen=True)
 class Piece:
-    """Consecutive elements of a tensor of the run, held by this rank.
+    """Hold consecutive elements of a tensor of the run.
 
     Attributes:
         key: of the tensor.
@@ -105,13 +105,13 @@ class Piece:
     offset: int = 0
 
     def values(self) -> Tensor:
-        """The elements, 1-D; a view if the memory of `source` allows."""
+        """Return the elements, 1-D; a view if the memory of `source` allows."""
         return self.source.detach().reshape(-1).narrow(0, self.offset, self.numel)
 
 
 @dataclass
 class Group:
-    """A parameter group.
+    """Describe a parameter group.
 
     Attributes:
         settings: lr, betas, ...: numbers, strings, booleans, None and lists of them.
@@ -124,7 +124,7 @@ class Group:
 
 @dataclass
 class EngineState:
-    """What one rank contributes to a checkpoint. Over all ranks, the pieces cover every element once.
+    """Hold what one rank saves; all ranks' pieces cover every element once.
 
     Attributes:
         engine: name of the kind of engine.
@@ -147,18 +147,18 @@ class EngineState:
     counters: dict[str, int] = field(default_factory=dict)
 
     def add(self, key: str, spec: TensorSpec, start: int, numel: int, source: Tensor, offset: int) -> None:
-        """Adds a piece, in parts if it is large."""
+        """Add a piece, in parts if it is large."""
         self.tensors[key] = spec
         for first in range(0, numel, _PIECE_NUMEL):
             count = min(_PIECE_NUMEL, numel - first)
             self.pieces.append(Piece(key, start + first, count, source, offset + first))
 
     def add_whole(self, key: str, tensor: Tensor) -> None:
-        """Adds a tensor that this rank alone holds, or alone writes."""
+        """Add a tensor that this rank alone holds, or alone writes."""
         self.add(key, TensorSpec(tensor.dtype, tuple(tensor.shape)), 0, tensor.numel(), tensor, 0)
 
     def add_replicated(self, tensors: Mapping[str, Tensor], rank: int, world_size: int) -> None:
-        """Adds this rank's share of tensors that every rank holds alike: an equal run of all their bytes.
+        """Add this rank's share of tensors that every rank holds alike.
 
         Args:
             tensors: key → whole tensor; the same on every rank.
@@ -180,7 +180,7 @@ class EngineState:
 
 
 def plain_settings(group: Mapping[str, Any]) -> dict[str, Any]:
-    """A parameter group's settings as JSON knows them.
+    """Return a parameter group's settings as JSON knows them.
 
     Raises:
         ValueError: a setting of another kind.
@@ -189,7 +189,7 @@ def plain_settings(group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def travelling(group: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a group that go from one engine to another."""
+    """Return the settings of a group that go from one engine to another."""
     return {key: value for key, value in group.items() if key not in _IMPLEMENTATION}
 
 
@@ -241,12 +241,12 @@ def _kind(value: Any) -> str | None:
 
 
 def state_tensors(state: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """The entries of a parameter's optimizer state that are tensors with elements, rather than numbers."""
+    """List the entries of a state that are tensors with dimensions."""
     return ((entry, value) for entry, value in state.items() if isinstance(value, Tensor) and value.dim())
 
 
 def state_numbers(name: str, state: Mapping[str, Any]) -> dict[str, Any]:
-    """The others: numbers, None, and tensors without dimensions.
+    """Return the others: numbers, None, and tensors without dimensions.
 
     Raises:
         ValueError: an entry of another kind.

@@ -1,4 +1,4 @@
-"""Sharded data parallelism by torch's own `fully_shard` (FSDP2), behind the `Engine` interface."""
+"""Train on shards with torch's own `fully_shard` (FSDP2)."""
 
 from arsg_dist.engine import connect_torch as connect
 from arsg_dist.fsdp.engine import FSDPEngine

@@ -1,4 +1,4 @@
-"""torch's FSDP2 behind the common `Engine` interface."""
+"""Put torch's FSDP2 behind the `Engine` interface."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -17,7 +17,7 @@ CAPABILITIES = Capabilities(
 
 
 class FSDPEngine(LocalEngine):
-    """Divide parameters, gradients and optimizer state among the ranks by torch's `fully_shard`.
+    """Shard parameters, gradients and optimizer state by `fully_shard`.
 
     Args:
         module: the model, after `shard`; rank 0's weights were broadcast there. Buffers such as batch norm's statistics

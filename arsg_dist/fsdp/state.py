@@ -1,4 +1,4 @@
-"""The shards of parameters and optimizer state, to and from a checkpoint: no rank holds more than its own."""
+"""Save and load shards of parameters and state; a rank holds only its own."""
 
 import math
 from typing import Any
@@ -29,7 +29,7 @@ from arsg_dist.engine.state import (
 
 
 def place_of(tensor: DTensor) -> tuple[int, int]:
-    """Say where a rank's shard of a tensor begins, and how many elements it has, counted row by row.
+    """Find where a rank's shard begins and how many elements it has, row by row.
 
     Raises:
         ValueError: it is not sharded along its first dimension alone.
@@ -59,7 +59,7 @@ def _writes(tensor: DTensor) -> bool:
 
 
 def sharded_state(kind: str, module: nn.Module, optimizer: torch.optim.Optimizer, rank: int) -> EngineState:
-    """This rank's part of a sharded model and its optimizer.
+    """Make this rank's part of a sharded model and its optimizer.
 
     Args:
         kind: name of the engine.

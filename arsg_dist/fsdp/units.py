@@ -1,4 +1,4 @@
-"""Which parts of a network `fully_shard` gathers together."""
+"""Choose which parts of a network `fully_shard` gathers together."""
 
 from collections import Counter
 from typing import Any
@@ -10,7 +10,7 @@ from torch.distributed.fsdp import fully_shard
 
 
 def units_of(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Find the blocks of a network: equal modules in a row, such as residual or transformer blocks.
+    """Find a network's blocks: equal modules in a row, as in transformers.
 
     A block is a child of an `nn.Sequential` or `nn.ModuleList` that has parameters in modules of its own, and whose
     class the network has more than once in such rows. Blocks inside blocks are not units of their own.
@@ -40,7 +40,7 @@ def units_of(module: nn.Module) -> list[tuple[str, nn.Module]]:
 def shard(
     module: nn.Module, mesh: DeviceMesh | None = None, *, reshard_after_forward: bool = True, **options: Any
 ) -> None:
-    """Give every rank rank 0's weights and buffers, and shard the parameters, unit by unit. Collective.
+    """Broadcast rank 0's weights, then shard them unit by unit. Collective.
 
     The parameters become `DTensor`s: make the optimizer over them afterwards.
 

@@ -1,4 +1,4 @@
-"""Remote observation around any optimizer."""
+"""Take any optimizer's gradients at a remote observation point."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MOVEMENT: Final = "movement"
 
 
 class RemoteObservation(Optimizer):
-    r"""Take the gradients of any optimizer ahead of its iterate, along the average of its own movement.
+    r"""Observe the gradient ahead of any optimizer's iterate, along its average movement.
 
     With Δ, the change that the inner optimizer makes to the parameters x from their gradient at x, its learning rate,
     momentum and weight decay included, and d, the average movement, 0 at first::
@@ -99,7 +99,7 @@ class RemoteObservation(Optimizer):
         self.optimizer.add_param_group(param_group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state saved by `state_dict`, the inner optimizer's and the movement, which keeps its dtype.
+        """Load what `state_dict` saved: the inner optimizer's state and the movement.
 
         A state that the inner optimizer saved alone is taken too: the movement then starts at 0, the settings are this
         one's.
@@ -138,7 +138,7 @@ class RemoteObservation(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Step the inner optimizer, then move every parameter with a gradient on to its next observation point.
+        """Step the inner optimizer, then move on to the next observation point.
 
         Args:
             closure: reevaluates the model and returns the loss; called once, before the inner optimizer's step.
@@ -200,7 +200,7 @@ class RemoteObservation(Optimizer):
 
     @contextmanager
     def base_iterate(self) -> Iterator[None]:
-        """Move the parameters from the observation point x to the base iterate θ, and back on leaving.
+        """Move the parameters from x to the base iterate θ, and back on leaving.
 
         θ = x − (1−μ)·d. Leaving, also by an exception, restores x bit by bit; this costs one copy of the parameters.
         Parameters never stepped stay where they are. An option for evaluation, never required; cf. `ARSG.base_iterate`.
