@@ -32,7 +32,7 @@ class StartConfig(Section):
     """This start of a run."""
 
     engine: str = "auto"
-    """auto, deepspeed, horovod, horovod-sharded or single."""
+    """auto, deepspeed, ddp, fsdp, horovod, horovod-sharded or single."""
     deepspeed_config: str | None = None
     """DeepSpeed JSON config; implies the engine deepspeed."""
     output: str | None = None
