@@ -65,17 +65,22 @@ def fused_step(
     if torch.compiler.is_compiling():
         foreach_step(*lists, steps, hyper=hyper)
     elif params[0].is_cpu:
-        _cpu_step(lists, steps, hyper)
+        _cpu_step(*lists, steps, hyper=hyper)
     else:
         compiled_step(*lists, steps, hyper=hyper)
 
 
-_Lists = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
-
-
-def _cpu_step(lists: _Lists, steps: Steps, hyper: Hyperparameters) -> None:
-    params, grads, exp_avgs, *_ = lists
-    kernel = cpu_kernel()
+def _cpu_step(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    max_exp_avg_sqs: list[Tensor],
+    steps: Steps,
+    *,
+    hyper: Hyperparameters,
+) -> None:
+    kernel, lists = cpu_kernel(), (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs)
     if kernel is None or grads[0].dtype != params[0].dtype:
         foreach_step(*lists, steps, hyper=hyper)
         return
@@ -93,11 +98,8 @@ def _cpu_step(lists: _Lists, steps: Steps, hyper: Hyperparameters) -> None:
         maximize=hyper.maximize,
     )
     if left:
-        reference_step(
-            *cast(_Lists, tuple([tensors[i] for i in left] if tensors else [] for tensors in lists)),
-            cast(Steps, [steps[i] for i in left] if steps else []),
-            hyper=hyper,
-        )
+        x, g, m, v, v_hat = ([tensors[i] for i in left] if tensors else [] for tensors in lists)
+        reference_step(x, g, m, v, v_hat, cast(Steps, [steps[i] for i in left] if steps else []), hyper=hyper)
 
 
 @cache
