@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from arsg_dist.deepspeed import DeepSpeedEngine
-from arsg_dist.engine import SingleProcessEngine
+from arsg_dist.engine import LocalEngine
 from arsg_dist.engine.replica_check import fingerprints
 from arsg_dist.imagenet.training import setup
 from arsg_dist.imagenet.training.optimization import Schedules
@@ -21,7 +21,7 @@ from arsg_dist.imagenet.training.parts import RunParts
 from arsg_dist.optim import ARSG
 
 POINTS = ("forward", "backward", "reduce", "step", "after step", "write", "sync", "rename", "weights")
-ENGINE_CLASSES = (SingleProcessEngine, DeepSpeedEngine)
+ENGINE_CLASSES = (LocalEngine, DeepSpeedEngine)
 
 
 def install(faults: list[dict[str, Any]], record: Path) -> None:
