@@ -5,7 +5,7 @@
 """
 
 from arsg_dist.engine.base import Capabilities, Engine, all_finite, copy_weights
-from arsg_dist.engine.builder import EngineBuilder, TrainingSettings
+from arsg_dist.engine.builder import EngineBuilder, TrainingSettings, load_builder
 from arsg_dist.engine.communicator import (
     Communicator,
     SingleProcessCommunicator,
@@ -16,7 +16,7 @@ from arsg_dist.engine.consistency import check_agreement, check_replicas, packag
 from arsg_dist.engine.job import JobError, end_process
 from arsg_dist.engine.local import LocalBuilder, LocalEngine, SingleProcessEngine
 from arsg_dist.engine.ranks import Ranks, discover_ranks
-from arsg_dist.engine.registry import ENGINES, EngineEntry, load_builder
+from arsg_dist.engine.registry import ENGINES, EngineEntry
 from arsg_dist.engine.rendezvous import announce_to_torch, collective_timeout, init_method
 from arsg_dist.engine.saved_state import SavedState
 from arsg_dist.engine.state import EngineState

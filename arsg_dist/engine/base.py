@@ -11,6 +11,7 @@ from torch import nn
 from arsg_dist.engine.communicator import Communicator
 from arsg_dist.engine.saved_state import SavedState
 from arsg_dist.engine.state import EngineState
+from arsg_dist.optim.base_iterate import refuse_at_base_iterate
 
 
 @dataclass(frozen=True)
@@ -122,10 +123,7 @@ class Engine(ABC):
         return False
 
     def _refuse_at_base_iterate(self, what: str) -> None:
-        if self.at_base_iterate:
-            raise RuntimeError(
-                f"{what} inside base_iterate(): the parameters are not at the observation point x"
-            )
+        refuse_at_base_iterate(self.at_base_iterate, what)
 
     def replicated_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield name and tensor of what every rank must hold alike between updates.

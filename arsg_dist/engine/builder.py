@@ -1,5 +1,6 @@
 """Build an engine for a training that does not know which."""
 
+import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from torch import nn
 from arsg_dist.engine.base import Capabilities, Engine
 from arsg_dist.engine.communicator import Communicator
 from arsg_dist.engine.ranks import Ranks
+from arsg_dist.engine.registry import ENGINES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,3 +85,17 @@ class EngineBuilder(ABC):
             communicator: from `connect`.
             ranks: of this process.
         """
+
+
+def load_builder(name: str) -> type[EngineBuilder]:
+    """Import the builder of an engine.
+
+    Args:
+        name: of `ENGINES`.
+
+    Raises:
+        ImportError: the engine is not installed; the message says how to install it.
+    """
+    module, _, attribute = ENGINES[name].builder.partition(":")
+    builder: type[EngineBuilder] = getattr(importlib.import_module(module), attribute)
+    return builder

@@ -1,10 +1,7 @@
 """List the engines: what is asked about one before it is imported."""
 
-import importlib
 from dataclasses import dataclass
 from typing import Final, Literal
-
-from arsg_dist.engine.builder import EngineBuilder
 
 Rendezvous = Literal["torch", "horovod"]
 """Whose variables and messages bring the ranks of a job together."""
@@ -42,17 +39,3 @@ ENGINES: Final = {
     )
 }
 """Name → engine. A new engine is a row here, an extra in pyproject.toml, and its package."""
-
-
-def load_builder(name: str) -> type[EngineBuilder]:
-    """Import the builder of an engine.
-
-    Args:
-        name: of `ENGINES`.
-
-    Raises:
-        ImportError: the engine is not installed; the message says how to install it.
-    """
-    module, _, attribute = ENGINES[name].builder.partition(":")
-    builder: type[EngineBuilder] = getattr(importlib.import_module(module), attribute)
-    return builder

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from arsg_dist.optim import convert
-from arsg_dist.optim.base_iterate import base_iterate_point
+from arsg_dist.optim.base_iterate import base_iterate_point, refuse_at_base_iterate
 from arsg_dist.optim.hyperparameters import (
     LOOKAHEAD_BETA1_LIMIT,
     Hyperparameters,
@@ -334,10 +334,7 @@ class ARSG(Optimizer):
                     param.copy_(x)
 
     def _refuse_at_base_iterate(self, what: str) -> None:
-        if self._at_base_iterate:
-            raise RuntimeError(
-                f"{what} inside base_iterate(): the parameters are not at the observation point x"
-            )
+        refuse_at_base_iterate(self._at_base_iterate, what)
 
 
 _CLASS_DEFAULTS = {

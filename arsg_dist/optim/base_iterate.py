@@ -44,3 +44,14 @@ def base_iterate_point(x: Tensor, state: dict[str, Any], group: dict[str, Any]) 
         denominator = (v / bias_correction(hyper.beta2, t)).sqrt() + hyper.eps
         direction = direction / bias_correction(hyper.beta1, t) / denominator
     return real(x).to(dtype) + scale * direction
+
+
+def refuse_at_base_iterate(inside: bool, what: str) -> None:
+    """Raise RuntimeError inside a `base_iterate` context, where the parameters are not x.
+
+    Args:
+        inside: whether it is entered.
+        what: the call that is refused.
+    """
+    if inside:
+        raise RuntimeError(f"{what} inside base_iterate(): the parameters are not at the observation point x")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
+from arsg_dist.optim.base_iterate import refuse_at_base_iterate
 from arsg_dist.optim.hyperparameters import compute_dtype, number
 from arsg_dist.optim.state import local, real, shield_dtypes, unshielded
 
@@ -228,10 +229,7 @@ class RemoteObservation(Optimizer):
                     param.copy_(x)
 
     def _refuse_at_base_iterate(self, what: str) -> None:
-        if self._at_base_iterate:
-            raise RuntimeError(
-                f"{what} inside base_iterate(): the parameters are not at the observation point x"
-            )
+        refuse_at_base_iterate(self._at_base_iterate, what)
 
 
 def _tensors(params: list[Tensor]) -> list[Tensor]:

@@ -23,6 +23,7 @@ from arsg_dist.horovod.sharded.gradients import Reduction
 from arsg_dist.horovod.sharded.inner_optimizer import InnerOptimizer, check_state
 from arsg_dist.horovod.sharded.parameters import ShardedParameters
 from arsg_dist.horovod.sharded.state_dict import gather_state, load_state
+from arsg_dist.optim.base_iterate import refuse_at_base_iterate
 
 # Horovod tells exchanges apart by their names: those of two optimizers must differ, and be the same on every rank. So
 # optimizers are counted per set of ranks, each of which makes all of that set.
@@ -167,10 +168,7 @@ class ShardedOptimizer(HorovodOptimizer):
         return self.shards.names
 
     def _refuse_at_base_iterate(self, what: str) -> None:
-        if self._at_base_iterate:
-            raise RuntimeError(
-                f"{what} inside base_iterate(): the parameters are not at the observation point x"
-            )
+        refuse_at_base_iterate(self._at_base_iterate, what)
 
     # Gradients
 
