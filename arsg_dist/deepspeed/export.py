@@ -47,7 +47,7 @@ def export(
 
     Raises:
         ValueError: another value of `at`, a dtype that is not floating, or a directory without such a checkpoint, or
-            one that names something to execute.
+            one that names something to execute, or was saved without the frozen parameters.
         TypeError: neither an engine with ARSG nor a directory.
         OSError: rank 0 cannot write; from an engine, JobError on every rank.
         RuntimeError: θ is asked for and the optimizer's state is incomplete, or inside `base_iterate`.
@@ -56,6 +56,12 @@ def export(
     path = Path(path)
     if isinstance(source, str | Path):
         saved = read_checkpoint(source, trust_pickle=trust_pickle)
+        if saved.module.absent:
+            raise ValueError(
+                f"{saved.where} was saved with exclude_frozen_parameters=True and lacks {len(saved.module.absent)} "
+                f"parameters of the model, {saved.module.absent[0]!r} among them: load it into an engine whose model "
+                "has them (load_module_strict=False), and export that"
+            )
         with reading(saved.where):
             export_saved(saved, path, at, dtype)
         return

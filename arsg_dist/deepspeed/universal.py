@@ -102,7 +102,7 @@ def _model_state(saved: SavedCheckpoint) -> dict[str, Any]:
         **module.common,
         "module": {name: tensor.clone() for name, tensor in {**module.buffers, **module.frozen}.items()},
         "buffer_names": list(module.buffers),
-        ARSG_SECTION: {"aliases": module.aliases},
+        ARSG_SECTION: {"aliases": module.aliases, "frozen": [*module.frozen, *module.absent]},
     }
 
 

@@ -101,9 +101,20 @@ class Hyperparameters:
 
     @classmethod
     def of_group(cls, group: dict[str, Any]) -> Hyperparameters:
-        """Read a parameter group; tensors for lr and μ become floats where allowed."""
+        """Read a parameter group; tensors for lr and μ become floats where allowed.
+
+        Raises:
+            ValueError: β1 was set to 1 or more, or is cycled by a scheduler.
+        """
         keep_tensors = group["capturable"] or torch.compiler.is_compiling()
         beta1, beta2 = group["betas"]
+        if "max_momentum" in group:  # what OneCycleLR and CyclicLR leave in a group whose betas[0] they cycle
+            raise ValueError(
+                "a scheduler cycles betas[0] between values meant for Adam (OneCycleLR and CyclicLR do, with 0.85 and "
+                "0.95 as they are): give it cycle_momentum=False to cycle lr only"
+            )
+        if not 0.0 <= beta1 < 1.0:
+            raise ValueError(f"Invalid betas[0]: {beta1}, must be >= 0 and < 1")
         return cls(
             lr=scalar(group["lr"], keep_tensors),
             beta1=beta1,

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from arsg_dist import ARSG, theory
 from arsg_dist.checkpoint import CheckpointStore, SavedRun, save_run
-from arsg_dist.deepspeed import DeepSpeedEngine, base_iterate, restart_lost_maximum
+from arsg_dist.deepspeed import DeepSpeedEngine, base_iterate, export, restart_lost_maximum
 from arsg_dist.deepspeed.checkpoint.engine_state import dynamic_scaler
 from arsg_dist.deepspeed.checkpoint.partitioning import Piece, pieces_of_each, pieces_of_range
 from arsg_dist.deepspeed.checkpoint.reader import read_checkpoint
 from arsg_dist.deepspeed.config.rules import check_nvme
 from arsg_dist.deepspeed.config.schedules import build_scheduler
+from arsg_dist.deepspeed.universal import convert
 from arsg_dist.engine import JobError, SingleProcessCommunicator, SingleProcessEngine
 
 SETTINGS = {"lr": 0.1, "betas": [0.9, 0.5], "mu": 0.5, "eps": 1e-4}
@@ -365,3 +366,79 @@ def test_buffers_of_a_module_with_two_names_come_back(stage: int, tmp_path: Path
         other.load_state(source)
         assert torch.equal(other.engine.module[0].running_mean, mean)
         assert mean.any()
+
+
+class Kept(Slopes):
+    """Has a frozen parameter beside the three."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.kept = nn.Parameter(torch.full((4,), value), requires_grad=False)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("options", [{"load_module_only": True}, {"load_optimizer_states": False}], ids=str)
+def test_weights_alone_are_those_of_the_tag_and_in_the_masters_too(
+    stage: int, precision: str, options: dict[str, bool], tmp_path: Path
+) -> None:
+    """Catches what DeepSpeed does by itself: nothing at stage 3, the weights of `latest` for an older tag, and masters
+    at stage 0 in half precision from which the next update makes the random start again."""
+    half = {precision: {"enabled": True}} if precision != "fp32" else {}
+    source = sharded(stage, **half)
+    go(source, (1.0, 2.0))
+    source.engine.save_checkpoint(tmp_path, tag="early")
+    early = weights(source)
+    go(source, (3.0, 1.0), (0.5, -1.0))
+    source.engine.save_checkpoint(tmp_path, tag="late")
+    for stepped in (False, True):
+        module = Slopes()
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.fill_(7.0)
+        target = sharded(stage, module, **half)
+        if stepped:
+            go(target, (1.0, 1.0))
+        lr = target.engine.optimizer.param_groups[0]["lr"]
+        path, _ = target.engine.load_checkpoint(tmp_path, tag="early", **options)
+        assert path is not None
+        assert weights(target) == early
+        go(target, (0.1, 0.1))
+        moved = [abs(now - then) for now, then in zip(weights(target), early, strict=True)]
+        assert max(moved) < 1.0, "the update went on from the random start"
+        assert any(moved)
+        assert target.engine.optimizer.param_groups[0]["lr"] == lr
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_schedule_loaded_without_the_optimizer_sets_the_learning_rate(stage: int, tmp_path: Path) -> None:
+    """Catches a group that trains at its first lr while the schedule tells of another."""
+    schedule = {"type": "StepLR", "params": {"step_size": 1, "gamma": 0.5}}
+    source = sharded(stage, scheduler=schedule)
+    go(source, (1.0, 2.0), (1.0, 2.0))
+    source.engine.save_checkpoint(tmp_path, tag="one")
+    target = sharded(stage, scheduler=schedule)
+    target.engine.load_checkpoint(tmp_path, tag="one", load_optimizer_states=False)
+    expected = [group["lr"] for group in source.engine.basic_optimizer.param_groups]
+    assert [group["lr"] for group in target.engine.basic_optimizer.param_groups] == expected
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_checkpoint_without_its_frozen_parameters_says_so(stage: int, tmp_path: Path) -> None:
+    """Catches an export that silently writes a part of the model, and a universal checkpoint nobody can load."""
+    source = sharded(stage, Kept(2.0))
+    go(source, (1.0, 2.0))
+    source.engine.save_checkpoint(tmp_path, tag="part", exclude_frozen_parameters=True)
+    with pytest.raises(ValueError, match="exclude_frozen_parameters=True and lacks 1 parameters"):
+        export(tmp_path / "part", tmp_path / "model.safetensors")
+    assert not (tmp_path / "model.safetensors").exists()
+    convert(tmp_path / "part", tmp_path / "universal")
+    target = sharded(stage, Kept(5.0), checkpoint={"load_universal": True})
+    with pytest.raises(ValueError, match="load it with load_module_strict=False"):
+        target.engine.load_checkpoint(tmp_path, tag="universal")
+    target.engine.load_checkpoint(tmp_path, tag="universal", load_module_strict=False)
+    expected = {name: value for name, value in source.whole_weights().items() if name != "kept"}
+    loaded = target.whole_weights()
+    assert loaded.pop("kept").tolist() == [5.0] * 4
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(loaded[name], expected[name]) for name in expected)

@@ -4,7 +4,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-from arsg_dist.engine import Communicator, JobError, agreement, check_agreement
+from arsg_dist.engine import Communicator, JobError, check_agreement, consistency
 from tests.support.launchers import Finished, launch
 
 T = TypeVar("T")
@@ -78,7 +78,7 @@ def test_package_versions_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
         with lock:
             return next(versions)
 
-    monkeypatch.setattr(agreement, "package_versions", next_version)
+    monkeypatch.setattr(consistency, "package_versions", next_version)
     raised = messages({}, {})
     assert raised[0] == raised[1]
     assert raised[0] is not None
@@ -87,7 +87,7 @@ def test_package_versions_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_versions_of_what_is_installed_are_known() -> None:
     """Catches a table of packages that are all 'not installed'."""
-    versions = agreement.package_versions()
+    versions = consistency.package_versions()
     assert versions["torch"].startswith("2.")
     assert versions["python"].startswith("3.")
 
@@ -103,7 +103,7 @@ def test_ranks_with_different_settings_stop_in_seconds() -> None:
 def test_another_source_with_the_same_version_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a host with another checkout of the same version."""
     digests = iter(["one", "two"])
-    monkeypatch.setattr(agreement, "code_digest", lambda: next(digests))
+    monkeypatch.setattr(consistency, "code_digest", lambda: next(digests))
     for message in messages({}, {}):
         assert message is not None
         assert message.startswith("the code of arsg-dist of rank 1 differs from rank 0's")
@@ -115,7 +115,7 @@ def test_the_digest_of_the_code_sees_every_file(tmp_path: Path, monkeypatch: pyt
     (package / "deep").mkdir(parents=True)
     (package / "__init__.py").touch()
     (package / "deep" / "code.py").write_text("x = 1")
-    monkeypatch.setattr(agreement.arsg_dist, "__file__", str(package / "__init__.py"))
-    before = agreement.code_digest()
+    monkeypatch.setattr(consistency.arsg_dist, "__file__", str(package / "__init__.py"))
+    before = consistency.code_digest()
     (package / "deep" / "code.py").write_text("x = 2")
-    assert agreement.code_digest() != before
+    assert consistency.code_digest() != before

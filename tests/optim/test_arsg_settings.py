@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -241,3 +242,37 @@ def test_the_ends_of_the_domains_are_in_them() -> None:
     run(optimizer, params, gradients(ONE, 2))
     assert torch.equal(params[0], before)
     ARSG(parameters(ONE), lookahead_k=1, lookahead_alpha=0.0, betas=(0.9, 0.99))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=10),
+        lambda optimizer: torch.optim.lr_scheduler.CyclicLR(optimizer, base_lr=0.01, max_lr=0.1),
+    ],
+    ids=["OneCycleLR", "CyclicLR"],
+)
+def test_a_scheduler_that_cycles_beta1_is_refused(make: Callable[[ARSG], object]) -> None:
+    """Catches β1 = 0.999 that falls to 0.85 without a word, and a refusal of one that cycles lr only."""
+    param = torch.nn.Parameter(torch.ones(3))
+    param.grad = torch.ones(3)
+    optimizer = ARSG([param], lr=0.01)
+    make(optimizer)
+    with pytest.raises(ValueError, match="cycle_momentum=False"):
+        optimizer.step()
+    assert torch.equal(param, torch.ones(3))
+    torch.optim.lr_scheduler.OneCycleLR(
+        alone := ARSG([param], lr=0.01), max_lr=0.1, total_steps=10, cycle_momentum=False
+    )
+    alone.step()
+    assert not torch.equal(param, torch.ones(3))
+
+
+def test_a_beta1_of_1_edited_into_a_group_is_refused() -> None:
+    """Catches a division by zero from inside the observation distance."""
+    param = torch.nn.Parameter(torch.ones(3))
+    param.grad = torch.ones(3)
+    optimizer = ARSG([param], lr=0.01)
+    optimizer.param_groups[0]["betas"] = (1.0, 0.99)
+    with pytest.raises(ValueError, match=r"Invalid betas\[0\]: 1.0"):
+        optimizer.step()

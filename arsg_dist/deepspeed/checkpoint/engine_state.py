@@ -147,17 +147,28 @@ def restart_lost_maximum() -> Iterator[None]:
         _restart_allowed.reset(token)
 
 
-def check_saved(engine: Any, saved: SavedState, with_optimizer: bool) -> None:
+def check_saved(engine: Any, saved: SavedState, with_optimizer: bool, *, strict: bool = True) -> None:
     """Compare a saved run with the engine, before anything is changed.
+
+    Args:
+        engine: that will load it.
+        saved: where from.
+        with_optimizer: whether the optimizer's state will be loaded too.
+        strict: False lets frozen parameters, and without the optimizer all parameters and buffers, be absent: the
+            engine keeps its own.
 
     Raises:
         ValueError: something is missing in it or does not fit.
     """
     grouped, trained = group_names(engine), trained_names(engine)
     for name, shape in shapes_of(engine).items():
-        _check_parameter(saved, name, shape, frozen=name not in trained)
+        frozen = name not in trained
+        if not strict and (frozen or not with_optimizer) and saved.spec(PARAMETER, name) is None:
+            continue
+        _check_parameter(saved, name, shape, frozen=frozen, with_optimizer=with_optimizer)
     for name, buffer in persistent_buffers(engine.module, duplicates=False).items():
-        saved.check_shape(BUFFER, name, buffer.shape)
+        if strict or with_optimizer or saved.spec(BUFFER, name) is not None:
+            saved.check_shape(BUFFER, name, buffer.shape)
     if not with_optimizer:
         return
     check_state_is_there(saved.where, saved.counters, found=any(map(saved.entries, trained)))
@@ -183,13 +194,17 @@ def check_saved(engine: Any, saved: SavedState, with_optimizer: bool) -> None:
             )
 
 
-def _check_parameter(saved: SavedState, name: str, shape: torch.Size, *, frozen: bool) -> None:
+def _check_parameter(
+    saved: SavedState, name: str, shape: torch.Size, *, frozen: bool, with_optimizer: bool
+) -> None:
     spec = saved.spec(PARAMETER, name)
     if spec is None and frozen:
         raise ValueError(
-            f"{saved.where} has no frozen parameter {name!r} of shape {tuple(shape)}, which the model has"
+            f"{saved.where} has no frozen parameter {name!r} of shape {tuple(shape)}, which the model has: if it was "
+            "saved with exclude_frozen_parameters=True, load it with load_module_strict=False"
         )
-    if spec is None or (not frozen and saved.group_of is not None and name not in saved.group_of):
+    trained_then = saved.group_of is None or name in saved.group_of
+    if spec is None or (with_optimizer and not frozen and not trained_then):
         raise ValueError(
             f"{saved.where} has no parameter {name!r}: it is of another model, or it was frozen then"
         )
@@ -269,7 +284,13 @@ def publish(engine: Any) -> None:
 
 def _fill(tensor: Tensor, pieces: list[Piece], saved: SavedState, entry: str) -> None:
     for piece in pieces:
-        if entry == PARAMETER or entry in saved.entries(piece.name):
+        # Parameters that `check_saved` let be absent stay as they are.
+        there = (
+            saved.spec(entry, piece.name) is not None
+            if entry == PARAMETER
+            else entry in saved.entries(piece.name)
+        )
+        if there:
             write_piece(tensor, piece, saved.read(entry, piece.name, piece.start, piece.numel))
 
 
@@ -297,8 +318,13 @@ def _load_state(optimizer: Any, shard: Shard, saved: SavedState, standard: str) 
 
 def _load_module(engine: Any, saved: SavedState) -> None:
     buffers = persistent_buffers(engine.module, duplicates=False)
-    load_tensors(((BUFFER, name, buffer) for name, buffer in buffers.items()), saved)
+    there = (
+        (BUFFER, name, buffer) for name, buffer in buffers.items() if saved.spec(BUFFER, name) is not None
+    )
+    load_tensors(there, saved)
     for name, held, pieces in _frozen_parameters(engine):
+        if saved.spec(PARAMETER, name) is None:
+            continue
         if pieces is None:
             held.copy_(saved.whole(PARAMETER, name))
         else:

@@ -52,12 +52,14 @@ class ModuleTensors:
         frozen: parameters that the optimizer does not have, by name.
         aliases: further names of trained parameters → the name they are saved under.
         common: everything else that DeepSpeed wrote: counters, scheduler, the user's client state.
+        absent: frozen parameters that the model has and the checkpoint has not (`exclude_frozen_parameters=True`).
     """
 
     buffers: dict[str, Tensor] = field(default_factory=dict)
     frozen: dict[str, Tensor] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
     common: dict[str, Any] = field(default_factory=dict)
+    absent: list[str] = field(default_factory=list)
 
     @property
     def counters(self) -> dict[str, int]:
@@ -260,6 +262,7 @@ def module_tensors(models: list[dict[str, Any]], trained: Any) -> ModuleTensors:
         frozen=frozen,
         aliases=aliases,
         common={key: value for key, value in first.items() if key not in _NOT_COMMON},
+        absent=[name for name in section.get("frozen") or () if name not in frozen],
     )
 
 

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import deepspeed
 from deepspeed.checkpoint.constants import BASE_OPTIMIZER_STATE, OPTIMIZER_STATE_DICT
 from deepspeed.runtime.engine import DeepSpeedEngine as _Engine
+from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.utils import groups
 
 from arsg_dist.deepspeed.checkpoint.engine_state import (
@@ -32,16 +33,20 @@ from arsg_dist.deepspeed.checkpoint.files import (
     settings_of,
 )
 from arsg_dist.deepspeed.checkpoint.pickles import RefusedPickleError, look_into
-from arsg_dist.deepspeed.checkpoint.reader import UniversalCheckpoint
+from arsg_dist.deepspeed.checkpoint.reader import ShardedCheckpoint, UniversalCheckpoint
 from arsg_dist.deepspeed.checkpoint.zero_state import (
     group_names,
     group_positions,
     needed_state,
+    shapes_of,
     swaps_to_nvme,
+    trained_names,
 )
 from arsg_dist.deepspeed.patching import Method, wrap_once
 from arsg_dist.engine import TorchCommunicator
 from arsg_dist.engine.replicated_state import aliases_of
+from arsg_dist.engine.saved_state import SavedState
+from arsg_dist.engine.state import restore_settings
 from arsg_dist.optim import ARSG
 
 _CONVERT = "python -m arsg_dist.deepspeed.universal INPUT OUTPUT"
@@ -73,6 +78,7 @@ def _with_arsg_section(method: Method) -> Method:
         if _has_arsg(engine):
             state[ARSG_SECTION] = {
                 "groups": group_names(engine),
+                "frozen": [name for name in shapes_of(engine) if name not in trained_names(engine)],
                 "positions": group_positions(engine),
                 "aliases": aliases_of(engine.module, engine.param_names),
             }
@@ -121,16 +127,21 @@ def _guarded_load(method: Method) -> Method:
             return method(engine, load_dir, tag, **options)
         universal = engine.load_universal_checkpoint()
         with_optimizer = load_optimizer_states and not load_module_only
-        found = _agree(engine, lambda: _checked_tag(engine, Path(load_dir), tag, universal, with_optimizer))
+        check = _Check(engine, universal, with_optimizer, load_module_strict, own=custom_load_fn is None)
+        found = _agree(engine, lambda: check.tag(Path(load_dir), tag))
         if universal and found is not None and not engine.zero_optimization():
             # DeepSpeed has no universal checkpoints under stage 0: it reads the counters, and we the rest.
             options["load_optimizer_states"] = False
             path, client_state = engine._load_checkpoint(load_dir, found, **options)
             fill(engine, UniversalCheckpoint(Path(load_dir) / found, look_into), with_optimizer)
             publish(engine)
+        elif check.weights is not None:
+            path, client_state = _load_weights(engine, load_dir, found, options, check.weights)
         else:
             path, client_state = method(engine, load_dir, found, **options)
         if path is not None:
+            if load_lr_scheduler_states and not load_module_only and not with_optimizer:
+                _take_rates(engine)
             link_fragments(engine)
             client_state.pop(ARSG_SECTION, None)
         return path, client_state
@@ -165,38 +176,124 @@ def _agree(engine: Any, check: Callable[[], str | None]) -> str | None:
     return found
 
 
-def _checked_tag(engine: Any, load_dir: Path, tag: Any, universal: bool, with_optimizer: bool) -> str | None:
-    """Check a checkpoint; return its tag, or None without one, which DeepSpeed reports."""
-    if tag is None:
-        tag = named_by(load_dir / ("latest_universal" if universal else "latest"), follow=True)
-    if tag is None:
-        return None
-    if swaps_to_nvme(engine):
-        raise ValueError(_NVME)
-    directory = load_dir / str(tag)
-    with reading(directory):
-        _check(engine, directory, universal, with_optimizer)
-    return str(tag)
+def _load_weights(
+    engine: Any, load_dir: Any, tag: Any, options: dict[str, Any], weights: SavedState
+) -> tuple[Any, Any]:
+    """Load weights without the optimizer's state, at every stage into the masters too.
+
+    DeepSpeed itself loads nothing then at stage 3, or what `latest` names, and at stage 0 in half precision leaves the
+    masters, from which the next update makes the weights again. It reads the counters, the scheduler and the client's
+    state, and we the rest.
+    """
+    optimizer = engine.optimizer
+    if engine._optimizer_has_ckpt_event_prologue():
+        optimizer.checkpoint_event_prologue()
+    # With True it would read no optimizer's state under ZeRO, and with False at stage 3 all of another checkpoint.
+    options = {
+        **options,
+        "load_optimizer_states": engine.zero_optimization(),
+        "custom_load_fn": _leave_module,
+    }
+    path, client_state = engine._load_checkpoint(load_dir, tag, **options)
+    fill(engine, weights, with_optimizer=False)
+    publish(engine)
+    if engine._optimizer_has_ckpt_event_epilogue():
+        optimizer.checkpoint_event_epilogue()
+    return path, client_state
 
 
-def _check(engine: Any, directory: Path, universal: bool, with_optimizer: bool) -> None:
-    if not directory.is_dir():
-        raise ValueError(f"checkpoint directory {directory} does not exist")
-    converted = (directory / "zero" / "optimizer_state.pt").is_file()
-    if universal:
-        if not converted:
+def _leave_module(src: Any, dst: Any) -> None:
+    """Take the place of DeepSpeed's loading of the module."""
+
+
+def _take_rates(engine: Any) -> None:
+    """Give the groups the learning rates of a schedule that was loaded without them."""
+    rates, groups_ = getattr(engine.lr_scheduler, "_last_lr", None), engine.basic_optimizer.param_groups
+    if rates is not None and len(rates) == len(groups_):
+        for group, rate in zip(groups_, rates, strict=True):
+            restore_settings(group, {"lr": rate})
+
+
+class _Check:
+    """Check a checkpoint before anything of it is loaded.
+
+    Args:
+        engine: that will load it.
+        universal: whether it is to be a universal one.
+        with_optimizer: whether the optimizer's state will be loaded.
+        strict: whether every weight must be there.
+        own: whether no function of the user's loads the module.
+
+    Attributes:
+        weights: what the weights will be loaded from; None leaves them to DeepSpeed.
+    """
+
+    def __init__(
+        self, engine: Any, universal: bool, with_optimizer: bool, strict: bool, *, own: bool
+    ) -> None:
+        self._engine, self._universal, self._with_optimizer = engine, universal, with_optimizer
+        self._strict, self._own = strict, own
+        self.weights: SavedState | None = None
+
+    def tag(self, load_dir: Path, tag: Any) -> str | None:
+        """Check, and return the tag, or None without one, which DeepSpeed reports."""
+        if tag is None:
+            tag = named_by(load_dir / ("latest_universal" if self._universal else "latest"), follow=True)
+        if tag is None:
+            return None
+        if swaps_to_nvme(self._engine):
+            raise ValueError(_NVME)
+        directory = load_dir / str(tag)
+        with reading(directory):
+            self._check(directory)
+        return str(tag)
+
+    def _check(self, directory: Path) -> None:
+        if not directory.is_dir():
+            raise ValueError(f"checkpoint directory {directory} does not exist")
+        converted = (directory / "zero" / "optimizer_state.pt").is_file()
+        if self._universal:
+            if not converted:
+                raise ValueError(
+                    f"the DeepSpeed config has checkpoint.load_universal, and {directory} is not converted: run "
+                    f"'{_CONVERT}' with it as INPUT"
+                )
+            saved = UniversalCheckpoint(directory, look_into)
+            check_saved(self._engine, saved, self._with_optimizer, strict=self._strict)
+        elif converted:
             raise ValueError(
-                f"the DeepSpeed config has checkpoint.load_universal, and {directory} is not converted: run "
-                f"'{_CONVERT}' with it as INPUT"
+                f'{directory} is a universal checkpoint: set "checkpoint": {{"load_universal": true}} in the DeepSpeed '
+                "config"
             )
-        check_saved(engine, UniversalCheckpoint(directory, look_into), with_optimizer)
-    elif converted:
+        elif self._with_optimizer:
+            _check_sharded(self._engine, directory)
+        elif self._own and not self._engine.has_moe_layers and not isinstance(self._engine, PipelineEngine):
+            self.weights = _checked_weights(self._engine, directory, strict=self._strict)
+
+
+def _checked_weights(engine: Any, directory: Path, *, strict: bool) -> SavedState | None:
+    """Open a checkpoint of any optimizer for its weights; None leaves them to DeepSpeed."""
+    files = model_files(directory)
+    if not files:
+        raise ValueError(f"{directory} holds no DeepSpeed checkpoint (no *_model_states.pt)")
+    if Path(engine._get_ckpt_name(str(directory.parent), directory.name)) not in files:
+        _refuse_other_kind(directory, "it was written under another ZeRO stage, or by fewer ranks at stage 3")
+    try:
+        weights = ShardedCheckpoint(directory, look_into, weights_only=True)
+    except RefusedPickleError:
+        if engine.zero_optimization_stage() in (1, 2):
+            return None
+        raise
+    if engine.zero_optimization_partition_weights() and len(files) != engine.seq_dp_world_size:
+        _refuse_ranks(directory, len(files), engine)
+    check_saved(engine, weights, with_optimizer=False, strict=strict)
+    known = shapes_of(engine)
+    if strict and (unknown := [name for name in weights.parameters if name not in known]):
         raise ValueError(
-            f'{directory} is a universal checkpoint: set "checkpoint": {{"load_universal": true}} in the DeepSpeed '
-            "config"
+            f"{directory} has a parameter {unknown[0]!r}, which the model has not: load_module_strict=False passes "
+            "it over"
         )
-    elif with_optimizer:
-        _check_sharded(engine, directory)
+    return weights
 
 
 def _check_sharded(engine: Any, directory: Path) -> None:
@@ -213,10 +310,7 @@ def _check_sharded(engine: Any, directory: Path) -> None:
         model = {}
     written = model.get("dp_world_size", _ranks_in(directory))
     if sharded and written != engine.seq_dp_world_size:
-        raise ValueError(
-            f"{directory} was written by {written} ranks and this job has {engine.seq_dp_world_size}: resume on "
-            f'{written}, or convert it by \'{_CONVERT}\' and set "checkpoint": {{"load_universal": true}}'
-        )
+        _refuse_ranks(directory, written, engine)
     above, tag = str(directory.parent), directory.name
     if sharded:
         path = Path(engine._get_zero_ckpt_name(above, tag))
@@ -251,6 +345,13 @@ def _check_sharded(engine: Any, directory: Path) -> None:
 
 def _ranks_in(directory: Path) -> int:
     return len(list(directory.glob("*zero_pp_rank_*_mp_rank_00_optim_states.pt")))
+
+
+def _refuse_ranks(directory: Path, written: int, engine: Any) -> NoReturn:
+    raise ValueError(
+        f"{directory} was written by {written} ranks and this job has {engine.seq_dp_world_size}: resume on "
+        f'{written}, or convert it by \'{_CONVERT}\' and set "checkpoint": {{"load_universal": true}}'
+    )
 
 
 def _refuse_other_kind(directory: Path, reason: str) -> NoReturn:

@@ -58,13 +58,14 @@ class ShardedCheckpoint(SavedCheckpoint):
     Args:
         directory: with the tag, as ``checkpoints/global_step100``.
         read: of each file.
+        weights_only: read parameters and buffers, whatever the optimizer was, and neither its settings nor its state.
 
     Raises:
         ValueError: no such checkpoint, an incomplete one, one of another optimizer, or one of a kind not read here.
     """
 
-    def __init__(self, directory: Path, read: Reader = load) -> None:
-        self.where = directory
+    def __init__(self, directory: Path, read: Reader = load, *, weights_only: bool = False) -> None:
+        self.where, self._weights_only = directory, weights_only
         shards = sorted(
             (int(match[1]), path)
             for path in directory.glob("*_optim_states.pt")
@@ -83,8 +84,12 @@ class ShardedCheckpoint(SavedCheckpoint):
         self._shapes: dict[str, torch.Size] = {}
         self._flats: list[_Flat] = []
         self.loss_scale = None
-        if shards:
-            ranks, written = [rank for rank, _ in shards], models[0]["dp_world_size"]
+        whole = (directory / "mp_rank_00_model_states.pt").is_file()  # stages 0 to 2
+        ranks = [rank for rank, _ in shards]
+        if weights_only and whole and ranks and ranks != list(range(models[0]["dp_world_size"])):
+            self._read_module(models[0])  # without all masters: the weights as they were computed with
+        elif shards:
+            written = models[0]["dp_world_size"]
             if len(ranks) != written or ranks != list(range(len(ranks))):
                 raise ValueError(
                     f"{directory} is incomplete, or of several runs: {written} ranks wrote it, and there are files of "
@@ -132,12 +137,15 @@ class ShardedCheckpoint(SavedCheckpoint):
         inner: list[Any] = [
             saved.get(BASE_OPTIMIZER_STATE, saved.get(OPTIMIZER_STATE_DICT)) for saved in optimizers
         ]
+        if not isinstance(inner[0], dict) and self._weights_only and model["module"]:
+            self._read_module(model)
+            return
         if not isinstance(inner[0], dict):
             raise ValueError(
                 f"{self.where} was saved with zero_optimization.elastic_checkpoint, which is not read"
             )
-        self.groups = settings_of(inner[0]["param_groups"], self.where)
-        self.loss_scale = scale_of(first.get("loss_scaler"))
+        self.groups = self._settings(inner[0]["param_groups"])
+        self.loss_scale = None if self._weights_only else scale_of(first.get("loss_scaler"))
         stage_3 = _FP32_FLAT_GROUPS in first
         world_size = len(optimizers)
         for index, shapes in enumerate(model["param_shapes"]):
@@ -162,25 +170,40 @@ class ShardedCheckpoint(SavedCheckpoint):
                 size = masters[0].numel() + stripped
                 pieces = [pieces_of_range(listed, rank, size) for rank in range(world_size)]
             group = next(i for i, g in enumerate(inner[0]["param_groups"]) if identity in g["params"])
-            states = [saved["state"].get(identity, {}) for saved in inner]
+            states = [{} if self._weights_only else saved["state"].get(identity, {}) for saved in inner]
             self._flats.append(_Flat(group, masters, states, pieces))
+
+    def _settings(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [] if self._weights_only else settings_of(groups, self.where)
+
+    def _read_module(self, model: dict[str, Any]) -> None:
+        """Take the parameters from the module: where no masters are, or none with names."""
+        aliases = (model.get(ARSG_SECTION) or {}).get("aliases") or {}
+        others = {*(model.get("buffer_names") or ()), *aliases, *(model.get("shared_params") or ())}
+        for name, tensor in model["module"].items():
+            if isinstance(tensor, Tensor) and name not in others:
+                self._shapes[name] = tensor.shape
+                self._flats.append(_Flat(0, [tensor], [{}], [[Piece(name, 0, 0, tensor.numel())]]))
 
     def _read_unsharded(self, model: dict[str, Any]) -> None:
         saved, section = model["optimizer"], model.get(ARSG_SECTION)
+        if self._weights_only and (saved is None or section is None):
+            self._read_module(model)
+            return
         half = OPTIMIZER_STATE_DICT in saved
         inner = saved[OPTIMIZER_STATE_DICT] if half else saved
-        self.groups = settings_of(inner["param_groups"], self.where)
+        self.groups = self._settings(inner["param_groups"])
         if section is None:
             raise ValueError(
                 f"{self.where} does not tell the parameters' names (it was saved without arsg_dist.deepspeed)"
             )
-        if half and saved["dynamic_loss_scale"]:
+        if half and saved["dynamic_loss_scale"] and not self._weights_only:
             self.loss_scale = {key: saved[key] for key in ("cur_scale", "cur_iter", "last_overflow_iter")}
         for index, names in enumerate(section["groups"]):
             for position, name in zip(section["positions"][index], names, strict=True):
                 master = saved["fp32_groups"][index][position] if half else model["module"][name]
                 identity = inner["param_groups"][index]["params"][position]
-                state = inner["state"].get(identity, {})
+                state = {} if self._weights_only else inner["state"].get(identity, {})
                 self._shapes[name] = master.shape
                 self._flats.append(_Flat(index, [master], [state], [[Piece(name, 0, 0, master.numel())]]))
 
