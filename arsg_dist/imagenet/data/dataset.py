@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +179,8 @@ def process_loader(
     """
     if workers:
         multiprocessing.set_forkserver_preload([__name__])
+        with signals_held(), safe_start():
+            resource_tracker.ensure_running()  # unblocks SIGINT and SIGTERM when it starts one (CPython 3.11)
         with signals_held(), safe_start():
             forkserver.ensure_running()
     return DataLoader(
