@@ -93,6 +93,43 @@ def test_a_directory_with_another_run_is_left_alone(
     assert "thesis.tex" in capsys.readouterr().err
 
 
+def test_a_split_as_the_root_is_guessed(
+    recipe: list[str], small_tree: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches an answer that lists a thousand classes to someone who named one directory too many."""
+    assert train_command([*recipe, "--data.root", str(small_tree / "train")]) == 2
+    assert f"did you mean data.root {small_tree}, which has train?" in capsys.readouterr().err
+
+
+def test_renamed_classes_are_refused_at_a_resume(
+    recipe: list[str], small_tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches labels that are shifted without a word, and a list of classes that is written over."""
+    assert train_command([*recipe, "--epochs", "1"]) == 0
+    for split in ("train", "val"):
+        (small_tree / split / "0").rename(small_tree / split / "zero")
+    capsys.readouterr()
+    assert train_command([*recipe, "--epochs", "2", "--resume"]) == 2
+    error = capsys.readouterr().err
+    assert "classes.txt has 0, the data has zero" in error
+    assert (tmp_path / "run" / "classes.txt").read_text().split() == ["0", "3", "6"]
+
+
+def test_what_a_start_says_of_a_finished_run_and_of_its_outputs_is_true(
+    recipe: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches "epochs 2 to 1", and directories named that are not there."""
+    assert train_command([*recipe, "--epochs", "1", "--max_updates", "2"]) == 0
+    named = capsys.readouterr().out.split("outputs in ")[1].splitlines()[0].split(": ")[1].split(", ")
+    assert {"metrics.jsonl"} <= set(named)
+    assert all((tmp_path / "run" / name).exists() for name in named), named
+    assert "weights/" not in named
+    assert train_command([*recipe, "--epochs", "1", "--output", str(tmp_path / "whole")]) == 0
+    capsys.readouterr()
+    assert train_command([*recipe, "--epochs", "1", "--output", str(tmp_path / "whole"), "--resume"]) == 0
+    assert "all 1 epochs done" in capsys.readouterr().out
+
+
 def test_corrupt_images_are_left_out_and_counted_when_asked(
     recipe: list[str], small_tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -117,10 +117,11 @@ def require_directory(directory: Path) -> None:
         return
     parent = directory.parent
     siblings = sorted(path.name for path in parent.iterdir() if path.is_dir()) if parent.is_dir() else []
-    raise ValueError(
-        f"data directory {directory} does not exist"
-        + (f"; {parent} has {', '.join(siblings[:20])}" if siblings else "")
-    )
+    above = parent.parent / directory.name
+    hint = f"; {parent} has {', '.join(siblings[:20])}" if siblings else ""
+    if above.is_dir():  # data.root names a split
+        hint = f"; did you mean data.root {parent.parent}, which has {above.name}?"
+    raise ValueError(f"data directory {directory} does not exist{hint}")
 
 
 def _images(directory: Path) -> Iterator[str]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from arsg_dist.checkpoint import CheckpointStore, SavedRun, save_run
 from arsg_dist.engine import JobError
 from arsg_dist.engine.state import EXTRA, key_of
-from arsg_dist.imagenet.output.run_directory import CHECKPOINTS, directory_of
+from arsg_dist.imagenet.output.run_directory import CHECKPOINTS, CLASSES, directory_of, read_classes
 from arsg_dist.imagenet.training.parts import SWITCHES, RunParts, Stateful
 from arsg_dist.imagenet.training.rank_state import add_rank_state, load_rank_state
 from arsg_dist.safe_io.files import inside
@@ -162,8 +162,8 @@ class RunCheckpoints:
             Where the run stands, and what the user should know about it.
 
         Raises:
-            JobError: there is no checkpoint, or it does not fit this run (other images, another seed or batch size);
-                raised on every rank.
+            JobError: there is no checkpoint, or it does not fit this run (other images or classes, another seed or
+                batch size); raised on every rank.
         """
         parts = self._parts
         saved, notes = self._newest(skip_damaged=skip_damaged)
@@ -174,6 +174,7 @@ class RunCheckpoints:
                     f"--resume: the training split had {at.num_images} images and has {num_images} now: "
                     "the order of images cannot be continued"
                 )
+            self._require_same_classes()
             for name, setting in SWITCHES.items():
                 if saved.progress.get(name) != (parts.stateful[name] is not None):
                     raise ValueError(f"--resume: {setting} cannot be switched on or off within a run")
@@ -208,6 +209,23 @@ class RunCheckpoints:
                 "in the network"
             )
         return at, notes
+
+    def _require_same_classes(self) -> None:
+        try:
+            before = read_classes(self._output)
+        except FileNotFoundError:
+            return
+        now = self._parts.classes
+        if before != now:
+            gone, new = (
+                printable(", ".join([name for name in some if name not in others][:10]) or "nothing else")
+                for some, others in ((before, now), (now, before))
+            )
+            raise ValueError(
+                "--resume: the classes are not those of the run, and labels would mean others: "
+                f"{self._output / CLASSES} has {gone}, the data has {new}, in this order or another; give the "
+                "directories their names back, or start a new run in another --output"
+            )
 
     def _newest(self, *, skip_damaged: bool) -> tuple[SavedRun, list[str]]:
         """Find the newest checkpoint, and check every byte on some rank. Collective."""

@@ -15,6 +15,7 @@ from arsg_dist.imagenet.data.dataset import Batch, batches
 from arsg_dist.imagenet.data.sampler import IGNORED
 from arsg_dist.imagenet.data.transforms import cross_entropy_sum, train_size
 from arsg_dist.imagenet.output.export import write_model_card
+from arsg_dist.imagenet.output.run_directory import CHECKPOINTS, TENSORBOARD, WEIGHTS
 from arsg_dist.imagenet.output.run_log import RunLog
 from arsg_dist.imagenet.output.weights import EMA, LAST, WeightFiles
 from arsg_dist.imagenet.signals import MARKER, write_marker
@@ -129,10 +130,15 @@ class Trainer:
         for note in notes:
             say(printable(note, limit=2000))
         data = "synthetic images" if config.data.source == "synthetic" else config.data.root or DIGITS
+        first = self._at.epoch + 1
+        epochs = (
+            f"epochs {first} to {config.epochs}"
+            if first <= config.epochs
+            else f"all {config.epochs} epochs done"
+        )
         say(
             f"{config.model} on {data}: {self._start.engine}, "
-            f"{world_size} ranks × {config.accumulation_steps} × {config.micro_batch_size(world_size)} "
-            f"images, epochs {self._at.epoch + 1} to {config.epochs}"
+            f"{world_size} ranks × {config.accumulation_steps} × {config.micro_batch_size(world_size)} images, {epochs}"
         )
         if self._log and self._log.changed:
             say("settings changed since the run was started: " + "; ".join(self._log.changed))
@@ -193,7 +199,8 @@ class Trainer:
             say("nothing left to do: this run is already done")
         if self._at.bad_images:
             say(f"left out {self._at.bad_images} images that could not be decoded")
-        say(f"outputs in {output}: metrics.jsonl, {curve.name}, tensorboard/, checkpoints/, weights/")
+        made = ("metrics.jsonl", curve.name, f"{TENSORBOARD}/", f"{CHECKPOINTS}/", f"{WEIGHTS}/")
+        say(f"outputs in {output}: {', '.join(name for name in made if (output / name).exists())}")
 
     def _stopped(self) -> int:
         """End the run, just saved, so that it can be started again. Collective."""
