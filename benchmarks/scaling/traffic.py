@@ -1,6 +1,6 @@
 """What a training step sends and what a rank holds, as part of `model`.
 
-Neither is defined here: under ZeRO and replicated it is `arsg_dist.deepspeed.explain`, which tests compare with the
+Neither is defined here: under ZeRO and replicated it is `arsg_dist.deepspeed.config.explain`, which tests compare with the
 bytes and messages of real jobs; for `ShardedOptimizer` it is that optimizer's own layout.
 """
 
