@@ -69,7 +69,8 @@ def sharded(stage: int, module: nn.Module | None = None, **config: Any) -> DeepS
     complete = {
         "train_batch_size": 1,
         "gradient_clipping": 0.0,
-        "zero_optimization": {"stage": stage},
+        # Stage 3 takes memory for a whole bucket at once; ours stays with the process, which must fork after it.
+        "zero_optimization": {"stage": stage, "reduce_bucket_size": 1000},
         "optimizer": {"type": "ARSG", "params": SETTINGS},
         **config,
     }
