@@ -7,7 +7,9 @@ import statistics
 import pytest
 
 pytest.importorskip("scipy", reason="calibration needs scipy")
-pytest.importorskip("deepspeed", reason="what ZeRO sends and holds comes from arsg_dist.deepspeed.config.explain")
+pytest.importorskip(
+    "deepspeed", reason="what ZeRO sends and holds comes from arsg_dist.deepspeed.config.explain"
+)
 pytest.importorskip("horovod.torch", reason="shards are laid out by arsg_dist.horovod")
 
 from arsg_dist.deepspeed.config.explain import explain

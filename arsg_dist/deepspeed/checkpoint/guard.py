@@ -287,7 +287,7 @@ def _checked_weights(engine: Any, directory: Path, *, strict: bool) -> SavedStat
     if engine.zero_optimization_partition_weights() and len(files) != engine.seq_dp_world_size:
         _refuse_ranks(directory, len(files), engine)
     check_saved(engine, weights, with_optimizer=False, strict=strict)
-    known = shapes_of(engine)
+    known = {name for name, _ in engine.module.named_parameters(remove_duplicate=False)}
     if strict and (unknown := [name for name in weights.parameters if name not in known]):
         raise ValueError(
             f"{directory} has a parameter {unknown[0]!r}, which the model has not: load_module_strict=False passes "
