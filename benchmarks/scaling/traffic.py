@@ -1,7 +1,7 @@
 """What a training step sends and what a rank holds, as part of `model`.
 
-Neither is defined here: under ZeRO and replicated it is `arsg_dist.deepspeed.config.explain`, which tests compare with the
-bytes and messages of real jobs; for `ShardedOptimizer` it is that optimizer's own layout.
+Neither is defined here: under ZeRO and replicated it is `arsg_dist.deepspeed.config.explain`, which tests compare with
+the bytes and messages of real jobs; for `ShardedOptimizer` it is that optimizer's own layout.
 """
 
 from __future__ import annotations
