@@ -16,10 +16,8 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
-import yaml
-
 from arsg_dist.imagenet.config import Must, Section, TrainConfig, check_parameter
-from arsg_dist.safe_io.documents import parse_yaml, read_yaml
+from arsg_dist.safe_io.documents import dump_yaml, parse_yaml, read_yaml
 from arsg_dist.safe_io.text import printable
 
 _Made = TypeVar("_Made")
@@ -82,7 +80,7 @@ def resolved(arguments: list[str]) -> str:
         if keep not in _KEPT:
             raise ValueError(f"--print-config={keep} is not known; there are {', '.join(_KEPT)}")
         shown = _pruned(shown, defaults, _KEPT[keep])
-    return yaml.safe_dump(shown, sort_keys=False, allow_unicode=True)
+    return dump_yaml(shown)
 
 
 _KEPT: dict[str, Callable[[Any, Any], bool]] = {

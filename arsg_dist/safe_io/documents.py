@@ -103,6 +103,30 @@ def parse_yaml(text: str, name: str) -> Any:
             loader.dispose()
 
 
+def dump_yaml(document: Any) -> str:
+    """Write a document as YAML that `parse_yaml` reads back equal: text that it would take for a number is quoted.
+
+    Args:
+        document: dictionaries, whose order is kept, lists, strings, numbers, booleans and None.
+    """
+    import yaml
+
+    text: str = yaml.dump(document, Dumper=_dumper(), sort_keys=False, allow_unicode=True)
+    return text
+
+
+@cache
+def _dumper() -> Any:
+    """Return PyYAML's safe dumper, which quotes what YAML 1.1 reads into text, and what `_loader` does."""
+    import yaml
+
+    class Dumper(yaml.SafeDumper):
+        pass
+
+    _add_numbers(Dumper)
+    return Dumper
+
+
 @cache
 def _loader() -> Any:
     """Return PyYAML's safe loader without what YAML 1.1 reads into plain text beside simple numbers."""
@@ -115,9 +139,13 @@ def _loader() -> Any:
         first: [(tag, form) for tag, form in resolvers if not tag.endswith((":timestamp", ":int", ":float"))]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
-    Loader.add_implicit_resolver("tag:yaml.org,2002:int", _INTEGER, list("-+0123456789"))
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
+    _add_numbers(Loader)
     return Loader
+
+
+def _add_numbers(reader_or_writer: Any) -> None:
+    reader_or_writer.add_implicit_resolver("tag:yaml.org,2002:int", _INTEGER, list("-+0123456789"))
+    reader_or_writer.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
 
 
 _INTEGER: Final = re.compile(r"[-+]?(0|[1-9][0-9_]*|0b[01_]+|0[0-7_]+|0x[0-9a-fA-F_]+)$")

@@ -6,11 +6,10 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
-import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arsg_dist.safe_io.documents import MAX_DEPTH, parse_json, parse_yaml
+from arsg_dist.safe_io.documents import MAX_DEPTH, dump_yaml, parse_json, parse_yaml
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
 DOCUMENTS = st.recursive(
@@ -22,7 +21,16 @@ DOCUMENTS = st.recursive(
 def test_what_was_written_is_read(document: Any) -> None:
     """Catches a check that refuses, or changes, an ordinary document."""
     assert parse_json(json.dumps(document), "x") == document
-    assert parse_yaml(yaml.safe_dump(document), "x") == document
+    assert parse_yaml(dump_yaml(document), "x") == document
+
+
+@pytest.mark.parametrize(
+    "text", ["0E0", "1e-3", "1e5", "0x1F", "1_000", ".5", "1:30", "on", "~", "<<", "=", ""]
+)
+def test_text_that_looks_like_something_else_stays_text(text: str) -> None:
+    """Catches a run named 1e5 whose records say 100000.0."""
+    document = {text or "empty": [text]}
+    assert parse_yaml(dump_yaml(document), "x") == document
 
 
 def test_numbers_that_json_does_not_have() -> None:

@@ -10,8 +10,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from arsg_dist.imagenet.data.transforms import val_resize
 from arsg_dist.imagenet.models import TIMM
 from arsg_dist.imagenet.output.run_directory import (
@@ -26,6 +24,7 @@ from arsg_dist.imagenet.output.run_directory import (
     read_metrics,
 )
 from arsg_dist.imagenet.output.weights import BEST, EMA, LAST, POINTS, read_metadata
+from arsg_dist.safe_io.documents import dump_yaml
 from arsg_dist.safe_io.files import open_regular, read_text, write_text, writing
 from arsg_dist.safe_io.text import printable
 
@@ -140,7 +139,7 @@ def _card(run: Path, files: dict[str, Path]) -> str:
     if starts:
         packages = starts[-1]["packages"].items()
         lines.append("- " + ", ".join(_code(f"{name} {version}") for name, version in packages))
-    settings = yaml.safe_dump(config, sort_keys=False).splitlines()
+    settings = dump_yaml(config).splitlines()
     lines += ["", "## Settings", "", *_fenced("yaml", settings), ""]
     lines.append(f"Records of every epoch: {METRICS} of the run {_code(run.name)}.")
     return "\n".join(lines) + "\n"

@@ -9,8 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-import yaml
-
 from arsg_dist.imagenet.output.run_directory import (
     CLASSES,
     CONFIG,
@@ -22,6 +20,7 @@ from arsg_dist.imagenet.output.run_directory import (
     read_metrics,
     read_settings,
 )
+from arsg_dist.safe_io.documents import dump_yaml
 from arsg_dist.safe_io.files import (
     append_text,
     make_directory,
@@ -89,9 +88,9 @@ class RunLog:
             known = [start["wandb_id"] for start in starts if "wandb_id" in start]
             environment = {**environment, "wandb_id": known[-1] if known else uuid.uuid4().hex[:16]}
         starts = [*starts[-_STARTS_KEPT:], environment]
-        write_text(directory / ENVIRONMENT, yaml.safe_dump(starts, sort_keys=False))
+        write_text(directory / ENVIRONMENT, dump_yaml(starts))
         write_text(directory / CLASSES, "".join(f"{name}\n" for name in classes))
-        write_text(directory / CONFIG, yaml.safe_dump(config, sort_keys=False))
+        write_text(directory / CONFIG, dump_yaml(config))
         self._board = SummaryWriter(
             str(make_directory(directory, TENSORBOARD)),
             purge_step=purge_step,

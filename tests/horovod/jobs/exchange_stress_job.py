@@ -75,7 +75,7 @@ def _second_sums(exchange: NativeReduceScatter, numel: int) -> str:
     checked.checking = True
     base = torch.arange(numel, dtype=torch.float32).remainder_(997.0)
     right = (base * (group.size * (group.size + 1) // 2)).view(group.size, -1)[group.rank]
-    wrong = set()
+    wrong: set[str] = set()
     for turn in range(ROUNDS_AT_ONCE):
         names = [f"bucket{turn}.{number}" for number in range(2)]
         under_way = [checked.start(base * (group.rank + 1), lambda wire: wire, name, pool) for name in names]
@@ -85,7 +85,7 @@ def _second_sums(exchange: NativeReduceScatter, numel: int) -> str:
             if not torch.equal(started.finish(), right)
         }
     faults = checked.faults()
-    for sums in group.all_gather_object(wrong, "wrong sums"):
+    for sums in group.all_gather_object(sorted(wrong), "wrong sums"):
         assert all(any(fault.startswith(start) for fault in faults) for start in sums), f"missed: {sums}"
     return "; ".join(faults)
 
