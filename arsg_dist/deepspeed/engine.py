@@ -21,12 +21,12 @@ from arsg_dist.engine import (
     EngineState,
     Ranks,
     SavedState,
-    TorchCommunicator,
     all_finite,
     announce_to_torch,
     collective_timeout,
     copy_weights,
     init_method,
+    torch_communicator,
 )
 
 
@@ -49,11 +49,7 @@ def connect(ranks: Ranks) -> Communicator:
     timeout = collective_timeout()
     options = {"timeout": timeout} if timeout else {}
     deepspeed.init_distributed(verbose=False, init_method=init_method(), **options)
-    communicator = TorchCommunicator(_device(ranks))
-    if communicator.world_size != ranks.world_size:
-        raise ValueError(
-            f"the launcher announced {ranks.world_size} ranks but {communicator.world_size} came up"
-        )
+    communicator = torch_communicator(ranks, _device(ranks))
     release_shared_memory()
     return communicator
 

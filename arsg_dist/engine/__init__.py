@@ -4,13 +4,14 @@
 `arsg_dist.horovod.HorovodEngine` implement the same interface on several ranks.
 """
 
-from arsg_dist.engine.base import Capabilities, Engine, all_finite, copy_weights
+from arsg_dist.engine.base import Capabilities, Engine, all_finite, copy_weight, copy_weights
 from arsg_dist.engine.builder import EngineBuilder, TrainingSettings, load_builder
 from arsg_dist.engine.communicator import (
     Communicator,
     SingleProcessCommunicator,
     TorchCommunicator,
     connect_torch,
+    torch_communicator,
 )
 from arsg_dist.engine.consistency import check_agreement, check_replicas, package_versions
 from arsg_dist.engine.job import JobError, end_process
@@ -44,10 +45,12 @@ __all__ = [
     "check_replicas",
     "collective_timeout",
     "connect_torch",
+    "copy_weight",
     "copy_weights",
     "discover_ranks",
     "end_process",
     "init_method",
     "load_builder",
     "package_versions",
+    "torch_communicator",
 ]

@@ -34,13 +34,14 @@ def all_finite(tensors: Iterable[torch.Tensor]) -> bool:
 
 
 def copy_weights(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Copy a module's state dict to contiguous CPU tensors, floating ones as float32."""
-    return {
-        name: (tensor.detach().float() if tensor.is_floating_point() else tensor.detach())
-        .to("cpu", copy=True)
-        .contiguous()
-        for name, tensor in module.state_dict().items()
-    }
+    """Copy a module's state dict; see `copy_weight`."""
+    return {name: copy_weight(tensor) for name, tensor in module.state_dict().items()}
+
+
+def copy_weight(tensor: torch.Tensor) -> torch.Tensor:
+    """Copy a tensor to a contiguous one on the CPU, a floating one as float32."""
+    plain = tensor.detach().float() if tensor.is_floating_point() else tensor.detach()
+    return plain.to("cpu", copy=True).contiguous()
 
 
 class Engine(ABC):

@@ -186,8 +186,22 @@ def connect_torch(ranks: Ranks) -> TorchCommunicator:
     timeout = collective_timeout()
     options: dict[str, Any] = {"timeout": timeout} if timeout else {}
     dist.init_process_group(backend, init_method=init_method(), **options)
-    if dist.get_world_size() != ranks.world_size:
+    return torch_communicator(ranks, device)
+
+
+def torch_communicator(ranks: Ranks, device: torch.device) -> TorchCommunicator:
+    """Make the communicator of a process group that has come up. Collective.
+
+    Args:
+        ranks: as the launcher announced them.
+        device: see `TorchCommunicator`.
+
+    Raises:
+        ValueError: another number of ranks came up.
+    """
+    communicator = TorchCommunicator(device)
+    if communicator.world_size != ranks.world_size:
         raise ValueError(
-            f"the launcher announced {ranks.world_size} ranks but {dist.get_world_size()} came up"
+            f"the launcher announced {ranks.world_size} ranks but {communicator.world_size} came up"
         )
-    return TorchCommunicator(device)
+    return communicator

@@ -1,7 +1,6 @@
 """Train with an optimizer that each rank steps itself: one process, or replicas."""
 
-from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -187,6 +186,8 @@ class LocalBuilder(EngineBuilder):
     """Build an engine that takes a network and an optimizer."""
 
     capabilities = Capabilities()
+    _engine: Callable[..., LocalEngine]
+    """Of module, optimizer, communicator and the options of a `LocalEngine`."""
     _channels_last = True
 
     def __init__(self, settings: TrainingSettings, world_size: int) -> None:
@@ -201,23 +202,19 @@ class LocalBuilder(EngineBuilder):
             module = module.cuda()
         if settings.channels_last and self._channels_last:
             module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        optimizer = settings.build_optimizer(settings.parameter_groups(module))
-        options = {
-            "accumulation_steps": settings.accumulation_steps,
-            "clip_grad_norm": settings.clip_grad_norm,
-            "loss_scaling": self.precision == "fp16",
-            "skip_nonfinite": settings.skip_nonfinite,
-        }
-        return self._engine(module, optimizer, communicator, options)
+        self._distribute(module)
+        return self._engine(
+            module,
+            settings.build_optimizer(settings.parameter_groups(module)),
+            communicator,
+            accumulation_steps=settings.accumulation_steps,
+            clip_grad_norm=settings.clip_grad_norm,
+            loss_scaling=self.precision == "fp16",
+            skip_nonfinite=settings.skip_nonfinite,
+        )
 
-    @abstractmethod
-    def _engine(
-        self,
-        module: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        communicator: Communicator,
-        options: dict[str, Any],
-    ) -> Engine: ...
+    def _distribute(self, module: nn.Module) -> None:
+        """Change the network's parameters, before an optimizer is made over them."""
 
 
 class SingleProcessBuilder(LocalBuilder):
@@ -228,11 +225,8 @@ class SingleProcessBuilder(LocalBuilder):
         """Make the communicator of one rank."""
         return SingleProcessCommunicator()
 
+    @staticmethod
     def _engine(
-        self,
-        module: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        communicator: Communicator,
-        options: dict[str, Any],
-    ) -> Engine:
+        module: nn.Module, optimizer: torch.optim.Optimizer, _: Communicator, **options: Any
+    ) -> LocalEngine:
         return SingleProcessEngine(module, optimizer, **options)

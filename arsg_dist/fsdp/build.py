@@ -1,24 +1,23 @@
 """Build the engine `fsdp` for a training."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
-from arsg_dist.engine import (
-    Communicator,
-    Engine,
-    EngineBuilder,
-    Ranks,
-    TrainingSettings,
-    connect_torch,
-)
+from arsg_dist.engine import Communicator, LocalBuilder, TrainingSettings, connect_torch
 from arsg_dist.fsdp.engine import CAPABILITIES, FSDPEngine
 from arsg_dist.fsdp.units import shard
 
 
-class FSDPBuilder(EngineBuilder):
+class FSDPBuilder(LocalBuilder):
     """Build an `FSDPEngine`: the network sharded block by block, forward passes under autocast."""
 
     capabilities = CAPABILITIES
+    connect = staticmethod(connect_torch)
+    _channels_last = (
+        False  # there are no shards of such parameters; images may be in that layout all the same
+    )
 
     def __init__(self, settings: TrainingSettings, world_size: int) -> None:
         if settings.precision == "fp16":
@@ -26,27 +25,19 @@ class FSDPBuilder(EngineBuilder):
                 "precision: fp16 does not work with the engine fsdp, which has no loss scaling: use bf16, or the "
                 "engine ddp"
             )
-        self._settings = settings
-        self.precision = "fp32" if settings.precision == "auto" else settings.precision
+        super().__init__(settings, world_size)
+
+    def _distribute(self, module: nn.Module) -> None:
+        shard(module)
 
     @staticmethod
-    def connect(ranks: Ranks) -> Communicator:
-        """Make torch's process group; see `connect_torch`. Collective."""
-        return connect_torch(ranks)
-
-    def build(self, module: nn.Module, communicator: Communicator, ranks: Ranks) -> Engine:
-        """Put the network on this rank's device, shard it, and make its optimizer."""
-        settings = self._settings
-        if torch.cuda.is_available():
-            module = module.cuda()
-        shard(
-            module
-        )  # shards of channels_last parameters do not exist; images may be in that layout all the same
-        return FSDPEngine(
-            module,
-            settings.build_optimizer(settings.parameter_groups(module)),
-            communicator,
-            accumulation_steps=settings.accumulation_steps,
-            clip_grad_norm=settings.clip_grad_norm,
-            skip_nonfinite=settings.skip_nonfinite,
-        )
+    def _engine(
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        communicator: Communicator,
+        *,
+        loss_scaling: bool,
+        **options: Any,
+    ) -> FSDPEngine:
+        assert not loss_scaling, "fp16 was refused"
+        return FSDPEngine(module, optimizer, communicator, **options)

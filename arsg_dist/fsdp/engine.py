@@ -8,7 +8,15 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from arsg_dist.engine import Capabilities, Communicator, EngineState, LocalEngine, SavedState, all_finite
+from arsg_dist.engine import (
+    Capabilities,
+    Communicator,
+    EngineState,
+    LocalEngine,
+    SavedState,
+    all_finite,
+    copy_weight,
+)
 from arsg_dist.fsdp.state import load_sharded, sharded_state
 
 CAPABILITIES = Capabilities(
@@ -80,8 +88,7 @@ class FSDPEngine(LocalEngine):
         for name, tensor in self._network.state_dict().items():
             gathered = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             if self.communicator.rank == 0:
-                value = gathered.detach().float() if gathered.is_floating_point() else gathered.detach()
-                whole[name] = value.to("cpu", copy=True).contiguous()
+                whole[name] = copy_weight(gathered)
         return whole
 
     def replicated_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from arsg_dist.engine.replicated_state import (
+    add_buffers,
     aliases_of,
     check_model,
     load_tensors,
@@ -87,9 +88,7 @@ def sharded_state(kind: str, module: nn.Module, optimizer: torch.optim.Optimizer
             state.tensors[key_of(entry, name)] = spec
             if _writes(tensor):
                 state.add(key_of(entry, name), spec, start, numel, tensor.to_local(), 0)
-    if rank == 0:  # batch norm's differ between ranks
-        for name, buffer in persistent_buffers(module).items():
-            state.add_whole(key_of(BUFFER, name), buffer)
+    add_buffers(state, module, rank)
     return state
 
 

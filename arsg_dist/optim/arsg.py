@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from arsg_dist.optim import convert
-from arsg_dist.optim.base_iterate import base_iterate_point, refuse_at_base_iterate
+from arsg_dist.optim.base_iterate import base_iterate_point, moved_to_base_iterate, refuse_at_base_iterate
 from arsg_dist.optim.hyperparameters import (
     LOOKAHEAD_BETA1_LIMIT,
     Hyperparameters,
@@ -315,23 +315,13 @@ class ARSG(Optimizer):
         Raises:
             RuntimeError: nested use, or `step` or `load_state_dict` inside.
         """
-        self._refuse_at_base_iterate("base_iterate")
-        moved: list[tuple[Tensor, Tensor]] = []
-        self._at_base_iterate = True
-        try:
-            with torch.no_grad():
-                for group in self.param_groups:
-                    for param in group["params"]:
-                        state = self.state.get(param)
-                        if state:
-                            moved.append((param, param.detach().clone()))
-                            real(local(param)).copy_(base_iterate_point(local(param), state, group))
+
+        def point(param: Tensor, group: dict[str, Any]) -> Tensor | None:
+            state = self.state.get(param)
+            return base_iterate_point(local(param), state, group) if state else None
+
+        with moved_to_base_iterate(self, point):
             yield
-        finally:
-            self._at_base_iterate = False
-            with torch.no_grad():
-                for param, x in moved:
-                    param.copy_(x)
 
     def _refuse_at_base_iterate(self, what: str) -> None:
         refuse_at_base_iterate(self._at_base_iterate, what)

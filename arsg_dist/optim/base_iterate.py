@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -44,6 +46,38 @@ def base_iterate_point(x: Tensor, state: dict[str, Any], group: dict[str, Any]) 
         denominator = (v / bias_correction(hyper.beta2, t)).sqrt() + hyper.eps
         direction = direction / bias_correction(hyper.beta1, t) / denominator
     return real(x).to(dtype) + scale * direction
+
+
+@contextmanager
+def moved_to_base_iterate(
+    optimizer: Any, point: Callable[[Tensor, dict[str, Any]], Tensor | None]
+) -> Iterator[None]:
+    """Move an optimizer's parameters to their base iterates, and back on leaving.
+
+    Args:
+        optimizer: whose `_at_base_iterate` tells that it is so meanwhile.
+        point: gives θ of a parameter of a group, as `base_iterate_point`; None leaves the parameter where it is.
+
+    Raises:
+        RuntimeError: nested use.
+    """
+    refuse_at_base_iterate(optimizer._at_base_iterate, "base_iterate")
+    moved: list[tuple[Tensor, Tensor]] = []
+    optimizer._at_base_iterate = True
+    try:
+        with torch.no_grad():
+            for group in optimizer.param_groups:
+                for param in group["params"]:
+                    theta = point(param, group)
+                    if theta is not None:
+                        moved.append((param, param.detach().clone()))
+                        real(local(param)).copy_(theta)
+        yield
+    finally:
+        optimizer._at_base_iterate = False
+        with torch.no_grad():
+            for param, x in moved:
+                param.copy_(x)
 
 
 def refuse_at_base_iterate(inside: bool, what: str) -> None:

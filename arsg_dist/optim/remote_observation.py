@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from arsg_dist.optim.base_iterate import refuse_at_base_iterate
+from arsg_dist.optim.base_iterate import moved_to_base_iterate, refuse_at_base_iterate
 from arsg_dist.optim.hyperparameters import compute_dtype, number
 from arsg_dist.optim.state import local, real, shield_dtypes, unshielded
 
@@ -209,24 +209,15 @@ class RemoteObservation(Optimizer):
         Raises:
             RuntimeError: nested use, or `step`, `add_param_group` or `load_state_dict` inside.
         """
-        self._refuse_at_base_iterate("base_iterate")
-        moved: list[tuple[Tensor, Tensor]] = []
-        self._at_base_iterate = True
-        try:
-            with torch.no_grad():
-                for group in self.param_groups:
-                    for param in group["params"]:
-                        movement = self.state.get(param, {}).get(MOVEMENT)
-                        if movement is not None:
-                            moved.append((param, param.detach().clone()))
-                            x, d = real(local(param)), real(local(movement))
-                            x.copy_(x.to(d.dtype).sub_(d, alpha=1 - group["remote_mu"]))
+
+        def point(param: Tensor, group: dict[str, Any]) -> Tensor | None:
+            if MOVEMENT not in self.state.get(param, {}):
+                return None
+            x, d = real(local(param)), real(local(self.state[param][MOVEMENT]))
+            return x.to(d.dtype).sub(d, alpha=1 - group["remote_mu"])
+
+        with moved_to_base_iterate(self, point):
             yield
-        finally:
-            self._at_base_iterate = False
-            with torch.no_grad():
-                for param, x in moved:
-                    param.copy_(x)
 
     def _refuse_at_base_iterate(self, what: str) -> None:
         refuse_at_base_iterate(self._at_base_iterate, what)

@@ -14,10 +14,10 @@ from arsg_dist.checkpoint import CheckpointStore, SavedRun, save_run
 from arsg_dist.engine import SingleProcessEngine
 from tests.deepspeed import matrix
 from tests.deepspeed.jobs.common import weights_of
-from tests.deepspeed.results import results_of
 from tests.deepspeed.visited_cases import Visited, visited_cases
 from tests.support import toy
 from tests.support.compare import REDUCTION_ORDER, assert_same_weights
+from tests.support.results import results_of
 
 # As in the matrix; θ is rounded to the half precision besides.
 HALF_PRECISION_ROUNDINGS = 8
@@ -35,7 +35,9 @@ everywhere = pytest.mark.parametrize(("ranks", "selection", "visited"), ALL)
 
 
 def result_of(ranks: int, selection: str, visited: Visited) -> dict[str, Any]:
-    found: dict[str, Any] = results_of("warm deepspeed", ranks, "base_iterate", selection)[str(visited)]
+    found: dict[str, Any] = results_of("warm deepspeed", ranks, "deepspeed/jobs/base_iterate", selection)[
+        str(visited)
+    ]
     return found
 
 

@@ -18,15 +18,15 @@ import arsg_dist.deepspeed
 from arsg_dist import ARSG
 from tests.deepspeed.jobs import interfaces as job
 from tests.deepspeed.jobs.common import weights_of
-from tests.deepspeed.results import results_of
 from tests.deepspeed.unmodified import problem
 from tests.support import toy
 from tests.support.compare import REDUCTION_ORDER, assert_same_weights
 from tests.support.launchers import REPOSITORY, launch
+from tests.support.results import results_of
 
 
 def result(name: str) -> Any:
-    return results_of("deepspeed", 3, "interfaces")[name]
+    return results_of("deepspeed", 3, "deepspeed/jobs/interfaces")[name]
 
 
 @functools.cache

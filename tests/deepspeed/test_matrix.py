@@ -12,9 +12,9 @@ from tests.deepspeed import matrix
 from tests.deepspeed.matrix import Case
 from tests.deepspeed.matrix_cases import cases
 from tests.deepspeed.nvme import needs_nvme
-from tests.deepspeed.results import results_of
 from tests.support import toy
 from tests.support.compare import REDUCTION_ORDER, assert_same_weights
+from tests.support.results import results_of
 
 pytestmark = pytest.mark.ranks
 
@@ -40,7 +40,7 @@ everywhere = pytest.mark.parametrize(("ranks", "selection", "case"), ALL)
 
 
 def results(ranks: int, selection: str) -> dict[str, Any]:
-    return results_of("deepspeed", ranks, "matrix", selection)
+    return results_of("deepspeed", ranks, "deepspeed/jobs/matrix", selection)
 
 
 @functools.cache

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from tests.deepspeed.nvme import needs_nvme
-from tests.deepspeed.results import results_of
+from tests.support.results import results_of
 
 
 def outcomes() -> list[dict[str, Any]]:
     """Of both ranks."""
-    found: list[dict[str, Any]] = results_of("warm deepspeed", 2, "offload")["ranks"]
+    found: list[dict[str, Any]] = results_of("warm deepspeed", 2, "deepspeed/jobs/offload")["ranks"]
     return found
 
 

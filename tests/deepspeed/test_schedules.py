@@ -9,9 +9,9 @@ import torch
 from arsg_dist.deepspeed import check_config
 from tests.deepspeed import scheduled as schedules
 from tests.deepspeed.jobs.common import weights_of
-from tests.deepspeed.results import results_of
 from tests.support import toy
 from tests.support.compare import assert_same_weights
+from tests.support.results import results_of
 
 CELLS = [
     pytest.param(name, stage, id=f"{name}, zero{stage}")
@@ -22,7 +22,7 @@ everywhere = pytest.mark.parametrize(("name", "stage"), CELLS)
 
 
 def result(name: str) -> Any:
-    return results_of("warm deepspeed", 2, "schedules")[name]
+    return results_of("warm deepspeed", 2, "deepspeed/jobs/schedules")[name]
 
 
 @functools.cache

@@ -11,13 +11,13 @@ from arsg_dist.deepspeed.config.footprint import UPDATE
 from tests.deepspeed import counted_bytes
 from tests.deepspeed import shipped_configs as problem
 from tests.deepspeed.nvme import needs_nvme
-from tests.deepspeed.results import results_of
+from tests.support.results import results_of
 
 RANKS = 2
 
 
 def result(name: str) -> Any:
-    return results_of("warm deepspeed", RANKS, "shipped_configs")[name]
+    return results_of("warm deepspeed", RANKS, "deepspeed/jobs/shipped_configs")[name]
 
 
 def skipped_without_nvme(value: Any, on_nvme: bool) -> Any:

@@ -9,14 +9,14 @@ from torch import Tensor
 import arsg_dist.imagenet.torchvision_compat  # noqa: F401  (transformers imports torchvision)
 from tests.deepspeed import third_parties as problem
 from tests.deepspeed.jobs.common import weights_of
-from tests.deepspeed.results import results_of
 from tests.support.compare import assert_same_weights
+from tests.support.results import results_of
 
 pytestmark = pytest.mark.ranks
 
 
 def result(name: str) -> Any:
-    return results_of("deepspeed", 2, "third_parties")[name]
+    return results_of("deepspeed", 2, "deepspeed/jobs/third_parties")[name]
 
 
 def loss_of_gpt2(model: Any) -> Tensor:

@@ -1,8 +1,5 @@
 """The engine `fsdp`; what it shares with others is in tests/engines, tests/imagenet and tests/checkpoint."""
 
-import functools
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,21 +13,11 @@ from arsg_dist.imagenet.models import build_model
 from tests.engines.test_registry import settings
 from tests.support import toy
 from tests.support.compare import assert_same_weights
-from tests.support.launchers import Finished, launch
-
-
-@functools.cache
-def finished_job() -> tuple[Finished, dict[str, Any]]:
-    with tempfile.TemporaryDirectory() as directory:
-        job = launch("warm torchrun", 4, "tests/fsdp/jobs/mesh_job.py", directory)
-        results = Path(directory) / "results.pt"
-        return job, torch.load(results, weights_only=True) if results.exists() else {}
+from tests.support.results import results_of
 
 
 def result(name: str) -> Any:
-    job, results = finished_job()
-    assert job.code == 0, job.output[-5000:]
-    return results[name]
+    return results_of("warm torchrun", 4, "fsdp/jobs/mesh_job")[name]
 
 
 def started_from() -> dict[str, torch.Tensor]:

@@ -76,9 +76,10 @@ def _with_arsg_section(method: Method) -> Method:
     def _common_checkpoint_state(engine: Any, *args: Any, **kwargs: Any) -> Any:
         state = method(engine, *args, **kwargs)
         if _has_arsg(engine):
+            trained = trained_names(engine)
             state[ARSG_SECTION] = {
                 "groups": group_names(engine),
-                "frozen": [name for name in shapes_of(engine) if name not in trained_names(engine)],
+                "frozen": [name for name in shapes_of(engine) if name not in trained],
                 "positions": group_positions(engine),
                 "aliases": aliases_of(engine.module, engine.param_names),
             }

@@ -84,19 +84,18 @@ class ShardedCheckpoint(SavedCheckpoint):
         self._shapes: dict[str, torch.Size] = {}
         self._flats: list[_Flat] = []
         self.loss_scale = None
-        whole = (directory / "mp_rank_00_model_states.pt").is_file()  # stages 0 to 2
-        ranks = [rank for rank, _ in shards]
-        if weights_only and whole and ranks and ranks != list(range(models[0]["dp_world_size"])):
-            self._read_module(models[0])  # without all masters: the weights as they were computed with
-        elif shards:
-            written = models[0]["dp_world_size"]
-            if len(ranks) != written or ranks != list(range(len(ranks))):
+        self.groups = []
+        if shards:
+            ranks, written = [rank for rank, _ in shards], models[0]["dp_world_size"]
+            if len(ranks) == written and ranks == list(range(len(ranks))):
+                optimizers = [read(path)[OPTIMIZER_STATE_DICT] for _, path in shards]
+                self._read_zero(optimizers, models[0])
+            # Weights are in the module of stages 0 to 2 as well, as they were computed with.
+            elif not (weights_only and (directory / "mp_rank_00_model_states.pt").is_file()):
                 raise ValueError(
                     f"{directory} is incomplete, or of several runs: {written} ranks wrote it, and there are files of "
                     f"{ranks}"
                 )
-            optimizers = [read(path)[OPTIMIZER_STATE_DICT] for _, path in shards]
-            self._read_zero(optimizers, models[0])
         else:
             self._read_unsharded(models[0])
         self.module = module_tensors(models, self._shapes)
@@ -137,10 +136,9 @@ class ShardedCheckpoint(SavedCheckpoint):
         inner: list[Any] = [
             saved.get(BASE_OPTIMIZER_STATE, saved.get(OPTIMIZER_STATE_DICT)) for saved in optimizers
         ]
-        if not isinstance(inner[0], dict) and self._weights_only and model["module"]:
-            self._read_module(model)
-            return
         if not isinstance(inner[0], dict):
+            if self._weights_only and model["module"]:
+                return
             raise ValueError(
                 f"{self.where} was saved with zero_optimization.elastic_checkpoint, which is not read"
             )
@@ -176,20 +174,10 @@ class ShardedCheckpoint(SavedCheckpoint):
     def _settings(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return [] if self._weights_only else settings_of(groups, self.where)
 
-    def _read_module(self, model: dict[str, Any]) -> None:
-        """Take the parameters from the module: where no masters are, or none with names."""
-        aliases = (model.get(ARSG_SECTION) or {}).get("aliases") or {}
-        others = {*(model.get("buffer_names") or ()), *aliases, *(model.get("shared_params") or ())}
-        for name, tensor in model["module"].items():
-            if isinstance(tensor, Tensor) and name not in others:
-                self._shapes[name] = tensor.shape
-                self._flats.append(_Flat(0, [tensor], [{}], [[Piece(name, 0, 0, tensor.numel())]]))
-
     def _read_unsharded(self, model: dict[str, Any]) -> None:
         saved, section = model["optimizer"], model.get(ARSG_SECTION)
         if self._weights_only and (saved is None or section is None):
-            self._read_module(model)
-            return
+            return  # the module's, none of them with a master that has a name
         half = OPTIMIZER_STATE_DICT in saved
         inner = saved[OPTIMIZER_STATE_DICT] if half else saved
         self.groups = self._settings(inner["param_groups"])

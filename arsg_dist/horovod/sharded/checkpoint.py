@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from arsg_dist.engine.replicated_state import (
+    add_buffers,
     aliases_of,
     check_model,
     load_tensors,
@@ -67,9 +68,7 @@ def sharded_engine_state(
         key_of(PARAMETER, name): parameter for parameter, name in names.items() if name not in trained
     }
     state.add_replicated(replicated, rank, world_size)
-    if rank == 0:  # batch norm's differ between ranks
-        for name, buffer in persistent_buffers(module).items():
-            state.add_whole(key_of(BUFFER, name), buffer)
+    add_buffers(state, module, rank)
     return state
 
 

@@ -1,4 +1,4 @@
-"""What a job of `tests/deepspeed/jobs` found, which runs once for all tests of a process."""
+"""What a job on ranks found, which runs once for all tests of a process."""
 
 import functools
 import tempfile
@@ -13,7 +13,7 @@ from tests.support.launchers import Finished, launch
 @functools.cache
 def _finished(launcher: str, ranks: int, job: str, *arguments: str) -> tuple[Finished, Any]:
     with tempfile.TemporaryDirectory() as directory:
-        script, output = f"tests/deepspeed/jobs/{job}.py", Path(directory) / "results.pt"
+        script, output = f"tests/{job}.py", Path(directory) / "results.pt"
         finished = launch(launcher, ranks, script, directory, *arguments, timeout=550)
         return finished, torch.load(output, weights_only=True) if output.exists() else {}
 
@@ -22,6 +22,12 @@ def results_of(launcher: str, ranks: int, job: str, *arguments: str) -> dict[str
     """Run a job with a directory as its first argument; return what it wrote there into results.pt.
 
     Also if it fails it runs once, and every test that asks for it fails.
+
+    Args:
+        launcher: see `launch`.
+        ranks: how many.
+        job: below the tests, as "deepspeed/jobs/matrix".
+        arguments: more of the job's.
     """
     finished, results = _finished(launcher, ranks, job, *arguments)
     assert finished.code == 0, finished.output[-5000:]
