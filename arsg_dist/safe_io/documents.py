@@ -123,6 +123,12 @@ def _dumper() -> Any:
     class Dumper(yaml.SafeDumper):
         pass
 
+    def text(dumper: Any, value: str) -> Any:
+        # PyYAML writes these as line breaks, and reads others back, unless they are escaped.
+        broken = any(mark in value for mark in "\x85\u2028\u2029")
+        return dumper.represent_scalar("tag:yaml.org,2002:str", value, style='"' if broken else None)
+
+    Dumper.add_representer(str, text)
     _add_numbers(Dumper)
     return Dumper
 
