@@ -61,7 +61,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Keep the tests of a file in one worker, where they share what its ranks found, and those of the rehearsed hosts."""
+    """Keep a file's tests in one worker, where they share what ranks found, and those of the rehearsed hosts."""
     from xdist.scheduler import LoadFileScheduling
 
     class FilesTogether(LoadFileScheduling):
