@@ -18,7 +18,7 @@ from torch import Tensor
 from arsg_dist.deepspeed.checkpoint.partitioning import Piece
 from arsg_dist.deepspeed.checkpoint.zero_state import Shard, shards_of
 from arsg_dist.deepspeed.patching import Method, wrap_once
-from arsg_dist.engine import Communicator, SingleProcessCommunicator, TorchCommunicator
+from arsg_dist.engine import Communicator, JobError, SingleProcessCommunicator, TorchCommunicator
 from arsg_dist.engine.settings import start_comparison
 from arsg_dist.optim import ARSG
 
@@ -83,10 +83,19 @@ def _with_update_checked(method: Method) -> Method:
             method(engine, *args, **kwargs)
             return
         checks.begin_update()
+        groups = engine.basic_optimizer.param_groups
+        members = [group["params"] for group in groups]
         try:
-            method(engine, *args, **kwargs)
-        finally:  # also where the update is left out, or failed: the other ranks ask this one
-            checks.finish_comparison()
+            try:
+                method(engine, *args, **kwargs)
+            finally:  # also where the update is left out, or failed: the other ranks ask this one
+                checks.finish_comparison()
+        except JobError:
+            # DeepSpeed steps group by group, and puts the others aside meanwhile.
+            engine.basic_optimizer.param_groups = groups
+            for group, parameters in zip(groups, members, strict=True):
+                group["params"] = parameters
+            raise
         checks.end_update()
 
     return _take_model_step
