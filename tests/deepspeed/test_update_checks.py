@@ -171,7 +171,9 @@ def test_gradients_are_discarded_by_the_engine(stage: int) -> None:
 
 
 @pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("config", [{}, OFFLOAD, BF16 | {"data_types": {"grad_accum_dtype": "fp32"}}], ids=str)
+@pytest.mark.parametrize(
+    "config", [{}, OFFLOAD, BF16 | {"data_types": {"grad_accum_dtype": "fp32"}}], ids=str
+)
 def test_earlier_micro_batches_are_discarded_and_that_is_said(stage: int, config: dict[str, Any]) -> None:
     """Catches sums that DeepSpeed keeps beside the gradients (stages 2 and 3), and a program that loses micro-batches
     without knowing."""
@@ -297,8 +299,8 @@ def test_weights_that_come_back_or_reach_the_masters_are_no_edit(stage: int) -> 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("precision", [{}, BF16], ids=["fp32", "bf16"])
 def test_whose_it_is(stage: int, precision: dict[str, Any]) -> None:
-    """Catches a refusal that is ours: with DeepSpeed and torch's Adam the values are as wrong as the messages say. Tells
-    too when a later DeepSpeed needs the refusals no more."""
+    """Catches a refusal that is ours: with torch's Adam the values are as wrong as the messages say. Tells too when a
+    later DeepSpeed needs the refusals no more."""
     # Adam's first updates are ±lr, whatever the size of the gradient.
 
     def adam(parameters: Any) -> torch.optim.Optimizer:

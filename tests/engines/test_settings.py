@@ -49,8 +49,8 @@ def numbers(**settings: Any) -> Tensor:
 
 @pytest.mark.parametrize("setting", [*CHANGED, "preconditioner", "maximize"])
 def test_every_setting_counts_but_not_its_last_digit(setting: str) -> None:
-    """Catches a setting, or the second of a pair, that is not compared; a text, which is no number; and a comparison bit
-    by bit, which the C libraries of two hosts fail."""
+    """Catches a setting, or the second of a pair, that is not compared; a text, which is no number; and a comparison
+    bit by bit, which the C libraries of two hosts fail."""
     changed = {**CHANGED, "betas": (0.999, 0.5), "preconditioner": "none", "maximize": True}[setting]
     same = numbers()
     assert agree(same * 7)
@@ -60,8 +60,8 @@ def test_every_setting_counts_but_not_its_last_digit(setting: str) -> None:
 
 @pytest.mark.parametrize("clip", [0.0, 1.0])
 def test_an_engine_names_the_ranks_before_its_update(clip: float) -> None:
-    """Catches an update that is made all the same, on the rank that differs or on the others, a rank that goes on alone,
-    and a first group that stands for all."""
+    """Catches an update that is made all the same, on the rank that differs or on the others, a rank that goes on
+    alone, and a first group that stands for all."""
     weights: list[Any] = [None] * 3
 
     def train(rank: int, communicator: Ranks) -> None:
@@ -76,7 +76,9 @@ def test_an_engine_names_the_ranks_before_its_update(clip: float) -> None:
             engine.backward((first + last).sum())
             engine.step()
 
-    expected = "of this update differ between the ranks: lr of group 1 is 0.125 on rank 0, 0.5 on rank 1. A schedule"
+    expected = (
+        "of this update differ between the ranks: lr of group 1 is 0.125 on rank 0, 0.5 on rank 1. A schedule"
+    )
     assert all(expected in text for text in on_ranks(train))
     values = [[parameter.item() for parameter in module] for module in weights]
     assert values[0] == values[1] == values[2]
