@@ -19,11 +19,12 @@ from arsg_dist.deepspeed.checkpoint.partitioning import Piece
 from arsg_dist.deepspeed.checkpoint.zero_state import Shard, shards_of
 from arsg_dist.deepspeed.patching import Method, wrap_once
 from arsg_dist.engine import Communicator, JobError, SingleProcessCommunicator, TorchCommunicator
+from arsg_dist.engine.consistency import fingerprint
 from arsg_dist.engine.settings import start_comparison
 from arsg_dist.optim import ARSG
 
 _LOOKED_AT: Final = 4096
-"""Elements of a shard that are looked at before each update."""
+"""Elements of this rank's shards that are looked at before each update."""
 _NAMED: Final = 3
 
 
@@ -273,7 +274,7 @@ class _Weights:
         """Take the weights of now for right."""
         if self._shards:
             self._versions = {name: parameter._version for name, parameter in self._parameters.items()}
-            self._seen = [_some(shard.copy).clone() for shard in self._shards]
+            self._seen = self._fingerprint()
 
     @torch.no_grad()
     def edited(self) -> list[str]:
@@ -284,13 +285,12 @@ class _Weights:
             name for name, parameter in self._parameters.items() if parameter._version != self._versions[name]
         }
         names: dict[str, None] = {}
-        for shard, seen in zip(self._shards, self._seen, strict=True):
-            now = _some(shard.copy)
-            if not torch.equal(_bits(now), _bits(seen)):
-                step = _step(shard.copy)
-                places = (_differ(now, _some(shard.master)) & (_bits(now) != _bits(seen))).nonzero()
-                names |= dict.fromkeys(_pieces_at(shard, (places.view(-1) * step).tolist()))
-            for piece in shard.pieces:
+        some_changed = bool(self._fingerprint() != self._seen)
+        for shard in self._shards:
+            if some_changed:
+                places = _differ(self._some(shard.copy), self._some(shard.master)).nonzero().view(-1)
+                names |= dict.fromkeys(_pieces_at(shard, (places * self._step(shard.copy)).tolist()))
+            for piece in shard.pieces if written else ():
                 if piece.name in written and self._written(piece, shard):
                     names[piece.name] = None
         if not names:
@@ -301,15 +301,25 @@ class _Weights:
             "or write by deepspeed.utils.safe_set_full_fp32_param"
         ]
 
+    def _fingerprint(self) -> Tensor:
+        """Compute a number from a few elements of every shard; nothing waits for a device."""
+        return fingerprint(torch.cat([self._some(shard.copy) for shard in self._shards]))
+
+    def _some(self, shard: Tensor) -> Tensor:
+        """View a few elements from all over."""
+        return _flat(shard)[:: self._step(shard)]
+
+    def _step(self, shard: Tensor) -> int:
+        return 1 + shard.numel() * len(self._shards) // _LOOKED_AT
+
     def _written(self, piece: Piece, shard: Shard) -> bool:
         """Look at all of a parameter's elements that are in a shard."""
         parameter, part = self._parameters[piece.name], slice(piece.offset, piece.offset + piece.numel)
         if shard.master.dim() != 1:
             return bool(_differ(parameter.detach(), shard.master).any())
         values = shard.copy[part]
-        if (
-            parameter.numel()
-        ):  # else stage 3 holds no more than the shard; what it holds whole may be another memory
+        # Stage 3 holds no more than the shard of most parameters; what it holds whole may be other memory.
+        if parameter.numel():
             values = parameter.detach().reshape(-1)[piece.start : piece.start + piece.numel]
         return bool(_differ(values, shard.master[part]).any())
 
@@ -329,19 +339,6 @@ def _listed(names: list[str]) -> str:
 def _flat(tensor: Tensor) -> Tensor:
     """View a shard as flat; one of stage 0 in the order of its memory."""
     return tensor if tensor.dim() == 1 else tensor.detach().as_strided((tensor.numel(),), (1,))
-
-
-def _step(shard: Tensor) -> int:
-    return 1 + shard.numel() // _LOOKED_AT
-
-
-def _some(shard: Tensor) -> Tensor:
-    """View a few elements from all over."""
-    return _flat(shard)[:: _step(shard)]
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().view(torch.int16 if tensor.element_size() == 2 else torch.int32)
 
 
 def _differ(copy: Tensor, master: Tensor) -> Tensor:
