@@ -20,6 +20,7 @@ from arsg_dist.deepspeed.patches.offload import patch_offload
 from arsg_dist.deepspeed.patches.state_access import patch_state_access
 from arsg_dist.deepspeed.patches.training_step import patch_training_step
 from arsg_dist.deepspeed.patching import Method, wrap_once
+from arsg_dist.deepspeed.update_checks import check_updates
 from arsg_dist.optim import ARSG
 
 
@@ -46,6 +47,7 @@ def register() -> None:
     patch_state_access()
     patch_training_step()
     patch_offload()
+    check_updates()
 
 
 def arsg_factory(params: Any, source: str) -> "functools.partial[ARSG]":
