@@ -202,21 +202,24 @@ class UniversalCheckpoint(SavedCheckpoint):
     Args:
         directory: with the tag.
         read: of each file.
+        weights_only: read parameters and buffers, whatever the optimizer was, and neither its settings nor its state.
 
     Raises:
         ValueError: not such a directory, or one of another optimizer.
     """
 
-    def __init__(self, directory: Path, read: Reader = load) -> None:
+    def __init__(self, directory: Path, read: Reader = load, *, weights_only: bool = False) -> None:
         self.where, self._read_file = directory, read
         path = directory / "zero" / "optimizer_state.pt"
         if not path.is_file():
             raise ValueError(f"{directory} is not in the universal layout: {path} does not exist")
         saved = read(path)
         section = saved.get(ARSG_SECTION)
-        self.groups = settings_of(saved["param_groups"], directory)
+        self.groups = [] if weights_only else settings_of(saved["param_groups"], directory)
         self.group_of = None
-        self.loss_scale = section["loss_scale"] if section else scale_of(saved.get("loss_scaler"))
+        self.loss_scale = None
+        if not weights_only:
+            self.loss_scale = section["loss_scale"] if section else scale_of(saved.get("loss_scaler"))
         models = [read(path) for path in model_files(directory)]
         if not models:
             raise ValueError(f"{directory} has no *_model_states.pt")
