@@ -9,13 +9,16 @@ import deepspeed
 import torch
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.engine import DeepSpeedEngine as _Engine
+from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.utils import is_optimized_parameter
 from deepspeed.runtime.zero import utils as zero_utils
 
+from arsg_dist.deepspeed.checkpoint.zero_state import experts_apart
 from arsg_dist.deepspeed.config.resolve import check_config
 from arsg_dist.deepspeed.config.rules import AUTO
 from arsg_dist.deepspeed.config.schedules import check_scheduler, with_schedules_for_arsg
 from arsg_dist.deepspeed.config.side_effects import check_swap_directory
+from arsg_dist.deepspeed.offloaded_states import support_offloaded_states
 from arsg_dist.deepspeed.patches.offload import patch_offload
 from arsg_dist.deepspeed.patches.state_access import patch_state_access
 from arsg_dist.deepspeed.patches.training_step import patch_training_step
@@ -46,6 +49,7 @@ def register() -> None:
     patch_state_access()
     patch_training_step()
     patch_offload()
+    support_offloaded_states()
 
 
 def arsg_factory(params: Any, source: str) -> "functools.partial[ARSG]":
@@ -124,11 +128,27 @@ def _with_built_arsg_check(method: Method) -> Method:
         if isinstance(basic_optimizer, ARSG) and not known:
             _check(engine, from_config=False)
         wrapper = method(engine, basic_optimizer)
-        if isinstance(basic_optimizer, ARSG) and wrapper is not None:  # None: stage 0 in fp32
-            _drop_frozen_groups(basic_optimizer)
+        if isinstance(basic_optimizer, ARSG):
+            _tell_what_will_not_work(engine)
+            if wrapper is not None:  # None: stage 0 in fp32
+                _drop_frozen_groups(basic_optimizer)
         return wrapper
 
     return check
+
+
+def _tell_what_will_not_work(engine: Any) -> None:
+    """Name before the training what a pipeline, or experts spread over ranks, cannot do after it."""
+    pipeline = isinstance(engine, PipelineEngine)
+    if not (pipeline or experts_apart(engine)) or deepspeed.comm.get_rank() != 0:
+        return
+    warnings.warn(
+        f"{'a pipeline' if pipeline else 'a mixture of experts spread over ranks (ep_size > 1)'} resumes by "
+        "load_checkpoint under the stage, precision and number of ranks that saved it, and its weights alone load on "
+        "any number; arsg_dist.deepspeed.export and base_iterate, universal checkpoints and those of arsg-imagenet do "
+        "not work with it",
+        stacklevel=2,
+    )
 
 
 def _drop_frozen_groups(optimizer: ARSG) -> None:

@@ -1,10 +1,12 @@
 """What `engine.load_checkpoint` is asked for, and what must be equal afterwards.
 
-Made for a process that is one rank of a DeepSpeed job of any number of ranks: the tests run it in their own process, and
+For a process that is one rank of a DeepSpeed job of any number of ranks: the tests run it in their own process, and
 `jobs/loads.py` on several ranks.
 """
 
+import functools
 import itertools
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -114,9 +116,9 @@ class Rule:
 
 RULES = [
     Rule(
-        "universal checkpoint of a mixture of experts or a pipeline",
+        "universal checkpoint of a pipeline, or of a mixture of experts spread over ranks",
         "refused by the converter",
-        lambda case: case.source == "universal" and case.model in ("moe", "pipeline"),
+        lambda case: case.source == "universal" and case.model == "pipeline",
         "is not supported",
     ),
     Rule(
@@ -138,7 +140,7 @@ RULES = [
     ),
     Rule(
         "the optimizer's state from another number of ranks, stages 1 to 3",
-        "refused; says how to convert, or for mixtures of experts and pipelines on how many ranks to resume",
+        "refused; says how to convert, or, where that cannot be, to take the weights alone",
         lambda case: case.source == "other ranks" and case.stage > 0 and case.with_optimizer,
         "was written by . ranks? and this job has",
     ),
@@ -156,13 +158,15 @@ RULES = [
     ),
     Rule(
         "`load_optimizer_states=False`",
-        "masters, weights, buffers and counters are the saved ones, and with `load_lr_scheduler_states=True` the schedule "
-        "and lr; moments, other settings and loss scale stay the engine's; lookahead's slow weights begin at the loaded",
+        "masters, weights, buffers and counters are the saved ones, and with `load_lr_scheduler_states=True` the "
+        "schedule and lr; moments, other settings and loss scale stay the engine's; lookahead's slow weights begin at "
+        "the loaded ones",
         lambda case: not case.load_module_only,
     ),
     Rule(
         "`load_module_only=True`",
-        "masters, weights and buffers are the saved ones; all else stays the engine's",
+        "masters, weights and buffers are the saved ones; all else stays the engine's; lookahead's slow weights begin "
+        "at the loaded ones",
         lambda case: case.load_module_only,
     ),
 ]
@@ -175,13 +179,28 @@ def rule_of(case: Case) -> Rule:
 
 def loads(row: dict[str, Any]) -> bool:
     """Whether something is loaded."""
-    return exists(row) and rule_of(Case(**row)) in RULES[-3:]
+    return exists(row) and rule_of(_case(row)) in RULES[-3:]
 
 
+@functools.cache
 def few_cases() -> list[Case]:
-    """Every pair of values among the cells that load, and then among all."""
-    loading = pairwise(FACTORS, loads)
-    return [Case(**row) for row in [*loading, *pairwise(FACTORS, exists, known=loading)]]
+    """Every pair of values among the cells that load, and then every value with every rule."""
+    factors = {**FACTORS, "rule": range(len(RULES))}
+
+    def follows(row: dict[str, Any]) -> bool:
+        return exists(row) and rule_of(_case(row)) is RULES[row["rule"]]
+
+    loading = [{**row, "rule": RULES.index(rule_of(_case(row)))} for row in pairwise(FACTORS, loads)]
+    return [_case(row) for row in [*loading, *pairwise(factors, follows, known=loading)]]
+
+
+def cases_on_ranks() -> list[Case]:
+    """Those of the few that are run on two ranks too."""
+    return [case for case in few_cases() if case.tag != "no latest"][::3]
+
+
+def _case(row: dict[str, Any]) -> Case:
+    return Case(**{name: row[name] for name in FACTORS})
 
 
 def all_cases() -> Iterator[Case]:
@@ -272,8 +291,8 @@ def build(case: Case, who: str, optimizer: str = "ARSG", **sections: Any) -> Any
         return deepspeed.initialize(
             model=model,
             model_parameters=groups,
-            config=config,
-            lr_scheduler=lambda inner: ExponentialLR(inner, 0.5),
+            config={key: section for key, section in config.items() if section is not None},
+            lr_scheduler=None if "scheduler" in sections else lambda inner: ExponentialLR(inner, 0.5),
         )[0]
 
 
@@ -325,7 +344,7 @@ def snapshot(engine: Any) -> dict[str, Any]:
     scaler = dynamic_scaler(engine.optimizer) if engine.fp16_enabled() else None
     taken["loss scale"] = None if scaler is None else (scaler.cur_scale, scaler.cur_iter)
     taken["counters"] = (engine.global_steps, engine.skipped_steps)
-    taken["schedule"] = engine.lr_scheduler.state_dict()
+    taken["schedule"] = engine.lr_scheduler.state_dict() if engine.lr_scheduler else None
     return taken
 
 
@@ -351,16 +370,15 @@ def _masters_of_stage_0(engine: Any) -> dict[Any, Tensor]:
     return {parameter: parameter for parameter in engine.module.parameters()}
 
 
-@dataclass
-class Source:
-    """A directory with the checkpoints "older" and "latest", and what the engine was when it saved them."""
-
-    directory: Path
-    snapshots: dict[str, dict[str, Any]]
+def source_name(case: Case) -> str:
+    """What a directory with the checkpoints that a case loads is called."""
+    optimizer = "Adam" if case.source == "Adam" else "ARSG"
+    return f"{case.model}-{case.stage}-{case.precision}-{optimizer}"
 
 
-def save_source(case: Case, directory: Path) -> Source:
-    """Write them; collective."""
+def save_source(case: Case, above: Path) -> Path:
+    """Write checkpoints "older" and "newest", with what the engine was then beside them; collective."""
+    directory = above / source_name(case)
     engine = build(case, "source", "Adam" if case.source == "Adam" else "ARSG")
     exclude = case.model == "excluded"
     snapshots: dict[str, dict[str, Any]] = {}
@@ -373,22 +391,23 @@ def save_source(case: Case, directory: Path) -> Source:
     if deepspeed.comm.get_rank() == 0:
         torch.save(snapshots, directory / "snapshots.pt")
     engine.destroy()
-    return Source(directory, snapshots)
+    deepspeed.comm.barrier()
+    return directory
 
 
-def run(case: Case, source: Source, directory: Path) -> list[str]:
+def run(case: Case, source: Path) -> list[str]:
     """Load as the case says into an engine of other weights; name what is not as its rule says. Collective."""
     sections = {"checkpoint": {"load_universal": True}} if case.source == "universal" else {}
+    directory = source
     if case.source == "universal":
-        said = _refusal(lambda: _convert_each(source.directory, directory))
+        directory = source / "universal"
+        said = _on_rank_0(lambda: _convert_each(source, directory))
         if said is not None:
             return _judge_refusal(case, said)
-    else:
-        directory = source.directory
     load_dir: Path = directory
     tag: str | None = "older" if case.tag == "older" else None
     if case.tag == "no latest":
-        load_dir = directory.parent / "empty"
+        load_dir = source / "empty"
         load_dir.mkdir(exist_ok=True)
     engine = build(case, "target", **sections)
     if case.stepped:
@@ -412,7 +431,8 @@ def run(case: Case, source: Source, directory: Path) -> list[str]:
                 *differences(own, snapshot(engine)),
                 *([] if result == [None, None] else [f"returned {result}"]),
             ]
-        expected = expected_after(case, own, source.snapshots["older" if tag else "newest"])
+        snapshots = torch.load(source / "snapshots.pt", weights_only=True)
+        expected = expected_after(case, own, snapshots["older" if tag else "newest"])
         found = differences(expected, snapshot(engine))
         return found or _after_one_update(engine, case, expected)
     finally:
@@ -420,9 +440,16 @@ def run(case: Case, source: Source, directory: Path) -> list[str]:
 
 
 def _convert_each(source: Path, target: Path) -> None:
+    target.mkdir(exist_ok=True)
     for tag in SAVED_AFTER:
         if not (target / tag).exists():
             convert(source / tag, target / tag)
+
+
+def _on_rank_0(call: Callable[[], Any]) -> str | None:
+    said = [_refusal(call) if deepspeed.comm.get_rank() == 0 else None]
+    torch.distributed.broadcast_object_list(said, src=0)
+    return said[0]
 
 
 def _refusal(call: Callable[[], Any]) -> str | None:
@@ -434,8 +461,6 @@ def _refusal(call: Callable[[], Any]) -> str | None:
 
 
 def _judge_refusal(case: Case, said: str | None) -> list[str]:
-    import re
-
     wanted = rule_of(case).refusal
     if said is None or wanted is None:
         return [f"refused with {said!r}, and the rule is {wanted!r}"]
@@ -446,7 +471,7 @@ def _judge_refusal(case: Case, said: str | None) -> list[str]:
 def expected_after(case: Case, own: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
     """What the rule says the engine must be."""
     expected = dict(own)
-    as_computed = case.model in ("moe", "pipeline") and not case.with_optimizer
+    as_computed = case.model == "pipeline" and not case.with_optimizer
     for key, value in saved.items():
         kind, _, name = key.partition(" ")
         if key not in own:

@@ -5,7 +5,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-_CANDIDATES = 40
+_CANDIDATES = 200
 
 Row = dict[str, Any]
 _Pair = tuple[tuple[str, Any], tuple[str, Any]]

@@ -21,6 +21,7 @@ from arsg_dist.deepspeed.checkpoint.engine_state import fill, link_fragments, pu
 from arsg_dist.deepspeed.checkpoint.files import ARSG_SECTION, model_files
 from arsg_dist.deepspeed.checkpoint.load_check import NVME, OFFLOADED, LoadCheck
 from arsg_dist.deepspeed.checkpoint.zero_state import (
+    experts_apart,
     group_names,
     group_positions,
     release_whole_parameters,
@@ -62,6 +63,7 @@ def _with_arsg_section(method: Method) -> Method:
                 "frozen": [name for name in shapes_of(engine) if name not in trained],
                 "positions": group_positions(engine),
                 "aliases": aliases_of(engine.module, engine.param_names),
+                "experts_apart": experts_apart(engine),
             }
         return state
 
@@ -69,10 +71,12 @@ def _with_arsg_section(method: Method) -> Method:
 
 
 def _guarded_save(method: Method) -> Method:
-    def save_checkpoint(engine: Any, save_dir: Any, *args: Any, **kwargs: Any) -> Any:
+    def save_checkpoint(engine: Any, save_dir: Any, tag: Any = None, *args: Any, **kwargs: Any) -> Any:
         if _has_arsg(engine):
             if swaps_to_nvme(engine):
                 raise ValueError(NVME)
+            if tag in ("latest", "latest_universal"):
+                raise ValueError(f"tag={tag!r} is the name of DeepSpeed's own file: choose another")
             if getattr(engine.optimizer, "offloaded_states", None):
                 raise ValueError(OFFLOADED)
             window = engine.gradient_accumulation_steps()
@@ -83,7 +87,7 @@ def _guarded_save(method: Method) -> Method:
                     "saved; a resumed run starts the update again",
                     stacklevel=2,
                 )
-        return method(engine, save_dir, *args, **kwargs)
+        return method(engine, save_dir, tag, *args, **kwargs)
 
     return save_checkpoint
 
@@ -150,8 +154,8 @@ def _agree(engine: Any, check: Callable[[], str | None]) -> str | None:
     for rank, (_, other) in enumerate(results):
         if other != results[0][1]:
             raise ValueError(
-                f"rank 0 would load the checkpoint {results[0][1]!r} and rank {rank} {other!r}: every rank must see the "
-                "same directory; or pass the tag"
+                f"rank 0 would load the checkpoint {results[0][1]!r} and rank {rank} {other!r}: every rank must see "
+                "the same directory; or pass the tag"
             )
     return found
 
@@ -161,9 +165,10 @@ def _load_saved(
 ) -> tuple[Any, Any]:
     """Load from any number of ranks and stage, with masters.
 
-    DeepSpeed itself loads nothing at stage 3 without the optimizer's state, or what `latest` names, and at stage 0 in half
-    precision leaves the masters, from which the next update makes the weights again; it knows two moments of a universal
-    checkpoint, and none at stage 0. It reads the counters, the scheduler and the client's state, and we the rest.
+    Without the optimizer's state DeepSpeed itself loads nothing at stage 3, or what `latest` names, and at stage 0 in
+    half precision leaves the masters, from which the next update makes the weights again; of a universal checkpoint it
+    knows two moments, and at stage 0 none. It reads the counters, the scheduler and the client's state, and we the
+    rest.
     """
     with_optimizer = options["load_optimizer_states"] and not options["load_module_only"]
     own_loader = options["custom_load_fn"]

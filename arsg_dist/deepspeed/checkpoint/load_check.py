@@ -23,7 +23,12 @@ from arsg_dist.deepspeed.checkpoint.files import (
 )
 from arsg_dist.deepspeed.checkpoint.pickles import RefusedPickleError, load, look_into
 from arsg_dist.deepspeed.checkpoint.reader import ShardedCheckpoint, UniversalCheckpoint
-from arsg_dist.deepspeed.checkpoint.zero_state import group_names, needed_state, swaps_to_nvme
+from arsg_dist.deepspeed.checkpoint.zero_state import (
+    experts_apart,
+    group_names,
+    needed_state,
+    swaps_to_nvme,
+)
 from arsg_dist.engine.saved_state import SavedState
 from arsg_dist.safe_io.text import printable
 
@@ -86,7 +91,8 @@ class LoadCheck:
         tags = [path.name for path in sorted(load_dir.glob("*")) if path.is_dir() and model_files(path)]
         if self._universal:
             raise ValueError(
-                f"{load_dir} has no file {latest}: convert a checkpoint by '{_CONVERT}', which writes it, or pass its tag"
+                f"{load_dir} has no file {latest}: convert a checkpoint by '{_CONVERT}', which writes it, or pass its "
+                "tag"
             )
         if tags and deepspeed.comm.get_rank() == 0:
             shown = [printable(name, limit=100) for name in tags[:_SHOWN]]
@@ -122,15 +128,15 @@ class LoadCheck:
             model, trusting = {}, True
         if self._with_schedule:
             _check_schedule(engine, model, directory)
-        by_layers = engine.has_moe_layers or isinstance(engine, PipelineEngine)
+        by_layers = experts_apart(engine) or isinstance(engine, PipelineEngine)
         if self._universal:
             if self._own_loader is not None:
                 raise ValueError("custom_load_fn is not called for universal checkpoints: leave it out")
             self.saved = UniversalCheckpoint(directory, look_into, weights_only=not self._with_optimizer)
             check_saved(engine, self.saved, self._with_optimizer, strict=self._strict)
         elif self._with_optimizer:
-            self._check_module(model, files, directory)
             _check_sharded(engine, model, files, directory)
+            self._check_module(model, files, directory)
         elif by_layers or (self._own_loader is not None and not engine.zero_optimization_partition_weights()):
             self._check_module(model, files, directory)
         else:
@@ -214,9 +220,9 @@ def _warn_if_older(load_dir: Path, tag: str) -> None:
         return
     if steps[0] < steps[1]:
         warnings.warn(
-            f"{load_dir}: latest_universal names {printable(tag, limit=100)} after {steps[0]} updates, which is loaded, and "
-            f"latest names {printable(newest, limit=100)} after {steps[1]}: to go on from that, convert it by '{_CONVERT}', or "
-            "take load_universal out of the DeepSpeed config",
+            f"{load_dir}: latest_universal names {printable(tag, limit=100)} after {steps[0]} updates, and latest "
+            f"{printable(newest, limit=100)} after {steps[1]}. The older one is loaded: to go on from the newer, "
+            f"convert it by '{_CONVERT}', or take load_universal out of the DeepSpeed config",
             stacklevel=2,
         )
 
@@ -352,8 +358,8 @@ def _check_places(engine: Any, model: dict[str, Any], directory: Path) -> None:
             _refuse_other_kind(
                 engine,
                 directory,
-                f"its parameters lie in other groups or another order (group {index} has {said[0]} where this engine has "
-                f"{said[1]})",
+                f"its parameters lie in other groups or another order (group {index} has {said[0]} where this engine "
+                f"has {said[1]})",
             )
     _refuse_other_kind(
         engine,
@@ -363,10 +369,10 @@ def _check_places(engine: Any, model: dict[str, Any], directory: Path) -> None:
 
 
 def _remedy(engine: Any) -> str:
-    if engine.has_moe_layers or isinstance(engine, PipelineEngine):
-        kind = "mixture of experts" if engine.has_moe_layers else "pipeline"
+    if experts_apart(engine) or isinstance(engine, PipelineEngine):
+        kind = "pipeline" if isinstance(engine, PipelineEngine) else "mixture of experts spread over ranks"
         return (
-            f"a {kind} cannot be converted; its weights alone load on any number of ranks (load_module_only=True, or "
+            f"take its weights alone, for a {kind} cannot be converted (load_module_only=True, or "
             "load_optimizer_states=False)"
         )
     return f'convert it by \'{_CONVERT}\' and set "checkpoint": {{"load_universal": true}}'

@@ -76,11 +76,11 @@ class ShardedCheckpoint(SavedCheckpoint):
             raise ValueError(
                 f"{directory} is of a tensor- or pipeline-parallel model, which is not supported"
             )
-        if next(directory.glob("*_expert_*_model_states.pt"), None):
-            raise ValueError(f"{directory} is of a mixture of experts, which is not supported")
         models = [read(path) for path in model_files(directory)]
         if not models:
             raise ValueError(f"{directory} holds no DeepSpeed checkpoint (no *_model_states.pt)")
+        if experts := sorted(directory.glob("layer_*_expert_*_mp_rank_00_model_states.pt")):
+            models = [_with_experts(directory, models[0], experts, read)]
         self._shapes: dict[str, torch.Size] = {}
         self._flats: list[_Flat] = []
         self.loss_scale = None
@@ -194,6 +194,28 @@ class ShardedCheckpoint(SavedCheckpoint):
                 state = {} if self._weights_only else inner["state"].get(identity, {})
                 self._shapes[name] = master.shape
                 self._flats.append(_Flat(index, [master], [state], [[Piece(name, 0, 0, master.numel())]]))
+
+
+def _with_experts(
+    directory: Path, model: dict[str, Any], experts: list[Path], read: Reader
+) -> dict[str, Any]:
+    """Put a mixture's experts, which have files of their own, with the rest of the model.
+
+    Raises:
+        ValueError: ranks had different experts, or the checkpoint does not tell.
+    """
+    section = model.get(ARSG_SECTION) or {}
+    if section.get("experts_apart", True):
+        raise ValueError(
+            f"{directory} is of a mixture of experts that are spread over ranks (ep_size > 1), which is not supported"
+        )
+    module = dict(model["module"])
+    for path in experts:
+        module |= read(path)
+    optimizer = directory / "expp_rank_0_mp_rank_00_optim_states.pt"  # of stage 0
+    if optimizer.is_file():
+        model = {**model, "optimizer": read(optimizer)["optimizer"]}
+    return {**model, "module": module}
 
 
 class UniversalCheckpoint(SavedCheckpoint):
