@@ -172,6 +172,11 @@ RULES = [
 ]
 
 
+def plain(stage: int, precision: str = "fp32", model: str = "plain") -> Case:
+    """A resume from the older tag."""
+    return Case(model, stage, precision, "same ranks", False, "older", False, True, True, True)
+
+
 def rule_of(case: Case) -> Rule:
     """The first rule that applies."""
     return next(rule for rule in RULES if rule.when(case))
@@ -229,11 +234,11 @@ class Slope(nn.Module):
 class Experts(nn.Module):
     """A mixture of two experts between two layers."""
 
-    def __init__(self, start: float) -> None:
+    def __init__(self, start: float, ep_size: int) -> None:
         super().__init__()
-        torch.manual_seed(int(start))
+        torch.manual_seed(int(start) + deepspeed.comm.get_rank())
         self.first = nn.Linear(4, 6)
-        self.mixture = MoE(6, nn.Linear(6, 6), num_experts=2, ep_size=1, capacity_factor=2.0)
+        self.mixture = MoE(6, nn.Linear(6, 6), num_experts=2, ep_size=ep_size, capacity_factor=2.0)
         self.last = nn.Linear(6, 2)
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -243,8 +248,8 @@ class Experts(nn.Module):
 
 def build_model(name: str, start: float) -> Any:
     """With three parameters, the first two of one group, and what the name says."""
-    if name == "moe":
-        return Experts(start)
+    if name.startswith("moe"):
+        return Experts(start, ep_size=1 + name.endswith("spread"))
     layers = [Slope(5, 0.5, start), Slope(3, -0.25, start + 1), Slope(7, 2.0, start + 2)]
     if name in ("frozen", "excluded"):
         layers.insert(1, Slope(4, 1.0, start + 3).requires_grad_(False))
@@ -264,7 +269,7 @@ def build(case: Case, who: str, optimizer: str = "ARSG", **sections: Any) -> Any
         {"params": trained[:2], "lr": LRS[who][0]},
         {"params": trained[2:], "lr": LRS[who][1], "betas": (0.5, 0.5)},
     ]
-    if case.model == "moe":
+    if case.model.startswith("moe"):
         groups = split_params_into_different_moe_groups_for_optimizer(
             [{**group, "name": str(index)} for index, group in enumerate(groups)]
         )
@@ -286,14 +291,16 @@ def build(case: Case, who: str, optimizer: str = "ARSG", **sections: Any) -> Any
         config[case.precision] = {"enabled": True}
     if case.precision == "fp16":
         config["fp16"] |= {"initial_scale_power": 4 if who == "source" else 6, "loss_scale_window": 2}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return deepspeed.initialize(
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        engine, *_ = deepspeed.initialize(
             model=model,
             model_parameters=groups,
             config={key: section for key, section in config.items() if section is not None},
             lr_scheduler=None if "scheduler" in sections else lambda inner: ExponentialLR(inner, 0.5),
-        )[0]
+        )
+    engine.warned = [str(warning.message) for warning in warned]
+    return engine
 
 
 def train(engine: Any, *updates: int) -> None:
@@ -346,6 +353,11 @@ def snapshot(engine: Any) -> dict[str, Any]:
     taken["counters"] = (engine.global_steps, engine.skipped_steps)
     taken["schedule"] = engine.lr_scheduler.state_dict() if engine.lr_scheduler else None
     return taken
+
+
+def weights(taken: dict[str, Any]) -> dict[str, Any]:
+    """Those of a snapshot."""
+    return {key: value for key, value in taken.items() if key.startswith("weight")}
 
 
 def parameter_shape(parameter: Any) -> torch.Size:
@@ -434,7 +446,7 @@ def run(case: Case, source: Path) -> list[str]:
         snapshots = torch.load(source / "snapshots.pt", weights_only=True)
         expected = expected_after(case, own, snapshots["older" if tag else "newest"])
         found = differences(expected, snapshot(engine))
-        return found or _after_one_update(engine, case, expected)
+        return found or after_one_update(engine, case, expected)
     finally:
         engine.destroy()
 
@@ -519,7 +531,7 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _after_one_update(engine: Any, case: Case, expected: dict[str, Any]) -> list[str]:
+def after_one_update(engine: Any, case: Case, expected: dict[str, Any]) -> list[str]:
     """One more update, against plain torch's from what the rule says."""
     update = 3
     names = [name.removeprefix("master ") for name in expected if name.startswith("master ")]

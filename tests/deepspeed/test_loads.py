@@ -13,7 +13,7 @@ import torch
 
 from arsg_dist.deepspeed.universal import convert
 from tests.deepspeed import load_cases
-from tests.deepspeed.load_cases import Case
+from tests.deepspeed.load_cases import Case, plain
 from tests.deepspeed.test_one_rank import _one_rank  # noqa: F401
 from tests.support.launchers import REPOSITORY, Finished, launch
 
@@ -67,10 +67,6 @@ def test_it_is_on_every_rank_of_several(shared: Case) -> None:
     assert job.code == 0, job.output[-5000:]
     results = torch.load(directory() / "results.pt", weights_only=True)
     assert results[str(shared)] == [[], []]
-
-
-def plain(stage: int, precision: str = "fp32", model: str = "plain", source: str = "same ranks") -> Case:
-    return Case(model, stage, precision, source, False, "older", False, True, True, True)
 
 
 def refused(engine: Any, where: Path, message: str, **options: Any) -> None:
@@ -268,6 +264,60 @@ def test_training_goes_on_after_states_were_offloaded(stage: int, pin_memory: bo
     other.reload_states()
     load_cases.train(other, 2)
     assert load_cases.differences(load_cases.snapshot(straight), load_cases.snapshot(other)) == []
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_the_gradient_of_an_update_that_was_not_made_is_gone(stage: int) -> None:
+    """Catches a run that goes back to its last checkpoint after a bad loss, and takes that into its next update."""
+    case = plain(stage)
+    source = by_one_rank(case)
+    engine = load_cases.build(case, "target")
+    load_cases.train(engine, 0)
+    engine.backward(engine(torch.tensor([1000.0, 0.0]))[1])
+    expected = load_cases.expected_after(case, load_cases.snapshot(engine), saved(source, "older"))
+    engine.load_checkpoint(str(source), tag="older")
+    assert load_cases.after_one_update(engine, case, expected) == []
+
+
+def test_loading_inside_an_update_is_refused() -> None:
+    """Catches the gradients of its first micro-batches in the first update after the load."""
+    source = by_one_rank(plain(1))
+    engine = load_cases.build(plain(1), "target", gradient_accumulation_steps=2)
+    load_cases.train(engine, 0)
+    refused(engine, source, "after 1 of 2 micro-batches", tag="older")
+
+
+@pytest.mark.ranks
+def test_what_one_rank_finds_every_rank_says() -> None:
+    """Catches ranks that load different checkpoints, and ranks that wait for one that raised."""
+    job = on_ranks()
+    assert job.code == 0, job.output[-5000:]
+    first, second = torch.load(directory() / "results.pt", weights_only=True)["refusals"]
+    assert first == second
+    assert first[0].startswith("ValueError: rank 0 would load the checkpoint 'older' and rank 1 'newest'")
+    assert first[1].endswith("this file is damaged (not on every rank)")
+    assert first[2] == "[]"
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("stage", [0, 2])
+def test_experts_spread_over_ranks_come_back_and_what_they_cannot_is_said_first(stage: int) -> None:
+    """Catches another rank's expert, masters of before, a part of a model exported as the whole, and a silence until
+    the end of the training."""
+    job = on_ranks()
+    assert job.code == 0, job.output[-5000:]
+    for rank, found in enumerate(
+        torch.load(directory() / "results.pt", weights_only=True)[f"spread {stage}"]
+    ):
+        assert found["different before"]
+        assert (found["loaded"], found["at the end"], found["weights"]) == ([], [], [])
+        assert 0 < found["moved"] < 2
+        assert len(found["refused"]) == 3
+        assert all(
+            said.startswith("ValueError: ") and "spread over ranks" in said for said in found["refused"]
+        )
+        named = [said for said in found["warned"] if "export and base_iterate" in said]
+        assert len(named) == (rank == 0)
 
 
 def test_the_documents_have_the_table() -> None:

@@ -132,6 +132,8 @@ def _guarded_load(method: Method) -> Method:
         if with_optimizer and not with_schedule:
             for group, settings in zip(engine.basic_optimizer.param_groups, own_schedule, strict=False):
                 restore_settings(group, settings)
+        # Of a backward pass whose update was not made, as after a loss that is not finite.
+        engine.optimizer.zero_grad()
         link_fragments(engine)
         client_state.pop(ARSG_SECTION, None)
         return path, client_state

@@ -69,6 +69,13 @@ class LoadCheck:
             raise ValueError(NVME)
         if getattr(self._engine.optimizer, "offloaded_states", None):
             raise ValueError(OFFLOADED)
+        window = self._engine.gradient_accumulation_steps()
+        done = self._engine.micro_steps % window
+        if done and not isinstance(self._engine, PipelineEngine):
+            raise ValueError(
+                f"load_checkpoint after {done} of {window} micro-batches of an update, whose gradients would go into "
+                "the first update after it: finish the update, then load"
+            )
         latest = "latest_universal" if self._universal else "latest"
         if tag is None:
             tag = named_by(load_dir / latest, follow=True)
