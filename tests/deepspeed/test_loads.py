@@ -279,6 +279,20 @@ def test_the_gradient_of_an_update_that_was_not_made_is_gone(stage: int) -> None
     assert load_cases.after_one_update(engine, case, expected) == []
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_going_back_to_before_the_first_update_begins_again(stage: int) -> None:
+    """Catches moments of the run that is left, which the checkpoint has nothing to put in the place of."""
+    engine = load_cases.build(plain(stage), "source")
+    engine.save_checkpoint(str(directory() / f"begun {stage}"), tag="one")
+    begun = load_cases.snapshot(engine)
+    load_cases.train(engine, 0, 1)
+    once = load_cases.snapshot(engine)
+    engine.load_checkpoint(str(directory() / f"begun {stage}"))
+    assert load_cases.differences(begun, load_cases.snapshot(engine)) == []
+    load_cases.train(engine, 0, 1)
+    assert load_cases.differences(once, load_cases.snapshot(engine)) == []
+
+
 def test_loading_inside_an_update_is_refused() -> None:
     """Catches the gradients of its first micro-batches in the first update after the load."""
     source = by_one_rank(plain(1))

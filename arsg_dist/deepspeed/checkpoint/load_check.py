@@ -21,7 +21,7 @@ from arsg_dist.deepspeed.checkpoint.files import (
     reading,
     settings_of,
 )
-from arsg_dist.deepspeed.checkpoint.pickles import RefusedPickleError, load, look_into
+from arsg_dist.deepspeed.checkpoint.pickles import RefusedPickleError, look_into, trust_pickles
 from arsg_dist.deepspeed.checkpoint.reader import ShardedCheckpoint, UniversalCheckpoint
 from arsg_dist.deepspeed.checkpoint.zero_state import (
     experts_apart,
@@ -213,7 +213,8 @@ def _renames(module: torch.nn.Module) -> bool:
 
 def _load_trusting(path: Path) -> Any:
     """Read a file as DeepSpeed does, which will execute what it names a moment later."""
-    return load(path, trust_pickle=True)
+    with trust_pickles():
+        return look_into(path)
 
 
 def _warn_if_older(load_dir: Path, tag: str) -> None:

@@ -79,13 +79,22 @@ class ShardedCheckpoint(SavedCheckpoint):
         models = [read(path) for path in model_files(directory)]
         if not models:
             raise ValueError(f"{directory} holds no DeepSpeed checkpoint (no *_model_states.pt)")
-        if experts := sorted(directory.glob("layer_*_expert_*_mp_rank_00_model_states.pt")):
+        experts = sorted(directory.glob("layer_*_expert_*_mp_rank_00_model_states.pt"))
+        # Masters of ranks with different experts have the same names; the experts' weights have files of their own.
+        apart = bool(experts) and (models[0].get(ARSG_SECTION) or {}).get("experts_apart", True)
+        if apart and not weights_only:
+            raise ValueError(
+                f"{directory} is of a mixture of experts spread over ranks (ep_size > 1), which is not supported"
+            )
+        if experts:
             models = [_with_experts(directory, models[0], experts, read)]
         self._shapes: dict[str, torch.Size] = {}
         self._flats: list[_Flat] = []
         self.loss_scale = None
         self.groups = []
-        if shards:
+        if apart:
+            pass
+        elif shards:
             ranks, written = [rank for rank, _ in shards], models[0]["dp_world_size"]
             if len(ranks) == written and ranks == list(range(len(ranks))):
                 optimizers = [read(path)[OPTIMIZER_STATE_DICT] for _, path in shards]
@@ -199,16 +208,7 @@ class ShardedCheckpoint(SavedCheckpoint):
 def _with_experts(
     directory: Path, model: dict[str, Any], experts: list[Path], read: Reader
 ) -> dict[str, Any]:
-    """Put a mixture's experts, which have files of their own, with the rest of the model.
-
-    Raises:
-        ValueError: ranks had different experts, or the checkpoint does not tell.
-    """
-    section = model.get(ARSG_SECTION) or {}
-    if section.get("experts_apart", True):
-        raise ValueError(
-            f"{directory} is of a mixture of experts that are spread over ranks (ep_size > 1), which is not supported"
-        )
+    """Put a mixture's experts, which have files of their own, with the rest of the model."""
     module = dict(model["module"])
     for path in experts:
         module |= read(path)
