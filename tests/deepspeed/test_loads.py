@@ -38,22 +38,29 @@ def by_one_rank(case: Case) -> Path:
     return path if path.exists() else load_cases.save_source(case, path.parent)
 
 
+@pytest.fixture
+def by_two_ranks(pytestconfig: pytest.Config) -> Path:
+    """The directory in which two ranks have saved checkpoints, and results of their own."""
+    job = _on_ranks("every" if pytestconfig.getoption("--full") else "few")
+    assert job.code == 0, job.output[-5000:]
+    return directory()
+
+
 @functools.cache
-def on_ranks() -> Finished:
-    """The job of two ranks, for all tests that ask for it."""
+def _on_ranks(cases: str) -> Finished:
     for case in load_cases.cases_on_ranks():
         if case.source == "other ranks":
             by_one_rank(case)
-    return launch("warm deepspeed", 2, "tests/deepspeed/jobs/loads.py", directory(), timeout=550)
+    return launch("warm deepspeed", 2, "tests/deepspeed/jobs/loads.py", directory(), cases, timeout=590)
 
 
-def test_what_must_be_equal_is_equal_at_once_and_after_one_update(case: Case) -> None:
+def test_what_must_be_equal_is_equal_at_once_and_after_one_update(
+    case: Case, request: pytest.FixtureRequest
+) -> None:
     """Catches nothing loaded, another tag's weights, masters or slow weights of before, another lr, and a refusal that
     comes when part of the engine has changed."""
     if case.source == "other ranks":
-        job = on_ranks()
-        assert job.code == 0, job.output[-5000:]
-        source = directory() / "by several ranks" / load_cases.source_name(case)
+        source = request.getfixturevalue("by_two_ranks") / "by several ranks" / load_cases.source_name(case)
     else:
         source = by_one_rank(case)
     assert load_cases.run(case, source) == []
@@ -61,11 +68,9 @@ def test_what_must_be_equal_is_equal_at_once_and_after_one_update(case: Case) ->
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("shared", load_cases.cases_on_ranks(), ids=str)
-def test_it_is_on_every_rank_of_several(shared: Case) -> None:
+def test_it_is_on_every_rank_of_several(shared: Case, by_two_ranks: Path) -> None:
     """Catches pieces of another rank, and a refusal on one rank for which the others wait."""
-    job = on_ranks()
-    assert job.code == 0, job.output[-5000:]
-    results = torch.load(directory() / "results.pt", weights_only=True)
+    results = torch.load(by_two_ranks / "results.pt", weights_only=True)
     assert results[str(shared)] == [[], []]
 
 
@@ -302,11 +307,9 @@ def test_loading_inside_an_update_is_refused() -> None:
 
 
 @pytest.mark.ranks
-def test_what_one_rank_finds_every_rank_says() -> None:
+def test_what_one_rank_finds_every_rank_says(by_two_ranks: Path) -> None:
     """Catches ranks that load different checkpoints, and ranks that wait for one that raised."""
-    job = on_ranks()
-    assert job.code == 0, job.output[-5000:]
-    first, second = torch.load(directory() / "results.pt", weights_only=True)["refusals"]
+    first, second = torch.load(by_two_ranks / "results.pt", weights_only=True)["refusals"]
     assert first == second
     assert first[0].startswith("ValueError: rank 0 would load the checkpoint 'older' and rank 1 'newest'")
     assert first[1].endswith("this file is damaged (not on every rank)")
@@ -315,13 +318,13 @@ def test_what_one_rank_finds_every_rank_says() -> None:
 
 @pytest.mark.ranks
 @pytest.mark.parametrize("stage", [0, 2])
-def test_experts_spread_over_ranks_come_back_and_what_they_cannot_is_said_first(stage: int) -> None:
+def test_experts_spread_over_ranks_come_back_and_what_they_cannot_is_said_first(
+    stage: int, by_two_ranks: Path
+) -> None:
     """Catches another rank's expert, masters of before, a part of a model exported as the whole, and a silence until
     the end of the training."""
-    job = on_ranks()
-    assert job.code == 0, job.output[-5000:]
     for rank, found in enumerate(
-        torch.load(directory() / "results.pt", weights_only=True)[f"spread {stage}"]
+        torch.load(by_two_ranks / "results.pt", weights_only=True)[f"spread {stage}"]
     ):
         assert found["different before"]
         assert (found["loaded"], found["at the end"], found["weights"]) == ([], [], [])

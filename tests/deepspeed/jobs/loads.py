@@ -1,6 +1,6 @@
 """Job for one rank of several: saves checkpoints for one rank to load, and loads those of `cases_on_ranks`.
 
-usage: loads.py DIRECTORY [--local_rank=N]
+usage: loads.py DIRECTORY {few|every} [--local_rank=N]
 """
 
 import shutil
@@ -19,11 +19,13 @@ from tests.deepspeed.jobs.common import gathered, job, refusal
 
 
 def main() -> None:
-    directory = Path(next(argument for argument in sys.argv[1:] if not argument.startswith("--")))
+    where, selection = (argument for argument in sys.argv[1:] if not argument.startswith("--"))
+    directory = Path(where)
+    cases = load_cases.few_cases() if selection == "few" else load_cases.all_cases()
     with job(directory / "results.pt") as results:
         here = directory / "by several ranks"
         mine = load_cases.cases_on_ranks()
-        for case in [*mine, *[case for case in load_cases.few_cases() if case.source == "other ranks"]]:
+        for case in [*mine, *[case for case in cases if case.source == "other ranks"]]:
             if not (here / load_cases.source_name(case)).exists():
                 load_cases.save_source(case, here)
         for case in mine:
