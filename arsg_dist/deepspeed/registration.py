@@ -8,6 +8,7 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.constants import BFLOAT16
 from deepspeed.runtime.engine import DeepSpeedEngine as _Engine
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.utils import is_optimized_parameter
@@ -129,7 +130,7 @@ def _with_built_arsg_check(method: Method) -> Method:
             _check(engine, from_config=False)
         wrapper = method(engine, basic_optimizer)
         if isinstance(basic_optimizer, ARSG):
-            _tell_what_will_not_work(engine)
+            _tell_what_will_not_work(engine, wrapper)
             if wrapper is not None:  # None: stage 0 in fp32
                 _drop_frozen_groups(basic_optimizer)
         return wrapper
@@ -137,9 +138,19 @@ def _with_built_arsg_check(method: Method) -> Method:
     return check
 
 
-def _tell_what_will_not_work(engine: Any) -> None:
-    """Name before the training what a pipeline, or experts spread over ranks, cannot do after it."""
+def _tell_what_will_not_work(engine: Any, wrapper: Any) -> None:
+    """Name before the training what a pipeline, or experts spread over ranks, cannot do after it.
+
+    Args:
+        engine: that is being built.
+        wrapper: the kind of masters that DeepSpeed chose.
+    """
     pipeline = isinstance(engine, PipelineEngine)
+    if pipeline and wrapper == BFLOAT16 and not engine.zero_optimization():
+        raise ValueError(
+            "a pipeline in bf16 at ZeRO stage 0 saves checkpoints that DeepSpeed 0.19.8 cannot resume from (KeyError, and "
+            'one rank\'s part of the optimizer\'s state): set "zero_optimization": {"stage": 1}'
+        )
     if not (pipeline or experts_apart(engine)) or deepspeed.comm.get_rank() != 0:
         return
     warnings.warn(
