@@ -8,14 +8,18 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.constants import BFLOAT16
 from deepspeed.runtime.engine import DeepSpeedEngine as _Engine
+from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.utils import is_optimized_parameter
 from deepspeed.runtime.zero import utils as zero_utils
 
+from arsg_dist.deepspeed.checkpoint.zero_state import experts_apart
 from arsg_dist.deepspeed.config.resolve import check_config
 from arsg_dist.deepspeed.config.rules import AUTO
 from arsg_dist.deepspeed.config.schedules import check_scheduler, with_schedules_for_arsg
 from arsg_dist.deepspeed.config.side_effects import check_swap_directory
+from arsg_dist.deepspeed.offloaded_states import support_offloaded_states
 from arsg_dist.deepspeed.patches.offload import patch_offload
 from arsg_dist.deepspeed.patches.state_access import patch_state_access
 from arsg_dist.deepspeed.patches.training_step import patch_training_step
@@ -48,6 +52,7 @@ def register() -> None:
     patch_training_step()
     patch_offload()
     check_updates()
+    support_offloaded_states()
 
 
 def arsg_factory(params: Any, source: str) -> "functools.partial[ARSG]":
@@ -126,11 +131,37 @@ def _with_built_arsg_check(method: Method) -> Method:
         if isinstance(basic_optimizer, ARSG) and not known:
             _check(engine, from_config=False)
         wrapper = method(engine, basic_optimizer)
-        if isinstance(basic_optimizer, ARSG) and wrapper is not None:  # None: stage 0 in fp32
-            _drop_frozen_groups(basic_optimizer)
+        if isinstance(basic_optimizer, ARSG):
+            _tell_what_will_not_work(engine, wrapper)
+            if wrapper is not None:  # None: stage 0 in fp32
+                _drop_frozen_groups(basic_optimizer)
         return wrapper
 
     return check
+
+
+def _tell_what_will_not_work(engine: Any, wrapper: Any) -> None:
+    """Name before the training what a pipeline, or experts spread over ranks, cannot do after it.
+
+    Args:
+        engine: that is being built.
+        wrapper: the kind of masters that DeepSpeed chose.
+    """
+    pipeline = isinstance(engine, PipelineEngine)
+    if pipeline and wrapper == BFLOAT16 and not engine.zero_optimization():
+        raise ValueError(
+            "DeepSpeed 0.19.8 cannot resume a pipeline in bf16 at ZeRO stage 0: its checkpoints have one rank's part of "
+            'the optimizer\'s state, and loading them raises KeyError; set "zero_optimization": {"stage": 1}'
+        )
+    if not (pipeline or experts_apart(engine)) or deepspeed.comm.get_rank() != 0:
+        return
+    warnings.warn(
+        f"{'a pipeline' if pipeline else 'a mixture of experts spread over ranks (ep_size > 1)'} resumes by "
+        "load_checkpoint under the stage, precision and number of ranks that saved it, and its weights alone load on "
+        "any number; arsg_dist.deepspeed.export and base_iterate, universal checkpoints and those of arsg-imagenet do "
+        "not work with it",
+        stacklevel=2,
+    )
 
 
 def _drop_frozen_groups(optimizer: ARSG) -> None:

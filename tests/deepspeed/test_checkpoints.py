@@ -203,7 +203,7 @@ def test_saving_inside_an_update_warns(tmp_path: Path, monkeypatch: pytest.Monke
     )
     called: list[Any] = []
 
-    def save(engine: Any, directory: str) -> None:
+    def save(engine: Any, directory: str, tag: str | None) -> None:
         called.append(directory)
 
     monkeypatch.setattr("deepspeed.comm.get_rank", lambda: 0)

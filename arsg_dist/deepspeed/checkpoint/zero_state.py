@@ -6,6 +6,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.moe.layer import MoE
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
@@ -65,6 +66,14 @@ def optimizer_of(engine: Any) -> ARSG:
     return optimizer
 
 
+def experts_apart(engine: Any) -> bool:
+    """Tell whether ranks hold different experts of a mixture."""
+    if not engine.has_moe_layers:
+        return False
+    mixtures = [module for module in engine.module.modules() if isinstance(module, MoE)]
+    return not mixtures or any(module.ep_size > 1 for module in mixtures)  # none: DeepSpeed's AutoEP
+
+
 def swaps_to_nvme(engine: Any) -> bool:
     """Tell whether parameters or state live on NVMe, out of reach between steps."""
     return "nvme" in (place_of(engine.zero_offload_optimizer()), place_of(engine.zero_offload_param()))
@@ -74,11 +83,14 @@ def shards_of(engine: Any) -> Iterator[Shard]:
     """Yield this rank's shards, in the order of DeepSpeed's groups and sub-groups.
 
     Raises:
-        ValueError: experts, NVMe, or a wrapper that keeps its masters in a way not known here.
+        ValueError: experts on several ranks, NVMe, or a wrapper that keeps its masters in a way not known here.
     """
     optimizer = engine.basic_optimizer
-    if engine.has_moe_layers:
-        raise ValueError("mixtures of experts are not supported here: their groups are cut up differently")
+    if experts_apart(engine):
+        raise ValueError(
+            "experts that are spread over ranks (ep_size > 1) are not supported here: each rank has others of the same "
+            "name"
+        )
     if swaps_to_nvme(engine):
         raise ValueError(
             "parameters or optimizer state are offloaded to NVMe, where they cannot be read between steps: "
