@@ -1,4 +1,4 @@
-"""The methods of DeepSpeed that are repaired or relied on: digests of their texts, and versions that have them.
+"""Know the methods of DeepSpeed that repairs depend on: digests of their texts, which versions have them.
 
 Written by `python -m tests.deepspeed.versions --renew VERSION`.
 """

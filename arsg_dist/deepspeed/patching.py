@@ -119,9 +119,9 @@ def check_known() -> None:
 def repair(optimizers: Iterable[type[Optimizer]] = ()) -> None:
     """Correct DeepSpeed's training for engines of other optimizers, too.
 
-    What DeepSpeed gets wrong under ARSG it gets wrong under others: docs/deepspeed-defects.md has each defect, with what
-    it does to AdamW. To be called before `deepspeed.initialize`, on every rank. ARSG's engines are always repaired, all
-    others only if asked for here.
+    What DeepSpeed gets wrong under ARSG it gets wrong under others: docs/deepspeed-defects.md has each defect, with
+    what it does to AdamW. To be called before `deepspeed.initialize`, on every rank. ARSG's engines are always
+    repaired, all others only if asked for here.
 
     Args:
         optimizers: classes, as `torch.optim.AdamW`; classes derived from them are meant, too. These are all: calling

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
-import hjson
+import hjson  # type: ignore[import-untyped]
 from deepspeed.runtime.config_utils import dict_raise_error_on_duplicate_keys
 
 from arsg_dist.safe_io.files import read_text

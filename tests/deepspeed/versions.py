@@ -30,7 +30,11 @@ PARTS = {
     "engines of one rank": ["tests/deepspeed/test_one_rank.py"],
     "repairs": ["tests/deepspeed/test_patches.py"],
     "defects, shown and repaired": ["tests/deepspeed/test_defects.py"],
-    "two ranks": ["tests/deepspeed/test_interfaces.py", "-k", "every_way or functions or within_reach or state_that"],
+    "two ranks": [
+        "tests/deepspeed/test_interfaces.py",
+        "-k",
+        "every_way or functions or within_reach or state_that",
+    ],
 }
 _PRINT = "import json, arsg_dist.deepspeed.patching as p, arsg_dist.deepspeed; print(json.dumps(p.sources()))"
 
@@ -55,13 +59,20 @@ def environment(version: str) -> dict[str, str]:
 def sources(version: str) -> dict[str, str]:
     """The digests of a version's methods."""
     found = subprocess.run(
-        [sys.executable, "-c", _PRINT], env=environment(version), cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", _PRINT],
+        env=environment(version),
+        cwd=ROOT,
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     listed: dict[str, str] = json.loads(found.stdout.splitlines()[-1])
     return listed
 
 
-def renewed(known: dict[str, dict[str, str]], version: str, found: dict[str, str]) -> dict[str, dict[str, str]]:
+def renewed(
+    known: dict[str, dict[str, str]], version: str, found: dict[str, str]
+) -> dict[str, dict[str, str]]:
     """The known digests with those of a version; each says the first and the last version that has it."""
     known = {name: dict(digests) for name, digests in known.items()}
     for name, digest in found.items():
@@ -74,9 +85,16 @@ def renewed(known: dict[str, dict[str, str]], version: str, found: dict[str, str
 
 def text_of(known: dict[str, dict[str, str]]) -> str:
     """The module that holds the digests."""
-    lines = ['"""The methods of DeepSpeed that are repaired or relied on: digests of their texts, and versions that have them.']
-    lines += ["", "Written by `python -m tests.deepspeed.versions --renew VERSION`.", '"""', "", "from typing import Final", ""]
-    lines += ["KNOWN_SOURCES: Final[dict[str, dict[str, str]]] = {"]
+    lines = [
+        '"""Know the methods of DeepSpeed that repairs depend on: digests of their texts, which versions have them.',
+        "",
+        "Written by `python -m tests.deepspeed.versions --renew VERSION`.",
+        '"""',
+        "",
+        "from typing import Final",
+        "",
+        "KNOWN_SOURCES: Final[dict[str, dict[str, str]]] = {",
+    ]
     for name in sorted(known):
         lines.append(f'    "{name}": {{')
         by_version = sorted(known[name].items(), key=lambda item: Version(item[1].split(" to ")[0]))
@@ -90,7 +108,9 @@ def outcome(version: str, arguments: list[str]) -> str:
     report = FOLDER / f"{version}.xml"
     report.unlink(missing_ok=True)
     subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", *arguments], env=environment(version), cwd=ROOT
+        [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", *arguments],
+        env=environment(version),
+        cwd=ROOT,
     )
     suite = ElementTree.parse(report).getroot().find("testsuite")
     assert suite is not None

@@ -1,8 +1,8 @@
 """Correct what DeepSpeed's backward pass and step do wrong.
 
-For ARSG, and for other optimizers only if `repair` was asked to: their engines are left exactly as they are. Each defect
-has a script in docs/deepspeed-defects.md, and each repair the versions of DeepSpeed that it was needed in. The tests
-compare every ZeRO stage and precision with a single process, and fail where a repair is missing.
+For ARSG, and for other optimizers only where `repair` was asked to; else their engines are left exactly as they are.
+docs/deepspeed-defects.md has a script for each defect. The tests compare every ZeRO stage and precision with a single
+process, and fail where a repair is missing.
 """
 
 from collections.abc import Callable
@@ -223,7 +223,9 @@ def _with_sums(zero: Any) -> set[int]:
 
 
 def _wait_for_copies(zero: Any) -> None:
-    if hasattr(zero, "_wait_for_offload_copies"):  # since 0.19.8; before, the copies are awaited where they are made
+    if hasattr(
+        zero, "_wait_for_offload_copies"
+    ):  # since 0.19.8; before, the copies are awaited where they are made
         zero._wait_for_offload_copies()
 
 
@@ -258,7 +260,9 @@ def _keep_sum(zero: Any, parameter: Any) -> None:
     _, source, _, length = zero.grad_position[number]
     total, gradient = zero.accumulated_grads_in_cpu[number], zero.get_param_gradient_attribute(parameter)
     gradient = gradient.data.view(-1)
-    total.view(-1).copy_(gradient if total.numel() == gradient.numel() else gradient.narrow(0, source, length))
+    total.view(-1).copy_(
+        gradient if total.numel() == gradient.numel() else gradient.narrow(0, source, length)
+    )
 
 
 def _complete_partitioned_gradients(zero: Any) -> None:
