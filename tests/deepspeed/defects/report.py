@@ -27,8 +27,8 @@ arsg_dist.deepspeed.repair(optimizers=(torch.optim.AdamW,))
 
 This document is written by `python -m tests.deepspeed.defects.report`. `pytest tests/deepspeed/test_defects.py` runs
 each script below with the DeepSpeed that is installed: as it is, repaired, and repaired for another optimizer. Weights
-begin at 1; shown is one element of each parameter, as all of its elements are alike. "Seen in" is about DeepSpeed 0.18.0
-and later, older ones were not tried: the ends of each range were run, between them the text of the method is known.
+begin at 1; shown is one element of each parameter, as all of its elements are alike. "Seen in" is about DeepSpeed
+0.18.0 and later; older were not tried. [deepspeed.md](deepspeed.md) has the versions that the scripts were run with.
 
 """
 
