@@ -29,6 +29,7 @@ KNOWN_SOURCES: Final[dict[str, dict[str, str]]] = {
         "b8c4368bee04391d": "0.19.8",
     },
     "DeepSpeedZeroOptimizer._finalize_cpu_offload_gradient_accumulation": {
+        "absent": "0.18.0 to 0.19.4",
         "5e22c17a8c152150": "0.19.5 to 0.19.7",
         "6228bc321fee7607": "0.19.8",
     },
@@ -43,6 +44,7 @@ KNOWN_SOURCES: Final[dict[str, dict[str, str]]] = {
         "456ef78f7cbaa909": "0.18.0 to 0.19.8",
     },
     "DeepSpeedZeroOptimizer._wait_for_offload_copies": {
+        "absent": "0.18.0 to 0.19.7",
         "e509dd0ad7458a37": "0.19.8",
     },
     "DeepSpeedZeroOptimizer.async_accumulate_grad_in_cpu_via_gpu": {

@@ -19,6 +19,7 @@ Method = Callable[..., Any]
 
 OLDEST: Final = "0.18.0"
 NEWEST: Final = "0.19.8"  # tested; a later one is taken as long as it has not changed what is repaired
+ABSENT: Final = "absent"
 ALLOW_UNKNOWN: Final = "ARSG_UNKNOWN_DEEPSPEED"
 
 _MARK: Final = "_wrapped_for_arsg"
@@ -62,7 +63,7 @@ def repair_once(
         owner: a class of DeepSpeed.
         name: of its method.
         wrap: see `wrap_once`.
-        relies_on: other methods of the class that the repair depends on, if this version has them.
+        relies_on: other methods of the class that the repair depends on; that a version has none is known like a text.
         since: first version that needs the repair.
         until: last one; default all later ones.
 
@@ -73,13 +74,14 @@ def repair_once(
     if version < Version(since) or (until is not None and version > Version(until)):
         return
     for needed in (name, *relies_on):
-        if hasattr(owner, needed):
-            _sources[f"{owner.__name__}.{needed}"] = digest(owner, needed)
+        _sources[f"{owner.__name__}.{needed}"] = digest(owner, needed)
     wrap_once(owner, name, wrap)
 
 
 def digest(owner: type, name: str) -> str:
-    """Return what tells the text of a method, before anybody wrapped it, from any other."""
+    """Return what tells the text of a method, before anybody wrapped it, from any other, or that there is none."""
+    if not hasattr(owner, name):
+        return ABSENT
     method = inspect.unwrap(getattr(owner, name))
     while method.__name__ != name:  # DeepSpeed's own decorators do not say what they wrap
         inside = [cell.cell_contents for cell in method.__closure__ or ()]

@@ -102,12 +102,13 @@ def test_a_digest_is_that_of_the_text_below_any_wrapper() -> None:
 def test_a_method_that_a_release_has_changed_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a repair around a text it was not made for, without a word, and one that cannot be tried on purpose."""
     monkeypatch.setattr(patching, "_sources", {})
-    monkeypatch.setattr(patching, "KNOWN_SOURCES", {"New.step": {digest(New, "step"): "0.18.0"}})
+    known = {"New.step": {digest(New, "step"): "0.18.0"}, "New.later": {"absent": "0.18.0"}}
+    monkeypatch.setattr(patching, "KNOWN_SOURCES", known)
     repair_once(New, "step", lambda method: method)
     check_known()
-    repair_once(New, "step", lambda method: method, relies_on=("absent", "other"))
+    repair_once(New, "step", lambda method: method, relies_on=("later", "other", "gone"))
     with pytest.raises(
-        ValueError, match=r"has changed New\.other, which arsg_dist corrects.*install one of these"
+        ValueError, match=r"has changed New\.other, New\.gone, which arsg_dist corrects.*install one of these"
     ):
         check_known()
     with pytest.raises(ValueError, match=r"has changed New\.other"):

@@ -1,6 +1,5 @@
 """The defects: settings of a script that shows it, and what a report says."""
 
-import pprint
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,7 +62,8 @@ class Defect:
         listed = "".join(f"    {update},\n" for update in self.updates)
         return (
             before.split('"""\n', 2)[-1].lstrip()
-            + f"CONFIG = {pprint.pformat(config, width=110, sort_dicts=False)}\nADAMW = {settings}\n"
+            + "".join(["CONFIG = {\n", *(f"    {key!r}: {value},\n" for key, value in config.items()), "}\n"])
+            + f"ADAMW = {settings}\n"
             + "# Updates of micro-batches of one gradient for each parameter; None: the parameter is not used.\n"
             + f"UPDATES = [\n{listed}]\n"
             + after
