@@ -104,9 +104,9 @@ def test_a_method_that_a_release_has_changed_is_refused_by_name(monkeypatch: pyt
     monkeypatch.setattr(patching, "_sources", {})
     known = {"New.step": {digest(New, "step"): "0.18.0"}, "New.later": {"absent": "0.18.0"}}
     monkeypatch.setattr(patching, "KNOWN_SOURCES", known)
-    repair_once(New, "step", lambda method: method)
+    repair_once(New, "step", lambda method: lambda self: method(self))
     check_known()
-    repair_once(New, "step", lambda method: method, relies_on=("later", "other", "gone"))
+    repair_once(New, "step", lambda method: lambda self: method(self), relies_on=("later", "other", "gone"))
     with pytest.raises(
         ValueError, match=r"has changed New\.other, New\.gone, which arsg_dist corrects.*install one of these"
     ):
