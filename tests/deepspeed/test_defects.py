@@ -44,7 +44,9 @@ def test_a_script_shows_its_defect_and_none_with_the_repair(name: str) -> None:
     assert script["alone"]() == defect.right
     right = pytest.approx(defect.right, abs=defect.close)
     plain = script["with_deepspeed"]()
-    assert plain == (pytest.approx(defect.shown, abs=0.001) if shown_by(defect) else right)
+    assert (plain != right) == shown_by(defect), plain
+    if shown_by(defect) and (defect.until or deepspeed.__version__ >= "0.19"):
+        assert plain == pytest.approx(defect.shown, abs=0.001)
     repair(optimizers=(torch.optim.AdamW,))
     assert script["with_deepspeed"]() == right
     repair(optimizers=(torch.optim.SGD,))

@@ -18,7 +18,8 @@ class Defect:
         where: the function that does it.
         remedy: what would mend it.
         stage: of ZeRO.
-        shown: the weights that DeepSpeed ends with, one of each parameter; all of its elements are alike.
+        shown: the weights that the newest DeepSpeed that has it ends with (several defects may meet in older ones), one
+            of each parameter; all of its elements are alike.
         right: those of one process.
         updates: for each update its micro-batches, for each of these each parameter's gradient; None: not used.
         adamw: settings of AdamW.
