@@ -11,7 +11,6 @@ from typing import Any
 import deepspeed
 import pytest
 import torch
-from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 from arsg_dist import ARSG, theory
@@ -24,6 +23,7 @@ from arsg_dist.deepspeed.config.rules import check_nvme
 from arsg_dist.deepspeed.config.schedules import build_scheduler
 from arsg_dist.deepspeed.universal import convert
 from arsg_dist.engine import JobError, SingleProcessCommunicator, SingleProcessEngine
+from tests.deepspeed.one_rank import one_rank
 
 SETTINGS = {"lr": 0.1, "betas": [0.9, 0.5], "mu": 0.5, "eps": 1e-4}
 STAGES = [0, 1, 2, 3]
@@ -32,19 +32,8 @@ STAGES = [0, 1, 2, 3]
 @pytest.fixture(scope="module", autouse=True)
 def _one_rank() -> Iterator[None]:
     """A job of one rank, for the tests of this file."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LOCAL_RANK", "0")
-        # Stage 3 puts a function of its own in the place, which is wrong for complex numbers, and leaves it there.
-        patch.setattr(nn.functional, "linear", nn.functional.linear)
-        # DeepSpeed asks oneDNN, which has fp16 on some CPUs only; torch itself computes in fp16 on every CPU.
-        patch.setattr(type(get_accelerator()), "is_fp16_supported", lambda _: True)
-        torch.distributed.init_process_group(
-            "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
-        )
-        deepspeed.init_distributed(verbose=False, auto_mpi_discovery=False)
+    with one_rank():
         yield
-        torch.distributed.destroy_process_group()
-        deepspeed.comm.comm.cdb = None
 
 
 class Slopes(nn.Module):

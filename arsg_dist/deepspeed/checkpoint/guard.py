@@ -46,7 +46,11 @@ def guard_checkpoints() -> None:
     """
     wrap_once(_Engine, "save_checkpoint", _guarded_save)
     wrap_once(_Engine, "load_checkpoint", _guarded_load)
-    wrap_once(_Engine, "_common_checkpoint_state", _with_arsg_section)
+    if hasattr(_Engine, "_common_checkpoint_state"):
+        wrap_once(_Engine, "_common_checkpoint_state", _with_arsg_section)
+    else:  # until 0.19.2
+        wrap_once(_Engine, "_save_checkpoint", _with_arsg_section_among_the_clients)
+        wrap_once(_Engine, "_save_moe_checkpoint", _with_arsg_section_among_the_clients)
 
 
 def _has_arsg(engine: Any) -> bool:
@@ -57,17 +61,36 @@ def _with_arsg_section(method: Method) -> Method:
     def _common_checkpoint_state(engine: Any, *args: Any, **kwargs: Any) -> Any:
         state = method(engine, *args, **kwargs)
         if _has_arsg(engine):
-            trained = trained_names(engine)
-            state[ARSG_SECTION] = {
-                "groups": group_names(engine),
-                "frozen": [name for name in shapes_of(engine) if name not in trained],
-                "positions": group_positions(engine),
-                "aliases": aliases_of(engine.module, engine.param_names),
-                "experts_apart": experts_apart(engine),
-            }
+            state[ARSG_SECTION] = _arsg_section(engine)
         return state
 
     return _common_checkpoint_state
+
+
+def _with_arsg_section_among_the_clients(method: Method) -> Method:
+    """Save the section as part of the client's state, which DeepSpeed puts into the same file."""
+
+    def _save_checkpoint(
+        engine: Any, save_dir: Any, tag: Any, client_state: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        client_state = dict(client_state or {})
+        if _has_arsg(engine):
+            client_state[ARSG_SECTION] = _arsg_section(engine)
+        return method(engine, save_dir, tag, client_state, *args, **kwargs)
+
+    return _save_checkpoint
+
+
+def _arsg_section(engine: Any) -> dict[str, Any]:
+    """Return what a checkpoint says of the parameters, beside what DeepSpeed says."""
+    trained = trained_names(engine)
+    return {
+        "groups": group_names(engine),
+        "frozen": [name for name in shapes_of(engine) if name not in trained],
+        "positions": group_positions(engine),
+        "aliases": aliases_of(engine.module, engine.param_names),
+        "experts_apart": experts_apart(engine),
+    }
 
 
 def _guarded_save(method: Method) -> Method:

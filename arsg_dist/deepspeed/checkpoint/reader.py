@@ -11,7 +11,6 @@ from deepspeed.checkpoint.constants import (
     BASE_OPTIMIZER_STATE,
     GROUP_PADDINGS,
     OPTIMIZER_STATE_DICT,
-    PARAM_ALIGNMENT_PADDINGS,
     SINGLE_PARTITION_OF_FP32_GROUPS,
 )
 from torch import Tensor
@@ -35,6 +34,7 @@ from arsg_dist.deepspeed.checkpoint.partitioning import (
     read_piece,
 )
 from arsg_dist.deepspeed.checkpoint.pickles import Reader, load
+from arsg_dist.deepspeed.versions import PARAM_ALIGNMENT_PADDINGS
 from arsg_dist.safe_io.files import inside
 
 _MASTER: Final = "fp32"
