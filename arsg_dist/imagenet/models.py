@@ -147,7 +147,7 @@ def _first_line(error: Exception) -> str:
 
 def _advice(error: Exception) -> str:
     if "more than 1 value per channel" in str(error):
-        return "batch norm needs two values: choose a larger batch_size / (ranks × accumulation_steps), or larger images"
+        return "batch norm needs two values: choose a larger batch_size / (ranks × accumulation_steps) or image size"
     return "choose other sizes (data.image_size, train_image_size, crop_size, progressive), or another model"
 
 

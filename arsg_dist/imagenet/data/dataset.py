@@ -50,8 +50,8 @@ class Batch:
         Raises:
             RuntimeError: there is no room.
         """
-        self.images.share_memory_()
-        self.labels.share_memory_()
+        for tensor in (self.images, self.labels):
+            tensor.share_memory_()  # type: ignore[no-untyped-call]
         return self
 
 

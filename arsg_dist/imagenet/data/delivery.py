@@ -6,7 +6,7 @@ import os
 import shutil
 import signal
 from multiprocessing import connection
-from typing import Any, Final, cast
+from typing import Any, Final
 
 from torch.utils.data import DataLoader, get_worker_info
 from torch.utils.data.dataloader import _BaseDataLoaderIter, _MultiProcessingDataLoaderIter
@@ -147,7 +147,7 @@ class _WatchedIterator(_MultiProcessingDataLoaderIter):
         left = self._patience / interval if self._patience else float("inf")
         while left > 0:
             try:
-                found, data = self._try_get_data(interval)
+                found, data = self._try_get_data(interval)  # type: ignore[no-untyped-call]
             except (RuntimeError, OSError, EOFError) as error:
                 raise LoadingError(self._fate() or f"loader processes cannot be heard: {error}") from error
             if found:
@@ -178,7 +178,7 @@ class _WatchedIterator(_MultiProcessingDataLoaderIter):
             process.kill()
 
     def _processes(self) -> list[multiprocessing.Process]:
-        return cast("list[multiprocessing.Process]", self._workers)
+        return self._workers
 
 
 def _cause(code: int | None) -> str:
