@@ -79,7 +79,6 @@ def test_images_that_vanish_in_mid_run(
         pytest.param(
             "ddp", "SIGSTOP", "no batch came from the loader processes in 6 s", marks=pytest.mark.slow
         ),
-        pytest.param("deepspeed", "SIGKILL", "has ended: killed by SIGKILL", marks=pytest.mark.slow),
     ],
 )
 def test_loader_processes_of_one_rank_that_die_or_hang_end_all(
