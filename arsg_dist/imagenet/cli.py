@@ -8,6 +8,7 @@ from pathlib import Path
 
 from arsg_dist.engine import Communicator, JobError, Ranks, discover_ranks, end_process, load_builder
 from arsg_dist.engine.job import BAD_INPUT, DONE, FAILED
+from arsg_dist.imagenet.data.delivery import LoadingError
 from arsg_dist.imagenet.data.shard_writer import shard_command
 from arsg_dist.imagenet.output import compare
 from arsg_dist.imagenet.output.export import CARD, export
@@ -119,6 +120,9 @@ def train_command(arguments: list[str]) -> int:
         return BAD_INPUT
     try:
         return _connected(arguments, engine, ranks, communicator)
+    except LoadingError as error:  # of this rank alone: the others end as below
+        _say_error(error, f" (rank {rank})" if ranks.world_size > 1 else "")
+        end_process(FAILED)
     except Exception:
         # Not agreed on: the other ranks may be waiting in a collective. End at once, so that the launcher ends them.
         print(f"rank {rank} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)  # noqa: T201

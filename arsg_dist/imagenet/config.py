@@ -166,6 +166,9 @@ class DataConfig(Section):
     """of synthetic data."""
     workers: Whole = 4
     """loader processes per rank for training, and as many again for validation; 0 loads in the training process."""
+    timeout: Amount = 300.0
+    """seconds that a rank waits for a batch of its loader processes before it ends the run with the reason; 0 for ever.
+    Not with workers: 0, where nobody would notice."""
     loader: Literal["pillow", "dali"] = "pillow"
     """what decodes: "pillow" in the loader processes, or "dali": NVIDIA DALI on the rank's GPU (extra `dali`), with the
     same order, crops and flips; "imagenet" and "none" augmentation only."""
@@ -204,6 +207,7 @@ class DataConfig(Section):
             ),
             (synthetic, ("synthetic_images", "synthetic_classes"), "with source: synthetic"),
             (self.augmentation == "crop", ("crop_size",), "with augmentation: crop"),
+            (self.workers > 0, ("timeout",), "for loader processes, not with workers: 0"),
         ):
             self._require_read(read, names, where)
         if self.loader == "dali":
@@ -385,7 +389,8 @@ class TrainConfig(Section):
         self._require_read(self.on_nonfinite == "skip", ("max_skipped_updates",), "with on_nonfinite: skip")
         _require(
             not self.schedule.milestones or self.schedule.milestones[-1] < self.epochs,
-            f"schedule.milestones {self.schedule.milestones} must lie before the end, epochs={self.epochs}",
+            f"schedule.milestones {self.schedule.milestones} must lie before the end, epochs={self.epochs}: give "
+            "schedule.milestones that fit",
         )
         _require(
             math.isfinite(self.schedule.warmup_epochs) and self.schedule.warmup_epochs < self.epochs,

@@ -1,5 +1,6 @@
 """Faults that strike one rank at a named point of a training."""
 
+import multiprocessing
 import os
 import random
 import signal
@@ -60,6 +61,11 @@ def _kill(fault: dict[str, Any]) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def _signal_loaders(fault: dict[str, Any]) -> None:
+    for process in multiprocessing.active_children():
+        os.kill(process.pid, signal.Signals[fault["signal"]])  # type: ignore[arg-type]
+
+
 def _raise_memory_error(fault: dict[str, Any]) -> None:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
@@ -106,6 +112,7 @@ def _skew_clock(fault: dict[str, Any]) -> None:
 
 ACTIONS = {
     "kill": _kill,
+    "signal loaders": _signal_loaders,
     "raise out of memory": _raise_memory_error,
     "run out of memory": _fill_memory,
     "sleep": _sleep,

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from arsg_dist.imagenet.config import DataConfig
 from arsg_dist.imagenet.data.builtin import SyntheticSplit
 from arsg_dist.imagenet.data.decoding import UNDECODABLE, ImageSource, decode
+from arsg_dist.imagenet.data.delivery import Shared, WatchedLoader
 from arsg_dist.imagenet.data.folder import ImageTree
 from arsg_dist.imagenet.data.sampler import IGNORED, SampleKey, seeded
 from arsg_dist.imagenet.data.tar_shards import TarShards
@@ -42,6 +43,16 @@ class Batch:
     def pin_memory(self) -> "Batch":
         """Return the same batch in page-locked memory, for the DataLoader."""
         return Batch(self.images.pin_memory(), self.labels.pin_memory(), self.bad)
+
+    def share_memory_(self) -> "Batch":
+        """Move the batch into shared memory; return it.
+
+        Raises:
+            RuntimeError: there is no room.
+        """
+        for tensor in (self.images, self.labels):
+            tensor.share_memory_()  # type: ignore[no-untyped-call]
+        return self
 
 
 class ImageSplit(Dataset[Any]):
@@ -83,10 +94,12 @@ class ImageSplit(Dataset[Any]):
         try:
             encoded, label = self.source.read(index)
             image = decode(encoded, max_pixels=self._max_pixels)
+            with seeded(self._seed, epoch, index):
+                return self._transform(image, batch_epoch), label if counts else IGNORED
         except UNDECODABLE as error:
             return cannot_decode(self.source, index, error) if counts else None
-        with seeded(self._seed, epoch, index):
-            return self._transform(image, batch_epoch), label if counts else IGNORED
+        except MemoryError:  # the machine's fault, not the image's, whose size is bounded
+            raise MemoryError(f"no memory left to decode image {self.source.name(index)}") from None
 
 
 Split = ImageSplit | SyntheticSplit
@@ -162,17 +175,33 @@ def _some(names: list[str]) -> str:
 
 
 def loader(
-    split: Split, order: Sampler[list[SampleKey]], *, workers: int, image_size: int, pin_memory: bool
+    split: Split,
+    order: Sampler[list[SampleKey]],
+    *,
+    workers: int,
+    image_size: int,
+    pin_memory: bool,
+    timeout: float = 0,
 ) -> DataLoader[Batch]:
     """Load batches in the given order."""
-    make_batch = partial(collate, image_size=image_size)
-    return process_loader(split, order, workers=workers, collate=make_batch, pin_memory=pin_memory)
+    make_batch = Shared(partial(collate, image_size=image_size))
+    return process_loader(
+        split, order, workers=workers, collate=make_batch, pin_memory=pin_memory, timeout=timeout
+    )
 
 
 def process_loader(
-    split: Any, order: Sampler[list[SampleKey]], *, workers: int, collate: Any, pin_memory: bool
+    split: Any,
+    order: Sampler[list[SampleKey]],
+    *,
+    workers: int,
+    collate: Any,
+    pin_memory: bool,
+    timeout: float = 0,
 ) -> DataLoader[Any]:
     """Load what `collate` makes of a split's samples, in the given order.
+
+    Its passes raise `LoadingError` when a loader process has died, or none has sent anything for `timeout` seconds.
 
     Worker processes are forked from a server that has only imported this: forking a rank that already communicates may
     hang, and importing everything anew takes each worker seconds.
@@ -183,8 +212,9 @@ def process_loader(
             resource_tracker.ensure_running()  # unblocks SIGINT and SIGTERM when it starts one (CPython 3.11)
         with signals_held(), safe_start():
             forkserver.ensure_running()
-    return DataLoader(
+    return WatchedLoader(
         split,
+        patience=timeout,
         batch_sampler=order,
         collate_fn=collate,
         num_workers=workers,

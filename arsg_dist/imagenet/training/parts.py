@@ -113,11 +113,10 @@ class RunParts:
         """Whether this is rank 0, which shows and writes what all ranks agree on."""
         return self.communicator.rank == 0
 
-    def forward(self, module: nn.Module, images: torch.Tensor) -> torch.Tensor:
-        """Compute logits, shape (batch, classes), in the precision of the run."""
+    def forward(self, module: nn.Module, images: torch.Tensor) -> Any:
+        """Compute logits, shape (batch, classes), in the precision of the run; see `weighted_logits`."""
         with self.autocast:
-            logits: torch.Tensor = module(images)
-        return logits
+            return module(images)
 
     def to_device(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Move a batch to the device, its images as the engine's module takes them."""

@@ -16,9 +16,10 @@ from arsg_dist.imagenet.config import DataConfig, TrainConfig
 from arsg_dist.imagenet.data import dali
 from arsg_dist.imagenet.data.builtin import DIGITS, digits_tree
 from arsg_dist.imagenet.data.dataset import Batch, ImageSplit, Split, loader, open_splits
+from arsg_dist.imagenet.data.delivery import require_shared_memory
 from arsg_dist.imagenet.data.sampler import TrainingSampler, ValidationSampler
-from arsg_dist.imagenet.data.transforms import BatchMixing
-from arsg_dist.imagenet.models import build_model
+from arsg_dist.imagenet.data.transforms import BatchMixing, train_size
+from arsg_dist.imagenet.models import build_model, require_image_sizes
 from arsg_dist.imagenet.output.environment import describe
 from arsg_dist.imagenet.output.run_directory import check_output
 from arsg_dist.imagenet.output.run_log import import_wandb
@@ -49,9 +50,18 @@ def train(config: TrainConfig, start: Start, ranks: Ranks, communicator: Communi
             torch.manual_seed(config.seed)
             classes = train_split.classes
             model = build_model(config.model, len(classes), zero_init_gamma=config.zero_init_gamma)
+            require_image_sizes(
+                model,
+                config.model,
+                train=(train_size(config.data, epoch) for epoch in range(config.epochs)),
+                batch_size=config.micro_batch_size(communicator.world_size),
+                val=config.data.image_size,
+            )
         data = train_split.fingerprint()
         check_agreement(communicator, config=dataclasses.asdict(config), data=data, seed=config.seed)
         hosts = share_cores(communicator)
+        with communicator.fail_together():
+            _require_room(config, communicator, hosts)
         average = WeightAverage(model, config.ema_decay) if config.ema_decay else None
         engine = build_engine(builder, model, config, communicator, ranks)
         make_loader = partial(_loader, data=config.data, seed=config.seed, device=engine.device)
@@ -106,6 +116,19 @@ def _open_data(config: TrainConfig) -> tuple[Split, Split]:
     return open_splits(root, data, seed=config.seed)
 
 
+def _require_room(config: TrainConfig, communicator: Communicator, hosts: list[str]) -> None:
+    """Refuse loader processes that have no room on this host; its first rank speaks for all."""
+    here = hosts[communicator.rank]
+    if hosts.index(here) == communicator.rank:
+        require_shared_memory(
+            config.data,
+            batch_size=config.micro_batch_size(communicator.world_size),
+            val_batch_size=config.val_batch_size,
+            ranks_here=hosts.count(here),
+            pinned=torch.cuda.is_available(),
+        )
+
+
 def _samplers(
     config: TrainConfig, train_split: Split, val_split: Split, communicator: Communicator
 ) -> tuple[TrainingSampler, ValidationSampler]:
@@ -147,8 +170,14 @@ def _loader(
             seed=seed,
             device=device,
         )
-    pin_memory = device.type == "cuda"
-    return loader(split, sampler, workers=data.workers, image_size=image_size, pin_memory=pin_memory)
+    return loader(
+        split,
+        sampler,
+        workers=data.workers,
+        image_size=image_size,
+        pin_memory=device.type == "cuda",
+        timeout=data.timeout,
+    )
 
 
 def share_cores(communicator: Communicator) -> list[str]:

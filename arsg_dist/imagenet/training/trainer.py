@@ -14,6 +14,7 @@ from arsg_dist.imagenet.data.builtin import DIGITS
 from arsg_dist.imagenet.data.dataset import Batch, batches
 from arsg_dist.imagenet.data.sampler import IGNORED
 from arsg_dist.imagenet.data.transforms import cross_entropy_sum, train_size
+from arsg_dist.imagenet.models import weighted_logits
 from arsg_dist.imagenet.output.export import write_model_card
 from arsg_dist.imagenet.output.run_directory import CHECKPOINTS, TENSORBOARD, WEIGHTS
 from arsg_dist.imagenet.output.run_log import RunLog
@@ -273,7 +274,12 @@ class EpochLoop:
                     inputs, targets = parts.mixing(inputs, labels, at.update)
                     # The sum over what counts, divided by the nominal size: bad images drop out without weighing
                     # others up.
-                    loss = cross_entropy_sum(parts.forward(engine.module, inputs), targets)
+                    loss = torch.stack(
+                        [
+                            share * cross_entropy_sum(logits, targets)
+                            for share, logits in weighted_logits(parts.forward(engine.module, inputs))
+                        ]
+                    ).sum()
                 engine.backward(loss * weight)
                 engine.step()
                 loss_sum += health.finite(loss, at.update + 1)
