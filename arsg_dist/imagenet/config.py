@@ -133,9 +133,9 @@ class DataConfig(Section):
     source: Literal["folder", "shards", "synthetic"] = "folder"
     """"folder": a tree of image files; "shards": tar shards made from one by `arsg-imagenet shard`; "synthetic": random
     images made in memory, to measure everything but the data."""
-    root: str | None = None
+    root: str | None = ""
     """directory with one subdirectory per split, each with one subdirectory per class (an ImageFolder tree) or with
-    shards. None: scikit-learn's handwritten digits, written as such a tree on first use."""
+    shards. It must be given; null stands for scikit-learn's handwritten digits, written as such a tree on first use."""
     train_split: str = "train"
     """name of the training split's directory."""
     val_split: str = "val"
@@ -186,7 +186,7 @@ class DataConfig(Section):
             f"data.crop_size must be between 1 and image_size={self.image_size}, not {self.crop_size}",
         )
         _require(
-            self.source == "folder" or (self.root is None) == (self.source == "synthetic"),
+            self.source == "folder" or (not self.root) == (self.source == "synthetic"),
             f"data.source {self.source} "
             + (
                 "reads nothing: leave data.root out"
@@ -224,6 +224,18 @@ class DataConfig(Section):
             self.progressive.start_size <= self.full_train_size,
             f"data.progressive.start_size={self.progressive.start_size} is larger than the training size "
             f"{self.full_train_size}",
+        )
+
+    def require_root(self) -> None:
+        """Refuse a start that does not say where its images are.
+
+        Raises:
+            ValueError: it does not; not even that they are the digits.
+        """
+        _require(
+            self.source != "folder" or self.root != "",
+            "data.root is missing: give --data.root DIR, the directory with the images' splits "
+            f"(DIR/{self.train_split}/CLASS/*.JPEG), or --data.root null for scikit-learn's handwritten digits",
         )
 
     @property

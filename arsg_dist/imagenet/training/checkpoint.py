@@ -1,6 +1,7 @@
 """Save where a run stands with its engine's state, and resume from it."""
 
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from arsg_dist.checkpoint import CheckpointStore, SavedRun, save_run
 from arsg_dist.engine import JobError
 from arsg_dist.engine.state import EXTRA, key_of
 from arsg_dist.imagenet.output.run_directory import CHECKPOINTS, CLASSES, directory_of, read_classes
+from arsg_dist.imagenet.output.states import OutputState, refusal
+from arsg_dist.imagenet.training.identity import OPTIMIZER, Difference, differences
 from arsg_dist.imagenet.training.parts import SWITCHES, RunParts, Stateful
 from arsg_dist.imagenet.training.rank_state import add_rank_state, load_rank_state
 from arsg_dist.safe_io.files import inside
@@ -32,6 +35,7 @@ class Position:
         recent_images: how many images it is over.
         bad_images: left out because they could not be decoded.
         num_images: in the training split.
+        shown: learning rate and μ of the last update, for records; empty where a checkpoint does not say.
     """
 
     update: int = 0
@@ -43,6 +47,7 @@ class Position:
     recent_images: int = 0
     bad_images: int = 0
     num_images: int = 0
+    shown: dict[str, float] = field(default_factory=dict)
 
     def add(self, loss: float, images: int) -> None:
         """Count training losses."""
@@ -77,7 +82,7 @@ class Position:
         """
         if not isinstance(values, dict):
             raise ValueError("the checkpoint's position is none")
-        names = [field.name for field in fields(cls)]
+        names = [known.name for known in fields(cls) if known.name != "shown"]
         missing = [name for name in names if name not in values]
         if missing:
             raise ValueError(
@@ -88,7 +93,10 @@ class Position:
             counted = whole and 0 <= values[name] < 1 << 63
             if not (counted or (name in _SUMS and isinstance(values[name], float))):
                 raise ValueError(f"the checkpoint's {name} is {printable(values[name], limit=100)!r}")
-        return cls(**{name: values[name] for name in names})
+        shown = values.get("shown", {})
+        if not isinstance(shown, dict) or not all(isinstance(value, float) for value in shown.values()):
+            raise ValueError(f"the checkpoint's shown is {printable(shown, limit=100)!r}")
+        return cls(**{name: values[name] for name in names}, shown=shown)
 
 
 class RunCheckpoints:
@@ -122,7 +130,7 @@ class RunCheckpoints:
         """
         parts, config = self._parts, self._parts.config
         rank, world_size = parts.communicator.rank, parts.communicator.world_size
-        progress: dict[str, Any] = {"position": at.as_dict(), **self._fixed()}
+        progress: dict[str, Any] = {"position": at.as_dict(), **self._fixed(), "identity": parts.identity}
         state = parts.engine.state()
         for name, part in parts.stateful.items():
             own = part.state_dict() if part else {}
@@ -151,49 +159,49 @@ class RunCheckpoints:
         """
         self._store.finish()
 
-    def resume(self, *, num_images: int, skip_damaged: bool) -> tuple[Position, list[str]]:
+    def resume(
+        self, *, num_images: int, skip_damaged: bool, allowed: Collection[str] = ()
+    ) -> tuple[Position, list[str]]:
         """Go on from where the last checkpoint stands. Collective.
+
+        Nothing in the run's directory is changed.
 
         Args:
             num_images: of the training split.
             skip_damaged: take the newest checkpoint that is not damaged; else a damaged one is an error.
+            allowed: kinds of `identity.ALLOWED` that may differ from the run that saved it.
 
         Returns:
             Where the run stands, and what the user should know about it.
 
         Raises:
-            JobError: there is no checkpoint, or it does not fit this run (other images or classes, another seed or
-                batch size); raised on every rank.
+            JobError: there is no checkpoint, or it is of another run, with each difference; raised on every rank.
         """
         parts = self._parts
         saved, notes = self._newest(skip_damaged=skip_damaged)
         with parts.communicator.fail_together():
             at = _position(saved)
-            if at.num_images != num_images:
-                raise ValueError(
-                    f"--resume: the training split had {at.num_images} images and has {num_images} now: "
-                    "the order of images cannot be continued"
-                )
-            self._require_same_classes()
-            for name, setting in SWITCHES.items():
-                if saved.progress.get(name) != (parts.stateful[name] is not None):
-                    raise ValueError(f"--resume: {setting} cannot be switched on or off within a run")
-            for name, value in self._fixed().items():
-                saved_value = saved.progress.get(name)
-                if saved_value is None:
-                    notes.append(
-                        f"{saved.where} does not say with which {name} it was made: it must be {value}"
-                    )
-                elif saved_value != value:
-                    raise ValueError(
-                        f"--resume: this run was made with {name}={saved_value}, not {value}, and {_WHY_FIXED[name]}: "
-                        f"resume with --{name} {saved_value}, or start a new run in another --output"
-                    )
+            found = self._differences(saved, at, num_images)
+            if refused := [difference.text for difference in found if difference.kind not in allowed]:
+                raise ValueError("--resume: " + "\n".join(refused))
+            notes += [
+                f"as allowed by --allow_other_{difference.kind}: {difference.text}" for difference in found
+            ]
+            notes += self._unsaid(saved)
         parts.engine.load_state(saved)
         with parts.communicator.fail_together():
             for name, part in parts.stateful.items():
                 if part:
                     part.load_state_dict(_saved_state(saved, name, part))
+            settings = {
+                difference.key: difference.key.removeprefix(OPTIMIZER)
+                for difference in found
+                if difference.kind == "optimizer"
+            }
+            parts.schedules.change_optimizer(
+                {name: saved.progress["identity"][key] for key, name in settings.items()},
+                {name: parts.identity[key] for key, name in settings.items()},
+            )
             same_ranks = load_rank_state(
                 saved, parts.networks, parts.communicator, seed=parts.config.seed, update=at.update
             )
@@ -210,22 +218,62 @@ class RunCheckpoints:
             )
         return at, notes
 
-    def _require_same_classes(self) -> None:
+    def _differences(self, saved: SavedRun, at: Position, num_images: int) -> list[Difference]:
+        """Name everything that makes a checkpoint another run's; those that no flag lets pass first."""
+        parts = self._parts
+        now = {**parts.identity, **self._fixed()}
+        before = saved.progress.get("identity", {})
+        known = {name: saved.progress[name] for name in self._fixed() if saved.progress.get(name) is not None}
+        found = differences({**before, **known} if isinstance(before, dict) else before, now)
+        of_classes = None if any(one.key == "num_classes" for one in found) else self._other_classes()
+        if of_classes:  # with the names, which the record does not have
+            found = [of_classes, *(one for one in found if one.key != "classes")]
+        if at.num_images != num_images:
+            text = (
+                f"the training split had {at.num_images} images and has {num_images} now: the order of images cannot "
+                "be continued; put them back, or start a new run in another --output"
+            )
+            found = [Difference("num_images", text), *(one for one in found if one.key != "train_files")]
+        for name, setting in SWITCHES.items():
+            if saved.progress.get(name) != (parts.stateful[name] is not None):
+                found.append(Difference(setting, f"{setting} cannot be switched on or off within a run"))
+        return sorted(found, key=lambda one: one.kind != "")
+
+    def _other_classes(self) -> Difference | None:
         try:
             before = read_classes(self._output)
         except FileNotFoundError:
-            return
+            return None
         now = self._parts.classes
-        if before != now:
-            gone, new = (
-                printable(", ".join([name for name in some if name not in others][:10]) or "nothing else")
-                for some, others in ((before, now), (now, before))
+        if before == now:
+            return None
+        gone, new = (
+            printable(", ".join([name for name in some if name not in others][:10]) or "nothing else")
+            for some, others in ((before, now), (now, before))
+        )
+        kind = "classes" if len(before) == len(now) else ""
+        goes_on = "go on by --allow_other_classes if each label means the same as before, " if kind else ""
+        return Difference(
+            "classes",
+            "the classes are not those of the run, and labels would mean others: "
+            f"{self._output / CLASSES} has {gone}, the data has {new}, in this order or another; give the "
+            f"directories their names back, {goes_on}or start a new run in another --output",
+            kind,
+        )
+
+    def _unsaid(self, saved: SavedRun) -> list[str]:
+        """Say what a checkpoint of an earlier version cannot be asked."""
+        notes = [
+            f"{saved.where} does not say with which {name} it was made: it must be {value}"
+            for name, value in self._fixed().items()
+            if saved.progress.get(name) is None
+        ]
+        if "identity" not in saved.progress:
+            notes.append(
+                f"{saved.where} does not say with which data, model, loss, optimizer and precision it was made: "
+                "they must be those of now"
             )
-            raise ValueError(
-                "--resume: the classes are not those of the run, and labels would mean others: "
-                f"{self._output / CLASSES} has {gone}, the data has {new}, in this order or another; give the "
-                "directories their names back, or start a new run in another --output"
-            )
+        return notes
 
     def _newest(self, *, skip_damaged: bool) -> tuple[SavedRun, list[str]]:
         """Find the newest checkpoint, and check every byte on some rank. Collective."""
@@ -253,18 +301,16 @@ class RunCheckpoints:
                     + "\n(--skip_damaged goes on from the newest checkpoint that is not damaged)"
                 )
             notes += [f"skipped {path}: {line}" for line in found]
-        nothing = f"--resume: {self._output} has no complete checkpoint; start anew with another --output"
+        nothing = (
+            f"--resume: {self._output} has no complete checkpoint that is whole; start anew with another --output"
+            if complete
+            else refusal(OutputState.RECORDS, True, self._output)
+        )
         raise JobError("\n".join([*notes, nothing]))
 
     def _fixed(self) -> dict[str, int]:
         """Return the settings that no start of a run may change."""
-        return {name: getattr(self._parts.config, name) for name in _WHY_FIXED}
-
-
-_WHY_FIXED = {
-    "seed": "with another one images of this epoch would be seen twice or never",
-    "batch_size": "schedules count its updates (accumulation_steps and the number of ranks may change)",
-}
+        return {name: getattr(self._parts.config, name) for name in ("seed", "batch_size")}
 
 
 def _of_tensors(state: dict[str, Any]) -> bool:
