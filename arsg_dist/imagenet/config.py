@@ -7,7 +7,7 @@ import math
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import Annotated, Any, Literal, TypeAlias, get_type_hints
+from typing import Annotated, Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
 Parameter: TypeAlias = bool | int | float | str | list[Any] | None
 """Of an optimizer; lists hold the same again, see `check_parameter`."""
@@ -68,6 +68,10 @@ Milestones = Annotated[
 ]
 
 
+def _takes_null(kind: Any) -> bool:
+    return type(None) in get_args(get_args(kind)[0] if get_origin(kind) is Annotated else kind)
+
+
 @dataclass(kw_only=True)
 class Section:
     """Settings, each in its range; `prefix` is that of their names."""
@@ -78,8 +82,8 @@ class Section:
         kinds = get_type_hints(type(self), include_extras=True)
         for known in fields(self):
             value, name = getattr(self, known.name), f"{self.prefix}{known.name}"
-            # A `null` in YAML is no setting, but where it is the default.
-            _require(value is not None or known.default is None, f"{name} must not be null")
+            # A `null` in YAML is no setting, but where its type has it.
+            _require(value is not None or _takes_null(kinds[known.name]), f"{name} must not be null")
             for must in getattr(kinds[known.name], "__metadata__", ()):
                 _require(must.holds(value), f"{name} must be {must.be}, not {value}")
 

@@ -19,6 +19,15 @@ UNDECODABLE: Final = (OSError, ValueError)
 """What reading and decoding raise for a file that is no usable image."""
 
 
+MODULUS: Final = 1 << 128
+
+
+def number_of_file(name: str, size: int) -> int:
+    """Return a number that tells a file of a split from others, by its name there and its size."""
+    digest = hashlib.sha256(f"{size} {name}".encode(errors="surrogateescape")).digest()
+    return int.from_bytes(digest[:16])
+
+
 @dataclass(frozen=True)
 class Contents:
     """What a split holds, summed up over its files; nothing of where it is.
@@ -33,15 +42,9 @@ class Contents:
     size: int = 0
     digest: int = 0
 
-    @classmethod
-    def of_file(cls, name: str, size: int) -> "Contents":
-        """Return those of one file, by its name in the split."""
-        digest = hashlib.sha256(f"{size} {name}".encode(errors="surrogateescape")).digest()
-        return cls(1, size, int.from_bytes(digest[:16]))
-
     def __add__(self, other: "Contents") -> "Contents":
         return Contents(
-            self.images + other.images, self.size + other.size, (self.digest + other.digest) % (1 << 128)
+            self.images + other.images, self.size + other.size, (self.digest + other.digest) % MODULUS
         )
 
 

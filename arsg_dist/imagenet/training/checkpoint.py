@@ -94,7 +94,9 @@ class Position:
             if not (counted or (name in _SUMS and isinstance(values[name], float))):
                 raise ValueError(f"the checkpoint's {name} is {printable(values[name], limit=100)!r}")
         shown = values.get("shown", {})
-        if not isinstance(shown, dict) or not all(isinstance(value, float) for value in shown.values()):
+        if not isinstance(shown, dict) or not all(
+            name in ("lr", "mu") and isinstance(value, float) for name, value in shown.items()
+        ):
             raise ValueError(f"the checkpoint's shown is {printable(shown, limit=100)!r}")
         return cls(**{name: values[name] for name in names}, shown=shown)
 
@@ -185,7 +187,7 @@ class RunCheckpoints:
             if refused := [difference.text for difference in found if difference.kind not in allowed]:
                 raise ValueError("--resume: " + "\n".join(refused))
             notes += [
-                f"as allowed by --allow_other_{difference.kind}: {difference.text}" for difference in found
+                f"{difference.what} (allowed by --allow_other_{difference.kind})" for difference in found
             ]
             notes += self._unsaid(saved)
         parts.engine.load_state(saved)
@@ -229,14 +231,20 @@ class RunCheckpoints:
         if of_classes:  # with the names, which the record does not have
             found = [of_classes, *(one for one in found if one.key != "classes")]
         if at.num_images != num_images:
-            text = (
+            what = (
                 f"the training split had {at.num_images} images and has {num_images} now: the order of images cannot "
-                "be continued; put them back, or start a new run in another --output"
+                "be continued"
             )
-            found = [Difference("num_images", text), *(one for one in found if one.key != "train_files")]
+            found = [
+                Difference("num_images", what, "put them back, or start a new run in another --output"),
+                *(one for one in found if one.key != "train_files"),
+            ]
         for name, setting in SWITCHES.items():
             if saved.progress.get(name) != (parts.stateful[name] is not None):
-                found.append(Difference(setting, f"{setting} cannot be switched on or off within a run"))
+                what = f"{setting} cannot be switched on or off within a run"
+                found.append(
+                    Difference(setting, what, "set it as it was, or start a new run in another --output")
+                )
         return sorted(found, key=lambda one: one.kind != "")
 
     def _other_classes(self) -> Difference | None:
@@ -256,8 +264,8 @@ class RunCheckpoints:
         return Difference(
             "classes",
             "the classes are not those of the run, and labels would mean others: "
-            f"{self._output / CLASSES} has {gone}, the data has {new}, in this order or another; give the "
-            f"directories their names back, {goes_on}or start a new run in another --output",
+            f"{self._output / CLASSES} has {gone}, the data has {new}, in this order or another",
+            f"give the directories their names back, {goes_on}or start a new run in another --output",
             kind,
         )
 

@@ -27,13 +27,20 @@ class Difference:
 
     Attributes:
         key: of the record.
-        text: what was and what is, for the user, and what to do.
+        what: was and is, for the user.
+        remedy: what to do.
         kind: of `ALLOWED`; "" for what no flag lets pass.
     """
 
     key: str
-    text: str
+    what: str
+    remedy: str
     kind: str = ""
+
+    @property
+    def text(self) -> str:
+        """Return what a refusal says."""
+        return f"{self.what}; {self.remedy}"
 
 
 @dataclass(frozen=True)
@@ -113,7 +120,7 @@ def differences(saved: Any, now: dict[str, Any]) -> list[Difference]:
             what = "the names of the classes or their order are not those of the run, and labels would mean others"
             found.append(
                 Difference(
-                    key, f"{what}: give the directories their names back, or {_let('classes')}", "classes"
+                    key, what, f"give the directories their names back, or {_let('classes')}", "classes"
                 )
             )
         else:
@@ -130,21 +137,20 @@ def _of_setting(key: str, before: Any, now: Any) -> Difference:
     shown = _shown(before)
     what = f"this run was made with {key}={shown}, not {_shown(now)}, and {rule.why}"
     if key == "num_classes":
-        return Difference(key, f"{what}: start a new run in another --output")
+        return Difference(key, what, "start a new run in another --output")
     kind = rule.kind
     if key.startswith(OPTIMIZER) and not _fits_any_state(key.removeprefix(OPTIMIZER), before):
         kind = ""
     back = f"give {key.removeprefix('deepspeed.')} its value back in the DeepSpeed config"
     if not key.startswith("deepspeed."):
         back = f"resume with --{key} {shown}"
-    return Difference(key, f"{what}: {back}, or {_let(kind)}", kind)
+    return Difference(key, what, f"{back}, or {_let(kind)}", kind)
 
 
 def _fits_any_state(name: str, before: Any) -> bool:
     """Tell whether a setting of an optimizer may change while its state stays."""
-    return name in _NUMBERS or (
-        name == "momentum" and bool(before)
-    )  # without momentum there is no buffer of it
+    # Without momentum there is no buffer of it.
+    return name in _NUMBERS or (name == "momentum" and bool(before))
 
 
 def _of_files(key: str, before: Any, now: dict[str, Any]) -> Difference:
@@ -155,11 +161,9 @@ def _of_files(key: str, before: Any, now: dict[str, Any]) -> Difference:
         f"{now['images']} of {now['bytes']} now{', with other names or sizes' if same else ''}"
     )
     if key == "train_files" and then.get("images") != now["images"]:
-        return Difference(
-            key,
-            f"{what}: the order of images cannot be continued; put them back, or start a new run in another --output",
-        )
-    return Difference(key, f"{what}: put them back, or {_let('data')}", "data")
+        what += ": the order of images cannot be continued"
+        return Difference(key, what, "put them back, or start a new run in another --output")
+    return Difference(key, what, f"put them back, or {_let('data')}", "data")
 
 
 def _let(kind: str) -> str:

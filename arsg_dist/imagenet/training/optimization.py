@@ -147,7 +147,7 @@ class Schedules:
             now: name → value from here on; the same names.
 
         Raises:
-            ValueError: lr was 0, which no factor changes.
+            ValueError: lr was 0, which no factor changes, or no number.
         """
         groups = self._optimizer.param_groups
         for name, new in now.items():
@@ -157,8 +157,10 @@ class Schedules:
                     if name in group and _plain(group[name]) == _plain(old):
                         group[name] = tuple(new) if isinstance(group[name], tuple) else new
                 continue
-            if not old:
-                raise ValueError("optimizer.params.lr was 0 and cannot be changed within a run")
+            if not old or not isinstance(old, int | float):
+                raise ValueError(
+                    f"optimizer.params.{name} was {printable(old, limit=40)}: nothing to multiply"
+                )
             ratio = new / old
             for group in groups:
                 for key in (name, f"initial_{name}"):
