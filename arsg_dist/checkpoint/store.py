@@ -22,6 +22,7 @@ _LEFT: Final = re.compile(
     r"\.step-[0-9]{9,}\.(partial|replaced|removed)|\.best\.[0-9a-f]{16}\.(partial|replaced)"
 )
 """Names that only a store makes, and that a job which was killed may leave."""
+_REPLACED: Final = re.compile(r"\.(step-[0-9]{9,})\.replaced")
 _BEST: Final = "best"
 _SCORE: Final = "score.json"
 _SCORE_LIMIT: Final = 1024
@@ -224,6 +225,18 @@ def complete_in(directory: Path) -> list[Path]:
                 "and is not followed: put the directory itself there, or remove it"
             )
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def put_back(directory: Path) -> None:
+    """Give a checkpoint its name back that a job was killed at replacing, between the old one's leave and the new one.
+
+    Raises:
+        OSError: it cannot be renamed.
+    """
+    for path in list(directory.iterdir()) if directory.is_dir() else ():
+        replaced = _REPLACED.fullmatch(path.name)
+        if replaced and not (directory / replaced[1]).exists():
+            path.rename(directory / replaced[1])
 
 
 def holds_half(directory: Path) -> bool:

@@ -244,6 +244,21 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(
     assert "has no complete checkpoint that is whole" in found.text
 
 
+def test_a_checkpoint_that_was_being_replaced_is_not_lost(
+    directories: dict[OutputState, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a kill between two names, when a resumed run saves the same update again: the only checkpoint would count
+    as left over, and be removed by the next start."""
+    shutil.copytree(directories[OutputState.COMPLETE], tmp_path / "run", symlinks=True)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    for path in sorted(checkpoints.glob("step-*"))[:-1]:
+        shutil.rmtree(path)
+    shutil.copytree(checkpoints / "step-000000004", checkpoints / ".step-000000004.partial")
+    (checkpoints / "step-000000004").rename(checkpoints / ".step-000000004.replaced")
+    found = outcome(tmp_path / "run", "auto", capsys)
+    assert (found.code, found.first) == (0, 4), found.text
+
+
 def test_only_what_is_new_starts_and_only_what_is_whole_is_gone_on_from() -> None:
     """Catches a row of the table of decisions that is swapped with another."""
     ways = list(WAYS.values())

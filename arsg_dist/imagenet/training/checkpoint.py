@@ -1,7 +1,7 @@
 """Save where a run stands with its engine's state, and resume from it."""
 
 from collections.abc import Collection
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,6 @@ class Position:
         recent_images: how many images it is over.
         bad_images: left out because they could not be decoded.
         num_images: in the training split.
-        shown: learning rate and μ of the last update, for records; empty where a checkpoint does not say.
     """
 
     update: int = 0
@@ -47,7 +46,6 @@ class Position:
     recent_images: int = 0
     bad_images: int = 0
     num_images: int = 0
-    shown: dict[str, float] = field(default_factory=dict)
 
     def add(self, loss: float, images: int) -> None:
         """Count training losses."""
@@ -82,7 +80,7 @@ class Position:
         """
         if not isinstance(values, dict):
             raise ValueError("the checkpoint's position is none")
-        names = [known.name for known in fields(cls) if known.name != "shown"]
+        names = [known.name for known in fields(cls)]
         missing = [name for name in names if name not in values]
         if missing:
             raise ValueError(
@@ -93,12 +91,7 @@ class Position:
             counted = whole and 0 <= values[name] < 1 << 63
             if not (counted or (name in _SUMS and isinstance(values[name], float))):
                 raise ValueError(f"the checkpoint's {name} is {printable(values[name], limit=100)!r}")
-        shown = values.get("shown", {})
-        if not isinstance(shown, dict) or not all(
-            name in ("lr", "mu") and isinstance(value, float) for name, value in shown.items()
-        ):
-            raise ValueError(f"the checkpoint's shown is {printable(shown, limit=100)!r}")
-        return cls(**{name: values[name] for name in names}, shown=shown)
+        return cls(**{name: values[name] for name in names})
 
 
 class RunCheckpoints:
@@ -108,12 +101,17 @@ class RunCheckpoints:
         parts: of the run.
         output: the run's directory.
 
+    Attributes:
+        shown: lr and μ of the last update, for the record of an epoch that a start before this one trained; empty where
+            a checkpoint does not say.
+
     Raises:
         JobError: on every rank, when the directory of the checkpoints, or one of them, is a link, or a score is none.
     """
 
     def __init__(self, parts: RunParts, output: Path) -> None:
         self._parts, self._output = parts, output
+        self.shown: dict[str, float] = {}
         with parts.communicator.fail_together(ValueError, OSError):
             directory = directory_of(output, CHECKPOINTS)
             self._store = CheckpointStore(directory, parts.communicator, keep=parts.config.keep_checkpoints)
@@ -133,6 +131,7 @@ class RunCheckpoints:
         parts, config = self._parts, self._parts.config
         rank, world_size = parts.communicator.rank, parts.communicator.world_size
         progress: dict[str, Any] = {"position": at.as_dict(), **self._fixed(), "identity": parts.identity}
+        progress["shown"] = self.shown
         state = parts.engine.state()
         for name, part in parts.stateful.items():
             own = part.state_dict() if part else {}
@@ -182,7 +181,7 @@ class RunCheckpoints:
         parts = self._parts
         saved, notes = self._newest(skip_damaged=skip_damaged)
         with parts.communicator.fail_together():
-            at = _position(saved)
+            at, self.shown = _position(saved), _shown(saved)
             found = self._differences(saved, at, num_images)
             if refused := [difference.text for difference in found if difference.kind not in allowed]:
                 raise ValueError("--resume: " + "\n".join(refused))
@@ -333,6 +332,16 @@ def _saved_state(saved: SavedRun, name: str, part: Stateful) -> Any:
     for key, tensor in own.items():
         saved.check_shape(EXTRA, f"{name} {key}", tensor.shape)
     return {key: saved.whole(EXTRA, f"{name} {key}") for key in own}
+
+
+def _shown(saved: SavedRun) -> dict[str, float]:
+    shown = saved.progress.get("shown", {})
+    good = isinstance(shown, dict) and all(
+        name in ("lr", "mu") and isinstance(value, float) for name, value in shown.items()
+    )
+    if not good:
+        raise ValueError(f"the checkpoint's shown is {printable(shown, limit=100)!r}")
+    return dict(shown)
 
 
 def _position(saved: SavedRun) -> Position:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from arsg_dist.checkpoint.store import put_back
 from arsg_dist.engine import Communicator, EngineBuilder, Ranks, check_agreement
 from arsg_dist.imagenet.config import DataConfig, TrainConfig
 from arsg_dist.imagenet.data import dali
@@ -20,7 +21,7 @@ from arsg_dist.imagenet.data.sampler import TrainingSampler, ValidationSampler
 from arsg_dist.imagenet.data.transforms import BatchMixing
 from arsg_dist.imagenet.models import build_model
 from arsg_dist.imagenet.output.environment import describe
-from arsg_dist.imagenet.output.run_directory import check_output
+from arsg_dist.imagenet.output.run_directory import CHECKPOINTS, check_output, directory_of
 from arsg_dist.imagenet.output.run_log import import_wandb
 from arsg_dist.imagenet.output.states import Action, OutputState, decide, look_at, refusal
 from arsg_dist.imagenet.signals import StopRequest
@@ -103,6 +104,9 @@ def _decided(start: Start, communicator: Communicator) -> Start:
     state = ""
     with communicator.fail_together():
         if communicator.rank == 0:
+            if start.resume:
+                check_output(start.output, resume=True)
+                put_back(directory_of(start.output, CHECKPOINTS))
             found = look_at(start.output)
             if decide(found, start.resume) is Action.REFUSE:
                 raise ValueError(refusal(found, start.resume, start.output))

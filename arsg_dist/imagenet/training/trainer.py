@@ -191,7 +191,7 @@ class Trainer:
             evaluation=evaluation,
             ema=validated[EMA][0] if EMA in validated else None,
             speed=speed,
-            hyperparameters=at.shown or shown_hyperparameters(parts.engine.optimizer),
+            hyperparameters=self._checkpoints.shown or shown_hyperparameters(parts.engine.optimizer),
             bad_images=at.bad_images,
             image_size=train_size(config.data, epoch),
         )
@@ -294,7 +294,9 @@ class EpochLoop:
                 engine.step()
                 loss_sum += health.finite(loss, at.update + 1)
             at.update += 1
-            at.shown = shown_hyperparameters(engine.optimizer)  # of this update: the schedule steps below
+            self._checkpoints.shown = shown_hyperparameters(
+                engine.optimizer
+            )  # of this update: the schedule steps below
             at.images = sampler.after(at.images)
             health.after_update(at.update)
             parts.schedules.after_update()
@@ -314,7 +316,8 @@ class EpochLoop:
                 loss_sum.zero_()
                 images, bad = 0, []
             if record:
-                progress.record(at.update, at.take_recent(), at.shown, waited, skipped=engine.skipped_updates)
+                shown = self._checkpoints.shown
+                progress.record(at.update, at.take_recent(), shown, waited, skipped=engine.skipped_updates)
             if save or ended:
                 health.require_finite_weights()
             if save:
