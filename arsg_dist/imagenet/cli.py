@@ -15,6 +15,7 @@ from arsg_dist.imagenet.output.export import CARD, export
 from arsg_dist.imagenet.output.weights import BEST, EMA, LAST
 from arsg_dist.imagenet.recipe import read_arguments, resolved
 from arsg_dist.imagenet.training.engines import choose_engine
+from arsg_dist.imagenet.training.identity import ALLOWED
 from arsg_dist.imagenet.training.parts import Start
 from arsg_dist.imagenet.training.setup import train
 from arsg_dist.safe_io.processes import keep_compiled_code_private
@@ -152,6 +153,8 @@ def _connected(arguments: list[str], engine: str, ranks: Ranks, communicator: Co
         with communicator.fail_together():
             options = read_arguments(arguments)
             config = options.training()
+            if options.resume is True and options.output is None:
+                raise ValueError("--resume needs --output, the directory of the run to continue")
         started = communicator.from_rank_0(time.strftime("%Y%m%d-%H%M%S"))
         output = Path(
             options.output or f"runs/{config.model.replace(':', '-').replace('/', '-')}-{engine}-{started}"
@@ -163,7 +166,10 @@ def _connected(arguments: list[str], engine: str, ranks: Ranks, communicator: Co
             options.deepspeed_config,
             options.max_updates,
             options.skip_damaged,
+            frozenset(kind for kind in ALLOWED if getattr(options, f"allow_other_{kind}")),
         )
+        if options.resume == "auto" and options.output is None and ranks.rank == 0:
+            print(f"no --output: another start of this command begins a new run; this one is {output}")  # noqa: T201
         code = train(config, start, ranks, communicator)
     except JobError as error:
         if ranks.rank == 0:

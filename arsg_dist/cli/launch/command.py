@@ -15,6 +15,7 @@ from arsg_dist.cli.launch.job import (
     is_variable,
     parse_hosts,
     read_hostfile,
+    with_resume_auto,
 )
 from arsg_dist.cli.launch.profiles import Profile, load_profile, profile_names
 from arsg_dist.cli.launch.supervise import run_watched
@@ -127,7 +128,7 @@ def make_plan(options: argparse.Namespace) -> Plan:
         raise ValueError(f"--nodes {nodes} and --ranks-per-node {ranks_per_node} must be at least 1")
     job = Job(
         rendezvous=target.engines()[options.engine] if "engine" in options else target.rendezvous[0],
-        program=tuple(options.program),
+        program=with_resume_auto(tuple(options.program)) if target.restarts else tuple(options.program),
         python=options.python,
         directory=options.directory.absolute(),
         hosts=hosts,

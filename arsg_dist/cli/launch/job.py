@@ -90,6 +90,17 @@ def hostfile(hosts: tuple[Host, ...]) -> str:
     return "".join(f"{host.name} slots={host.slots}\n" for host in hosts)
 
 
+def with_resume_auto(program: tuple[str, ...]) -> tuple[str, ...]:
+    """Return a program as something may start it again and again: arsg-imagenet, but for its own --resume, with auto.
+
+    A first start, one after a node was lost before the first checkpoint, and one that goes on are the same command.
+    """
+    script = Path(program[0]).name
+    trains = script == "train_imagenet.py" or (script == "arsg-imagenet" and program[1:2] == ("train",))
+    given = any(argument.partition("=")[0] == "--resume" for argument in program)
+    return (*program, "--resume", "auto") if trains and not given else program
+
+
 def is_variable(name: str) -> bool:
     """Say whether this is the name of an environment variable."""
     return bool(_VARIABLE.fullmatch(name))

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from arsg_dist.imagenet.config import DataConfig
 from arsg_dist.imagenet.data.builtin import SyntheticSplit
-from arsg_dist.imagenet.data.decoding import UNDECODABLE, ImageSource, decode
+from arsg_dist.imagenet.data.decoding import UNDECODABLE, Contents, ImageSource, decode
 from arsg_dist.imagenet.data.delivery import Shared, WatchedLoader
 from arsg_dist.imagenet.data.folder import ImageTree
 from arsg_dist.imagenet.data.sampler import IGNORED, SampleKey, seeded
@@ -81,6 +81,10 @@ class ImageSplit(Dataset[Any]):
     def fingerprint(self) -> list[str | int]:
         """Return what must be equal on all ranks."""
         return self.source.fingerprint()
+
+    def contents(self, rank: int, ranks: int) -> Contents:
+        """Sum up one rank's share of the files."""
+        return self.source.contents(rank, ranks)
 
     def __getitem__(self, key: SampleKey) -> tuple[torch.Tensor, int] | str | None:
         """Return image and label, a message if it is none, None for a place to fill up.

@@ -16,6 +16,7 @@ from arsg_dist.imagenet.output.run_directory import (
     ENVIRONMENT,
     METRICS,
     TENSORBOARD,
+    WANDB,
     read_environments,
     read_metrics,
     read_settings,
@@ -98,7 +99,7 @@ class RunLog:
         )
         self._wandb: Any = None
         if wandb_project:
-            make_directory(directory, "wandb")
+            make_directory(directory, WANDB)
             self._wandb = import_wandb().init(
                 project=wandb_project,
                 name=directory.name,

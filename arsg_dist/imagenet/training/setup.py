@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from arsg_dist.checkpoint.store import put_back
 from arsg_dist.engine import Communicator, EngineBuilder, Ranks, check_agreement
 from arsg_dist.imagenet.config import DataConfig, TrainConfig
 from arsg_dist.imagenet.data import dali
@@ -21,11 +22,13 @@ from arsg_dist.imagenet.data.sampler import TrainingSampler, ValidationSampler
 from arsg_dist.imagenet.data.transforms import BatchMixing, train_size
 from arsg_dist.imagenet.models import build_model, require_image_sizes
 from arsg_dist.imagenet.output.environment import describe
-from arsg_dist.imagenet.output.run_directory import check_output
+from arsg_dist.imagenet.output.run_directory import CHECKPOINTS, check_output, directory_of
 from arsg_dist.imagenet.output.run_log import import_wandb
+from arsg_dist.imagenet.output.states import Action, OutputState, decide, look_at, refusal
 from arsg_dist.imagenet.signals import StopRequest
 from arsg_dist.imagenet.training.ema import WeightAverage
 from arsg_dist.imagenet.training.engines import autocast, build_engine, prepare
+from arsg_dist.imagenet.training.identity import identity_of
 from arsg_dist.imagenet.training.optimization import Schedules, check_optimizer
 from arsg_dist.imagenet.training.parts import RunParts, Start
 from arsg_dist.imagenet.training.trainer import Trainer
@@ -42,6 +45,7 @@ def train(config: TrainConfig, start: Start, ranks: Ranks, communicator: Communi
     """
     stop = StopRequest(communicator)
     with stop.installed():
+        start = _decided(start, communicator)
         with communicator.fail_together():
             builder = _check(config, start, communicator.world_size)
         with communicator.fail_together():
@@ -59,6 +63,7 @@ def train(config: TrainConfig, start: Start, ranks: Ranks, communicator: Communi
             )
         data = train_split.fingerprint()
         check_agreement(communicator, config=dataclasses.asdict(config), data=data, seed=config.seed)
+        identity = identity_of(config, builder, train_split, val_split, communicator)
         hosts = share_cores(communicator)
         with communicator.fail_together():
             _require_room(config, communicator, hosts)
@@ -89,6 +94,7 @@ def train(config: TrainConfig, start: Start, ranks: Ranks, communicator: Communi
             val_loader=make_loader(val_split, val_sampler, train=False, batch_size=config.val_batch_size),
             classes=classes,
             notes=[*train_split.notes, *val_split.notes],
+            identity=identity,
             stop=stop,
         )
         digest = hashlib.sha256(json.dumps(data).encode()).hexdigest()[:16]
@@ -96,9 +102,35 @@ def train(config: TrainConfig, start: Start, ranks: Ranks, communicator: Communi
         return Trainer(parts, start, num_images=len(train_split)).train(environment)
 
 
+def _decided(start: Start, communicator: Communicator) -> Start:
+    """Decide what the start does at its output directory, as rank 0 finds it. Collective.
+
+    Returns:
+        The same start, with `resume` True or False.
+
+    Raises:
+        JobError: it is refused; on every rank.
+    """
+    state = ""
+    with communicator.fail_together():
+        if communicator.rank == 0:
+            if start.resume:
+                check_output(start.output, resume=True)
+                put_back(directory_of(start.output, CHECKPOINTS))
+            found = look_at(start.output)
+            if decide(found, start.resume) is Action.REFUSE:
+                raise ValueError(refusal(found, start.resume, start.output))
+            state = found.name
+    found = OutputState[communicator.from_rank_0(state)]
+    goes_on = decide(found, start.resume) is Action.GO_ON
+    skips = decide(OutputState.DAMAGED, start.resume) is Action.GO_ON_BEFORE
+    return dataclasses.replace(start, resume=goes_on, skip_damaged=start.skip_damaged or skips)
+
+
 def _check(config: TrainConfig, start: Start, world_size: int) -> EngineBuilder:
     """Refuse what is wrong before anything is made; return the engine's builder."""
-    check_output(start.output, resume=start.resume)
+    check_output(start.output, resume=bool(start.resume))
+    config.data.require_root()
     config.micro_batch_size(world_size)
     check_optimizer(config.optimizer)
     if config.data.loader == "dali":
@@ -109,7 +141,7 @@ def _check(config: TrainConfig, start: Start, world_size: int) -> EngineBuilder:
 
 
 def _open_data(config: TrainConfig) -> tuple[Split, Split]:
-    """Open both splits; without a root those of the digits, made on first use."""
+    """Open both splits; for the root null those of the digits, made on first use."""
     data = config.data
     use_digits = data.source == "folder" and data.root is None
     root = digits_tree(DIGITS) if use_digits else Path(data.root or "")

@@ -256,6 +256,50 @@ def test_slurm_resumes_only_a_run_that_has_a_checkpoint(tmp_path: Path) -> None:
     assert run_as_batch_script(script, tmp_path, "srun") == [*program, "--resume"]
 
 
+PROGRAMS = {
+    "as a file": (["launch/train_imagenet.py", "--output", "runs/a"], ["--resume", "auto"]),
+    "as installed": (["/opt/venv/bin/arsg-imagenet", "train", "--output", "runs/a"], ["--resume", "auto"]),
+    "with its own": (["launch/train_imagenet.py", "--output", "runs/a", "--resume"], []),
+    "with its own value": (["launch/train_imagenet.py", "--resume=false"], []),
+    "another command": (["arsg-imagenet", "compare", "runs/a"], []),
+    "another program": (["train.py"], []),
+}
+
+
+@pytest.mark.parametrize("target", ["slurm", "pbs", "lsf", "pytorchjob", "mpijob", "trainjob"])
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_what_may_be_started_again_resumes_where_it_can(name: str, target: str, tmp_path: Path) -> None:
+    """Catches a manifest whose restarted container fails since its run exists already, a requeued job that fails for
+    want of a first checkpoint, and a user's own --resume that is given a second one."""
+    program, added = PROGRAMS[name]
+    written = texts(plan(target, "--directory", str(tmp_path), program=program))
+    if target in ("slurm", "pbs", "lsf"):
+        line = next(line for line in written.splitlines() if line.startswith("program=("))
+        words = shlex.split(line.removeprefix("program=(").removesuffix(")"))
+        assert words[-len(program + added) :] == program + added
+        assert "program+=" not in written
+    else:
+        commands = [command for command in commands_of(json.loads(written)) if program[0] in command]
+        assert commands
+        assert {tuple(command[-len(program + added) :]) for command in commands} == {tuple(program + added)}
+
+
+def commands_of(manifest: object) -> list[list[str]]:
+    """Every command in a manifest."""
+    if isinstance(manifest, list):
+        return [command for item in manifest for command in commands_of(item)]
+    if not isinstance(manifest, dict):
+        return []
+    own = [manifest["command"]] if "command" in manifest else []
+    return own + commands_of(list(manifest.values()))
+
+
+def test_targets_that_nothing_starts_again_add_nothing() -> None:
+    """Catches a `--resume auto` that a user at the keyboard has not asked for."""
+    program = ["launch/train_imagenet.py", "--output", "runs/a"]
+    assert "--resume" not in str(plan("local", program=program))
+
+
 def test_every_setting_of_a_profile_has_a_source() -> None:
     """Catches a setting somebody made up."""
     assert {"frontier", "perlmutter", "polaris", "infiniband", "ethernet", "aws-efa"} <= set(profile_names())

@@ -18,6 +18,7 @@ class Target(ABC):
         summary: one line for --help.
         rendezvous: the ways in which ranks meet that it can wire; it starts every engine whose ranks meet so.
         places: whether the user names the hosts, or a number of nodes a scheduler will choose, or neither.
+        restarts: whether a scheduler or an operator may start what the target writes again.
         cannot_inherit: why no variable can be handed on unwritten (`--env NAME`), and what to do; "" where it can.
     """
 
@@ -25,6 +26,7 @@ class Target(ABC):
     summary: ClassVar[str]
     rendezvous: ClassVar[tuple[Rendezvous, ...]]
     places: ClassVar[Literal["hosts", "nodes", "here"]]
+    restarts: ClassVar[bool] = False
     cannot_inherit: ClassVar[str] = ""
 
     @classmethod

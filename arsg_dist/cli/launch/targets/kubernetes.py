@@ -21,6 +21,7 @@ _SECRET = re.compile(r"(?P<name>[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?)/(?P<key>[A
 
 class _Manifest(Target):
     places: ClassVar = "nodes"
+    restarts = True
     cannot_inherit = (
         "a pod inherits nothing from here: make a Kubernetes Secret, give --secret NAME=SECRET/KEY"
     )

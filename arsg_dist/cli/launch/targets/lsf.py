@@ -21,6 +21,7 @@ class Lsf(Target):
     summary = "an LSF job, by mpirun or jsrun (not run under LSF yet)"
     rendezvous = ("torch", "horovod")
     places: ClassVar = "nodes"
+    restarts = True
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Declare options of bsub."""

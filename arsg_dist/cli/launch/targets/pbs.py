@@ -19,6 +19,7 @@ class Pbs(Target):
     summary = "a PBS Pro job, by mpiexec (not run under PBS yet)"
     rendezvous = ("torch", "horovod")
     places: ClassVar = "nodes"
+    restarts = True
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Declare options of qsub."""

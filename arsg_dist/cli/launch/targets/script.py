@@ -60,13 +60,14 @@ def watched(job: Job, launcher: str) -> str:
 def program_lines(job: Job, rank_command: tuple[str, ...]) -> list[str]:
     """Set the array `program` to what a rank executes, with --resume if possible.
 
-    Only a program that has an --output is known to have --resume (arsg-imagenet has both).
+    arsg-imagenet has `--resume auto` already (`with_resume_auto`). Of another program with an --output it is assumed
+    that it has --resume, for a directory with checkpoints.
     """
     lines = [f"program=({' '.join(map(for_bash, rank_command))})"]
     output = job.argument("--output")
-    if output is not None and "--resume" not in job.program:
+    if output is not None and job.argument("--resume") is None and "--resume" not in job.program:
         lines += [
-            "# A requeued or resubmitted job goes on where the last complete checkpoint is.",
+            "# A requeued or resubmitted job goes on where there are checkpoints.",
             f'if [ -n "$(ls -A {for_bash(output)}/checkpoints 2>/dev/null)" ]; then program+=(--resume); fi',
         ]
     return lines

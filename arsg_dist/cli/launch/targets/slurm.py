@@ -22,6 +22,7 @@ class Slurm(Target):
     summary = "a Slurm job, one srun task per GPU; requeues itself"
     rendezvous = ("torch", "horovod")
     places: ClassVar = "nodes"
+    restarts = True
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Declare options of sbatch."""
