@@ -35,9 +35,14 @@ _DETECT_SECONDS = 60
 class _TargetParser(argparse.ArgumentParser):
     """Parse a target's options up to the script; what follows it is the script's."""
 
+    _separated = False
+
     def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
         """Parse, and refuse a script whose options could be taken for those of the launch."""
+        self._separated = "--" in (args or ())
         parsed, rest = super().parse_known_args(args, namespace)
+        if rest:
+            self.error(f"unrecognized arguments: {' '.join(rest)}")
         if parsed.program[:1] == ["--"]:
             parsed.program = parsed.program[1:]
         elif any(argument.startswith("-") for argument in parsed.program):
@@ -48,9 +53,11 @@ class _TargetParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Say what is wrong, and how the script is told from the options."""
-        super().error(
-            f"{message}\nput -- before the script and its arguments: {self.prog} OPTIONS -- SCRIPT ARGUMENTS"
-        )
+        if not self._separated:
+            message += (
+                f"\nput -- before the script and its arguments: {self.prog} OPTIONS -- SCRIPT ARGUMENTS"
+            )
+        super().error(message)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

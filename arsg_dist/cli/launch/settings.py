@@ -153,7 +153,7 @@ def add_ssh_options(own: str, added: str) -> str:
     """
     pairs = re.findall(r"-o (\S+?)=(\S+)", added)
     missing = [
-        f"-o {name}={value}" for name, value in pairs if not re.search(rf"\b{name}\b", own, re.IGNORECASE)
+        f"-o {name}={value}" for name, value in pairs if not re.search(rf"-o\s*{name}\b", own, re.IGNORECASE)
     ]
     return " ".join([own.strip(), *missing])
 

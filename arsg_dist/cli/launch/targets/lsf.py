@@ -7,6 +7,7 @@ from typing import ClassVar
 from arsg_dist.cli.launch import timeouts
 from arsg_dist.cli.launch.job import Job, Plan
 from arsg_dist.cli.launch.profiles import Profile
+from arsg_dist.cli.launch.settings import join
 from arsg_dist.cli.launch.targets import script
 from arsg_dist.cli.launch.targets.base import Target
 from arsg_dist.cli.launch.targets.mpirun import INHERITED, check_mpi_controller, exported, mpirun_options
@@ -36,7 +37,7 @@ class Lsf(Target):
 
     def plan(self, job: Job, profile: Profile, options: argparse.Namespace) -> Plan:
         """Plan `bsub < arsg_job.lsf`."""
-        path = job.directory / SCRIPT
+        path, daemons = job.directory / SCRIPT, timeouts.open_mpi_daemons(job.detect_seconds)
         lines = [
             "#!/bin/bash",
             f"#BSUB -J {script.word(options.job_name or script.JOB_NAME, '--job-name')}",
@@ -55,7 +56,7 @@ class Lsf(Target):
         lines += [*script.start_lines(job), *options.setup]
         lines += script.exports(job, job.environment)
         hosts = "awk '!seen[$1]++ && $1 !~ /batch|login/ {print $1}' \"$LSB_DJOB_HOSTFILE\""
-        lines += script.first_host(job, f"{hosts} | head -n1")
+        lines += script.first_host(f"{hosts} | head -n1", job.user.given)
         lines += script.program_lines(job, job.rank_command)
         if options.through == "jsrun":
             lines += [
@@ -66,7 +67,7 @@ class Lsf(Target):
             names = ["MASTER_ADDR", "MASTER_PORT", *INHERITED, *sorted(job.environment), *job.inherited]
             flags = " ".join([*mpirun_options(False, job.user), *exported(*names)])
             lines += [
-                *script.added_exports(job, timeouts.open_mpi_daemons(job.detect_seconds)),
+                *script.added_exports(job, daemons),
                 script.handed_on_by_mpirun(),
                 f"hosts=$({hosts} | sed 's/$/:{job.ranks_per_node}/' | paste -sd,)",
                 f'{script.watched(job, "mpirun")} {flags} "${{families[@]}}" -H "$hosts" -np {job.ranks} '
@@ -76,6 +77,7 @@ class Lsf(Target):
             command=("sh", "-c", f"bsub{' -env all' if job.inherited else ''} < {shlex.quote(str(path))}"),
             files={path: "\n".join(lines) + "\n"},
             notes=(
+                *(() if options.through == "jsrun" else join(daemons, job.user)[1]),
                 *script.not_taken(job),
                 "written from the documentation of LSF; not run under LSF yet",
             ),

@@ -60,7 +60,7 @@ class Pbs(Target):
         lines += [*script.start_lines(job), *options.setup]
         # qsub hands nothing on by itself.
         lines += [*script.exports(job, environment), *script.of_families(job)]
-        lines += script.first_host(job, 'head -n1 "$PBS_NODEFILE"')
+        lines += script.first_host('head -n1 "$PBS_NODEFILE"', job.user.given)
         lines += script.program_lines(job, job.rank_command)
         mpiexec = ["--envall", *profile.mpiexec]
         mpiexec += ["-n", str(job.ranks), "--ppn", str(job.ranks_per_node)]

@@ -2,7 +2,7 @@
 
 import argparse
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 from arsg_dist.cli.launch import supervise
 from arsg_dist.cli.launch.job import Job
@@ -128,8 +128,8 @@ def program_lines(job: Job, rank_command: tuple[str, ...]) -> list[str]:
     return lines
 
 
-def first_host(job: Job, command: str) -> list[str]:
-    """Set MASTER_ADDR and MASTER_PORT, but what --env says.
+def first_host(command: str, given: Container[str] = ()) -> list[str]:
+    """Set MASTER_ADDR and MASTER_PORT, but those that --env gives.
 
     Without them each DeepSpeed rank may take itself for a job of one.
 
@@ -137,17 +137,14 @@ def first_host(job: Job, command: str) -> list[str]:
     in the queue, would tell others where its ranks meet.
 
     Args:
-        job: to be started.
         command: prints the name of the first host.
+        given: names of variables that the user gives.
     """
-    return [
-        *(() if "MASTER_ADDR" in job.user.given else (f"export MASTER_ADDR=$({command})",)),
-        *(
-            ()
-            if "MASTER_PORT" in job.user.given
-            else ("export MASTER_PORT=$((20000 + $(od -An -N2 -tu2 /dev/urandom) % 10000))",)
-        ),
-    ]
+    lines = {
+        "MASTER_ADDR": f"export MASTER_ADDR=$({command})",
+        "MASTER_PORT": "export MASTER_PORT=$((20000 + $(od -An -N2 -tu2 /dev/urandom) % 10000))",
+    }
+    return [line for name, line in lines.items() if name not in given]
 
 
 def not_taken(job: Job) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from arsg_dist.cli.launch import safe_path, timeouts
 from arsg_dist.cli.launch.job import Job, Plan
 from arsg_dist.cli.launch.profiles import Profile
 from arsg_dist.cli.launch.quoting import for_bash
-from arsg_dist.cli.launch.settings import require
+from arsg_dist.cli.launch.settings import join, require
 from arsg_dist.cli.launch.targets import script
 from arsg_dist.cli.launch.targets.base import Target
 from arsg_dist.cli.launch.targets.horovodrun import interface_options, on_command_lines, rank_command
@@ -103,16 +103,23 @@ class Slurm(Target):
         lines += ['echo "job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, start $((${SLURM_RESTART_COUNT:-0} + 1))"']
         lines += options.setup
         lines += script.exports(job, job.environment)
-        lines += script.first_host(job, 'scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n1')
+        lines += script.first_host('scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n1', job.user.given)
         stoppable = options.through != "horovodrun"  # which a signal kills, with the ranks unsaved
         lines += script.program_lines(job, job.rank_command if stoppable else rank_command(job))
         lines += ["", *self._step(job, options), "step=$!", *(_SIGNAL if stoppable else ()), *_WAIT]
         lines += [*(_REQUEUE if stoppable else ()), 'exit "$code"']
+        wanted = timeouts.open_mpi_daemons(job.detect_seconds) if options.through == "mpirun" else {}
+        daemons = join(wanted, job.user)[1]
         exposed = job.inherited and options.through == "horovodrun"
         return Plan(
             command=("sbatch", *_export(job, options), str(path)),
             files={path: "\n".join(lines) + "\n"},
-            notes=(*notes, *script.not_taken(job), *((on_command_lines(job.inherited),) if exposed else ())),
+            notes=(
+                *notes,
+                *daemons,
+                *script.not_taken(job),
+                *((on_command_lines(job.inherited),) if exposed else ()),
+            ),
         )
 
     def _directives(
