@@ -263,6 +263,18 @@ def test_variables_of_deepspeeds_own_file_reach_the_ranks(
         made("deepspeed-pdsh", *directory, here={"DS_ENV_FILE": "other"})
 
 
+def test_what_a_batch_job_finds_set_stays() -> None:
+    """Catches a script that overwrites what a module, the site or a line of --setup has set inside the job."""
+    for target in ("slurm --through mpirun", "pbs", "lsf"):
+        plan = made(target, "--env", "MINE=1", engine="horovod")
+        assert comes_out(plan, HOROVOD_TIMEOUT, {HOROVOD_TIMEOUT: "9"}) == "9"
+        assert comes_out(plan, "MINE", {"MINE": "9"}) == "1"
+        assert comes_out(plan, "ARSG_EXPECTED_HOSTS", {"ARSG_EXPECTED_HOSTS": "9"}) == "2", "of another job"
+        if target != "pbs":
+            name = "PRTE_MCA_plm_ssh_args"
+            assert comes_out(plan, name, {name: "-v"}) == f"-v {comes_out(plan, name, {})}"
+
+
 def test_a_policy_of_the_users_takes_the_place_of_mpiruns_options() -> None:
     """Catches --bind-to and --map-by on the command line, before which Open MPI's variables do not count."""
     binding, mapping = (

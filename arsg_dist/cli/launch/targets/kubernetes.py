@@ -17,6 +17,8 @@ _NAMESPACE = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 # 63 characters.
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,48}[a-z0-9])?")
 _HOSTFILE = "/etc/mpi/hostfile"  # which the operator mounts into the launcher's pod
+# Workers come up later than the launcher, with host keys that nobody knows; the job's own key lets nobody else in.
+_SSH = "-o ConnectionAttempts=10 -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null"
 _NOT_RUN = "compared with the operators' published types only; not applied to a cluster yet"
 _SECRET = re.compile(r"(?P<name>[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?)/(?P<key>[A-Za-z0-9._-]{1,253})")
 
@@ -153,8 +155,7 @@ class MpiJob(_Manifest):
             command += ["--hostfile", _HOSTFILE]
         command += exported("PATH", *sorted({*variables, *secrets}))
         wanted = {
-            # As many tries as the operator gives Open MPI 4: workers come up later than the launcher.
-            name: f"-o ConnectionAttempts=10 {value}" if name.endswith("_args") else value
+            name: f"{_SSH} {value}" if name.endswith("_args") else value
             for name, value in timeouts.open_mpi_daemons(job.detect_seconds).items()
             if not self.set_by_operator.fullmatch(name)
         }
@@ -168,7 +169,9 @@ class MpiJob(_Manifest):
             "command": [*command, *map(_literal, job.rank_command)],
             "env": _variables(variables | daemons, secrets),
         }
-        worker = {"name": "worker", "command": ["/usr/sbin/sshd", "-De"], "securityContext": as_root}
+        # The operator mounts the job's keys as a directory that others may write to.
+        sshd = ["/usr/sbin/sshd", "-De", "-o", "StrictModes=no"]
+        worker = {"name": "worker", "command": sshd, "securityContext": as_root}
         return {
             "apiVersion": "kubeflow.org/v2beta1",
             "kind": "MPIJob",
