@@ -36,13 +36,13 @@ _OF_ONE_RANK = re.compile(
     r"HOROVOD_(RANK|SIZE|(LOCAL|CROSS)_(RANK|SIZE)|HOSTNAME|ELASTIC|GLOO_RENDEZVOUS_(ADDR|PORT)|SECRET_KEY)"
 )
 
-_SSH = ("OMPI_MCA_plm_rsh_args", "OMPI_MCA_plm_ssh_args", "PRTE_MCA_plm_ssh_args", "PRTE_MCA_plm_rsh_args")
-LISTS = ("PDSH_SSH_ARGS_APPEND", *_SSH)
+SSH = ("OMPI_MCA_plm_rsh_args", "OMPI_MCA_plm_ssh_args", "PRTE_MCA_plm_ssh_args", "PRTE_MCA_plm_rsh_args")
+LISTS = ("PDSH_SSH_ARGS_APPEND", *SSH)
 """Variables that are lists of ssh's options."""
 
 # One setting under several names, of which a user knows one: Open MPI 4 reads the first prefix only, 5 the second.
 _SAME = (
-    _SSH,
+    SSH,
     ("OMPI_MCA_oob_tcp_keepalive_time", "PRTE_MCA_oob_tcp_keepalive_time"),
     ("OMPI_MCA_oob_tcp_keepalive_intvl", "PRTE_MCA_oob_tcp_keepalive_intvl"),
     ("OMPI_MCA_oob_tcp_keepalive_probes", "PRTE_MCA_oob_tcp_keepalive_probes"),
@@ -132,8 +132,8 @@ def join(wanted: Mapping[str, str], user: UserSettings) -> tuple[dict[str, str],
             if found.value != value and found.source != GIVEN:
                 notes.append(f"{found} of {found.source} is kept; otherwise it would be {value}")
     # Which of two names of one list counts is said nowhere: both hold the same.
-    of_ours = [name for name in _SSH if name in joined]
-    for name in _SSH:
+    of_ours = [name for name in SSH if name in joined]
+    for name in SSH:
         if of_ours and name not in joined and user.find(name) is not None:
             joined[name] = joined[of_ours[0]]
     return joined, tuple(dict.fromkeys(notes))

@@ -275,6 +275,19 @@ def test_what_a_batch_job_finds_set_stays() -> None:
             assert comes_out(plan, name, {name: "-v"}) == f"-v {comes_out(plan, name, {})}"
 
 
+def test_deepspeeds_own_ssh_is_spared_where_the_user_has_options_for_it() -> None:
+    """Catches a start that fails for a host at port 2222: DeepSpeed itself calls ssh without the runner's options."""
+    for target, name in (
+        ("deepspeed-pdsh", "PDSH_SSH_ARGS_APPEND"),
+        ("deepspeed-pdsh", "PDSH_SSH_ARGS"),
+        ("deepspeed-openmpi", "PRTE_MCA_plm_ssh_args"),
+    ):
+        words = made(target, here={name: "-p 2222"}).command
+        assert "--no_ssh_check" in words
+        assert words[words.index("--master_addr") + 1] == "node1"
+        assert "--no_ssh_check" not in made(target).command
+
+
 def test_a_policy_of_the_users_takes_the_place_of_mpiruns_options() -> None:
     """Catches --bind-to and --map-by on the command line, before which Open MPI's variables do not count."""
     binding, mapping = (
@@ -345,10 +358,15 @@ def test_a_secret_is_not_written_because_a_target_sets_it_too() -> None:
 
 @pytest.mark.parametrize("target", ["horovodrun", "horovodrun-elastic"])
 def test_ranks_of_this_machine_alone_use_its_loopback(target: str) -> None:
-    """Catches an elastic job on one host that looks for an interface shared with others, for ever."""
+    """Catches an elastic job on one host, which waits for a second one without a word."""
     assert " --network-interface lo " in str(made(target, "--hosts", "localhost:2"))
     assert "--network-interface" not in str(made(target, "--hosts", "localhost:1,node2:1"))
     assert " --network-interface eth0 " in str(made(target, "--hosts", "localhost:2", "--interface", "eth0"))
+    if target == "horovodrun-elastic":
+        with pytest.raises(ValueError, match="does not start before there are two hosts: give --interface"):
+            made(target, "--hosts", "node1:2")
+        notes = made(target, "--hosts", "node1:2", "--discovery-script", "./hosts.sh").notes
+        assert "does not start before there are two hosts" in "".join(notes)
 
 
 @pytest.mark.parametrize("target", TARGETS)

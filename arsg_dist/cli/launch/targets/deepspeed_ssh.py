@@ -11,7 +11,7 @@ from arsg_dist.cli.launch import safe_path, timeouts
 from arsg_dist.cli.launch.job import Job, Plan, hostfile
 from arsg_dist.cli.launch.profiles import Profile
 from arsg_dist.cli.launch.quoting import for_pdsh, require_plain
-from arsg_dist.cli.launch.settings import UserSettings, agree, join, require
+from arsg_dist.cli.launch.settings import SSH, UserSettings, agree, join, require
 from arsg_dist.cli.launch.supervise import LOST_HOST
 from arsg_dist.cli.launch.targets.base import Target
 from arsg_dist.cli.launch.targets.mpirun import (
@@ -49,9 +49,16 @@ def _environment_file(variables: dict[str, str], user: UserSettings) -> str:
 
 
 class _DeepSpeedRunner(Target):
+    """Plan a start over ssh by DeepSpeed.
+
+    Attributes:
+        ssh_variables: by which a user gives the runner's ssh options.
+    """
+
     rendezvous = ("torch",)
     places: ClassVar = "hosts"
     reads_deepspeed_env = True
+    ssh_variables: ClassVar[tuple[str, ...]]
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Declare where the first rank is."""
@@ -72,7 +79,11 @@ class _DeepSpeedRunner(Target):
             runner,
             "--force_multi",
         ]
-        if options.master_addr or job.user.find("MASTER_ADDR"):
+        own_ssh = job.user.find(*self.ssh_variables)
+        if own_ssh is not None:
+            # DeepSpeed itself asks the first host for its address, and whether ssh works, by ssh without these options.
+            command += ["--no_ssh_check"]
+        if options.master_addr or job.user.find("MASTER_ADDR") or own_ssh is not None:
             command += ["--master_addr", meeting_point(job, options)["MASTER_ADDR"]]
         return [*command, "--master_port", master_port(job, options)], files
 
@@ -82,6 +93,7 @@ class Pdsh(_DeepSpeedRunner):
 
     name = "deepspeed-pdsh"
     summary = "hosts over ssh, by DeepSpeed's pdsh runner"
+    ssh_variables = ("PDSH_SSH_ARGS_APPEND", "PDSH_SSH_ARGS")
     cannot_inherit = (
         "DeepSpeed's pdsh runner writes every value into command lines, which other users of the hosts can read; use "
         "the target mpirun or deepspeed-openmpi, or set the variable in the login shell of every host"
@@ -111,6 +123,7 @@ class OpenMpiRunner(_DeepSpeedRunner):
 
     name = "deepspeed-openmpi"
     summary = "hosts over ssh, by DeepSpeed's openmpi runner"
+    ssh_variables = SSH
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Declare the interface, for programs that use MPI."""

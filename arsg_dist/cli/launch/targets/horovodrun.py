@@ -33,7 +33,6 @@ def interface_options(job: Job, chosen: str | None) -> list[str]:
     require(job.user, "HOROVOD_CPU_OPERATIONS", "gloo", "horovodrun --gloo")
     interface = agree("--interface", chosen, job.user.find("HOROVOD_GLOO_IFACE"), "")
     if not interface and job.hosts and all(host.name in _LOOPBACK_NAMES for host in job.hosts):
-        # Elastic, it would look for an interface that it shares with other hosts, and wait for ever without a word.
         interface = "lo"
     return ["--network-interface", interface] if interface else []
 
@@ -128,6 +127,12 @@ class ElasticHorovodrun(Target):
         command += ["--min-np", str(options.min_ranks), "--max-np", str(most)]
         command += ["--host-discovery-script", script]
         network = interface_options(job, options.interface)
+        if not network and len(job.hosts) == 1:
+            # horovod 0.28.1, gloo_run.py: it would wait for a second host, to find an interface that both have.
+            message = "horovodrun, elastic and without --interface, does not start before there are two hosts"
+            if options.discovery_script is None:
+                raise ValueError(f"{message}: give --interface NAME, that of {job.hosts[0].name}'s network")
+            notes.append(message)
         if network[1:] == ["lo"]:
             notes.append(
                 "the ranks use the interface lo: for other hosts later, start with their --interface"
