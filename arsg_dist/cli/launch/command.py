@@ -25,6 +25,7 @@ from arsg_dist.cli.launch.supervise import run_watched
 from arsg_dist.cli.launch.targets import TARGETS, Target
 from arsg_dist.engine.hosts import EXPECTED_HOSTS
 from arsg_dist.engine.job import BAD_INPUT
+from arsg_dist.engine.registry import ENGINES
 from arsg_dist.safe_io import files
 
 SUMMARY = "start a training on this machine, a list of hosts, or through a scheduler"
@@ -193,6 +194,12 @@ def make_plan(options: argparse.Namespace, here: Mapping[str, str] | None = None
         ),
         detect_seconds=options.detect_seconds or _DETECT_SECONDS,
     )
+    of_program = ENGINES.get(job.argument("--engine") or "")
+    if of_program is not None and of_program.rendezvous not in (None, job.rendezvous):
+        chosen = f"--engine {options.engine}" if "engine" in options else f"the target {target.name}"
+        raise ValueError(
+            f"{chosen} contradicts the program's own --engine {of_program.name}: its ranks would not meet"
+        )
     environment, notes = _rank_environment(job, target, profile.environment, options.detect_seconds)
     plan = target.plan(replace(job, environment=environment), profile, options)
     return replace(plan, notes=tuple(dict.fromkeys((*notes, *plan.notes))))

@@ -212,6 +212,19 @@ def test_options_that_contradict_each_other_are_refused(target: str, message: st
         made(target)
 
 
+def test_an_engine_is_said_once_or_alike() -> None:
+    """Catches ranks that are wired up for one engine and train with another, each alone."""
+    for target, engine, of_program in (
+        ("slurm", "deepspeed", "horovod"),
+        ("deepspeed-pdsh", "deepspeed", "horovod-sharded"),
+    ):
+        with pytest.raises(ValueError, match=f"contradicts the program's own --engine {of_program}"):
+            made(target, engine=engine, program=["a.py", "--engine", of_program])
+    assert "--engine horovod-sharded" in str(
+        made("slurm", engine="horovod", program=["a.py", "--engine", "horovod-sharded"])
+    )
+
+
 def test_settings_of_the_place_of_submission_stay_out_of_a_manifest() -> None:
     """Catches a laptop's network interface, interpreter or directory in a pod."""
     here = {"NCCL_SOCKET_IFNAME": "wlan0", "DEEPSPEED_TIMEOUT": "99", "OMPI_MCA_btl": "tcp"}
@@ -301,6 +314,21 @@ def test_a_policy_of_the_users_takes_the_place_of_mpiruns_options() -> None:
         assert "--map-by" not in shown
         assert "--bind-to none" in shown
         assert "--oversubscribe" not in shown
+
+
+def test_other_options_of_sbatch_are_written_as_they_are() -> None:
+    """Catches an option taken apart wrongly, one that sbatch never sees, and two ways of asking for GPUs."""
+    script = text(
+        made(
+            "slurm", "--sbatch=-xnode3", "--sbatch=--exclusive", "--sbatch=-t5", "--env", "SBATCH_TIMELIMIT=9"
+        )
+    )
+    assert "#SBATCH -xnode3\n#SBATCH --exclusive\n" in script
+    assert re.findall(r"#SBATCH --time=(.*)", script) == ["5"]
+    assert "#SBATCH --time=24:00:00\n" in text(made("slurm", "--env", "SBATCH_TIMELIMIT=9"))
+    assert "--gpus-per-node" in text(made("slurm"))
+    for plan in (made("slurm", "--sbatch=--gres=gpu:4"), made("slurm", here={"SBATCH_GPUS": "8"})):
+        assert "--gpus-per-node" not in text(plan)
 
 
 def test_a_select_of_the_users_takes_the_place_of_ours() -> None:

@@ -8,7 +8,7 @@ from arsg_dist.cli.launch import safe_path, timeouts
 from arsg_dist.cli.launch.job import Job, Plan
 from arsg_dist.cli.launch.profiles import Profile
 from arsg_dist.cli.launch.quoting import for_bash
-from arsg_dist.cli.launch.settings import join, require
+from arsg_dist.cli.launch.settings import UserSettings, join, require
 from arsg_dist.cli.launch.targets import script
 from arsg_dist.cli.launch.targets.base import Target
 from arsg_dist.cli.launch.targets.horovodrun import interface_options, on_command_lines, rank_command
@@ -131,6 +131,7 @@ class Slurm(Target):
         user has asked for by an option is not overruled silently.
         """
         stoppable = options.through != "horovodrun"
+        submitting = UserSettings(here=job.user.here)  # sbatch sees nothing of --env
         ours = {
             "--job-name": script.JOB_NAME,
             "--nodes": str(job.nodes),
@@ -165,7 +166,7 @@ class Slurm(Target):
         chosen = ours | of_site | asked | own
         notes = []
         for name, variables in _VARIABLES.items():
-            found = job.user.find(*variables)
+            found = submitting.find(*variables)
             if found is None:
                 continue
             mine = own.get(name) or asked.get(name)
@@ -180,10 +181,10 @@ class Slurm(Target):
                         f"{found} of {found.source} is kept; otherwise it would be {name} {left_out}".rstrip()
                     )
         if "--gpus-per-node" not in own and any(
-            name in chosen or job.user.find(*_VARIABLES.get(name, ())) for name in _GPUS
+            name in chosen or submitting.find(*_VARIABLES.get(name, ())) for name in _GPUS
         ):
             chosen.pop("--gpus-per-node", None)
-        found = job.user.find("SBATCH_SIGNAL")
+        found = submitting.find("SBATCH_SIGNAL")
         signal = own.get("--signal") or (found.value if found is not None else "")
         if stoppable and signal and not _SAVES.fullmatch(signal):
             raise ValueError(
@@ -233,7 +234,7 @@ def _option(text: str) -> tuple[str, str]:
     if text.startswith("--"):
         name, _, value = text.partition("=")
         return name, value
-    return _SHORT.get(text[:2], text[:2]), text[2:].removeprefix("=")
+    return (_SHORT[text[:2]], text[2:].removeprefix("=")) if text[:2] in _SHORT else (text, "")
 
 
 def _check_size(job: Job, own: dict[str, str]) -> None:
@@ -251,7 +252,7 @@ def _check_size(job: Job, own: dict[str, str]) -> None:
 def _export(job: Job, options: argparse.Namespace) -> list[str]:
     """Return what has sbatch hand on the variables of --env NAME, beside what the user has it hand on."""
     own = next((text.partition("=")[2] for text in options.sbatch if text.startswith("--export=")), None)
-    found = job.user.find("SBATCH_EXPORT")
+    found = UserSettings(here=job.user.here).find("SBATCH_EXPORT")
     own = own if own is not None else found.value if found is not None else "ALL"
     names = own.split(",")
     if not job.inherited:
