@@ -204,12 +204,13 @@ def test_what_cannot_be_kept_is_refused_with_both_values(
         ("mpijob --env OMPI_MCA_plm_rsh_args=-v", "OMPI_MCA_plm_rsh_args=-v cannot be kept: the operator"),
         ("pytorchjob --env MASTER_PORT=1", "MASTER_PORT=1 cannot be kept: the operator"),
         ("local --master-port 0", "not a port"),
+        ("horovodrun --env NCCL_SOCKET_IFNAME", "--env NCCL_SOCKET_IFNAME cannot be kept: horovodrun"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(target: str, message: str) -> None:
     """Catches a job of another size or time than the user believes, and a manifest whose variables nobody reads."""
     with pytest.raises(ValueError, match=re.escape(message)):
-        made(target)
+        made(target, here={"NCCL_SOCKET_IFNAME": "eth0"} if "horovodrun" in target else {})
 
 
 def test_an_engine_is_said_once_or_alike() -> None:

@@ -38,8 +38,16 @@ def interface_options(job: Job, chosen: str | None) -> list[str]:
 
 
 def rank_command(job: Job) -> tuple[str, ...]:
-    """Return what one rank executes under horovodrun, which by itself makes its own interface that of NCCL, too."""
+    """Return what one rank executes under horovodrun, which by itself makes its own interface that of NCCL, too.
+
+    Raises:
+        ValueError: the user's interface of NCCL is to be written nowhere.
+    """
     name = "NCCL_SOCKET_IFNAME"
+    if name in job.inherited:
+        raise ValueError(
+            f"--env {name} cannot be kept: horovodrun sets it to its own interface; give {name}=VALUE"
+        )
     found = job.user.find(name)
     value = job.environment.get(name) or (found.value if found is not None else "")
     command = safe_path.rank_command(job)
