@@ -8,10 +8,11 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from arsg_dist.engine.hosts import expected_hosts, missing_hosts, this_host
 from arsg_dist.engine.job import JobError
 from arsg_dist.engine.messages import check_sizes, decode, encode
 from arsg_dist.engine.ranks import Ranks
-from arsg_dist.engine.rendezvous import announce_to_torch, collective_timeout, init_method
+from arsg_dist.engine.rendezvous import announce_to_torch, collective_timeout, end_mpi, init_method
 
 T = TypeVar("T")
 
@@ -177,6 +178,29 @@ class TorchCommunicator(Communicator):
         """Destroy the process group: gloo may hang when a process just ends."""
         self.barrier()
         dist.destroy_process_group()
+        end_mpi()
+
+
+def check_hosts(communicator: Communicator) -> None:
+    """Close a job that came up on fewer hosts than it was started for, and stop every rank. Collective.
+
+    Args:
+        communicator: of all ranks of the job.
+
+    Raises:
+        JobError: on every rank, with the hosts that are there.
+    """
+    try:
+        with communicator.fail_together():
+            expected = expected_hosts()
+        of_ranks = communicator.all_gather_object([str(expected), this_host()])
+        # Some launchers lose variables on the way to other hosts: one rank that knows is enough.
+        expected = max(int(number) for number, _ in of_ranks)
+        if message := missing_hosts(expected, [host for _, host in of_ranks]):
+            raise JobError(message)
+    except JobError:
+        communicator.close()
+        raise
 
 
 def connect_torch(ranks: Ranks) -> TorchCommunicator:
@@ -187,6 +211,7 @@ def connect_torch(ranks: Ranks) -> TorchCommunicator:
 
     Raises:
         ValueError: no launcher announced the ranks, or the job came up with another number of ranks.
+        JobError: it came up on fewer hosts than it was started for.
     """
     if ranks.launcher in ("none", "horovodrun"):
         raise ValueError(
@@ -213,10 +238,12 @@ def torch_communicator(ranks: Ranks, device: torch.device) -> TorchCommunicator:
 
     Raises:
         ValueError: another number of ranks came up.
+        JobError: they came up on fewer hosts than the job was started for.
     """
     communicator = TorchCommunicator(device)
     if communicator.world_size != ranks.world_size:
         raise ValueError(
             f"the launcher announced {ranks.world_size} ranks but {communicator.world_size} came up"
         )
+    check_hosts(communicator)
     return communicator

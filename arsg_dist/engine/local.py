@@ -9,7 +9,7 @@ from torch import nn
 
 from arsg_dist.engine.base import Capabilities, Engine, all_finite, copy_weights
 from arsg_dist.engine.builder import EngineBuilder, TrainingSettings
-from arsg_dist.engine.communicator import Communicator, SingleProcessCommunicator
+from arsg_dist.engine.communicator import Communicator, SingleProcessCommunicator, check_hosts
 from arsg_dist.engine.ranks import Ranks
 from arsg_dist.engine.replicated_state import load_replicated, replicated_state
 from arsg_dist.engine.saved_state import SavedState
@@ -230,8 +230,14 @@ class SingleProcessBuilder(LocalBuilder):
 
     @staticmethod
     def connect(ranks: Ranks) -> Communicator:
-        """Make the communicator of one rank."""
-        return SingleProcessCommunicator()
+        """Make the communicator of one rank.
+
+        Raises:
+            JobError: the job was started for several hosts.
+        """
+        communicator = SingleProcessCommunicator()
+        check_hosts(communicator)
+        return communicator
 
     @staticmethod
     def _engine(

@@ -115,6 +115,10 @@ def train_command(arguments: list[str]) -> int:
         chosen = _launch_options().parse_known_args(arguments)[0]
         engine = choose_engine(chosen.engine, chosen.deepspeed_config, ranks)
         communicator = load_builder(engine).connect(ranks)
+    except JobError as error:  # agreed on
+        if rank == 0:
+            _say_error(error)
+        return BAD_INPUT
     except (ValueError, ImportError) as error:
         # Without a working connection every rank can only speak for itself.
         _say_error(error, f" (rank {rank})" if rank > 0 else "")

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from arsg_dist.cli.launch.settings import UserSettings
 from arsg_dist.engine.registry import Rendezvous
 from arsg_dist.safe_io import files
 from arsg_dist.safe_io.text import printable
@@ -132,14 +133,15 @@ class Job:
         rendezvous: how the ranks meet; decides how they are wired up.
         program: a Python script and its arguments.
         python: interpreter on every host.
-        directory: working directory on every host.
+        directory: working directory on every host; where the ranks are in containers, of the command here.
+        container_directory: working directory in containers; "" for the image's own.
         hosts: for targets that are told their hosts.
         nodes: for targets that ask a scheduler for them.
         ranks_per_node: on each of them, one per GPU.
         gpus_per_rank: 0 on machines without, else 1.
-        environment: variables every rank gets, from the site profile and the user.
-        inherited: names of variables that every rank gets from where the job is started; their values are in no file
-            and in no command.
+        environment: variables every rank gets: what this package wants and the site profile, but the user's own values
+            where there are any, and what `--env` says.
+        user: what the user has set, for what a target sets besides.
         detect_seconds: the silent loss of a host is to be noticed within this time.
     """
 
@@ -147,13 +149,19 @@ class Job:
     program: tuple[str, ...]
     python: str
     directory: Path
+    container_directory: str = ""
     hosts: tuple[Host, ...] = ()
     nodes: int = 1
     ranks_per_node: int = 1
     gpus_per_rank: int = 1
     environment: dict[str, str] = field(default_factory=dict)
-    inherited: tuple[str, ...] = ()
+    user: UserSettings = field(default_factory=UserSettings)
     detect_seconds: int = 60
+
+    @property
+    def inherited(self) -> tuple[str, ...]:
+        """Name the variables that every rank gets from where the job is started; their values are written nowhere."""
+        return self.user.inherited
 
     @property
     def rank_command(self) -> tuple[str, ...]:

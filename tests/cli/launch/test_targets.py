@@ -56,8 +56,11 @@ def texts(plan: Plan) -> str:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_a_plan_has_the_program_and_a_timeout_on_every_stack(target: str, tmp_path: Path) -> None:
+def test_a_plan_has_the_program_and_a_timeout_on_every_stack(
+    target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Catches a target that drops arguments, or whose job waits for ever for a host that is gone."""
+    monkeypatch.chdir(tmp_path)  # where manifests are written: their --directory is in the image
     for engine, rendezvous in TARGETS[target].engines().items():
         made = plan(target, "--directory", str(tmp_path), "--detect-seconds", "37", engine=engine)
         everything = str(made)
