@@ -52,7 +52,8 @@ class StartConfig(Section):
     allow_other_engine_settings: bool = False
     """with --resume: go on with another precision, clip_grad_norm or setting of DeepSpeed's that changes numbers."""
     max_updates: Annotated[int | None, Must("at least 1", lambda value: value is None or value >= 1)] = None
-    """end after this many weight updates, also inside an epoch, with a checkpoint: for trying a recipe out."""
+    """end after this many weight updates, also inside an epoch, with a checkpoint if there is none yet: for trying a
+    recipe out."""
     local_rank: int | None = None
     """passed by the deepspeed launcher; the environment is used."""
 

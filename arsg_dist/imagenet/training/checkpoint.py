@@ -104,6 +104,7 @@ class RunCheckpoints:
     Attributes:
         shown: lr and μ of the last update, for the record of an epoch that a start before this one trained; empty where
             a checkpoint does not say.
+        any_saved: whether this start has saved a checkpoint or gone on from one; the same on every rank.
 
     Raises:
         JobError: on every rank, when the directory of the checkpoints, or one of them, is a link, or a score is none.
@@ -112,6 +113,7 @@ class RunCheckpoints:
     def __init__(self, parts: RunParts, output: Path) -> None:
         self._parts, self._output = parts, output
         self.shown: dict[str, float] = {}
+        self.any_saved = False
         with parts.communicator.fail_together(ValueError, OSError):
             directory = directory_of(output, CHECKPOINTS)
             self._store = CheckpointStore(directory, parts.communicator, keep=parts.config.keep_checkpoints)
@@ -132,6 +134,7 @@ class RunCheckpoints:
         rank, world_size = parts.communicator.rank, parts.communicator.world_size
         progress: dict[str, Any] = {"position": at.as_dict(), **self._fixed(), "identity": parts.identity}
         progress["shown"] = self.shown
+        self.any_saved = True
         state = parts.engine.state()
         for name, part in parts.stateful.items():
             own = part.state_dict() if part else {}
@@ -189,6 +192,7 @@ class RunCheckpoints:
                 f"{difference.what} (allowed by --allow_other_{difference.kind})" for difference in found
             ]
             notes += self._unsaid(saved)
+        self.any_saved = True
         parts.engine.load_state(saved)
         with parts.communicator.fail_together():
             for name, part in parts.stateful.items():

@@ -31,8 +31,8 @@ class Start:
         skip_damaged: with `resume`: continue from the newest checkpoint that is not damaged.
         allowed: kinds of `identity.ALLOWED` in which a checkpoint may differ from this start.
         deepspeed_config: path of a DeepSpeed JSON config, for the engine that has one.
-        max_updates: end after this many weight updates of the whole run, inside an epoch or not, with a checkpoint but
-            without validation of an epoch that is not finished; None for the recipe's end.
+        max_updates: end after this many weight updates of the whole run, inside an epoch or not, without validation of
+            an epoch that is not finished, and with a checkpoint if the run has none yet; None for the recipe's end.
     """
 
     engine: str

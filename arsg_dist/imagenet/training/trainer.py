@@ -100,7 +100,7 @@ class Trainer:
             if parts.train_sampler.updates_until(epoch, at.images):
                 self._progress.say(
                     f"ended after {at.update} updates, before the end of epoch {epoch + 1}, as asked by --max_updates; "
-                    "--resume goes on from there"
+                    "--resume goes on from the last checkpoint"
                 )
                 break
             validated = self._validate(loop)
@@ -313,8 +313,9 @@ class EpochLoop:
             ended = at.update == self._last_update or epoch_ended
             stop = parts.stop.agreed()
             due = config.checkpoint_every > 0 and at.update % config.checkpoint_every == 0
-            # After a whole epoch the caller saves. What was asked to end here can then be continued.
-            save = stop or ((due or ended) and not epoch_ended)
+            # After a whole epoch the caller saves. A run that was asked to end here must be one that can be continued.
+            needed = due or (ended and not self._checkpoints.any_saved)
+            save = stop or (needed and not epoch_ended)
             record = ended or at.update % config.log_every == 0
             if save or record:
                 loss_total, images_total, waited = self._exchange(float(loss_sum), images, bad)
