@@ -214,7 +214,8 @@ class UpdateChecks:
             wrapper.averaged_gradients = dict.fromkeys(wrapper.averaged_gradients)
             if wrapper.cpu_offload:
                 wrapper.reset_cpu_buffers()
-                wrapper._offload_accumulated_param_ids = set()
+                if hasattr(wrapper, "_offload_accumulated_param_ids"):
+                    wrapper._offload_accumulated_param_ids = set()
 
     def _lost_gradients(self) -> list[str]:
         engine, wrapper = self._engine, self._engine.optimizer
