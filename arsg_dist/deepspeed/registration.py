@@ -148,8 +148,8 @@ def _tell_what_will_not_work(engine: Any, wrapper: Any) -> None:
     pipeline = isinstance(engine, PipelineEngine)
     if pipeline and wrapper == BFLOAT16 and not engine.zero_optimization():
         raise ValueError(
-            "DeepSpeed 0.19.8 cannot resume a pipeline in bf16 at ZeRO stage 0: its checkpoints have one rank's part of "
-            'the optimizer\'s state, and loading them raises KeyError; set "zero_optimization": {"stage": 1}'
+            "DeepSpeed 0.19.8 cannot resume a pipeline in bf16 at ZeRO stage 0: its checkpoints have one rank's part "
+            'of the optimizer\'s state, and loading them raises KeyError; set "zero_optimization": {"stage": 1}'
         )
     if not (pipeline or experts_apart(engine)) or deepspeed.comm.get_rank() != 0:
         return
