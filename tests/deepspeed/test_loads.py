@@ -20,10 +20,17 @@ from tests.support.launchers import REPOSITORY, Finished, launch
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """With --full every cell, else enough of them for every pair of values."""
-    if "case" in metafunc.fixturenames:
-        full = metafunc.config.getoption("--full")
-        cases = load_cases.all_cases() if full else load_cases.few_cases()
-        metafunc.parametrize("case", list(cases), ids=str)
+    if "case" not in metafunc.fixturenames:
+        return
+    if metafunc.config.getoption("--full"):
+        metafunc.parametrize("case", list(load_cases.all_cases()), ids=str)
+        return
+    quick = load_cases.quick_cases()
+    cases = [
+        pytest.param(case, id=str(case), marks=[] if case in quick else [pytest.mark.slow])
+        for case in load_cases.few_cases()
+    ]
+    metafunc.parametrize("case", cases)
 
 
 @functools.cache
