@@ -10,7 +10,9 @@ from typing import Any
 import deepspeed
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from arsg_dist.deepspeed import export
 from arsg_dist.deepspeed.universal import convert
 from tests.deepspeed import load_cases
 from tests.deepspeed.load_cases import Case, plain
@@ -303,6 +305,21 @@ def test_going_back_to_before_the_first_update_begins_again(stage: int) -> None:
     assert load_cases.differences(begun, load_cases.snapshot(engine)) == []
     load_cases.train(engine, 0, 1)
     assert load_cases.differences(once, load_cases.snapshot(engine)) == []
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_mixture_of_experts_is_exported_whole(stage: int) -> None:
+    """Catches experts left out, or rounded: the files of their own have the weights as they were computed with."""
+    source = by_one_rank(plain(stage, "bf16", "moe"))
+    engine = load_cases.build(plain(stage, "bf16", "moe"), "target")
+    engine.load_checkpoint(str(source), tag="older")
+    for exported in (source / "older", engine):
+        path = directory() / "experts.safetensors"
+        export(exported, path)
+        tensors = load_file(path)
+        assert tensors.keys() == engine.module.state_dict().keys()
+        for name, master in masters(saved(source, "older")).items():
+            assert torch.equal(tensors[name.removeprefix("master ")], master), name
 
 
 def test_pipelines_that_cannot_resume_are_refused_before_they_train() -> None:
