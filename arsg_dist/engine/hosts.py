@@ -41,8 +41,9 @@ def missing_hosts(expected: int, of_ranks: Sequence[str]) -> str:
     if len(hosts) >= expected:
         return ""
     names = ", ".join(host.partition(" ")[0] for host in hosts[:8]) + (" ..." if len(hosts) > 8 else "")
+    ranks = f"{len(of_ranks)} rank{'' if len(of_ranks) == 1 else 's'}"
     return (
-        f"the job was started for {expected} hosts and its {len(of_ranks)} ranks came up on {len(hosts)}: {names}. "
+        f"the job was started for {expected} hosts and its {ranks} came up on {len(hosts)}: {names}. "
         "The other hosts would do nothing. See which hosts the launcher was given and whether two of their names are "
         "one machine (Open MPI 5 reads --hostfile, not OMPI_MCA_orte_default_hostfile); "
         f"{EXPECTED_HOSTS}={len(hosts)} lets this job pass"
