@@ -13,6 +13,7 @@ from arsg_dist.imagenet.output import compare
 from arsg_dist.imagenet.output.export import CARD, export
 from arsg_dist.imagenet.output.weights import BEST, EMA, LAST
 from arsg_dist.imagenet.recipe import read_arguments, resolved
+from arsg_dist.imagenet.signals import StopRequest
 from arsg_dist.imagenet.training.engines import choose_engine
 from arsg_dist.imagenet.training.parts import Start
 from arsg_dist.imagenet.training.setup import train
@@ -105,6 +106,12 @@ def train_command(arguments: list[str]) -> int:
         for argument in arguments
     ):
         return _show(arguments)
+    stop = StopRequest()
+    with stop.installed():  # until the process ends
+        return _train(arguments, stop)
+
+
+def _train(arguments: list[str], stop: StopRequest) -> int:
     rank = -1
     try:
         ranks = discover_ranks()
@@ -118,7 +125,7 @@ def train_command(arguments: list[str]) -> int:
         _say_error(error, f" (rank {rank})" if rank > 0 else "")
         return BAD_INPUT
     try:
-        return _connected(arguments, engine, ranks, communicator)
+        return _connected(arguments, engine, ranks, communicator, stop)
     except Exception:
         # Not agreed on: the other ranks may be waiting in a collective. End at once, so that the launcher ends them.
         print(f"rank {rank} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)  # noqa: T201
@@ -142,7 +149,9 @@ def _say_error(error: Exception, suffix: str = "") -> None:
     print("error: " + printable_lines(f"{error}{suffix}"), file=sys.stderr, flush=True)  # noqa: T201
 
 
-def _connected(arguments: list[str], engine: str, ranks: Ranks, communicator: Communicator) -> int:
+def _connected(
+    arguments: list[str], engine: str, ranks: Ranks, communicator: Communicator, stop: StopRequest
+) -> int:
     code = 0
     try:
         with communicator.fail_together():
@@ -160,7 +169,7 @@ def _connected(arguments: list[str], engine: str, ranks: Ranks, communicator: Co
             options.max_updates,
             options.skip_damaged,
         )
-        code = train(config, start, ranks, communicator)
+        code = train(config, start, ranks, communicator, stop)
     except JobError as error:
         if ranks.rank == 0:
             _say_error(error)

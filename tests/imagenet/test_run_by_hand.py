@@ -150,12 +150,13 @@ class ByHand:
                 averages = zip(self.ema or now, now, strict=True)
                 self.ema = [EMA * old + (1 - EMA) * new for old, new in averages]
             epoch_ended = update in ENDS
+            used_lr, used_mu = lr, mu  # in this update: what its records say
             # The schedule halves lr with the first update at or after the second epoch: 2 × 10/4 = 5 updates.
             if update == 5:
                 lr *= 0.5
             if update % 3 == 0 or epoch_ended or update == stopped_after:
                 mean = sum(since_record) / len(since_record)
-                self.records.append({"update": update, "loss": mean, "lr": lr, "mu": mu})
+                self.records.append({"update": update, "loss": mean, "lr": used_lr, "mu": used_mu})
                 since_record = []
             if epoch_ended:
                 if update == ENDS[0]:
@@ -171,8 +172,8 @@ class ByHand:
                         "ema_val_loss": ema["loss"],
                         "ema_val_top1": ema["top1"],
                         "val_images": IMAGES,
-                        "lr": lr,
-                        "mu": mu,
+                        "lr": used_lr,
+                        "mu": used_mu,
                     }
                 )
                 since_epoch = []
@@ -199,7 +200,8 @@ def assert_as_by_hand(output: Path, expected: ByHand) -> None:
 def test_every_number_of_a_run_is_the_one_worked_out(theta: bool, tmp_path: Path) -> None:
     """Catches losses counted twice at a checkpoint between two records, sums or counts that a record or an epoch does
     not reset, filled-up places that count, a last update that weighs too little, weights saved at another point than
-    they were validated at, a schedule or boost an update early or late, and an average of other weights."""
+    they were validated at, a schedule or boost an update early or late, or recorded with another update than the one it
+    was in, and an average of other weights."""
     config = recipe(evaluate_at="theta" if theta else "x")
     assert start(tmp_path / "run", config) == 0
     assert_as_by_hand(tmp_path / "run", ByHand(config).run(theta=theta))

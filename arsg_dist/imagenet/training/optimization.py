@@ -103,6 +103,17 @@ class Schedules:
         """Step the learning rate, after every weight update."""
         self._schedule.step()
 
+    def of_last_update(self) -> dict[str, float]:
+        """Return the first group's learning rate and, if it has one, μ, as they were in the last update.
+
+        Between `after_update` and `after_epoch`. A function of the update's number, so that a run that is resumed before
+        its next update has it too.
+        """
+        schedule = self._schedule
+        lr = schedule.base_lrs[0] * schedule.lr_lambdas[0](max(schedule.last_epoch - 1, 0))
+        group = schedule.optimizer.param_groups[0]
+        return {"lr": float(lr)} | {key: float(group[key]) for key in ("mu",) if key in group}
+
     def after_epoch(self, mean_loss: float) -> None:
         """Step the boost, after every epoch. Collective.
 
@@ -184,9 +195,3 @@ def lr_factor(config: TrainConfig, updates_per_epoch: float, update: int) -> flo
         total = config.epochs * updates_per_epoch
         return scale * 0.5 * (1 + math.cos(math.pi * (update - warmup) / (total - warmup)))
     return scale
-
-
-def shown_hyperparameters(optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """Return the first group's learning rate and, if it has one, μ, to be shown."""
-    group: dict[str, Any] = optimizer.param_groups[0]
-    return {key: float(group[key]) for key in ("lr", "mu") if key in group}

@@ -22,7 +22,6 @@ from arsg_dist.imagenet.signals import MARKER, write_marker
 from arsg_dist.imagenet.training.checkpoint import Position, RunCheckpoints
 from arsg_dist.imagenet.training.health import HealthMonitor, RankReport
 from arsg_dist.imagenet.training.metrics import Evaluation, Totals, average_buffers
-from arsg_dist.imagenet.training.optimization import shown_hyperparameters
 from arsg_dist.imagenet.training.parts import RunParts, Start
 from arsg_dist.imagenet.training.progress import Progress
 from arsg_dist.imagenet.training.rank_state import seed_rank
@@ -165,6 +164,7 @@ class Trainer:
         """Count and record an epoch, and save its weights and a checkpoint. Collective."""
         parts, config, at = self._parts, self._parts.config, self._at
         train_loss = at.end_epoch()
+        shown = parts.schedules.of_last_update()
         parts.schedules.after_epoch(train_loss)
         evaluation = validated[LAST][0]
         # Record and weights first: a resume makes those newer than the checkpoint again, but no missing ones.
@@ -175,7 +175,7 @@ class Trainer:
             evaluation=evaluation,
             ema=validated[EMA][0] if EMA in validated else None,
             speed=speed,
-            hyperparameters=shown_hyperparameters(parts.engine.optimizer),
+            hyperparameters=shown,
             bad_images=at.bad_images,
             image_size=train_size(config.data, epoch),
         )
@@ -296,7 +296,7 @@ class EpochLoop:
                 loss_sum.zero_()
                 images, bad = 0, []
             if record:
-                shown = shown_hyperparameters(engine.optimizer)
+                shown = parts.schedules.of_last_update()
                 progress.record(at.update, at.take_recent(), shown, waited, skipped=engine.skipped_updates)
             if save or ended:
                 health.require_finite_weights()
