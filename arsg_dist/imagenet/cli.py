@@ -4,7 +4,11 @@ import argparse
 import sys
 import time
 import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from arsg_dist.engine import Communicator, JobError, Ranks, discover_ranks, end_process, load_builder
 from arsg_dist.engine.job import BAD_INPUT, DONE, FAILED
@@ -125,11 +129,38 @@ def _train(arguments: list[str], stop: StopRequest) -> int:
         _say_error(error, f" (rank {rank})" if rank > 0 else "")
         return BAD_INPUT
     try:
-        return _connected(arguments, engine, ranks, communicator, stop)
+        with _future_warnings_once(rank):
+            return _connected(arguments, engine, ranks, communicator, stop)
     except Exception:
         # Not agreed on: the other ranks may be waiting in a collective. End at once, so that the launcher ends them.
         print(f"rank {rank} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)  # noqa: T201
         end_process(FAILED)
+
+
+@contextmanager
+def _future_warnings_once(rank: int) -> Iterator[None]:
+    """Show each FutureWarning of the libraries once, on rank 0: nothing that a user can change.
+
+    Python would, but forgets what it has shown whenever somebody changes a filter, as torch does in every update. Who
+    has asked for warnings (``python -W``, PYTHONWARNINGS) gets them all.
+    """
+    if sys.warnoptions:
+        yield
+        return
+    real, shown = warnings.showwarning, set[str]()
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **options: Any) -> None:
+        if issubclass(category, FutureWarning):
+            if rank != 0 or str(message) in shown:
+                return
+            shown.add(str(message))
+        real(message, category, *place, **options)
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = real
 
 
 def _show(arguments: list[str]) -> int:

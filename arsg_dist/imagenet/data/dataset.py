@@ -236,6 +236,9 @@ def _end_processes(loaders: Iterable[Any]) -> None:
         iterator = getattr(loader, "_iterator", None)  # of a DataLoader whose processes go on between its passes
         if iterator is not None:
             iterator._shutdown_workers()
+            for queue in iterator._index_queues:
+                if queue._thread is not None:  # holds semaphores, and was told to end
+                    queue._thread.join(timeout=1)
             loader._iterator = None
     gc.collect()  # semaphores are removed with the last object that knows them
 

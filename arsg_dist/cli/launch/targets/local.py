@@ -29,4 +29,5 @@ class Local(Target):
         else:
             command = ["mpirun", *mpirun_options(os.geteuid() == 0), "--oversubscribe"]
             command += ["-np", str(job.ranks_per_node), *job.rank_command]
-        return Plan(command=tuple(command), environment=environment)
+        # On Ctrl-C mpirun kills ranks at once. Where it starts them over ssh it may ask the terminal something.
+        return Plan(command=tuple(command), environment=environment, own_group=job.rendezvous == "horovod")
