@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ from types import FrameType
 from arsg_dist.engine import Communicator
 from arsg_dist.engine.job import PREEMPTED
 from arsg_dist.safe_io.files import write_text
+from arsg_dist.safe_io.processes import leave_terminal
 
 MARKER = "requeue.json"
 """File in the run's directory that says the same where a launcher rewrites exit codes; removed by the next start."""
@@ -74,7 +74,7 @@ class StopRequest:
     def _note(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
         if number == signal.SIGHUP:
-            _leave_terminal()
+            leave_terminal()
         if self._communicator is None:
             _say(f"stopped by {name} before training began; start again (exit code {PREEMPTED})")
             os._exit(PREEMPTED)
@@ -110,16 +110,6 @@ def _say(text: str) -> None:
     """Write a line to stderr from a signal handler, which must not use a buffer that it may have interrupted."""
     with suppress(OSError):
         os.write(2, f"\n{text}\n".encode())
-
-
-def _leave_terminal() -> None:
-    """Let go of a terminal that is gone: what is written to it would fail, and the run with it, before it has saved."""
-    nothing = os.open(os.devnull, os.O_RDWR)
-    for file in (0, 1, 2):
-        with suppress(OSError):
-            if stat.S_ISCHR(os.fstat(file).st_mode):  # isatty() says no of one that is gone
-                os.dup2(nothing, file)
-    os.close(nothing)
 
 
 @contextmanager

@@ -3,11 +3,11 @@
     python -m tests.faults.campaign run FILE --faults 200 --seed 1    # goes on where FILE (JSON lines) ends
     python -m tests.faults.campaign table FILE                        # Markdown, for docs/reliability.md
 
-A run is a training that is struck, started again with --resume, struck again ... and at last left to finish. Checked after
-each strike: every rank ended in time, and of a stop with 75, a checkpoint whose every byte is right and requeue.json; no
-process is left, also none of the loaders; the next start goes on from the update that the stop came after, or after a
-kill from at most `EVERY` updates before. At the end: records and weights are bit by bit those of a run that was never
-struck.
+A run is a training that is struck, started again with --resume, struck again ... and at last left to finish. Checked
+after each strike: every rank ended in time, and of a stop with 75, a checkpoint whose every byte is right and
+requeue.json; no process is left, also none of the loaders; the next start goes on from the update that the stop came
+after, or after a kill from at most `EVERY` updates before. At the end: records and weights are bit by bit those of a run
+that was never struck.
 """
 
 import argparse
@@ -39,11 +39,32 @@ EVERY = 2  # updates between checkpoints
 UPDATES = 20  # five an epoch
 SETTINGS = [
     *("--data.source", "synthetic", "--data.synthetic_images", 60, "--data.synthetic_classes", 3),
-    *("--data.image_size", 16, "--model", "resnet20", "--epochs", 4, "--batch_size", 12, "--val_batch_size", 4),
-    *("--optimizer.params", "{lr: 0.01, mu: 0.1}", "--schedule.name", "cosine", "--schedule.warmup_epochs", 0.5),
+    *(
+        "--data.image_size",
+        16,
+        "--model",
+        "resnet20",
+        "--epochs",
+        4,
+        "--batch_size",
+        12,
+        "--val_batch_size",
+        4,
+    ),
+    *(
+        "--optimizer.params",
+        "{lr: 0.01, mu: 0.1}",
+        "--schedule.name",
+        "cosine",
+        "--schedule.warmup_epochs",
+        0.5,
+    ),
     *("--checkpoint_every", EVERY, "--log_every", 1, "--seed", 7),
 ]
-RANKS = {"single": 1, **dict.fromkeys(("ddp", "fsdp", "deepspeed", "deepspeed-3", "horovod", "horovod-sharded"), 2)}
+RANKS = {
+    "single": 1,
+    **dict.fromkeys(("ddp", "fsdp", "deepspeed", "deepspeed-3", "horovod", "horovod-sharded"), 2),
+}
 SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGKILL")
 TO = ("one rank", "process group")
 WORKERS = (0, 2)
@@ -158,11 +179,12 @@ class StruckRun:
         if job.fault_at is None:
             assert set(job.codes) == {0}, f"not struck, and ended with {job.codes}:\n{job.output[-6000:]}"
             return {"struck": False}
-        done = set(job.codes) == {0} or (kill and self.updates_done() == UPDATES)
+        done = set(job.codes) == {0} or (kill and updates_done(self.directory) == UPDATES)
         if not done:
-            self.struck_at, self.stopped = self.updates_done(), not kill
+            self.struck_at, self.stopped = updates_done(self.directory), not kill
             if kill:
-                assert -9 in job.codes and all(job.codes), f"{job.codes}:\n{job.output[-6000:]}"
+                assert -9 in job.codes, f"{job.codes}:\n{job.output[-6000:]}"
+                assert all(job.codes), f"{job.codes}:\n{job.output[-6000:]}"
             else:
                 self.check_stop(job, strike.signal)
         return {"struck": True, "done": done, "codes": job.codes, "seconds": round(job.seconds_to_end(), 2)}
@@ -178,16 +200,6 @@ class StruckRun:
         assert saved.progress["position"]["update"] == marker["update"]
         self.struck_at = marker["update"]
 
-    def updates_done(self) -> int:
-        path = self.directory / "metrics.jsonl"
-        done = 0
-        for line in path.read_text().splitlines() if path.exists() else []:
-            try:
-                done = json.loads(line)["update"]
-            except json.JSONDecodeError:  # cut off by the kill
-                break
-        return done
-
     def finish(self, whole: Path) -> None:
         """Let it end, and compare it with a run that was never struck."""
         job = self.start(0)
@@ -197,14 +209,18 @@ class StruckRun:
         updates = [(record["kind"], record["update"]) for record in recorded]
         assert updates == [(record["kind"], record["update"]) for record in right], f"records of {updates}"
         # Where a run goes on it sums anew since the last record, in another order.
-        of_epochs = [[record for record in records if record["kind"] == "epoch"] for records in (recorded, right)]
+        of_epochs = [
+            [record for record in records if record["kind"] == "epoch"] for records in (recorded, right)
+        ]
         assert of_epochs[0] == of_epochs[1], f"records {of_epochs[0]} and not {of_epochs[1]}"
         expected, finished = weights(whole), weights(self.directory)
         for name, tensor in expected.items():
             assert torch.equal(finished[name], tensor), name
 
 
-def run(warm: WarmRanks, engine: str, *arguments: object, faults: tuple[dict[str, Any], ...] = ()) -> EndedJob:
+def run(
+    warm: WarmRanks, engine: str, *arguments: object, faults: tuple[dict[str, Any], ...] = ()
+) -> EndedJob:
     family = "horovodrun" if engine.startswith("horovod") else "torchrun"
     return warm.run_program(
         "alone" if engine == "single" else family,
@@ -217,6 +233,17 @@ def run(warm: WarmRanks, engine: str, *arguments: object, faults: tuple[dict[str
         faults=faults,
         timeout=WITHIN,
     )
+
+
+def updates_done(directory: Path) -> int:
+    path = directory / "metrics.jsonl"
+    done = 0
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            done = json.loads(line)["update"]
+        except json.JSONDecodeError:  # cut off by the kill
+            break
+    return done
 
 
 def records_of(directory: Path) -> list[dict[str, Any]]:
@@ -323,7 +350,9 @@ def table(file: Path) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     strikes = commands.add_parser("run")
     strikes.add_argument("file", type=Path)

@@ -191,7 +191,7 @@ def _at_point(strike: Callable[[], None], point: str, number: int) -> None:
     elif point == "forward":
         _before(RunParts, "forward", passed, lambda self, module, images: module.training)
     elif point == "validation":
-        _before(RunParts, "forward", passed, lambda self, module, images: not module.training)
+        _before(RunParts, "forward", passed, lambda *_: not torch.is_grad_enabled())
     elif point == "loader":
         _before(DataLoader, "__iter__", passed)
     elif point == "loader process":

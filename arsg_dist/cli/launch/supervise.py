@@ -119,7 +119,9 @@ def _ranks_below(launcher: int) -> list[int]:
 
 def _is_rank(process: int) -> bool:
     with suppress(OSError):
-        names = {entry.partition(b"=")[0] for entry in Path(f"/proc/{process}/environ").read_bytes().split(b"\0")}
+        names = {
+            entry.partition(b"=")[0] for entry in Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
+        }
         return any(name in names and name.decode() not in os.environ for name in _RANK)
     return False
 

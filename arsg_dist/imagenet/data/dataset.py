@@ -233,7 +233,9 @@ def processes_ended(*loaders: Iterable[Batch]) -> Iterator[None]:
 
 def _end_processes(loaders: Iterable[Any]) -> None:
     for loader in loaders:
-        iterator = getattr(loader, "_iterator", None)  # of a DataLoader whose processes go on between its passes
+        iterator = getattr(
+            loader, "_iterator", None
+        )  # of a DataLoader whose processes go on between its passes
         if iterator is not None:
             iterator._shutdown_workers()
             for queue in iterator._index_queues:

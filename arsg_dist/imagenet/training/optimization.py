@@ -106,8 +106,8 @@ class Schedules:
     def of_last_update(self) -> dict[str, float]:
         """Return the first group's learning rate and, if it has one, μ, as they were in the last update.
 
-        Between `after_update` and `after_epoch`. A function of the update's number, so that a run that is resumed before
-        its next update has it too.
+        Between `after_update` and `after_epoch`. A function of the update's number, so that a run that is resumed
+        before its next update has it too.
         """
         schedule = self._schedule
         lr = schedule.base_lrs[0] * schedule.lr_lambdas[0](max(schedule.last_epoch - 1, 0))

@@ -2,7 +2,8 @@
 
 Environment: ARSG_TEST_SIGNAL="UPDATES RANK SIGNAL TARGET" sends SIGNAL after so many updates of this start from RANK to
 itself (TARGET "self", or "self-twice": again when it is another keystroke); ARSG_TEST_KEYS is a directory for the
-images of every micro-batch, one file per rank; ARSG_TEST_FAULTS is JSON for `fault_points.install`; ARSG_TEST_SMALL_NETWORK makes resnet20 a `SmallResNet`;
+images of every micro-batch, one file per rank; ARSG_TEST_FAULTS is JSON for `fault_points.install`;
+ARSG_TEST_SMALL_NETWORK makes resnet20 a `SmallResNet`;
 ARSG_TEST_COMPILE_BACKEND is the backend of torch.compile.
 """
 
