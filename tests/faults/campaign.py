@@ -6,8 +6,8 @@
 A run is a training that is struck, started again with --resume, struck again ... and at last left to finish. Checked
 after each strike: every rank ended in time, and of a stop with 75, a checkpoint whose every byte is right and
 requeue.json; no process is left, also none of the loaders; the next start goes on from the update that the stop came
-after, or after a kill from at most `EVERY` updates before. At the end: records and weights are bit by bit those of a run
-that was never struck.
+after, or after a kill from at most `EVERY` updates before. At the end: records and weights are bit by bit those of a
+run that was never struck.
 """
 
 import argparse
@@ -187,7 +187,15 @@ class StruckRun:
                 assert all(job.codes), f"{job.codes}:\n{job.output[-6000:]}"
             else:
                 self.check_stop(job, strike.signal)
-        return {"struck": True, "done": done, "codes": job.codes, "seconds": round(job.seconds_to_end(), 2)}
+        # A killed rank whose disk is busy is still there for a while, its connections too: the others cannot know.
+        gone = [at - job.fault_at for at, code in zip(job.ended, job.codes, strict=True) if code == -9]
+        return {
+            "struck": True,
+            "done": done,
+            "codes": job.codes,
+            "seconds": round(job.seconds_to_end(), 2),
+            "seconds until the killed had gone": round(max(gone, default=0.0), 2),
+        }
 
     def check_stop(self, job: EndedJob, signal: str) -> None:
         assert set(job.codes) == {PREEMPTED}, f"{job.codes}:\n{job.output[-6000:]}"

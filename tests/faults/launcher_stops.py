@@ -131,7 +131,7 @@ def stop(cell: dict[str, Any], directory: Path) -> dict[str, Any]:
         seconds = round(time.monotonic() - sent, 1)
         # Ranks that have outlived their launcher get this long to save.
         with suppress(AssertionError):
-            wait(lambda: not processes_of(directory), 15)
+            wait(lambda: not processes_of(directory), 40)
         left = processes_of(directory)
     finally:
         for process in processes_of(directory):
