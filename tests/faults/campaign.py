@@ -263,8 +263,8 @@ def weights(directory: Path) -> dict[str, torch.Tensor]:
 
 
 def nothing_left(job: EndedJob) -> None:
-    """Check that every process that the ranks have started ends soon after them."""
-    end = time.monotonic() + 20
+    """Check that every process that the ranks have started ends after them, soon but for a busy machine."""
+    end = time.monotonic() + 60
     while left := [process for group in job.groups for process in alive(group)]:
         assert time.monotonic() < end, f"processes are left: {left}"
         time.sleep(0.05)

@@ -67,7 +67,9 @@ def run_watched(
         if not started:
             early.append(number)
 
-    numbers = [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2]
+    numbers = [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as it is under nohup
+        numbers.append(signal.SIGHUP)
     if own_group:
         numbers.append(signal.SIGINT)
     # Before the command starts: a signal in between would end this process and leave the command running.
