@@ -1,11 +1,12 @@
 """Stops through the real launchers, each way a signal can be delivered; run by hand.
 
     python -m tests.faults.launcher_stops run FILE      # goes on where FILE (JSON lines) ends
-    python -m tests.faults.launcher_stops table FILE    # Markdown, for docs/reliability.md
+    python -m tests.faults.launcher_stops table FILE    # Markdown; what only a probe has shown has a †
 
 Every launcher × delivery × signal is one cell. Loader processes and the moment take turns, so that each pair of a
 launcher, a delivery or a signal with one of them is there. A cell that has saved goes on, on warm ranks, and must end
-with the bits of a run that was never stopped.
+with the bits of a run that was never stopped. `run FILE --probe` asks of the launchers alone, all of them in some
+minutes: the ranks are `tests/support/stopped_job.py`, which takes `--seconds` to save.
 """
 
 import argparse
@@ -79,19 +80,23 @@ def command(launcher: str, engine: str, directory: Path) -> list[str]:
     return _command({"python": "alone"}.get(launcher, launcher), ranks, free_port())
 
 
-def stop(cell: dict[str, Any], directory: Path) -> dict[str, Any]:
-    """Start a cell's job, stop it at its moment, and say what came of it."""
+def stop(cell: dict[str, Any], directory: Path, probe: float | None = None) -> dict[str, Any]:
+    """Start a cell's job, stop it at its moment, and say what came of it.
+
+    Args:
+        cell: of `cells`.
+        directory: of the cell alone.
+        probe: seconds that a rank takes to save which does nothing else.
+    """
     engine = LAUNCHERS[cell["launcher"]]
     point, at, where = MOMENTS[cell["moment"]]
     fault = {"rank": where, "do": "pause", "point": point, "at": at, "directory": str(directory)}
     log = (directory / "log").open("w")
+    training = [str(REPOSITORY / JOB), *map(str, (*ENGINES.get(engine, ()), *SETTINGS))]
+    training += ["--output", str(directory / "run"), "--data.workers", str(cell["workers"])]
+    probing = [str(REPOSITORY / "tests/support/stopped_job.py"), str(directory), str(probe)]
     job = subprocess.Popen(
-        [
-            *command(cell["launcher"], engine, directory),
-            str(REPOSITORY / JOB),
-            *map(str, (*ENGINES.get(engine, ()), *SETTINGS)),
-            *("--output", str(directory / "run"), "--data.workers", str(cell["workers"])),
-        ],
+        [*command(cell["launcher"], engine, directory), *(training if probe is None else probing)],
         cwd=REPOSITORY,
         env={
             **os.environ,
@@ -109,7 +114,7 @@ def stop(cell: dict[str, Any], directory: Path) -> dict[str, Any]:
         # A shell's & has background jobs ignore it, which a terminal's do not.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
-    expected = RANKS[engine] if where == "all" else 1
+    expected = RANKS[engine] if where == "all" or probe is not None else 1
     try:
         wait(lambda: len(list(directory.glob("at-*"))) == expected or job.poll() is not None, 240)
         at_moment = sorted(int(path.name.removeprefix("at-")) for path in directory.glob("at-*"))
@@ -140,14 +145,14 @@ def stop(cell: dict[str, Any], directory: Path) -> dict[str, Any]:
         if job.poll() is None:
             job.kill()
     marker = directory / "run" / MARKER
-    saved = marker.exists()
-    if saved:
+    saved = marker.exists() if probe is None else len(list(directory.glob("saved-*"))) == expected
+    if saved and probe is None:
         found = json.loads(marker.read_text())
         checkpoint = SavedRun(REPOSITORY / found["checkpoint"])
         assert not checkpoint.damage(), checkpoint.damage()
         assert checkpoint.progress["position"]["update"] == found["update"]
     code = 128 - code if isinstance(code, int) and code < 0 else code
-    trains_on = bool(left) or (not saved and updates_done(directory / "run") == UPDATES)
+    trains_on = not saved and (bool(left) or updates_done(directory / "run") == UPDATES)
     return {"code": code, "seconds": seconds, "saved": saved, "trains on": trains_on}
 
 
@@ -175,12 +180,19 @@ def main() -> int:
     )
     parser.add_argument("command", choices=["run", "table"])
     parser.add_argument("file", type=Path)
+    parser.add_argument("--probe", action="store_true")
+    parser.add_argument("--seconds", type=float, default=2.0)
     parser.add_argument("--launchers", nargs="+", choices=list(LAUNCHERS), default=list(LAUNCHERS))
     options = parser.parse_args()
+    probe = options.seconds if options.probe else None
     if options.command == "table":
         print(table(options.file))
         return 0
-    done = {(record["launcher"], record["to"], record["signal"]) for record in read(options.file)}
+    done = {
+        (record["launcher"], record["to"], record["signal"])
+        for record in read(options.file)
+        if ("probe seconds" in record) == options.probe
+    }
     warm, bad, whole = warm_ranks(), 0, dict[str, Path]()
     with tempfile.TemporaryDirectory() as temporary, options.file.open("a") as out:
         for number, cell in sorted(
@@ -190,15 +202,17 @@ def main() -> int:
             if key in done or cell["launcher"] not in options.launchers:
                 continue
             engine, directory = LAUNCHERS[cell["launcher"]], Path(temporary) / f"cell-{number}"
-            if engine not in whole:
+            if engine not in whole and probe is None:
                 job = run(warm, engine, "--output", Path(temporary) / engine, "--data.workers", 0)
                 assert set(job.codes) == {0}, job.output[-6000:]
                 whole[engine] = Path(temporary) / engine
             directory.mkdir()
             record = dict(cell)
             try:
-                record |= stop(cell, directory)
-                if record["saved"]:
+                record |= stop(cell, directory, probe)
+                if probe is not None:
+                    record |= {"probe seconds": probe}
+                elif record["saved"]:
                     StruckRun(warm, engine, directory / "run").finish(whole[engine])
                     record["same bits"] = True
             except AssertionError as error:
@@ -212,7 +226,10 @@ def main() -> int:
 
 def table(file: Path) -> str:
     """One row for each launcher and delivery, one column for each signal."""
-    records = {(record["launcher"], record["to"], record["signal"]): record for record in read(file)}
+    # A training's result goes before that of a probe.
+    made = [record for record in read(file) if "wrong" not in record]
+    made.sort(key=lambda record: "probe seconds" not in record)
+    records = {(record["launcher"], record["to"], record["signal"]): record for record in made}
     lines = ["| launcher | delivered to | " + " | ".join(SIGNALS) + " |", "|---|---|" + "---|" * len(SIGNALS)]
     for launcher, to in itertools.product(LAUNCHERS, TO):
         row = [records.get((launcher, to, name)) for name in SIGNALS]
@@ -224,11 +241,10 @@ def table(file: Path) -> str:
 def shown(record: dict[str, Any] | None) -> str:
     if record is None:
         return "not run"
-    if "wrong" in record:
-        return "**wrong**"
+    mark = " †" if "probe seconds" in record else ""
     if record["saved"]:
-        return f"saved, {record['code']}"
-    return f"**not saved, {record['code']}**" + (", ranks train on" if record["trains on"] else "")
+        return f"saved, {record['code']}{mark}"
+    return f"**not saved, {record['code']}**" + (", ranks train on" if record["trains on"] else "") + mark
 
 
 if __name__ == "__main__":

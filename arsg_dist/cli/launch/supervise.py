@@ -112,7 +112,8 @@ def _ranks_below(launcher: int) -> list[int]:
         with suppress(OSError, ValueError):
             parent = (directory / "stat").read_bytes().rpartition(b")")[2].split()[1]
             children.setdefault(int(parent), []).append(int(directory.name))
-    ranks, looked_at = [], [launcher]
+    ranks: list[int] = []
+    looked_at = [launcher]
     while looked_at:
         for process in children.get(looked_at.pop(), []):
             (ranks if _is_rank(process) else looked_at).append(process)

@@ -237,12 +237,25 @@ def _end_processes(loaders: Iterable[Any]) -> None:
             loader, "_iterator", None
         )  # of a DataLoader whose processes go on between its passes
         if iterator is not None:
+            pinning = hasattr(
+                iterator, "_pin_memory_thread"
+            )  # which would wait for what a killed process had begun
+            if not pinning:
+                _kill(iterator._workers)
             iterator._shutdown_workers()
+            _kill(iterator._workers)
             for queue in iterator._index_queues:
                 if queue._thread is not None:  # holds semaphores, and was told to end
                     queue._thread.join(timeout=1)
             loader._iterator = None
     gc.collect()  # semaphores are removed with the last object that knows them
+
+
+def _kill(processes: Iterable[Any]) -> None:
+    """End loader processes that may still be starting, deaf to a request; they hold nothing that is missed."""
+    for process in processes:
+        if process.is_alive():
+            process.kill()
 
 
 def batches(loader: Iterable[Batch]) -> Iterator[Batch]:
