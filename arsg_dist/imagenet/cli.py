@@ -4,7 +4,11 @@ import argparse
 import sys
 import time
 import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from arsg_dist.engine import Communicator, JobError, Ranks, discover_ranks, end_process, load_builder
 from arsg_dist.engine.job import BAD_INPUT, DONE, FAILED
@@ -14,6 +18,7 @@ from arsg_dist.imagenet.output import compare
 from arsg_dist.imagenet.output.export import CARD, export
 from arsg_dist.imagenet.output.weights import BEST, EMA, LAST
 from arsg_dist.imagenet.recipe import read_arguments, resolved
+from arsg_dist.imagenet.signals import StopRequest
 from arsg_dist.imagenet.training.engines import choose_engine
 from arsg_dist.imagenet.training.identity import ALLOWED
 from arsg_dist.imagenet.training.parts import Start
@@ -107,6 +112,12 @@ def train_command(arguments: list[str]) -> int:
         for argument in arguments
     ):
         return _show(arguments)
+    stop = StopRequest()
+    with stop.installed():  # until the process ends
+        return _train(arguments, stop)
+
+
+def _train(arguments: list[str], stop: StopRequest) -> int:
     rank = -1
     try:
         ranks = discover_ranks()
@@ -124,7 +135,8 @@ def train_command(arguments: list[str]) -> int:
         _say_error(error, f" (rank {rank})" if rank > 0 else "")
         return BAD_INPUT
     try:
-        return _connected(arguments, engine, ranks, communicator)
+        with _future_warnings_once(rank):
+            return _connected(arguments, engine, ranks, communicator, stop)
     except LoadingError as error:  # of this rank alone: the others end as below
         _say_error(error, f" (rank {rank})" if ranks.world_size > 1 else "")
         end_process(FAILED)
@@ -132,6 +144,32 @@ def train_command(arguments: list[str]) -> int:
         # Not agreed on: the other ranks may be waiting in a collective. End at once, so that the launcher ends them.
         print(f"rank {rank} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)  # noqa: T201
         end_process(FAILED)
+
+
+@contextmanager
+def _future_warnings_once(rank: int) -> Iterator[None]:
+    """Show each FutureWarning of the libraries once, on rank 0: nothing that a user can change.
+
+    Python would, but forgets what it has shown whenever somebody changes a filter, as torch does in every update. Who
+    has asked for warnings (``python -W``, PYTHONWARNINGS) gets them all.
+    """
+    if sys.warnoptions:
+        yield
+        return
+    real, shown = warnings.showwarning, set[str]()
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **options: Any) -> None:
+        if issubclass(category, FutureWarning):
+            if rank != 0 or str(message) in shown:
+                return
+            shown.add(str(message))
+        real(message, category, *place, **options)
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = real
 
 
 def _show(arguments: list[str]) -> int:
@@ -151,7 +189,9 @@ def _say_error(error: Exception, suffix: str = "") -> None:
     print("error: " + printable_lines(f"{error}{suffix}"), file=sys.stderr, flush=True)  # noqa: T201
 
 
-def _connected(arguments: list[str], engine: str, ranks: Ranks, communicator: Communicator) -> int:
+def _connected(
+    arguments: list[str], engine: str, ranks: Ranks, communicator: Communicator, stop: StopRequest
+) -> int:
     code = 0
     try:
         with communicator.fail_together():
@@ -174,7 +214,7 @@ def _connected(arguments: list[str], engine: str, ranks: Ranks, communicator: Co
         )
         if options.resume == "auto" and options.output is None and ranks.rank == 0:
             print(f"no --output: another start of this command begins a new run; this one is {output}")  # noqa: T201
-        code = train(config, start, ranks, communicator)
+        code = train(config, start, ranks, communicator, stop)
     except JobError as error:
         if ranks.rank == 0:
             _say_error(error)

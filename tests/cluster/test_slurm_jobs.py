@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from arsg_dist.checkpoint import SavedRun
 from arsg_dist.imagenet.data.builtin import digits_tree
+from arsg_dist.imagenet.signals import MARKER
 from tests.cluster import slurm
 from tests.cluster.rehearsal import Cluster
 from tests.cluster.starts import start, wait_for_batch_job
@@ -247,6 +249,35 @@ def test_the_training_program_saves_is_requeued_and_goes_on(cluster: Cluster, tm
     assert "resuming from" in finished.output
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
     assert [r["epoch"] for r in records if r["kind"] == "epoch"] == list(range(1, epochs + 1))
+
+
+def test_a_cancelled_training_saves_and_stays_cancelled(cluster: Cluster, tmp_path: Path) -> None:
+    """Catches loader processes that die of scancel before their rank has saved, and a batch script that takes 75 for a
+    reason to requeue a job that its user has cancelled."""
+    program = [*small_training(tmp_path, 900), "--data.workers", "1"]
+    submitted = start(cluster, "slurm", *NODES, program=program, directory=tmp_path).wait(240)
+    assert submitted.code == 0, submitted.output
+    job = submitted.output.split()[-1]
+    log, run = tmp_path / f"arsg-{job}.out", tmp_path / "run"
+    end = time.monotonic() + 180
+    while not (run / "metrics.jsonl").exists() or (run / "metrics.jsonl").read_text().count("\n") < 5:
+        assert time.monotonic() < end, log.read_text()[-5000:] if log.exists() else "the job did not start"
+        time.sleep(0.2)
+    assert cluster.run_on("node1", ["scancel", job], timeout=60).code == 0
+    end, state = time.monotonic() + 90, dict[str, str]()
+    while state.get("JobState") != "CANCELLED" or not (run / MARKER).exists():
+        assert time.monotonic() < end, f"{state}\n{log.read_text()[-5000:]}"
+        time.sleep(0.5)
+        shown = cluster.run_on("node1", ["scontrol", "show", "job", "-o", job], timeout=60).output
+        state = dict(pair.partition("=")[::2] for pair in shown.split() if "=" in pair)
+    marker = json.loads((run / MARKER).read_text())
+    saved = SavedRun(Path(marker["checkpoint"]))
+    assert not saved.damage()
+    assert saved.progress["position"]["update"] == marker["update"]
+    slurm.wait_for_idle(cluster, len(cluster.names))
+    shown = cluster.run_on("node1", ["scontrol", "show", "job", "-o", job], timeout=60).output
+    assert "JobState=CANCELLED" in shown
+    assert "Restarts=0" in shown
 
 
 def test_a_host_lost_to_mpirun_fails_the_job(cluster: Cluster, tmp_path: Path) -> None:

@@ -264,7 +264,13 @@ def _execute(plan: Plan, directory: Path) -> int:
     for note in plan.notes:
         print(f"note: {note}", file=sys.stderr)  # noqa: T201
     try:
-        return run_watched(plan.command, plan.failure_text, directory=directory, environment=plan.environment)
+        return run_watched(
+            plan.command,
+            plan.failure_text,
+            directory=directory,
+            environment=plan.environment,
+            own_group=plan.own_group,
+        )
     except FileNotFoundError:
         raise ValueError(
             f"{plan.command[0]} is not on PATH here; --dry-run shows what would be executed"

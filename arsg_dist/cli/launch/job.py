@@ -203,6 +203,7 @@ class Plan:
         files: path → content, written before.
         notes: what the user has to do or know.
         failure_text: printed by the command on stderr, it means failure whatever the exit code says; "" for none.
+        own_group: Ctrl-C goes past the command to the ranks, see `supervise.run_watched`.
     """
 
     command: tuple[str, ...] = ()
@@ -210,6 +211,7 @@ class Plan:
     files: dict[Path, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     failure_text: str = ""
+    own_group: bool = False
 
     def __str__(self) -> str:
         """Return a shell script that does the same."""

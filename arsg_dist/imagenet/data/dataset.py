@@ -1,9 +1,11 @@
 """Load a split on one rank: images decoded, augmented and put into batches."""
 
+import gc
 import multiprocessing
 import os
 import threading
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import forkserver, resource_tracker
@@ -13,6 +15,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from arsg_dist.engine import JobError
 from arsg_dist.imagenet.config import DataConfig
 from arsg_dist.imagenet.data.builtin import SyntheticSplit
 from arsg_dist.imagenet.data.decoding import UNDECODABLE, Contents, ImageSource, decode
@@ -244,6 +247,49 @@ def _end_with_the_rank(worker: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+@contextmanager
+def processes_ended(*loaders: Iterable[Batch]) -> Iterator[None]:
+    """End the processes of loaders after the block.
+
+    A rank ends without Python's ordinary end (`end_process`), and what its processes share with it would be left to a
+    process of multiprocessing's, which removes it and says that it was leaked. After a failure that the ranks have not
+    agreed on that is left so: others may be waiting for this one.
+    """
+    try:
+        yield
+    except JobError:
+        _end_processes(loaders)
+        raise
+    _end_processes(loaders)
+
+
+def _end_processes(loaders: Iterable[Any]) -> None:
+    for loader in loaders:
+        iterator = getattr(
+            loader, "_iterator", None
+        )  # of a DataLoader whose processes go on between its passes
+        if iterator is not None:
+            pinning = hasattr(
+                iterator, "_pin_memory_thread"
+            )  # which would wait for what a killed process had begun
+            if not pinning:
+                _kill(iterator._workers)
+            iterator._shutdown_workers()
+            _kill(iterator._workers)
+            for queue in iterator._index_queues:
+                if queue._thread is not None:  # holds semaphores, and was told to end
+                    queue._thread.join(timeout=1)
+            loader._iterator = None
+    gc.collect()  # semaphores are removed with the last object that knows them
+
+
+def _kill(processes: Iterable[Any]) -> None:
+    """End loader processes that may still be starting, deaf to a request; they hold nothing that is missed."""
+    for process in processes:
+        if process.is_alive():
+            process.kill()
 
 
 def batches(loader: Iterable[Batch]) -> Iterator[Batch]:

@@ -16,7 +16,7 @@ from arsg_dist.engine import Communicator, EngineBuilder, Ranks, check_agreement
 from arsg_dist.imagenet.config import DataConfig, TrainConfig
 from arsg_dist.imagenet.data import dali
 from arsg_dist.imagenet.data.builtin import DIGITS, digits_tree
-from arsg_dist.imagenet.data.dataset import Batch, ImageSplit, Split, loader, open_splits
+from arsg_dist.imagenet.data.dataset import Batch, ImageSplit, Split, loader, open_splits, processes_ended
 from arsg_dist.imagenet.data.delivery import require_shared_memory
 from arsg_dist.imagenet.data.sampler import TrainingSampler, ValidationSampler
 from arsg_dist.imagenet.data.transforms import BatchMixing, train_size
@@ -34,8 +34,21 @@ from arsg_dist.imagenet.training.parts import RunParts, Start
 from arsg_dist.imagenet.training.trainer import Trainer
 
 
-def train(config: TrainConfig, start: Start, ranks: Ranks, communicator: Communicator) -> int:
+def train(
+    config: TrainConfig,
+    start: Start,
+    ranks: Ranks,
+    communicator: Communicator,
+    stop: StopRequest | None = None,
+) -> int:
     """Train from the start or the last checkpoint, to the end or a signal. Collective.
+
+    Args:
+        config: of the run.
+        start: of the run, this one.
+        ranks: of the job.
+        communicator: of all ranks.
+        stop: of a program that handles signals before and after the training too.
 
     Returns:
         The exit code: 0, or `PREEMPTED` after a signal, with a checkpoint written.
@@ -43,7 +56,8 @@ def train(config: TrainConfig, start: Start, ranks: Ranks, communicator: Communi
     Raises:
         JobError: bad input or a failure all ranks agreed on; raised on every rank.
     """
-    stop = StopRequest(communicator)
+    stop = stop or StopRequest()
+    stop.begin(communicator)
     with stop.installed():
         start = _decided(start, communicator)
         with communicator.fail_together():
@@ -71,6 +85,8 @@ def train(config: TrainConfig, start: Start, ranks: Ranks, communicator: Communi
         engine = build_engine(builder, model, config, communicator, ranks)
         make_loader = partial(_loader, data=config.data, seed=config.seed, device=engine.device)
         micro_batch_size = config.micro_batch_size(communicator.world_size)
+        train_loader = make_loader(train_split, train_sampler, train=True, batch_size=micro_batch_size)
+        val_loader = make_loader(val_split, val_sampler, train=False, batch_size=config.val_batch_size)
         parts = RunParts(
             config=config,
             engine=engine,
@@ -90,8 +106,8 @@ def train(config: TrainConfig, start: Start, ranks: Ranks, communicator: Communi
                 seed=config.seed,
             ),
             train_sampler=train_sampler,
-            train_loader=make_loader(train_split, train_sampler, train=True, batch_size=micro_batch_size),
-            val_loader=make_loader(val_split, val_sampler, train=False, batch_size=config.val_batch_size),
+            train_loader=train_loader,
+            val_loader=val_loader,
             classes=classes,
             notes=[*train_split.notes, *val_split.notes],
             identity=identity,
@@ -99,7 +115,8 @@ def train(config: TrainConfig, start: Start, ranks: Ranks, communicator: Communi
         )
         digest = hashlib.sha256(json.dumps(data).encode()).hexdigest()[:16]
         environment = describe(engine, hosts=hosts, data=digest, seed=config.seed)
-        return Trainer(parts, start, num_images=len(train_split)).train(environment)
+        with processes_ended(train_loader, val_loader):
+            return Trainer(parts, start, num_images=len(train_split)).train(environment)
 
 
 def _decided(start: Start, communicator: Communicator) -> Start:

@@ -135,6 +135,7 @@ class Trainer:
                 start.output,
                 {**dataclasses.asdict(parts.config), "engine": start.engine, "world_size": world_size},
                 resumed_updates=at.update if start.resume else None,
+                resumed_epochs=at.epoch,
                 environment=environment,
                 classes=parts.classes,
                 wandb_project=parts.config.wandb_project,

@@ -8,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -380,6 +381,50 @@ def test_signals_reach_the_launcher(tmp_path: Path) -> None:
     process.send_signal(signal.SIGUSR1)
     assert process.communicate(timeout=60)[0] == "got it\n"
     assert process.returncode == 75
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_ranks_are_told_to_stop_past_a_launcher_that_would_kill_them(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    """Catches a stop that goes to mpirun, which gives its ranks no time to save, and Ctrl-C that does; a second signal
+    that is lost; and a loader process that is taken for a rank of its own."""
+    rank = tmp_path / "rank.py"
+    rank.write_text(
+        "import os, signal, sys, time\n"
+        f"def note(number, frame):\n    open('{tmp_path}/got', 'a').write(signal.Signals(number).name + chr(10))\n"
+        "for number in (signal.SIGTERM, signal.SIGINT): signal.signal(number, note)\n"
+        "worker = os.fork()\n"
+        f"open('{tmp_path}/ready', 'a').write('x')\n"
+        "while worker or os.getppid() > 1: time.sleep(0.05)\n"
+    )
+    (tmp_path / "mpirun").write_text(
+        "#!/bin/sh\ntrap 'echo killed; kill -9 $rank; exit 1' TERM INT\n"
+        f"OMPI_COMM_WORLD_RANK=0 {sys.executable} {rank} & rank=$!\nwhile :; do sleep 0.1; done\n"
+    )
+    (tmp_path / "mpirun").chmod(0o755)
+    command = [sys.executable, "-m", "arsg_dist.cli.main", "launch", "local", "--engine", "horovod"]
+    process = subprocess.Popen(
+        [*command, "--ranks-per-node", "1", "--cpu", "--directory", str(tmp_path), "--", *PROGRAM],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(REPOSITORY)},
+        start_new_session=True,
+    )
+    _wait_for(tmp_path / "ready", "xx")
+    os.killpg(process.pid, number)  # as a terminal and a scheduler do
+    _wait_for(tmp_path / "got", f"{number.name}\n")
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=60)[0] == "killed\n"
+    assert (process.returncode, (tmp_path / "got").read_text()) == (1, f"{number.name}\n")
+
+
+def _wait_for(path: Path, text: str) -> None:
+    end = time.monotonic() + 60
+    while not path.exists() or path.read_text() != text:
+        assert time.monotonic() < end, path.read_text() if path.exists() else f"{path} is missing"
+        time.sleep(0.05)
 
 
 def test_a_signal_in_the_moment_of_the_start_is_passed_on() -> None:

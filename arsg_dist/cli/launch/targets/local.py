@@ -46,4 +46,5 @@ class Local(Target):
             command = ["mpirun", *mpirun_options(os.geteuid() == 0, job.user)]
             command += [] if job.user.find(*MAPPING) else ["--oversubscribe"]
             command += ["-np", str(job.ranks_per_node), *job.rank_command]
-        return Plan(command=tuple(command), environment=environment)
+        # On Ctrl-C mpirun kills ranks at once. Where it starts them over ssh it may ask the terminal something.
+        return Plan(command=tuple(command), environment=environment, own_group=job.rendezvous == "horovod")
