@@ -124,7 +124,7 @@ def table(results: dict[str, dict[str, str]]) -> str:
     """The table of docs/deepspeed.md."""
     lines = [f"| DeepSpeed | {' | '.join(PARTS)} |", f"|---{'|---' * len(PARTS)}|"]
     for version in sorted(results, key=Version):
-        lines.append(f"| {version} | {' | '.join(results[version].get(part, '') for part in PARTS)} |")
+        lines.append(f"| {version} | {' | '.join(results[version].get(part, 'not run') for part in PARTS)} |")
     return "\n".join(lines) + "\n"
 
 
