@@ -36,26 +36,28 @@ EARLY = {
 
 
 @pytest.mark.parametrize(
-    "engine",
+    ("engine", "stops"),
     [
-        "single",
-        pytest.param("ddp", marks=pytest.mark.slow),
-        pytest.param("horovod-sharded", marks=pytest.mark.slow),
+        pytest.param("single", STOPS[:6], id="single"),
+        pytest.param("single", STOPS[6:], id="single, others", marks=pytest.mark.slow),
+        pytest.param("ddp", STOPS[:6], id="ddp", marks=pytest.mark.slow),
+        pytest.param("horovod-sharded", STOPS[6:], id="horovod-sharded", marks=pytest.mark.slow),
     ],
 )
-def test_a_stop_saves_and_loses_nothing(engine: str, warm: WarmRanks, tmp_path: Path) -> None:
+def test_a_stop_saves_and_loses_nothing(
+    engine: str, stops: list[tuple[str, str, int, str]], warm: WarmRanks, tmp_path: Path
+) -> None:
     """Catches loader processes that die of a signal to the process group before their rank has saved, as they did of
     Ctrl-C and SIGTERM; a stop in a validation or while a checkpoint is written that is lost, or saves half; another
     exit code than 75; records that a resume keeps twice; processes and semaphores that are left."""
     assert set(run(warm, engine, "--output", tmp_path / "whole", "--data.workers", 0).codes) == {0}
     chance = random.Random(0)
-    for part in (STOPS[:6], STOPS[6:]):
-        struck = StruckRun(warm, engine, tmp_path / f"run-{STOPS.index(part[0])}")
-        for signal, to, workers, moment in part:
-            strike = Strike.at_moment(chance, signal, to, workers, moment, RANKS[engine])
-            strike = Strike(**{**vars(strike), "at": EARLY.get(strike.point, 1)})
-            result = struck.strike(strike)
-            assert result["struck"], strike
-            assert not result["done"], strike
-        struck.finish(tmp_path / "whole")
-        assert struck.lost == [0] * len(part)
+    struck = StruckRun(warm, engine, tmp_path / "run")
+    for signal, to, workers, moment in stops:
+        strike = Strike.at_moment(chance, signal, to, workers, moment, RANKS[engine])
+        strike = Strike(**{**vars(strike), "at": EARLY.get(strike.point, 1)})
+        result = struck.strike(strike)
+        assert result["struck"], strike
+        assert not result["done"], strike
+    struck.finish(tmp_path / "whole")
+    assert struck.lost == [0] * len(stops)
