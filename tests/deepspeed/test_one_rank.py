@@ -3,6 +3,7 @@
 What needs several ranks is in the matrices; this is for what a number worked out by hand can show on one.
 """
 
+import copy
 import importlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import deepspeed
 import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import groups as rank_groups
 from torch import Tensor, nn
 
 from arsg_dist import ARSG, theory
@@ -31,7 +33,8 @@ STAGES = [0, 1, 2, 3]
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_rank() -> Iterator[None]:
-    """A job of one rank, for the tests of this file."""
+    """A job of one rank, for the tests of a file."""
+    made = {name: copy.copy(value) for name, value in vars(rank_groups).items() if name.isupper()}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LOCAL_RANK", "0")
         # Stage 3 puts a function of its own in the place, which is wrong for complex numbers, and leaves it there.
@@ -45,6 +48,7 @@ def _one_rank() -> Iterator[None]:
         yield
         torch.distributed.destroy_process_group()
         deepspeed.comm.comm.cdb = None
+        vars(rank_groups).update(made)  # DeepSpeed keeps groups of the job that has ended
 
 
 class Slopes(nn.Module):
