@@ -1,5 +1,6 @@
 """A DeepSpeed job of one rank in the process of the tests."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -7,12 +8,14 @@ import deepspeed
 import pytest
 import torch
 from deepspeed.accelerator import get_accelerator
+from deepspeed.utils import groups as rank_groups
 from torch import nn
 
 
 @contextmanager
 def one_rank() -> Iterator[None]:
     """Make the job, and leave nothing of it behind."""
+    made = {name: copy.copy(value) for name, value in vars(rank_groups).items() if name.isupper()}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LOCAL_RANK", "0")
         # Stage 3 puts a function of its own in the place, which is wrong for complex numbers, and leaves it there.
@@ -26,3 +29,4 @@ def one_rank() -> Iterator[None]:
         yield
         torch.distributed.destroy_process_group()
         deepspeed.comm.comm.cdb = None
+        vars(rank_groups).update(made)  # DeepSpeed keeps groups of the job that has ended
