@@ -44,10 +44,13 @@ def nothing_started(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.usefixtures("nothing_started")
-def test_generated_files_are_for_their_owner_and_follow_no_link(target: str, tmp_path: Path) -> None:
+def test_generated_files_are_for_their_owner_and_follow_no_link(
+    target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Catches a script of mode 0755 with a key in it, and one that is written through a planted link."""
     directory = tmp_path / "job"
     directory.mkdir()
+    monkeypatch.chdir(directory)  # where manifests go, whose --directory is the image's
     victim = tmp_path / "bashrc"
     victim.write_text("mine")
     options = options_of(target, "--directory", str(directory), "--env", "API_KEY=hunter2")
@@ -67,11 +70,12 @@ def test_generated_files_are_for_their_owner_and_follow_no_link(target: str, tmp
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_dry_runs_script_makes_the_same_files_and_nothing_else(
-    target: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    target: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches an argument that ends the here-document: its next line was executed."""
     directory = tmp_path / "job"
     directory.mkdir()
+    monkeypatch.chdir(directory)  # where manifests go, whose --directory is the image's
     victim = tmp_path / "bashrc"
     victim.write_text("mine")
     chosen = ["--setup", MULTILINE] if target in ("slurm", "pbs", "lsf") else []

@@ -75,7 +75,7 @@ def plain_amsgrad(x, g, m, v, v_hat, hyper: Hyperparameters):
     """The rule in separate operations, each rounded once (torch's own sqrt may be off by one bit)."""
     floor = hyper.floor(x.dtype)
     m = hyper.beta1 * m + (1 - hyper.beta1) * g
-    v = hyper.beta2 * v + (1 - hyper.beta2) * (g * g)
+    v = hyper.beta2 * v + ((1 - hyper.beta2) * g) * g
     v_hat = torch.maximum(v_hat, v).clamp(min=floor)
     root = torch.tensor([math.sqrt(value) for value in v_hat.tolist()], dtype=x.dtype)
     move = ((1 - hyper.mu) * m + hyper.mu * g) / root
