@@ -28,7 +28,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--turn", type=int, help="which of the tests that take turns run (default: the commit decides)"
     )
-    parser.addoption("--full", action="store_true", help="tests that take turns run all")
+    parser.addoption(
+        "--full", action="store_true", help="tests that take turns run all; loads have every cell"
+    )
 
 
 def _turn(config: pytest.Config) -> int:

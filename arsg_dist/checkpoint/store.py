@@ -22,6 +22,7 @@ _LEFT: Final = re.compile(
     r"\.step-[0-9]{9,}\.(partial|replaced|removed)|\.best\.[0-9a-f]{16}\.(partial|replaced)"
 )
 """Names that only a store makes, and that a job which was killed may leave."""
+_REPLACED: Final = re.compile(r"\.(step-[0-9]{9,})\.replaced")
 _BEST: Final = "best"
 _SCORE: Final = "score.json"
 _SCORE_LIMIT: Final = 1024
@@ -65,16 +66,7 @@ class CheckpointStore:
         Raises:
             ValueError: a link or a file has the name of one.
         """
-        if not self.directory.is_dir():
-            return []
-        found = [path for path in self.directory.iterdir() if _NAME.fullmatch(path.name)]
-        for path in found:
-            if path.is_symlink() or not path.is_dir():
-                raise ValueError(
-                    f"{path} is a {'link' if path.is_symlink() else 'file'} where a checkpoint's directory belongs, "
-                    "and is not followed: put the directory itself there, or remove it"
-                )
-        return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+        return complete_in(self.directory)
 
     def latest(self) -> Path | None:
         """Find the newest complete checkpoint, if there is one; raises as `complete`."""
@@ -219,6 +211,37 @@ class CheckpointStore:
         for path in list(self.directory.iterdir()):
             if _LEFT.fullmatch(path.name):
                 remove_tree(path)
+
+
+def complete_in(directory: Path) -> list[Path]:
+    """Find the complete checkpoints of a store's directory, oldest first; see `CheckpointStore.complete`."""
+    if not directory.is_dir():
+        return []
+    found = [path for path in directory.iterdir() if _NAME.fullmatch(path.name)]
+    for path in found:
+        if path.is_symlink() or not path.is_dir():
+            raise ValueError(
+                f"{path} is a {'link' if path.is_symlink() else 'file'} where a checkpoint's directory belongs, "
+                "and is not followed: put the directory itself there, or remove it"
+            )
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def put_back(directory: Path) -> None:
+    """Give a checkpoint its name back that a job was killed at replacing, between the old one's leave and the new one.
+
+    Raises:
+        OSError: it cannot be renamed.
+    """
+    for path in list(directory.iterdir()) if directory.is_dir() else ():
+        replaced = _REPLACED.fullmatch(path.name)
+        if replaced and not (directory / replaced[1]).exists():
+            path.rename(directory / replaced[1])
+
+
+def holds_half(directory: Path) -> bool:
+    """Tell whether a job that was killed, or met a full disk, left a checkpoint unfinished in a store's directory."""
+    return directory.is_dir() and any(_LEFT.fullmatch(path.name) for path in directory.iterdir())
 
 
 @dataclass

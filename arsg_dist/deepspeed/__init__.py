@@ -20,6 +20,7 @@ from arsg_dist.deepspeed.config.resolve import check_config, resolve_config
 from arsg_dist.deepspeed.engine import DeepSpeedEngine, connect, release_shared_memory
 from arsg_dist.deepspeed.export import export
 from arsg_dist.deepspeed.initialize import initialize
+from arsg_dist.deepspeed.patching import repair
 from arsg_dist.deepspeed.registration import register
 
 register()
@@ -34,6 +35,7 @@ __all__ = [
     "initialize",
     "register",
     "release_shared_memory",
+    "repair",
     "resolve_config",
     "restart_lost_maximum",
     "trust_pickles",

@@ -51,7 +51,7 @@ def base_iterate(engine: Any) -> Iterator[None]:
 
     Raises:
         TypeError: not a DeepSpeed engine, or one with another optimizer.
-        ValueError: parameters or optimizer state on NVMe, or mixtures of experts.
+        ValueError: parameters or optimizer state on NVMe, or experts spread over ranks.
         RuntimeError: nested use; or inside `engine.step`, `backward` of the engine or of a loss, saving or loading; or
             incomplete state.
     """

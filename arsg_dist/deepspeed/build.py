@@ -1,7 +1,7 @@
 """Build DeepSpeed's engine, its config completed with a training's settings."""
 
 import warnings
-from typing import Any
+from typing import Any, Final
 
 from torch import nn
 
@@ -9,6 +9,19 @@ from arsg_dist.deepspeed.config.resolve import resolve_config
 from arsg_dist.deepspeed.config.side_effects import side_effects
 from arsg_dist.deepspeed.engine import DeepSpeedEngine, capabilities_at, connect
 from arsg_dist.engine import Communicator, Engine, EngineBuilder, Ranks, TrainingSettings
+
+_NUMERIC: Final = (
+    "communication_data_type",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+    "data_types",
+    "torch_autocast",
+)
+_NUMERIC_OF_ZERO: Final = (
+    "zero_quantized_weights",
+    "zero_quantized_gradients",
+    "zero_quantized_nontrainable_weights",
+)
 
 
 class DeepSpeedBuilder(EngineBuilder):
@@ -40,6 +53,14 @@ class DeepSpeedBuilder(EngineBuilder):
                 "DeepSpeed makes an update before the first batch: use stage 1, 2 or 3, or fp32"
             )
         self.capabilities = capabilities_at(stage)
+
+    def numeric_settings(self) -> dict[str, Any]:
+        """Return the precision that the config decides, and what else in it changes gradients or weights."""
+        precision = (_precision_on(self.config) or "fp32").replace("bfloat16", "bf16")
+        zero = self.config.get("zero_optimization") or {}
+        own = {name: self.config.get(name) for name in _NUMERIC}
+        own |= {f"zero_optimization.{name}": zero.get(name) for name in _NUMERIC_OF_ZERO}
+        return {"precision": precision, **{f"deepspeed.{name}": value for name, value in own.items()}}
 
     @staticmethod
     def connect(ranks: Ranks) -> Communicator:

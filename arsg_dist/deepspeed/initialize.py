@@ -7,11 +7,11 @@ from typing import Any
 
 import deepspeed
 from deepspeed.constants import TORCH_DISTRIBUTED_DEFAULT_PORT
-from deepspeed.runtime.tensor_parallel.init_utils import load_ds_config
 from torch.optim import Optimizer
 
 from arsg_dist.deepspeed.config.resolve import check_config
 from arsg_dist.deepspeed.registration import arsg_factory, makes_arsg
+from arsg_dist.deepspeed.versions import load_config
 from arsg_dist.optim import ARSG
 
 
@@ -63,7 +63,7 @@ def initialize(
         raise ValueError("give exactly one DeepSpeed config: config=... or args.deepspeed_config")
     content = given[0]
     if not isinstance(content, dict):
-        content = load_ds_config(str(content))
+        content = load_config(str(content))
     content = copy.deepcopy(content)
     check_config(content)
     section = content.pop("optimizer", None)

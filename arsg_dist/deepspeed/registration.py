@@ -8,25 +8,31 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.constants import BFLOAT16
 from deepspeed.runtime.engine import DeepSpeedEngine as _Engine
-from deepspeed.runtime.utils import is_optimized_parameter
+from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
+from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.zero import utils as zero_utils
 
+from arsg_dist.deepspeed.checkpoint.zero_state import experts_apart
 from arsg_dist.deepspeed.config.resolve import check_config
 from arsg_dist.deepspeed.config.rules import AUTO
 from arsg_dist.deepspeed.config.schedules import check_scheduler, with_schedules_for_arsg
 from arsg_dist.deepspeed.config.side_effects import check_swap_directory
+from arsg_dist.deepspeed.offloaded_states import support_offloaded_states
 from arsg_dist.deepspeed.patches.offload import patch_offload
 from arsg_dist.deepspeed.patches.state_access import patch_state_access
 from arsg_dist.deepspeed.patches.training_step import patch_training_step
-from arsg_dist.deepspeed.patching import Method, wrap_once
+from arsg_dist.deepspeed.patching import Method, check_known, is_repaired, wrap_once
+from arsg_dist.deepspeed.update_checks import check_updates
+from arsg_dist.deepspeed.versions import is_optimized_parameter
 from arsg_dist.optim import ARSG
 
 
 def register() -> None:
     """Register `arsg_dist.ARSG` as `"type": "ARSG"` of DeepSpeed configs.
 
-    DeepSpeed 0.19 has no registry: it looks a type it does not know itself up in `torch.optim`, and ZeRO accepts an
+    DeepSpeed has no registry: it looks a type it does not know itself up in `torch.optim`, and ZeRO accepts an
     optimizer by its exact class. Here DeepSpeed's look-up is wrapped, so that torch stays as it is. More of its methods
     are wrapped, and do what they did for other optimizers: its check of a config also calls `check_config`, and warns
     where DeepSpeed will clip the gradient unasked; schedules of the config; and the `patches`. Calling this again
@@ -43,9 +49,12 @@ def register() -> None:
     wrap_once(_Engine, "_do_sanity_check", _with_arsg_check)
     wrap_once(_Engine, "_do_optimizer_sanity_check", _with_built_arsg_check)
     wrap_once(_Engine, "_scheduler_from_config", with_schedules_for_arsg)
+    wrap_once(_Engine, "_configure_fp16_optimizer", _with_fused_refused)
     patch_state_access()
     patch_training_step()
     patch_offload()
+    check_updates()
+    support_offloaded_states()
 
 
 def arsg_factory(params: Any, source: str) -> "functools.partial[ARSG]":
@@ -124,11 +133,52 @@ def _with_built_arsg_check(method: Method) -> Method:
         if isinstance(basic_optimizer, ARSG) and not known:
             _check(engine, from_config=False)
         wrapper = method(engine, basic_optimizer)
-        if isinstance(basic_optimizer, ARSG) and wrapper is not None:  # None: stage 0 in fp32
-            _drop_frozen_groups(basic_optimizer)
+        if isinstance(basic_optimizer, ARSG):
+            _tell_what_will_not_work(engine, wrapper)
+            if wrapper is not None:  # None: stage 0 in fp32
+                _drop_frozen_groups(basic_optimizer)
         return wrapper
 
     return check
+
+
+def _tell_what_will_not_work(engine: Any, wrapper: Any) -> None:
+    """Name before the training what a pipeline, or experts spread over ranks, cannot do after it.
+
+    Args:
+        engine: that is being built.
+        wrapper: the kind of masters that DeepSpeed chose.
+    """
+    pipeline = isinstance(engine, PipelineEngine)
+    if pipeline and wrapper == BFLOAT16 and not engine.zero_optimization():
+        raise ValueError(
+            "DeepSpeed cannot resume a pipeline in bf16 at ZeRO stage 0: its checkpoints have one rank's part of "
+            'the optimizer\'s state, and loading them raises KeyError; set "zero_optimization": {"stage": 1}'
+        )
+    if not (pipeline or experts_apart(engine)) or deepspeed.comm.get_rank() != 0:
+        return
+    warnings.warn(
+        f"{'a pipeline' if pipeline else 'a mixture of experts spread over ranks (ep_size > 1)'} resumes by "
+        "load_checkpoint under the stage, precision and number of ranks that saved it, and its weights alone load on "
+        "any number; arsg_dist.deepspeed.export and base_iterate, universal checkpoints and those of arsg-imagenet do "
+        "not work with it",
+        stacklevel=2,
+    )
+
+
+def _with_fused_refused(method: Method) -> Method:
+    """Refuse what `repair` was asked to repair and cannot."""
+
+    def _configure_fp16_optimizer(engine: Any, optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+        wrapper = method(engine, optimizer, *args, **kwargs)
+        if is_repaired(optimizer) and isinstance(wrapper, FP16_Optimizer):
+            raise ValueError(
+                f"arsg_dist.deepspeed.repair does not know the wrapper that DeepSpeed puts around "
+                f"{type(optimizer).__name__} at stage 0 in half precision: use stage 1, or torch.optim.AdamW"
+            )
+        return wrapper
+
+    return _configure_fp16_optimizer
 
 
 def _drop_frozen_groups(optimizer: ARSG) -> None:
@@ -150,6 +200,7 @@ def makes_arsg(client: Any) -> bool:
 
 
 def _check(engine: Any, *, from_config: bool) -> None:
+    check_known()
     config: dict[str, Any] = dict(engine._config._param_dict)
     if from_config and getattr(torch.optim, "ARSG", ARSG) is not ARSG:
         raise ValueError(

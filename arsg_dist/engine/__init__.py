@@ -10,6 +10,7 @@ from arsg_dist.engine.communicator import (
     Communicator,
     SingleProcessCommunicator,
     TorchCommunicator,
+    check_hosts,
     connect_torch,
     torch_communicator,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "all_finite",
     "announce_to_torch",
     "check_agreement",
+    "check_hosts",
     "check_replicas",
     "collective_timeout",
     "connect_torch",

@@ -67,6 +67,14 @@ class EngineBuilder(ABC):
     @abstractmethod
     def __init__(self, settings: TrainingSettings, world_size: int) -> None: ...
 
+    def numeric_settings(self) -> dict[str, Any]:
+        """Return what the engine computes with, beside the rest of the training's settings; nothing that only rounds.
+
+        "precision" is that of forward and backward passes, whoever decided it; settings of this engine alone have its
+        name in front ("deepspeed.prescale_gradients").
+        """
+        return {"precision": self.precision}
+
     @staticmethod
     @abstractmethod
     def connect(ranks: Ranks) -> Communicator:

@@ -8,10 +8,11 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from arsg_dist.engine.hosts import expected_hosts, missing_hosts, this_host
 from arsg_dist.engine.job import JobError
 from arsg_dist.engine.messages import check_sizes, decode, encode
 from arsg_dist.engine.ranks import Ranks
-from arsg_dist.engine.rendezvous import announce_to_torch, collective_timeout, init_method
+from arsg_dist.engine.rendezvous import announce_to_torch, collective_timeout, end_mpi, init_method
 
 T = TypeVar("T")
 
@@ -48,8 +49,20 @@ class Communicator(ABC):
         Returns:
             What waits for the answer and returns it; every rank must call it before the next `start_any`.
         """
-        total = self.all_reduce_sum(torch.tensor([int(flag)]))
-        return lambda: bool(total)
+        answer = self.start_sum(torch.tensor([int(flag)]))
+        return lambda: bool(answer())
+
+    def start_sum(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Start summing up a few numbers over the ranks. Collective.
+
+        Args:
+            tensor: on the CPU; must not be changed.
+
+        Returns:
+            What waits for the sum and returns it.
+        """
+        total = self.all_reduce_sum(tensor)
+        return lambda: total
 
     def barrier(self) -> None:
         """Return when every rank has called it."""
@@ -111,50 +124,53 @@ class SingleProcessCommunicator(Communicator):
 
 
 class TorchCommunicator(Communicator):
-    """Run collectives over torch.distributed's default process group.
+    """Run collectives over a process group of torch.distributed.
 
     Args:
         device: where tensors must be for the group's backend (CPU for gloo, this rank's GPU for NCCL).
+        group: default that of all ranks.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.rank = dist.get_rank()
-        self.world_size = dist.get_world_size()
-        self._device = device
+    def __init__(self, device: torch.device, group: Any = None) -> None:
+        self.rank = dist.get_rank(group)
+        self.world_size = dist.get_world_size(group)
+        self._device, self._group = device, group
         # Small answers between hosts go past the GPU: reading one from it would wait for all work it has been given.
-        self._host_group = (
-            None
-            if dist.get_backend() == "gloo"
-            else dist.new_group(backend="gloo", timeout=collective_timeout())
-        )
+        self._host_group = group
+        self._message_device = torch.device("cpu")
+        if dist.get_backend(group) != "gloo":
+            if self.world_size == dist.get_world_size():
+                self._host_group = dist.new_group(backend="gloo", timeout=collective_timeout())
+            else:  # all ranks would have to make one for every such group
+                self._message_device = device
 
     def all_gather_object(self, value: T) -> list[T]:
         """Return every rank's `value`, past the GPU."""
-        message = encode(value)
-        sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world_size)]
-        dist.all_gather(sizes, torch.tensor([message.numel()]), group=self._host_group)
+        message, device = encode(value).to(self._message_device), self._message_device
+        sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(self.world_size)]
+        dist.all_gather(sizes, torch.tensor([message.numel()], device=device), group=self._host_group)
         numbers = [int(size) for size in sizes]
         check_sizes(numbers)
-        messages = [torch.empty(max(numbers), dtype=torch.uint8) for _ in numbers]
+        messages = [torch.empty(max(numbers), dtype=torch.uint8, device=device) for _ in numbers]
         padded = torch.zeros_like(messages[0])
         padded[: message.numel()] = message
         dist.all_gather(messages, padded, group=self._host_group)
-        return decode([received[:size] for received, size in zip(messages, numbers, strict=True)])
+        return decode([received[:size].cpu() for received, size in zip(messages, numbers, strict=True)])
 
     def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return the sum over the ranks, on the device `tensor` was on."""
         total = tensor.detach().to(self._device, copy=True)
-        dist.all_reduce(total)
+        dist.all_reduce(total, group=self._group)
         return total.to(tensor.device)
 
-    def start_any(self, flag: bool) -> Callable[[], bool]:
-        """Ask in main memory, while the caller goes on."""
-        total = torch.tensor([int(flag)])
+    def start_sum(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Sum up in main memory, while the caller goes on."""
+        total = tensor.to(self._message_device, copy=True)
         work: Any = dist.all_reduce(total, group=self._host_group, async_op=True)
 
-        def answer() -> bool:
+        def answer() -> torch.Tensor:
             work.wait()
-            return bool(total)
+            return total
 
         return answer
 
@@ -162,6 +178,29 @@ class TorchCommunicator(Communicator):
         """Destroy the process group: gloo may hang when a process just ends."""
         self.barrier()
         dist.destroy_process_group()
+        end_mpi()
+
+
+def check_hosts(communicator: Communicator) -> None:
+    """Close a job that came up on fewer hosts than it was started for, and stop every rank. Collective.
+
+    Args:
+        communicator: of all ranks of the job.
+
+    Raises:
+        JobError: on every rank, with the hosts that are there.
+    """
+    try:
+        with communicator.fail_together():
+            expected = expected_hosts()
+        of_ranks = communicator.all_gather_object([str(expected), this_host()])
+        # Some launchers lose variables on the way to other hosts: one rank that knows is enough.
+        expected = max(int(number) for number, _ in of_ranks)
+        if message := missing_hosts(expected, [host for _, host in of_ranks]):
+            raise JobError(message)
+    except JobError:
+        communicator.close()
+        raise
 
 
 def connect_torch(ranks: Ranks) -> TorchCommunicator:
@@ -172,6 +211,7 @@ def connect_torch(ranks: Ranks) -> TorchCommunicator:
 
     Raises:
         ValueError: no launcher announced the ranks, or the job came up with another number of ranks.
+        JobError: it came up on fewer hosts than it was started for.
     """
     if ranks.launcher in ("none", "horovodrun"):
         raise ValueError(
@@ -198,10 +238,12 @@ def torch_communicator(ranks: Ranks, device: torch.device) -> TorchCommunicator:
 
     Raises:
         ValueError: another number of ranks came up.
+        JobError: they came up on fewer hosts than the job was started for.
     """
     communicator = TorchCommunicator(device)
     if communicator.world_size != ranks.world_size:
         raise ValueError(
             f"the launcher announced {ranks.world_size} ranks but {communicator.world_size} came up"
         )
+    check_hosts(communicator)
     return communicator

@@ -9,10 +9,11 @@ from torch import nn
 
 from arsg_dist.engine.base import Capabilities, Engine, all_finite, copy_weights
 from arsg_dist.engine.builder import EngineBuilder, TrainingSettings
-from arsg_dist.engine.communicator import Communicator, SingleProcessCommunicator
+from arsg_dist.engine.communicator import Communicator, SingleProcessCommunicator, check_hosts
 from arsg_dist.engine.ranks import Ranks
 from arsg_dist.engine.replicated_state import load_replicated, replicated_state
 from arsg_dist.engine.saved_state import SavedState
+from arsg_dist.engine.settings import start_comparison
 from arsg_dist.engine.state import EngineState
 
 _SCALER = "GradScaler"
@@ -79,11 +80,18 @@ class LocalEngine(Engine):
         """Prepare the next micro-batch; called after each."""
 
     def _update(self) -> None:
+        require_same_settings = self._start_comparison()
         if self._skip_nonfinite and not self._gradient_is_finite():
+            require_same_settings()
             self.skipped_updates += 1
             return
         self._clip()
+        require_same_settings()
         self._step()
+
+    def _start_comparison(self) -> Callable[[], None]:
+        """Begin to compare the ranks' settings; what is returned raises where they differ."""
+        return start_comparison(self.optimizer, self.communicator)
 
     def _gradient_is_finite(self) -> bool:
         """Of the averaged gradient, so that all ranks say the same."""
@@ -222,8 +230,14 @@ class SingleProcessBuilder(LocalBuilder):
 
     @staticmethod
     def connect(ranks: Ranks) -> Communicator:
-        """Make the communicator of one rank."""
-        return SingleProcessCommunicator()
+        """Make the communicator of one rank.
+
+        Raises:
+            JobError: the job was started for several hosts.
+        """
+        communicator = SingleProcessCommunicator()
+        check_hosts(communicator)
+        return communicator
 
     @staticmethod
     def _engine(

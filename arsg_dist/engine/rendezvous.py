@@ -4,18 +4,25 @@ Whoever reaches the place where ranks meet can ask for a rank, and torch trusts 
 where all ranks are on one host, is at one address where that is known, and takes every rank once.
 """
 
+import errno
 import ipaddress
 import itertools
 import json
 import os
 import re
 import socket
+import sys
 from collections.abc import Iterator, Mapping, MutableMapping
 from datetime import timedelta
 from functools import cache
 from typing import Any
 
-from torch.distributed import HashStore, PrefixStore, TCPStore  # type: ignore[attr-defined]
+from torch.distributed import (  # type: ignore[attr-defined]
+    DistNetworkError,
+    HashStore,
+    PrefixStore,
+    TCPStore,
+)
 from torch.distributed.rendezvous import register_rendezvous_handler
 
 from arsg_dist.engine.ranks import Ranks
@@ -110,6 +117,7 @@ def _slurm_meeting_point(environ: MutableMapping[str, str]) -> tuple[str, int]:
 
 
 def _mpi_meeting_point(ranks: Ranks) -> tuple[str, int]:
+    initialised = "mpi4py.MPI" in sys.modules  # what importing it does
     try:
         from mpi4py import MPI
     except ImportError:
@@ -117,6 +125,8 @@ def _mpi_meeting_point(ranks: Ranks) -> tuple[str, int]:
             "MASTER_ADDR and MASTER_PORT are not set and mpi4py, which could tell, is not installed: "
             "set them (mpirun -x MASTER_ADDR=HOST -x MASTER_PORT=29500), or pip install mpi4py"
         ) from None
+    if not initialised:
+        _to_finalise.append(MPI)
     world = MPI.COMM_WORLD
     if world.Get_size() != ranks.world_size:
         raise ValueError(
@@ -132,6 +142,20 @@ def _mpi_meeting_point(ranks: Ranks) -> tuple[str, int]:
     world.Bcast([point, MPI.BYTE], root=0)
     address, port = parse_json(point.rstrip(b"\0").decode(), "the meeting point of rank 0")
     return str(address), int(port)
+
+
+_to_finalise: list[Any] = []
+
+
+def end_mpi() -> None:
+    """Finalise MPI where it was initialised here, to ask it for the meeting point. Collective.
+
+    A rank that ends without it makes mpirun report a failed job, whatever the rank's exit code.
+    """
+    while _to_finalise:
+        mpi = _to_finalise.pop()
+        if not mpi.Is_finalized():
+            mpi.Finalize()
 
 
 def _free_port() -> int:
@@ -178,7 +202,8 @@ def meet(environ: Mapping[str, str], label: str, timeout: timedelta) -> Any:
         timeout: how long to wait for the others.
 
     Raises:
-        ValueError: another process has this rank, or takes the job for one of another size.
+        ValueError: another program has the port, another process this rank, or a rank takes the job for one of another
+            size.
         RuntimeError: nobody listens there, or somebody else does.
     """
     rank, world_size = int(environ["RANK"]), int(environ["WORLD_SIZE"])
@@ -188,15 +213,20 @@ def meet(environ: Mapping[str, str], label: str, timeout: timedelta) -> Any:
     of_agent = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun's, which listens already
     leads = rank == 0 and not of_agent
     listener = _listener(address, port) if leads else None
-    store: Any = TCPStore(
-        address,
-        port,
-        world_size,
-        is_master=leads,
-        timeout=timeout,
-        multi_tenant=True,
-        master_listen_fd=None if listener is None else listener.detach(),
-    )
+    try:
+        store: Any = TCPStore(
+            address,
+            port,
+            world_size,
+            is_master=leads,
+            timeout=timeout,
+            multi_tenant=True,
+            master_listen_fd=None if listener is None else listener.detach(),
+        )
+    except DistNetworkError as error:
+        if leads and "EADDRINUSE" in str(error):
+            raise ValueError(_port_is_taken(address, port)) from None
+        raise
     attempt = environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = PrefixStore(f"{_SCHEME} {label} {attempt}", store)
     expected = store.compare_set("world size", "", str(world_size)).decode()
@@ -214,7 +244,11 @@ def meet(environ: Mapping[str, str], label: str, timeout: timedelta) -> Any:
 
 
 def _listener(address: str, port: int) -> socket.socket | None:
-    """A socket at this address, if it is one; None leaves it to torch, which listens at all, or says what is wrong."""
+    """A socket at this address, if it is one; None leaves it to torch, which listens at all, or says what is wrong.
+
+    Raises:
+        ValueError: another program has the port.
+    """
     try:
         number = ipaddress.ip_address(_LOOPBACK if address == "localhost" else address)
     except ValueError:
@@ -223,10 +257,20 @@ def _listener(address: str, port: int) -> socket.socket | None:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((str(number), port))
-    except OSError:
+    except OSError as error:
         listener.close()
+        if error.errno == errno.EADDRINUSE:
+            raise ValueError(_port_is_taken(address, port)) from None
         return None
     return listener
+
+
+def _port_is_taken(address: str, port: int) -> str:
+    return (
+        f"port {port} of {address}, where the ranks were to meet, is taken by another program: start the job with "
+        "another one (deepspeed --master_port PORT, torchrun and arsg-dist launch --master-port PORT, else "
+        "MASTER_PORT=PORT)"
+    )
 
 
 def _is_loopback(address: str) -> bool:

@@ -72,6 +72,10 @@ class HorovodEngine(LocalEngine):
         with self.optimizer.skip_synchronize():  # type: ignore[attr-defined]
             super()._update()
 
+    def _start_comparison(self) -> Callable[[], None]:
+        """Leave it to the optimizer, which has compared while the gradients travelled."""
+        return lambda: None
+
 
 class HorovodShardedEngine(HorovodEngine):
     """Train with optimizer state and fp32 masters divided among the ranks.

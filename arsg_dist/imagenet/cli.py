@@ -4,16 +4,23 @@ import argparse
 import sys
 import time
 import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from arsg_dist.engine import Communicator, JobError, Ranks, discover_ranks, end_process, load_builder
 from arsg_dist.engine.job import BAD_INPUT, DONE, FAILED
+from arsg_dist.imagenet.data.delivery import LoadingError
 from arsg_dist.imagenet.data.shard_writer import shard_command
 from arsg_dist.imagenet.output import compare
 from arsg_dist.imagenet.output.export import CARD, export
 from arsg_dist.imagenet.output.weights import BEST, EMA, LAST
 from arsg_dist.imagenet.recipe import read_arguments, resolved
+from arsg_dist.imagenet.signals import StopRequest
 from arsg_dist.imagenet.training.engines import choose_engine
+from arsg_dist.imagenet.training.identity import ALLOWED
 from arsg_dist.imagenet.training.parts import Start
 from arsg_dist.imagenet.training.setup import train
 from arsg_dist.safe_io.processes import keep_compiled_code_private
@@ -105,6 +112,12 @@ def train_command(arguments: list[str]) -> int:
         for argument in arguments
     ):
         return _show(arguments)
+    stop = StopRequest()
+    with stop.installed():  # until the process ends
+        return _train(arguments, stop)
+
+
+def _train(arguments: list[str], stop: StopRequest) -> int:
     rank = -1
     try:
         ranks = discover_ranks()
@@ -113,16 +126,50 @@ def train_command(arguments: list[str]) -> int:
         chosen = _launch_options().parse_known_args(arguments)[0]
         engine = choose_engine(chosen.engine, chosen.deepspeed_config, ranks)
         communicator = load_builder(engine).connect(ranks)
+    except JobError as error:  # agreed on
+        if rank == 0:
+            _say_error(error)
+        return BAD_INPUT
     except (ValueError, ImportError) as error:
         # Without a working connection every rank can only speak for itself.
         _say_error(error, f" (rank {rank})" if rank > 0 else "")
         return BAD_INPUT
     try:
-        return _connected(arguments, engine, ranks, communicator)
+        with _future_warnings_once(rank):
+            return _connected(arguments, engine, ranks, communicator, stop)
+    except LoadingError as error:  # of this rank alone: the others end as below
+        _say_error(error, f" (rank {rank})" if ranks.world_size > 1 else "")
+        end_process(FAILED)
     except Exception:
         # Not agreed on: the other ranks may be waiting in a collective. End at once, so that the launcher ends them.
         print(f"rank {rank} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)  # noqa: T201
         end_process(FAILED)
+
+
+@contextmanager
+def _future_warnings_once(rank: int) -> Iterator[None]:
+    """Show each FutureWarning of the libraries once, on rank 0: nothing that a user can change.
+
+    Python would, but forgets what it has shown whenever somebody changes a filter, as torch does in every update. Who
+    has asked for warnings (``python -W``, PYTHONWARNINGS) gets them all.
+    """
+    if sys.warnoptions:
+        yield
+        return
+    real, shown = warnings.showwarning, set[str]()
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **options: Any) -> None:
+        if issubclass(category, FutureWarning):
+            if rank != 0 or str(message) in shown:
+                return
+            shown.add(str(message))
+        real(message, category, *place, **options)
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = real
 
 
 def _show(arguments: list[str]) -> int:
@@ -142,12 +189,16 @@ def _say_error(error: Exception, suffix: str = "") -> None:
     print("error: " + printable_lines(f"{error}{suffix}"), file=sys.stderr, flush=True)  # noqa: T201
 
 
-def _connected(arguments: list[str], engine: str, ranks: Ranks, communicator: Communicator) -> int:
+def _connected(
+    arguments: list[str], engine: str, ranks: Ranks, communicator: Communicator, stop: StopRequest
+) -> int:
     code = 0
     try:
         with communicator.fail_together():
             options = read_arguments(arguments)
             config = options.training()
+            if options.resume is True and options.output is None:
+                raise ValueError("--resume needs --output, the directory of the run to continue")
         started = communicator.from_rank_0(time.strftime("%Y%m%d-%H%M%S"))
         output = Path(
             options.output or f"runs/{config.model.replace(':', '-').replace('/', '-')}-{engine}-{started}"
@@ -159,8 +210,11 @@ def _connected(arguments: list[str], engine: str, ranks: Ranks, communicator: Co
             options.deepspeed_config,
             options.max_updates,
             options.skip_damaged,
+            frozenset(kind for kind in ALLOWED if getattr(options, f"allow_other_{kind}")),
         )
-        code = train(config, start, ranks, communicator)
+        if options.resume == "auto" and options.output is None and ranks.rank == 0:
+            print(f"no --output: another start of this command begins a new run; this one is {output}")  # noqa: T201
+        code = train(config, start, ranks, communicator, stop)
     except JobError as error:
         if ranks.rank == 0:
             _say_error(error)

@@ -7,7 +7,7 @@ import math
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import Annotated, Any, Literal, TypeAlias, get_type_hints
+from typing import Annotated, Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
 Parameter: TypeAlias = bool | int | float | str | list[Any] | None
 """Of an optimizer; lists hold the same again, see `check_parameter`."""
@@ -68,6 +68,10 @@ Milestones = Annotated[
 ]
 
 
+def _takes_null(kind: Any) -> bool:
+    return type(None) in get_args(get_args(kind)[0] if get_origin(kind) is Annotated else kind)
+
+
 @dataclass(kw_only=True)
 class Section:
     """Settings, each in its range; `prefix` is that of their names."""
@@ -78,8 +82,8 @@ class Section:
         kinds = get_type_hints(type(self), include_extras=True)
         for known in fields(self):
             value, name = getattr(self, known.name), f"{self.prefix}{known.name}"
-            # A `null` in YAML is no setting, but where it is the default.
-            _require(value is not None or known.default is None, f"{name} must not be null")
+            # A `null` in YAML is no setting, but where its type has it.
+            _require(value is not None or _takes_null(kinds[known.name]), f"{name} must not be null")
             for must in getattr(kinds[known.name], "__metadata__", ()):
                 _require(must.holds(value), f"{name} must be {must.be}, not {value}")
 
@@ -133,9 +137,9 @@ class DataConfig(Section):
     source: Literal["folder", "shards", "synthetic"] = "folder"
     """"folder": a tree of image files; "shards": tar shards made from one by `arsg-imagenet shard`; "synthetic": random
     images made in memory, to measure everything but the data."""
-    root: str | None = None
+    root: str | None = ""
     """directory with one subdirectory per split, each with one subdirectory per class (an ImageFolder tree) or with
-    shards. None: scikit-learn's handwritten digits, written as such a tree on first use."""
+    shards. It must be given; null stands for scikit-learn's handwritten digits, written as such a tree on first use."""
     train_split: str = "train"
     """name of the training split's directory."""
     val_split: str = "val"
@@ -166,6 +170,9 @@ class DataConfig(Section):
     """of synthetic data."""
     workers: Whole = 4
     """loader processes per rank for training, and as many again for validation; 0 loads in the training process."""
+    timeout: Amount = 300.0
+    """seconds that a rank waits for a batch of its loader processes before it ends the run with the reason; 0 for ever.
+    Not with workers: 0, where nobody would notice."""
     loader: Literal["pillow", "dali"] = "pillow"
     """what decodes: "pillow" in the loader processes, or "dali": NVIDIA DALI on the rank's GPU (extra `dali`), with the
     same order, crops and flips; "imagenet" and "none" augmentation only."""
@@ -186,7 +193,7 @@ class DataConfig(Section):
             f"data.crop_size must be between 1 and image_size={self.image_size}, not {self.crop_size}",
         )
         _require(
-            self.source == "folder" or (self.root is None) == (self.source == "synthetic"),
+            self.source == "folder" or (not self.root) == (self.source == "synthetic"),
             f"data.source {self.source} "
             + (
                 "reads nothing: leave data.root out"
@@ -204,6 +211,7 @@ class DataConfig(Section):
             ),
             (synthetic, ("synthetic_images", "synthetic_classes"), "with source: synthetic"),
             (self.augmentation == "crop", ("crop_size",), "with augmentation: crop"),
+            (self.workers > 0, ("timeout",), "for loader processes, not with workers: 0"),
         ):
             self._require_read(read, names, where)
         if self.loader == "dali":
@@ -224,6 +232,18 @@ class DataConfig(Section):
             self.progressive.start_size <= self.full_train_size,
             f"data.progressive.start_size={self.progressive.start_size} is larger than the training size "
             f"{self.full_train_size}",
+        )
+
+    def require_root(self) -> None:
+        """Refuse a start that does not say where its images are.
+
+        Raises:
+            ValueError: it does not; not even that they are the digits.
+        """
+        _require(
+            self.source != "folder" or self.root != "",
+            "data.root is missing: give --data.root DIR, the directory with the images' splits "
+            f"(DIR/{self.train_split}/CLASS/*.JPEG), or --data.root null for scikit-learn's handwritten digits",
         )
 
     @property
@@ -385,7 +405,8 @@ class TrainConfig(Section):
         self._require_read(self.on_nonfinite == "skip", ("max_skipped_updates",), "with on_nonfinite: skip")
         _require(
             not self.schedule.milestones or self.schedule.milestones[-1] < self.epochs,
-            f"schedule.milestones {self.schedule.milestones} must lie before the end, epochs={self.epochs}",
+            f"schedule.milestones {self.schedule.milestones} must lie before the end, epochs={self.epochs}: give "
+            "schedule.milestones that fit",
         )
         _require(
             math.isfinite(self.schedule.warmup_epochs) and self.schedule.warmup_epochs < self.epochs,

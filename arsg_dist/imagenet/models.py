@@ -1,16 +1,22 @@
 """Build networks by name: torchvision's, timm's, and the paper's ResNet-20."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
-from typing import cast
+from typing import Any, Final, cast
 
 import torch
 from torch import nn
+from torch.func import functional_call
 from torch.nn import functional
 
 from arsg_dist.imagenet.torchvision_compat import torchvision
 
 TIMM = "timm:"
+
+_AUXILIARY: Final = {"aux_logits": 0.4, "aux_logits1": 0.3, "aux_logits2": 0.3}
+"""Share in the loss of a network's further classifiers, by their names in torchvision's outputs: the usual ones of
+Inception v3 and of GoogLeNet."""
+_WITH_AUXILIARY: Final = ("googlenet", "inception_v3")
 
 
 def build_model(name: str, num_classes: int, *, zero_init_gamma: bool = False) -> nn.Module:
@@ -36,8 +42,10 @@ def build_model(name: str, num_classes: int, *, zero_init_gamma: bool = False) -
             raise ValueError(
                 f"model {name!r} is not known; use resnet20, timm:NAME, or one of torchvision's: {', '.join(known)}"
             )
+        # Their own initial weights, without the warning that another version may choose others.
+        own = {"init_weights": True} if name in _WITH_AUXILIARY else {}
         create, options = (
-            partial(torchvision.models.get_model, name, weights=None),
+            partial(torchvision.models.get_model, name, weights=None, **own),
             {"zero_init_residual": True},
         )
     try:
@@ -65,6 +73,82 @@ def _timm_model(name: str) -> Callable[..., nn.Module]:
             + (f"; it has {', '.join(similar)}" if similar else "")
         )
     return partial(timm.create_model, name, pretrained=False)
+
+
+def weighted_logits(outputs: Any) -> list[tuple[float, torch.Tensor]]:
+    """Tell the logits in what a network returns while it trains, each with its share in the loss.
+
+    Args:
+        outputs: logits, or a named tuple of `logits` and those of further classifiers.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if isinstance(outputs, torch.Tensor):
+        return [(1.0, outputs)]
+    shares = {"logits": 1.0, **_AUXILIARY}
+    names = getattr(outputs, "_fields", ())
+    if "logits" not in names or not set(names) <= set(shares):
+        raise ValueError(f"it returns {type(outputs).__name__}, which is no output of a classifier")
+    return [(shares[name], getattr(outputs, name)) for name in names if getattr(outputs, name) is not None]
+
+
+def require_image_sizes(
+    model: nn.Module, name: str, *, train: Iterable[int], batch_size: int, val: int
+) -> None:
+    """Refuse a network that cannot take the images of a run, before anything is computed.
+
+    Shapes are passed through it, without values. What they cannot pass is tried out with values too, since not every
+    network can be computed without.
+
+    Args:
+        model: as it was built, on the CPU; neither it nor the random numbers to come are changed.
+        name: of it, for messages.
+        train: sides of the training images, pixels.
+        batch_size: of training images at a time on this rank.
+        val: side of the validation images, pixels.
+
+    Raises:
+        ValueError: it raised something, in which case training would.
+    """
+    was_training = model.training
+    try:
+        for training, size in [*((True, size) for size in sorted(set(train))), (False, val)]:
+            model.train(training)
+            images = batch_size if training else 1
+            if _passes(model, images, size, "meta") is not None and (
+                error := _passes(model, min(images, 2), size, "cpu")
+            ):
+                what = "train" if training else "be validated"
+                shown = f"{images} image{'s' if images > 1 else ''} of {size} × {size} pixels"
+                raise ValueError(
+                    f"model {name} cannot {what} on {shown} at a time: {_first_line(error)}; {_advice(error)}"
+                )
+    finally:
+        model.train(was_training)
+
+
+def _passes(model: nn.Module, images: int, size: int, device: str) -> Exception | None:
+    """Call the network on copies of its buffers; return what it raised."""
+    parameters = {name: parameter.detach().to(device) for name, parameter in model.named_parameters()}
+    buffers = {name: buffer.to(device, copy=True) for name, buffer in model.named_buffers()}
+    with torch.no_grad(), torch.random.fork_rng(devices=()):
+        try:
+            zeros = torch.zeros(images, 3, size, size, device=device)
+            weighted_logits(functional_call(model, {**parameters, **buffers}, (zeros,)))
+        except Exception as error:  # of whatever a network checks
+            return error
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _advice(error: Exception) -> str:
+    if "more than 1 value per channel" in str(error):
+        return "batch norm needs two values: choose a larger batch_size / (ranks × accumulation_steps) or image size"
+    return "choose other sizes (data.image_size, train_image_size, crop_size, progressive), or another model"
 
 
 class ResNet20(nn.Module):

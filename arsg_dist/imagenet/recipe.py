@@ -35,12 +35,25 @@ class StartConfig(Section):
     """DeepSpeed JSON config; implies the engine deepspeed."""
     output: str | None = None
     """directory of the run; null: runs/MODEL-ENGINE-TIME."""
-    resume: bool = False
-    """continue the run in --output from its last checkpoint."""
+    resume: Literal[False, True, "auto"] = False
+    """continue the run in --output from its last checkpoint; "auto": continue it where there is a complete checkpoint,
+    and start where there is none: for a command that is given again and again."""
     skip_damaged: bool = False
-    """with --resume: if the last checkpoint is damaged, continue from the newest one that is not."""
+    """with --resume: if the last checkpoint is damaged, continue from the newest one that is not. "auto" does so by
+    itself."""
+    allow_other_classes: bool = False
+    """with --resume: go on though the classes have other names or another order."""
+    allow_other_data: bool = False
+    """with --resume: go on though files of the data have other names or sizes."""
+    allow_other_loss: bool = False
+    """with --resume: go on with another label_smoothing, data.mixup or data.cutmix."""
+    allow_other_optimizer: bool = False
+    """with --resume: go on with other numbers in optimizer.params."""
+    allow_other_engine_settings: bool = False
+    """with --resume: go on with another precision, clip_grad_norm or setting of DeepSpeed's that changes numbers."""
     max_updates: Annotated[int | None, Must("at least 1", lambda value: value is None or value >= 1)] = None
-    """end after this many weight updates, also inside an epoch: for trying a recipe out."""
+    """end after this many weight updates, also inside an epoch, with a checkpoint if there is none yet: for trying a
+    recipe out."""
     local_rank: int | None = None
     """passed by the deepspeed launcher; the environment is used."""
 
@@ -54,7 +67,10 @@ class Settings(TrainConfig, StartConfig):
         return TrainConfig(**{name: getattr(self, name) for name in TrainConfig.__dataclass_fields__})
 
 
-_FLAGS_ONLY = ("engine", "deepspeed_config", "resume", "skip_damaged", "local_rank")
+_FLAGS_ONLY = (
+    *("engine", "deepspeed_config", "resume", "skip_damaged", "local_rank", "allow_other_classes"),
+    *("allow_other_data", "allow_other_loss", "allow_other_optimizer", "allow_other_engine_settings"),
+)
 
 
 def read_arguments(arguments: list[str]) -> Settings:
@@ -142,10 +158,11 @@ def _add_flags(parser: argparse.ArgumentParser, section: type, prefix: str) -> N
         default = getattr(section, name, None)
         flags = [f"--{prefix}{name}"] + ([f"--{prefix}{name}+"] if get_origin(kind) is list else [])
         text = documentation.get(name, "") + ("" if default is None else f" (default: {default})")
-        options: dict[str, Any] = {"nargs": "?", "const": "true"} if kind is bool else {}
+        switch = kind is bool or (get_origin(kind) is Literal and True in get_args(kind))
+        options: dict[str, Any] = {"nargs": "?", "const": "true"} if switch else {}
         metavar = "{true,false}" if kind is bool else name.upper()
         if get_origin(kind) is Literal:
-            metavar = f"{{{','.join(get_args(kind))}}}"
+            metavar = f"{{{','.join(map(_word, get_args(kind)))}}}"
         group.add_argument(*flags, action=_Give, metavar=metavar, help=text.replace("%", "%%"), **options)
     for kind, inner_prefix in inner:
         _add_flags(parser, kind, inner_prefix)
@@ -264,9 +281,10 @@ def _typed(kind: Any, value: Any, name: str) -> Any:
     if value is None:
         raise ValueError(f"{name} must not be null")
     if origin is Literal:
-        if value not in choices:
-            raise ValueError(f"{name} must be one of {', '.join(choices)}, not {_shown(value)}")
-        return value
+        known = {_word(choice): choice for choice in choices}
+        if not isinstance(value, str | bool) or _word(value) not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, not {_shown(value)}")
+        return known[_word(value)]
     if kind is str:
         if not isinstance(value, str):
             raise ValueError(f"{name} must be text, not {_shown(value)}: put it in quotes if it is meant so")
@@ -286,6 +304,11 @@ def _typed(kind: Any, value: Any, name: str) -> Any:
 
 
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", list: "a list", dict: "a mapping"}
+
+
+def _word(choice: str | bool) -> str:
+    """Return a choice as flags and YAML have it."""
+    return str(choice).lower() if isinstance(choice, bool) else choice
 
 
 def _unknown(key: str, known: Iterable[str], prefix: str) -> str:

@@ -106,12 +106,14 @@ def parse_yaml(text: str, name: str) -> Any:
 def dump_yaml(document: Any) -> str:
     """Write a document as YAML that `parse_yaml` reads back equal: text that it would take for a number is quoted.
 
+    Characters beyond ASCII are escaped, so that nothing in it steers a terminal or breaks a line.
+
     Args:
         document: dictionaries, whose order is kept, lists, strings, numbers, booleans and None.
     """
     import yaml
 
-    text: str = yaml.dump(document, Dumper=_dumper(), sort_keys=False, allow_unicode=True)
+    text: str = yaml.dump(document, Dumper=_dumper(), sort_keys=False)
     return text
 
 
@@ -123,12 +125,6 @@ def _dumper() -> Any:
     class Dumper(yaml.SafeDumper):
         pass
 
-    def text(dumper: Any, value: str) -> Any:
-        # PyYAML writes these as line breaks, and reads others back, unless they are escaped.
-        broken = any(mark in value for mark in "\x85\u2028\u2029")
-        return dumper.represent_scalar("tag:yaml.org,2002:str", value, style='"' if broken else None)
-
-    Dumper.add_representer(str, text)
     _add_numbers(Dumper)
     return Dumper
 

@@ -275,8 +275,13 @@ def remove_partial_files(directory: Path) -> None:
         OSError: one cannot be removed.
     """
     for path in directory.iterdir():
-        if _PARTIAL.fullmatch(path.name) and (path.is_symlink() or path.is_file()):
+        if is_partial_file(path.name) and (path.is_symlink() or path.is_file()):
             path.unlink()
+
+
+def is_partial_file(name: str) -> bool:
+    """Tell whether a file's name is one that a killed `replacing` leaves."""
+    return bool(_PARTIAL.fullmatch(name))
 
 
 def _create_beside(path: Path, mode: int) -> Path:

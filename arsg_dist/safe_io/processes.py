@@ -7,7 +7,7 @@ import stat
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, MutableMapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 CACHES = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton"}
@@ -29,6 +29,16 @@ def safe_start() -> Iterator[None]:
             del os.environ["PYTHONSAFEPATH"]
         else:
             os.environ["PYTHONSAFEPATH"] = before
+
+
+def leave_terminal() -> None:
+    """Let this process go of a terminal that is gone: what it writes there would fail, and the process with it."""
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for file in (0, 1, 2):
+        with suppress(OSError):
+            if stat.S_ISCHR(os.fstat(file).st_mode):  # isatty() says no of one that is gone
+                os.dup2(nothing, file)
+    os.close(nothing)
 
 
 def is_private(directory: Path) -> bool:

@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from arsg_dist.checkpoint import SavedRun
 from arsg_dist.imagenet.data.builtin import digits_tree
+from arsg_dist.imagenet.signals import MARKER
 from tests.cluster import slurm
 from tests.cluster.rehearsal import Cluster
 from tests.cluster.starts import start, wait_for_batch_job
@@ -103,24 +105,76 @@ def test_a_job_that_loses_a_node_is_requeued_without_it(cluster: Cluster, tmp_pa
     """Catches a job that dies, or waits, with a node it has lost."""
     job, output = submit_preemptible(cluster, tmp_path, steps=400)
     wait_for_step(cluster, output, 5, job)
-    shown = cluster.run_on("node1", ["scontrol", "show", "job", "-o", job], timeout=60).output
-    nodes = next(part for part in shown.split() if part.startswith("NodeList=")).partition("=")[2]
-    lost = cluster.run_on("node1", ["scontrol", "show", "hostnames", nodes]).output.split()[-1]
-    assert lost != "node1", "the controller would be lost"
-    cluster.kill(lost)
+    lost = lose_a_node(cluster, job)
     try:
-        end = time.monotonic() + 150
-        while (
-            "Restarts=1"
-            not in cluster.run_on("node1", ["scontrol", "show", "job", "-o", job], timeout=60).output
-        ):
-            assert time.monotonic() < end, "the job was not requeued"
-            time.sleep(1)
+        wait_for_requeue(cluster, job)
         start_now(cluster, job)
         (output / "step").unlink(missing_ok=True)
         wait_for_step(cluster, output, 5, job)
         again = cluster.run_on("node1", ["scontrol", "show", "job", "-o", job], timeout=60).output
         assert lost not in again.partition(" NodeList=")[2].split()[0]
+    finally:
+        cluster.run_on("node1", ["scancel", job], timeout=60)
+        cluster.boot(lost)
+        slurm.restore(cluster, lost)
+
+
+def lose_a_node(cluster: Cluster, job: str) -> str:
+    """Cuts the power of the last node of a job; returns its name."""
+    shown = cluster.run_on("node1", ["scontrol", "show", "job", "-o", job], timeout=60).output
+    nodes = next(part for part in shown.split() if part.startswith("NodeList=")).partition("=")[2]
+    lost = cluster.run_on("node1", ["scontrol", "show", "hostnames", nodes]).output.split()[-1]
+    assert lost != "node1", "the controller would be lost"
+    cluster.kill(lost)
+    return lost
+
+
+def wait_for_requeue(cluster: Cluster, job: str) -> None:
+    end = time.monotonic() + 150
+    while (
+        "Restarts=1" not in cluster.run_on("node1", ["scontrol", "show", "job", "-o", job], timeout=60).output
+    ):
+        assert time.monotonic() < end, "the job was not requeued"
+        time.sleep(1)
+
+
+def test_the_training_program_begins_anew_when_a_node_is_lost_in_the_first_epoch(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    """Catches a requeued training that is refused, its directory holding a run that has no complete checkpoint."""
+    (tmp_path / "recipe.yaml").write_text(
+        "data: {source: synthetic, synthetic_images: 600000, synthetic_classes: 3, image_size: 16, workers: 0}\n"
+        "model: resnet20\nbatch_size: 12\nlog_every: 1\noptimizer: {type: ARSG, params: {lr: 0.01, mu: 0.1}}\n"
+    )
+    run = tmp_path / "run"
+    program = [
+        str(REPOSITORY / "launch/train_imagenet.py"), "--config", str(tmp_path / "recipe.yaml"), "--epochs", "1",
+        "--deepspeed_config", str(REPOSITORY / "configs/deepspeed/zero1.json"), "--output", str(run),
+    ]  # fmt: skip
+    submitted = start(cluster, "slurm", *NODES, program=program, directory=tmp_path).wait(240)
+    assert submitted.code == 0, submitted.output
+    job = submitted.output.split()[-1]
+    log = tmp_path / f"arsg-{job}.out"
+
+    def wait_for_records(directory: Path, count: int) -> None:
+        end = time.monotonic() + 240
+        metrics = directory / "metrics.jsonl"
+        while not metrics.exists() or metrics.read_text().count("\n") < count:
+            assert time.monotonic() < end, (
+                log.read_text()[-5000:] if log.exists() else "the job did not start"
+            )
+            time.sleep(0.2)
+
+    wait_for_records(run, 5)
+    lost = lose_a_node(cluster, job)
+    try:
+        wait_for_requeue(cluster, job)
+        start_now(cluster, job)
+        wait_for_records(run / "earlier-001", 5)
+        wait_for_records(run, 3)
+        assert f"the records of the start before are kept in {run / 'earlier-001'}" in log.read_text()
+        first = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+        assert (first["kind"], first["update"]) == ("train", 1)
     finally:
         cluster.run_on("node1", ["scancel", job], timeout=60)
         cluster.boot(lost)
@@ -195,6 +249,35 @@ def test_the_training_program_saves_is_requeued_and_goes_on(cluster: Cluster, tm
     assert "resuming from" in finished.output
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
     assert [r["epoch"] for r in records if r["kind"] == "epoch"] == list(range(1, epochs + 1))
+
+
+def test_a_cancelled_training_saves_and_stays_cancelled(cluster: Cluster, tmp_path: Path) -> None:
+    """Catches loader processes that die of scancel before their rank has saved, and a batch script that takes 75 for a
+    reason to requeue a job that its user has cancelled."""
+    program = [*small_training(tmp_path, 900), "--data.workers", "1"]
+    submitted = start(cluster, "slurm", *NODES, program=program, directory=tmp_path).wait(240)
+    assert submitted.code == 0, submitted.output
+    job = submitted.output.split()[-1]
+    log, run = tmp_path / f"arsg-{job}.out", tmp_path / "run"
+    end = time.monotonic() + 180
+    while not (run / "metrics.jsonl").exists() or (run / "metrics.jsonl").read_text().count("\n") < 5:
+        assert time.monotonic() < end, log.read_text()[-5000:] if log.exists() else "the job did not start"
+        time.sleep(0.2)
+    assert cluster.run_on("node1", ["scancel", job], timeout=60).code == 0
+    end, state = time.monotonic() + 90, dict[str, str]()
+    while state.get("JobState") != "CANCELLED" or not (run / MARKER).exists():
+        assert time.monotonic() < end, f"{state}\n{log.read_text()[-5000:]}"
+        time.sleep(0.5)
+        shown = cluster.run_on("node1", ["scontrol", "show", "job", "-o", job], timeout=60).output
+        state = dict(pair.partition("=")[::2] for pair in shown.split() if "=" in pair)
+    marker = json.loads((run / MARKER).read_text())
+    saved = SavedRun(Path(marker["checkpoint"]))
+    assert not saved.damage()
+    assert saved.progress["position"]["update"] == marker["update"]
+    slurm.wait_for_idle(cluster, len(cluster.names))
+    shown = cluster.run_on("node1", ["scontrol", "show", "job", "-o", job], timeout=60).output
+    assert "JobState=CANCELLED" in shown
+    assert "Restarts=0" in shown
 
 
 def test_a_host_lost_to_mpirun_fails_the_job(cluster: Cluster, tmp_path: Path) -> None:

@@ -198,12 +198,13 @@ def test_saving_inside_an_update_warns(tmp_path: Path, monkeypatch: pytest.Monke
         basic_optimizer=ARSG([torch.nn.Parameter(torch.ones(1))]),
         zero_offload_optimizer=lambda: None,
         zero_offload_param=lambda: None,
+        optimizer=None,
         micro_steps=5,
         gradient_accumulation_steps=lambda: 4,
     )
     called: list[Any] = []
 
-    def save(engine: Any, directory: str) -> None:
+    def save(engine: Any, directory: str, tag: str | None) -> None:
         called.append(directory)
 
     monkeypatch.setattr("deepspeed.comm.get_rank", lambda: 0)

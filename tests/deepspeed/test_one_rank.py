@@ -4,6 +4,7 @@ What needs several ranks is in the matrices; this is for what a number worked ou
 """
 
 import importlib
+from collections import namedtuple
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,6 @@ from typing import Any
 import deepspeed
 import pytest
 import torch
-from deepspeed.accelerator import get_accelerator
 from torch import Tensor, nn
 
 from arsg_dist import ARSG, theory
@@ -24,6 +24,8 @@ from arsg_dist.deepspeed.config.rules import check_nvme
 from arsg_dist.deepspeed.config.schedules import build_scheduler
 from arsg_dist.deepspeed.universal import convert
 from arsg_dist.engine import JobError, SingleProcessCommunicator, SingleProcessEngine
+from arsg_dist.imagenet.models import weighted_logits
+from tests.deepspeed.one_rank import one_rank
 
 SETTINGS = {"lr": 0.1, "betas": [0.9, 0.5], "mu": 0.5, "eps": 1e-4}
 STAGES = [0, 1, 2, 3]
@@ -32,19 +34,8 @@ STAGES = [0, 1, 2, 3]
 @pytest.fixture(scope="module", autouse=True)
 def _one_rank() -> Iterator[None]:
     """A job of one rank, for the tests of this file."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LOCAL_RANK", "0")
-        # Stage 3 puts a function of its own in the place, which is wrong for complex numbers, and leaves it there.
-        patch.setattr(nn.functional, "linear", nn.functional.linear)
-        # DeepSpeed asks oneDNN, which has fp16 on some CPUs only; torch itself computes in fp16 on every CPU.
-        patch.setattr(type(get_accelerator()), "is_fp16_supported", lambda _: True)
-        torch.distributed.init_process_group(
-            "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
-        )
-        deepspeed.init_distributed(verbose=False, auto_mpi_discovery=False)
+    with one_rank():
         yield
-        torch.distributed.destroy_process_group()
-        deepspeed.comm.comm.cdb = None
 
 
 class Slopes(nn.Module):
@@ -445,3 +436,25 @@ def test_a_checkpoint_without_its_frozen_parameters_says_so(stage: int, tmp_path
     assert loaded.pop("kept").tolist() == [5.0] * 4
     assert loaded.keys() == expected.keys()
     assert all(torch.equal(loaded[name], expected[name]) for name in expected)
+
+
+class Named(Slopes):
+    """Returns what it computes by name, as torchvision's networks with further classifiers do."""
+
+    def forward(self, first: float, last: float) -> Any:
+        outputs: Any = namedtuple("Outputs", "logits aux_logits")
+        return outputs(first * self.first.sum(), last * self.last.sum())
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_outputs_by_name_arrive_with_their_names(stage: int) -> None:
+    """Catches a plain tuple from an engine, of which nobody knows what is the main output; and gradients that do not
+    reach what only a further output depends on."""
+    engine = sharded(stage, Named())
+    outputs = engine.module(3.0, 5.0)
+    assert (float(outputs.logits), float(outputs.aux_logits)) == (15.0, 10.0)
+    before = engine.whole_weights()
+    engine.backward(sum(share * logits for share, logits in weighted_logits(outputs)))  # type: ignore[arg-type]
+    engine.step()
+    moved = {name: bool((tensor != before[name]).all()) for name, tensor in engine.whole_weights().items()}
+    assert moved == {"unused": False, "first": True, "last": True}

@@ -1,5 +1,8 @@
+import json
 from types import SimpleNamespace
+from typing import Any
 
+import deepspeed
 import pytest
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
@@ -7,14 +10,17 @@ from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.swap_tensor.optimizer_utils import OptimizerSwapper
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from packaging.version import Version
 
 from arsg_dist import ARSG
-from arsg_dist.deepspeed import register
-from arsg_dist.deepspeed.patching import wrap_once
+from arsg_dist.deepspeed import patching, register, repair
+from arsg_dist.deepspeed.known_sources import KNOWN_SOURCES
+from arsg_dist.deepspeed.patching import check_known, digest, repair_once, sources, wrap_once
+from tests.deepspeed.versions import BEGIN, DOCUMENT, RESULTS, SOURCES, renewed, table, text_of
 
 WRAPPED = [
     (DeepSpeedEngine, "_do_sanity_check"),
-    (DeepSpeedEngine, "backward"),
+    (DeepSpeedEngine, "_configure_fp16_optimizer"),
     (DeepSpeedEngine, "_configure_optimizer"),
     (DeepSpeedEngine, "_configure_zero_optimizer"),
     (FP16_UnfusedOptimizer, "initialize_optimizer_states"),
@@ -26,6 +32,7 @@ WRAPPED = [
         for owner in (FP16_UnfusedOptimizer, DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3)
         for name in ("_update_scale", "step")
     ),
+    *([(DeepSpeedEngine, "backward")] if Version(deepspeed.__version__) >= Version("0.18.3") else []),
 ]
 
 
@@ -41,6 +48,110 @@ def test_a_deepspeed_without_the_method_is_refused() -> None:
     """Catches a repair that silently has no effect in another DeepSpeed."""
     with pytest.raises(RuntimeError, match=r"has no SimpleNamespace\.step; arsg_dist works with"):
         wrap_once(SimpleNamespace, "step", lambda method: method)
+
+
+def test_this_deepspeed_is_known() -> None:
+    """Catches a table of digests that is not of this code, and a digest of DeepSpeed's decorator in place of what it
+    decorates: all decorated methods would look alike, and never change."""
+    check_known()
+    found = sources()
+    assert (
+        found["DeepSpeedZeroOptimizer_Stage3.step"] != found["DeepSpeedZeroOptimizer_Stage3.partition_grads"]
+    )
+    assert SOURCES.read_text() == text_of(KNOWN_SOURCES)
+
+
+def undone(call: Any) -> Any:
+    """A decorator that does not say what it wraps, like DeepSpeed's."""
+
+    def inner(*args: Any) -> Any:
+        return call(*args)
+
+    return inner
+
+
+class Old:
+    def step(self) -> str:
+        return "old"
+
+
+class Same:
+    @undone
+    def step(self) -> str:
+        return "old"
+
+
+class New:
+    @undone
+    def step(self) -> str:
+        return "new"
+
+    def other(self) -> None:
+        """What a repair of `step` relies on."""
+
+
+def test_a_digest_is_that_of_the_text_below_any_wrapper() -> None:
+    """Catches a repair that takes a changed method for the known one, since somebody else has wrapped both."""
+    assert digest(Same, "step") != digest(New, "step")
+    known = digest(Old, "step")
+    wrap_once(Old, "step", lambda method: lambda self: method(self) + "!")
+    assert Old().step() == "old!"
+    assert digest(Old, "step") == known
+
+
+def test_a_method_that_a_release_has_changed_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a repair around a text it was not made for, without a word, and one that cannot be tried on purpose."""
+    monkeypatch.setattr(patching, "_sources", {})
+    known = {"New.step": {digest(New, "step"): "0.18.0"}, "New.later": {"absent": "0.18.0"}}
+    monkeypatch.setattr(patching, "KNOWN_SOURCES", known)
+    repair_once(New, "step", lambda method: lambda self: method(self))
+    check_known()
+    repair_once(New, "step", lambda method: lambda self: method(self), relies_on=("later", "other", "gone"))
+    with pytest.raises(
+        ValueError, match=r"has changed New\.other, New\.gone, which arsg_dist corrects.*install one of these"
+    ):
+        check_known()
+    with pytest.raises(ValueError, match=r"has changed New\.other"):
+        repair(optimizers=(torch.optim.AdamW,))
+    monkeypatch.setenv("ARSG_UNKNOWN_DEEPSPEED", "1")
+    with pytest.warns(UserWarning, match=r"has changed New\.other"):
+        check_known()
+
+
+def test_versions_that_do_not_need_a_repair_get_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a gradient scaled twice in a version that scales it itself."""
+    monkeypatch.setattr(patching, "_sources", {})
+    monkeypatch.setattr(deepspeed, "__version__", "0.18.2+here")
+
+    class Plain:
+        def step(self) -> str:
+            return "plain"
+
+    repair_once(Plain, "step", lambda method: lambda self: "repaired", since="0.18.3")
+    repair_once(Plain, "step", lambda method: lambda self: "repaired", until="0.18.1")
+    assert (Plain().step(), sources()) == ("plain", {})
+    repair_once(Plain, "step", lambda method: lambda self: "repaired", since="0.18.2", until="0.18.9")
+    assert Plain().step() == "repaired"
+
+
+def test_known_digests_say_which_versions_have_them() -> None:
+    """Catches a range that a renewal out of order shortens, and a digest that replaces an older one."""
+    known = renewed({}, "0.19.8", {"a": "new"})
+    for version in ("0.18.10", "0.18.0", "0.18.9"):
+        known = renewed(known, version, {"a": "old"})
+    assert known == {"a": {"new": "0.19.8", "old": "0.18.0 to 0.18.10"}}
+
+
+def test_the_table_of_versions_is_that_of_the_results() -> None:
+    """Catches a table written by hand."""
+    assert BEGIN + table(json.loads(RESULTS.read_text())) in DOCUMENT.read_text()
+
+
+@pytest.mark.parametrize("wrong", [(torch.optim.AdamW([torch.ones(1)]),), ("AdamW",), (torch.nn.Module,)])
+def test_repair_takes_classes_of_optimizers_only(wrong: Any) -> None:
+    """Catches a repair that does nothing, since nothing is an instance of what was given."""
+    with pytest.raises(TypeError, match="repair takes classes of optimizers"):
+        repair(optimizers=wrong)
 
 
 @pytest.mark.parametrize("optimizer_class", [ARSG, torch.optim.AdamW])

@@ -1,9 +1,12 @@
+import sys
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
+import torch.distributed as dist
 
-from arsg_dist.engine import Ranks, announce_to_torch, discover_ranks
-from arsg_dist.engine.rendezvous import collective_timeout, first_host
+from arsg_dist.engine import Ranks, TorchCommunicator, announce_to_torch, discover_ranks
+from arsg_dist.engine.rendezvous import collective_timeout, end_mpi, first_host
 
 TORCH = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}
 OPEN_MPI = {
@@ -121,3 +124,43 @@ def test_without_a_meeting_point_nothing_starts(environ: dict[str, str], message
     environ = dict(environ)
     with pytest.raises(ValueError, match=message):
         announce_to_torch(discover_ranks(environ), environ)
+
+
+class _Mpi:
+    """As much of mpi4py as is asked for a meeting point."""
+
+    COMM_TYPE_SHARED, BYTE = 0, None
+
+    def __init__(self, ranks: int) -> None:
+        self.ended = 0
+        self.COMM_WORLD = SimpleNamespace(
+            Get_size=lambda: ranks,
+            Split_type=lambda _: SimpleNamespace(Get_size=lambda: ranks),
+            Bcast=lambda *_, root: None,
+        )
+
+    def Is_finalized(self) -> bool:
+        return self.ended > 0
+
+    def Finalize(self) -> None:
+        self.ended += 1
+
+
+def test_mpi_that_was_only_asked_for_the_meeting_point_is_finalised(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a good run that mpirun ends with code 1, since its ranks left without MPI's goodbye."""
+    monkeypatch.delitem(sys.modules, "mpi4py.MPI", raising=False)
+    for users_own, ends in ((False, 1), (True, 0)):
+        mpi, environ = _Mpi(2), dict[str, str]()
+        monkeypatch.setitem(sys.modules, "mpi4py", SimpleNamespace(MPI=mpi))
+        if users_own:  # the user's program goes on with MPI, and ends it
+            monkeypatch.setitem(sys.modules, "mpi4py.MPI", mpi)
+        announce_to_torch(Ranks(0, 2, 0, "mpirun (Open MPI)"), environ)
+        assert environ["MASTER_ADDR"] == "127.0.0.1"
+        assert mpi.ended == 0, "not before the communicator is closed"
+        communicator = object.__new__(TorchCommunicator)
+        monkeypatch.setattr(TorchCommunicator, "barrier", lambda _: None)
+        monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+        communicator.close()
+        assert mpi.ended == ends
+        end_mpi()
+        assert mpi.ended == ends

@@ -1,5 +1,6 @@
 """Memory, disk, data and clock fail on one rank, or on all."""
 
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -69,6 +70,42 @@ def test_images_that_vanish_in_mid_run(
     assert f"cannot decode image {small_tree}" in job.output
     assert checkpoints(tmp_path / "run") == [2]
     detection("data files vanish", engine, seconds=job.seconds_to_end())
+
+
+@pytest.mark.parametrize(
+    ("engine", "number", "reason"),
+    [
+        ("horovod", "SIGKILL", "has ended: killed by SIGKILL"),
+        pytest.param(
+            "ddp", "SIGSTOP", "no batch came from the loader processes in 6 s", marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_loader_processes_of_one_rank_that_die_or_hang_end_all(
+    engine: str,
+    number: str,
+    reason: str,
+    warm: WarmRanks,
+    recipe: list[str],
+    tmp_path: Path,
+    detection: Callable[..., None],
+) -> None:
+    """Catches a rank that waits for its loader processes for ever, and the others for it."""
+    loading = [
+        "--data.workers",
+        "1",
+        "--data.timeout",
+        "6" if number == "SIGSTOP" else "300",
+        "--epochs",
+        "4",
+    ]
+    fault = {"rank": 1, "do": "signal loaders", "signal": number, "point": "after step", "at": 3}
+    job = warm.run(engine, *recipe, *loading, "--checkpoint_every", "2", faults=(fault,), timeout=120)
+    assert all(job.codes), job.output[-6000:]
+    assert re.search(rf"error: .*{reason}.* \(rank 1\)", job.outputs[1]), job.output[-6000:]
+    assert "Traceback" not in job.outputs[1]
+    assert checkpoints(tmp_path / "run")[0] == 2
+    detection(f"loader processes get {number}", engine, seconds=job.seconds_to_end())
 
 
 def test_a_clock_that_is_a_day_wrong(warm: WarmRanks, recipe: list[str], tmp_path: Path) -> None:

@@ -125,8 +125,8 @@ class ByHand:
             "top1": (logits.argmax(1) == labels).double().mean().item(),
         }
 
-    def run(self, *, theta: bool = False, stopped_after: int = 0) -> "ByHand":
-        """Makes all updates; where the run is stopped it records one more time."""
+    def run(self, *, theta: bool = False, stopped_after: int = 0, factor: float = 1.0) -> "ByHand":
+        """Makes all updates; where the run is stopped it records one more time, and lr and μ are multiplied."""
         lr, mu, since_record, since_epoch = LR, MU, [], []
         for update, batch in enumerate(self.batches, 1):
             images, labels = self.train[0][batch], self.train[1][batch]
@@ -150,12 +150,15 @@ class ByHand:
                 averages = zip(self.ema or now, now, strict=True)
                 self.ema = [EMA * old + (1 - EMA) * new for old, new in averages]
             epoch_ended = update in ENDS
+            used = {"lr": lr, "mu": mu}  # in this update; what follows is for the next one
             # The schedule halves lr with the first update at or after the second epoch: 2 × 10/4 = 5 updates.
             if update == 5:
                 lr *= 0.5
+            if update == stopped_after:
+                lr, mu = lr * factor, mu * factor
             if update % 3 == 0 or epoch_ended or update == stopped_after:
                 mean = sum(since_record) / len(since_record)
-                self.records.append({"update": update, "loss": mean, "lr": lr, "mu": mu})
+                self.records.append({"update": update, "loss": mean, **used})
                 since_record = []
             if epoch_ended:
                 if update == ENDS[0]:
@@ -171,8 +174,7 @@ class ByHand:
                         "ema_val_loss": ema["loss"],
                         "ema_val_top1": ema["top1"],
                         "val_images": IMAGES,
-                        "lr": lr,
-                        "mu": mu,
+                        **used,
                     }
                 )
                 since_epoch = []
@@ -199,16 +201,17 @@ def assert_as_by_hand(output: Path, expected: ByHand) -> None:
 def test_every_number_of_a_run_is_the_one_worked_out(theta: bool, tmp_path: Path) -> None:
     """Catches losses counted twice at a checkpoint between two records, sums or counts that a record or an epoch does
     not reset, filled-up places that count, a last update that weighs too little, weights saved at another point than
-    they were validated at, a schedule or boost an update early or late, and an average of other weights."""
+    they were validated at, a schedule or boost an update early or late, a record with the next update's learning rate,
+    and an average of other weights."""
     config = recipe(evaluate_at="theta" if theta else "x")
     assert start(tmp_path / "run", config) == 0
     assert_as_by_hand(tmp_path / "run", ByHand(config).run(theta=theta))
 
 
-@pytest.mark.parametrize("stop", [2, 3, 4])
+@pytest.mark.parametrize("stop", [1, 2, 3, 4])
 def test_a_resumed_run_records_the_numbers_worked_out(stop: int, tmp_path: Path) -> None:
     """Catches sums of losses, a boost, an average or a place in the data that a checkpoint inside an epoch (updates 2
-    and 4), or at the end of one (3), lacks."""
+    and 4), or at the end of one (3), lacks; and `max_updates` that ends without one (1)."""
     config = recipe()
     assert start(tmp_path / "run", config, max_updates=stop) == 0
     assert start(tmp_path / "run", config, resume=True) == 0

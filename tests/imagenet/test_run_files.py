@@ -69,25 +69,34 @@ def test_the_best_weights_of_a_resumed_run(resumed_epoch: int, best: int, tmp_pa
 
 
 def test_records_up_to_the_checkpoint_stay_and_their_clock_goes_on(tmp_path: Path) -> None:
-    """Catches the record of the very update that a run is resumed at lost, later ones kept twice, a line that a kill
-    cut off, and wall time that begins anew."""
+    """Catches the record of the very update that a run is resumed at lost, later ones kept twice, one of an epoch that
+    the checkpoint does not count yet, a line that a kill cut off, and wall time that begins anew."""
 
     start = {"time": "", "command": [], "packages": {}, "device": "", "hosts": 1, "seed": 1, "data": ""}
 
     def log(resumed_updates: int | None) -> RunLog:
         return RunLog(
-            tmp_path, {"seed": 1}, resumed_updates=resumed_updates, environment=start, classes=["a"]
+            tmp_path,
+            {"seed": 1},
+            resumed_updates=resumed_updates,
+            resumed_epochs=1,
+            environment=start,
+            classes=["a"],
         )
 
     first = log(None)
+    epoch = {"train_loss": 1.0, "val_loss": 1.0, "val_top1": 0.5, "val_top5": 0.5, "val_images": 4, "lr": 0.1}
     for update in (2, 4, 6):
         first.write("train", update, {"loss": 1.0})
+        first.write("epoch", update, {"epoch": update // 2, "images_per_second": 1.0, **epoch})
     metrics = tmp_path / "metrics.jsonl"
     lines = [{**record, "seconds": 100.0 * record["update"]} for record in read_metrics(tmp_path)]
     metrics.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"kind": "tra')
     second = log(4)
     second.write("train", 6, {"loss": 2.0})
     records = list(read_metrics(tmp_path))
-    assert [record["update"] for record in records] == [2, 4, 6]
+    assert [(record["kind"], record["update"]) for record in records] == [
+        *(("train", 2), ("epoch", 2), ("train", 4), ("train", 6))
+    ]
     assert records[-1]["loss"] == 2.0
     assert 400 <= records[-1]["seconds"] < 460

@@ -243,3 +243,17 @@ def test_only_own_partial_files_are_removed(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
         [*kept, ".directory.0123456789abcdef.partial"]
     )
+
+
+def test_writers_of_one_name_at_once_do_not_meet(tmp_path: Path) -> None:
+    """Catches one temporary name for all: where every rank of a job exports to one path, the second to end would find
+    its file gone, or mix its bytes with the other's."""
+    path = tmp_path / "model.safetensors"
+    with files.writing(path) as one:
+        one.write(b"one")
+        with files.writing(path) as other:
+            other.write(b"other, and longer")
+        assert path.read_bytes() == b"other, and longer"
+        one.write(b" whole")
+    assert path.read_bytes() == b"one whole"
+    assert [left.name for left in tmp_path.iterdir()] == ["model.safetensors"]

@@ -82,6 +82,19 @@ def test_a_place_is_taken_once() -> None:
         meet(_environ(2, 3, port) | {"TORCHELASTIC_USE_AGENT_STORE": "True"}, "test", _WAIT)
 
 
+@pytest.mark.parametrize("address", ["127.0.0.1", "localhost", socket.gethostname()])
+def test_a_port_of_another_program_is_named(address: str) -> None:
+    """Catches a long traceback in place of the port and what to do, whoever listens: this package or torch."""
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = int(other.getsockname()[1])
+        with pytest.raises(
+            ValueError, match=rf"^port {port} of {address}, .* is taken by another program.*--master_port"
+        ):
+            meet(_environ(0, 2, port, address), "test", _WAIT)
+
+
 def test_torchs_own_store_is_used_under_torchrun() -> None:
     """Catches rank 0 of torchrun, whose agent listens already, listening a second time."""
     port = _free_port()

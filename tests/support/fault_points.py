@@ -1,18 +1,20 @@
 """Faults that strike one rank at a named point of a training."""
 
+import multiprocessing
 import os
 import random
 import signal
 import threading
 import time
 from collections.abc import Callable
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
-from arsg_dist.deepspeed import DeepSpeedEngine
 from arsg_dist.engine import LocalEngine
 from arsg_dist.engine.consistency import fingerprints
 from arsg_dist.imagenet.training import setup
@@ -20,8 +22,17 @@ from arsg_dist.imagenet.training.optimization import Schedules
 from arsg_dist.imagenet.training.parts import RunParts
 from arsg_dist.optim import ARSG
 
-POINTS = ("forward", "backward", "reduce", "step", "after step", "write", "sync", "rename", "weights")
-ENGINE_CLASSES = (LocalEngine, DeepSpeedEngine)
+POINTS = (
+    *("forward", "backward", "reduce", "step", "after step", "write", "sync", "rename", "weights"),
+    *("validation", "loader", "loader process"),
+)
+
+
+def engine_classes() -> tuple[type, ...]:
+    """Those that have a backward pass of their own; DeepSpeed takes long to import."""
+    from arsg_dist.deepspeed import DeepSpeedEngine
+
+    return LocalEngine, DeepSpeedEngine
 
 
 def install(faults: list[dict[str, Any]], record: Path) -> None:
@@ -58,6 +69,28 @@ def _once(
 
 def _kill(fault: dict[str, Any]) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _signal_loaders(fault: dict[str, Any]) -> None:
+    for process in multiprocessing.active_children():
+        os.kill(process.pid, signal.Signals[fault["signal"]])  # type: ignore[arg-type]
+
+
+def _signal(fault: dict[str, Any]) -> None:
+    number = signal.Signals[fault["signal"]]
+    if fault["to"] == "group":
+        os.killpg(0, number)
+    else:
+        os.kill(os.getpid(), number)
+
+
+def _pause(fault: dict[str, Any]) -> None:
+    """Says that the moment has come, and waits until the file `go` is there."""
+    directory = Path(fault["directory"])
+    (directory / f"at-{os.getpid()}").touch()
+    end = time.monotonic() + 120
+    while not (directory / "go").exists() and time.monotonic() < end:
+        time.sleep(0.01)
 
 
 def _raise_memory_error(fault: dict[str, Any]) -> None:
@@ -106,6 +139,9 @@ def _skew_clock(fault: dict[str, Any]) -> None:
 
 ACTIONS = {
     "kill": _kill,
+    "signal loaders": _signal_loaders,
+    "signal": _signal,
+    "pause": _pause,
     "raise out of memory": _raise_memory_error,
     "run out of memory": _fill_memory,
     "sleep": _sleep,
@@ -142,6 +178,7 @@ def _at_write(strike: Callable[[], None], output: Path, number: int) -> None:
             if len(seen) >= number:
                 time.sleep(pause)
                 strike()
+                return
             time.sleep(0.0005)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -160,10 +197,16 @@ def _at_point(strike: Callable[[], None], point: str, number: int) -> None:
         strike()
     elif point == "forward":
         _before(RunParts, "forward", passed, lambda self, module, images: module.training)
+    elif point == "validation":
+        _before(RunParts, "forward", passed, lambda *_: not torch.is_grad_enabled())
+    elif point == "loader":
+        _before(DataLoader, "__iter__", passed)
+    elif point == "loader process":
+        _before(ForkServerProcess, "start", passed)
     elif point == "every forward":
         _before(RunParts, "forward", strike, lambda self, module, images: module.training)
     elif point == "backward":
-        for kind in ENGINE_CLASSES:
+        for kind in engine_classes():
             _before(kind, "backward", passed)
     elif point == "reduce":
         real = setup.build_engine
@@ -219,7 +262,7 @@ def _before(
 
 def _spoil(what: str, number: int, strike: Callable[[], None]) -> None:
     """NaN in the loss, or infinity in one gradient under a finite loss, of micro-batch `number` on this rank."""
-    for kind in ENGINE_CLASSES:
+    for kind in engine_classes():
         real = kind.backward
         count = 0
 

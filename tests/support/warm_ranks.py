@@ -50,12 +50,14 @@ class EndedJob:
         ended: `time.monotonic()` of every rank's end.
         outputs: what every rank printed.
         fault_at: `time.monotonic()` when the fault was injected, None if it was not.
+        groups: process group of every rank.
     """
 
     codes: list[int]
     ended: list[float]
     outputs: list[str]
     fault_at: float | None
+    groups: list[int] = field(default_factory=list)
 
     @property
     def output(self) -> str:
@@ -192,6 +194,7 @@ class WarmRanks:
             ended=[at for _, at in ends],
             outputs=[(job / f"rank-{rank}").read_text() for rank in range(ranks)],
             fault_at=float(fault_file.read_text()) if fault_file.exists() else None,
+            groups=[pid for _, pid in running],
         )
 
 
@@ -394,6 +397,7 @@ def _be_a_rank(request: dict[str, Any]) -> None:
     import resource
     import runpy
 
+    os.setpgrp()  # a group of its own, with what it starts, as a terminal or a launcher gives a job
     output = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)

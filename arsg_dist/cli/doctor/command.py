@@ -23,9 +23,11 @@ from arsg_dist.cli.doctor.collectives import (
 from arsg_dist.cli.doctor.findings import Finding, find
 from arsg_dist.engine import (
     Communicator,
+    JobError,
     Ranks,
     SingleProcessCommunicator,
     TorchCommunicator,
+    check_hosts,
     discover_ranks,
     end_process,
     init_method,
@@ -56,6 +58,10 @@ def run(options: argparse.Namespace) -> int:
         ranks = discover_ranks()
         device = facts.device_of(ranks)
         communicator, collectives = _connect(ranks, device)
+    except JobError as error:  # agreed on
+        if ranks.rank == 0:
+            print(f"WRONG  {printable_lines(str(error))}", file=sys.stderr, flush=True)  # noqa: T201
+        return WRONG
     except (ValueError, ImportError, RuntimeError) as error:
         # Without a working connection every rank can only speak for itself.
         print(f"WRONG  {error}", file=sys.stderr, flush=True)  # noqa: T201
@@ -78,7 +84,9 @@ def run(options: argparse.Namespace) -> int:
 
 def _connect(ranks: Ranks, device: torch.device) -> tuple[Communicator, Collectives | None]:
     if ranks.world_size == 1:
-        return SingleProcessCommunicator(), None
+        communicator: Communicator = SingleProcessCommunicator()
+        check_hosts(communicator)
+        return communicator, None
     if ranks.launcher == "deepspeed or torchrun" or not installed_version("horovod"):
         if "MASTER_ADDR" not in os.environ:
             raise ImportError(
@@ -87,7 +95,9 @@ def _connect(ranks: Ranks, device: torch.device) -> tuple[Communicator, Collecti
             )
         backend = "nccl" if device.type == "cuda" else "gloo"
         torch.distributed.init_process_group(backend, init_method(), device_id=None)
-        return TorchCommunicator(device), torch_collectives()
+        communicator = TorchCommunicator(device)
+        check_hosts(communicator)
+        return communicator, torch_collectives()
     from arsg_dist.horovod import connect
 
     return connect(ranks), horovod_collectives()

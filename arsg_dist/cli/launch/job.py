@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from arsg_dist.cli.launch.settings import UserSettings
 from arsg_dist.engine.registry import Rendezvous
 from arsg_dist.safe_io import files
 from arsg_dist.safe_io.text import printable
@@ -90,6 +91,17 @@ def hostfile(hosts: tuple[Host, ...]) -> str:
     return "".join(f"{host.name} slots={host.slots}\n" for host in hosts)
 
 
+def with_resume_auto(program: tuple[str, ...]) -> tuple[str, ...]:
+    """Return a program as something may start it again and again: arsg-imagenet, but for its own --resume, with auto.
+
+    A first start, one after a node was lost before the first checkpoint, and one that goes on are the same command.
+    """
+    script = Path(program[0]).name
+    trains = script == "train_imagenet.py" or (script == "arsg-imagenet" and program[1:2] == ("train",))
+    given = any(argument.partition("=")[0] == "--resume" for argument in program)
+    return (*program, "--resume", "auto") if trains and not given else program
+
+
 def is_variable(name: str) -> bool:
     """Say whether this is the name of an environment variable."""
     return bool(_VARIABLE.fullmatch(name))
@@ -121,14 +133,15 @@ class Job:
         rendezvous: how the ranks meet; decides how they are wired up.
         program: a Python script and its arguments.
         python: interpreter on every host.
-        directory: working directory on every host.
+        directory: working directory on every host; where the ranks are in containers, of the command here.
+        container_directory: working directory in containers; "" for the image's own.
         hosts: for targets that are told their hosts.
         nodes: for targets that ask a scheduler for them.
         ranks_per_node: on each of them, one per GPU.
         gpus_per_rank: 0 on machines without, else 1.
-        environment: variables every rank gets, from the site profile and the user.
-        inherited: names of variables that every rank gets from where the job is started; their values are in no file
-            and in no command.
+        environment: variables every rank gets: what this package wants and the site profile, but the user's own values
+            where there are any, and what `--env` says.
+        user: what the user has set, for what a target sets besides.
         detect_seconds: the silent loss of a host is to be noticed within this time.
     """
 
@@ -136,13 +149,19 @@ class Job:
     program: tuple[str, ...]
     python: str
     directory: Path
+    container_directory: str = ""
     hosts: tuple[Host, ...] = ()
     nodes: int = 1
     ranks_per_node: int = 1
     gpus_per_rank: int = 1
     environment: dict[str, str] = field(default_factory=dict)
-    inherited: tuple[str, ...] = ()
+    user: UserSettings = field(default_factory=UserSettings)
     detect_seconds: int = 60
+
+    @property
+    def inherited(self) -> tuple[str, ...]:
+        """Name the variables that every rank gets from where the job is started; their values are written nowhere."""
+        return self.user.inherited
 
     @property
     def rank_command(self) -> tuple[str, ...]:
@@ -184,6 +203,7 @@ class Plan:
         files: path → content, written before.
         notes: what the user has to do or know.
         failure_text: printed by the command on stderr, it means failure whatever the exit code says; "" for none.
+        own_group: Ctrl-C goes past the command to the ranks, see `supervise.run_watched`.
     """
 
     command: tuple[str, ...] = ()
@@ -191,6 +211,7 @@ class Plan:
     files: dict[Path, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     failure_text: str = ""
+    own_group: bool = False
 
     def __str__(self) -> str:
         """Return a shell script that does the same."""

@@ -4,7 +4,7 @@ import tomllib
 from dataclasses import dataclass, field
 from importlib.resources import files
 
-_KEYS = ("environment", "slurm", "pbs", "mpiexec", "source")
+_KEYS = ("environment", "slurm", "pbs", "mpiexec", "cores_per_rank", "source")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,6 +16,7 @@ class Profile:
         slurm: options of sbatch.
         pbs: resources of qsub's -l.
         mpiexec: options of the PBS mpiexec.
+        cores_per_rank: for PBS; 0 if nothing is said.
         sources: setting → where it is documented.
     """
 
@@ -23,6 +24,7 @@ class Profile:
     slurm: tuple[str, ...] = ()
     pbs: tuple[str, ...] = ()
     mpiexec: tuple[str, ...] = ()
+    cores_per_rank: int = 0
     sources: dict[str, str] = field(default_factory=dict)
 
 
@@ -48,14 +50,19 @@ def load_profile(name: str | None) -> Profile:
     environment: dict[str, str] = {}
     options: dict[str, list[str]] = {"slurm": [], "pbs": [], "mpiexec": []}
     sources = {}
+    cores_per_rank = 0
     for setting in content["setting"]:
         assert set(setting) <= set(_KEYS), f"{name}.toml: {sorted(setting)}"
         environment |= setting.get("environment", {})
         for key, values in options.items():
             values += setting.get(key, [])
+        cores_per_rank = setting.get("cores_per_rank", cores_per_rank)
         for key in setting.keys() - {"source"}:
-            shown = " ".join(setting[key])
+            shown = str(setting[key]) if isinstance(setting[key], int) else " ".join(setting[key])
             sources[f"{key}: {shown}"] = setting["source"]
     return Profile(
-        environment=environment, sources=sources, **{key: tuple(values) for key, values in options.items()}
+        environment=environment,
+        sources=sources,
+        cores_per_rank=cores_per_rank,
+        **{key: tuple(values) for key, values in options.items()},
     )

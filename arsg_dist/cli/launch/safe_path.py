@@ -5,7 +5,6 @@ it. A Python that we start gets -P. A launcher that starts more of them by itsel
 ranks too; `python SCRIPT` would then not find the modules beside the script, so the variable is taken from it again.
 """
 
-import os
 from pathlib import Path
 
 from arsg_dist.cli.launch import rank_script
@@ -31,4 +30,4 @@ def script_and_arguments(job: Job) -> tuple[str, ...]:
 
 def _users_own(job: Job) -> bool:
     """Say whether the user wants the ranks' scripts so, too."""
-    return _VARIABLE in job.environment or _VARIABLE in job.inherited or bool(os.environ.get(_VARIABLE))
+    return _VARIABLE in job.inherited or job.user.find(_VARIABLE) is not None

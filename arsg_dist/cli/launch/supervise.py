@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 # Open MPI 5.0.11 exits with 0 when it has lost a host; seen on rehearsal hosts whose network was cut.
 LOST_HOST = "lost communication with a remote daemon"
+_RANK = (b"RANK", b"OMPI_COMM_WORLD_RANK", b"HOROVOD_RANK", b"PMIX_RANK")
 
 
 def run_watched(
@@ -22,14 +24,21 @@ def run_watched(
     *,
     directory: Path | None = None,
     environment: Mapping[str, str] | None = None,
+    own_group: bool = False,
 ) -> int:
-    """Run a command and pass TERM, HUP, USR1 and USR2 on to it.
+    """Run a launcher, and have its ranks get the signals TERM, HUP, USR1 and USR2 of this process.
+
+    Most launchers die of one of them or leave the ranks no time to save (docs/reliability.md). So the first signal goes
+    past the launcher to the ranks on this host, of which one is enough: they agree, save, and end, and with them the
+    launcher. Where no rank is here, and from the second signal on, the launcher gets it.
 
     Args:
         command: executed without a shell.
         failure_text: printed by the command on stderr, it means failure whatever the exit code says; "" for none.
         directory: to run it in; default this one.
         environment: variables added to this process's.
+        own_group: a terminal's Ctrl-C comes to this process alone, which hands it on as the other signals; the command
+            reads no terminal.
 
     Returns:
         The exit code, 128 + the number of the signal that ended it, or 1 for a 0 that is contradicted by
@@ -42,27 +51,45 @@ def run_watched(
     watched = subprocess.PIPE if sought else None
     started: list[subprocess.Popen[bytes]] = []
     early: list[int] = []
+    signalled: list[int] = []
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         for process in started:
-            process.send_signal(number)
+            ranks = [] if signalled else _ranks_below(process.pid)
+            for rank in ranks:
+                with suppress(ProcessLookupError):
+                    os.kill(rank, number)
+            if not ranks:
+                spared = number == signal.SIGTERM and not signalled and Path(command[0]).name == "mpirun"
+                # Told to terminate, Open MPI's kills its ranks a third of a second later. This it hands on to them.
+                process.send_signal(signal.SIGUSR1 if spared else number)
+            signalled.append(number)
         if not started:
             early.append(number)
 
+    numbers = [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as it is under nohup
+        numbers.append(signal.SIGHUP)
+    if own_group:
+        numbers.append(signal.SIGINT)
     # Before the command starts: a signal in between would end this process and leave the command running.
-    before: dict[int, Any] = {
-        number: signal.signal(number, pass_on)
-        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-    }
+    before: dict[int, Any] = {number: signal.signal(number, pass_on) for number in numbers}
     try:
         process = subprocess.Popen(
-            command, cwd=directory, env={**os.environ, **(environment or {})}, stderr=watched
+            command,
+            cwd=directory,
+            env={**os.environ, **(environment or {})},
+            stderr=watched,
+            process_group=0 if own_group else None,
+            # A process in the background that reads a terminal is stopped.
+            stdin=subprocess.DEVNULL if own_group and os.isatty(0) else None,
         )
         started.append(process)
         for number in early:
             process.send_signal(number)
-        # A terminal sends ^C to both. Not before the start: the command would ignore it, too.
-        before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if not own_group:
+            # A terminal sends ^C to both. Not before the start: the command would ignore it, too.
+            before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)
         with process:
             while process.stderr is not None and (chunk := os.read(process.stderr.fileno(), 65536)):
                 os.write(sys.stderr.fileno(), chunk)
@@ -76,6 +103,30 @@ def run_watched(
         print(f"error: {command[0]} exited with 0, but {failure_text}", file=sys.stderr)  # noqa: T201
         return 1
     return 128 - process.returncode if process.returncode < 0 else process.returncode
+
+
+def _ranks_below(launcher: int) -> list[int]:
+    """Find the ranks on this host: in each branch of a launcher's processes the first that has a rank's variable."""
+    children: dict[int, list[int]] = {}
+    for directory in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError, ValueError):
+            parent = (directory / "stat").read_bytes().rpartition(b")")[2].split()[1]
+            children.setdefault(int(parent), []).append(int(directory.name))
+    ranks: list[int] = []
+    looked_at = [launcher]
+    while looked_at:
+        for process in children.get(looked_at.pop(), []):
+            (ranks if _is_rank(process) else looked_at).append(process)
+    return ranks
+
+
+def _is_rank(process: int) -> bool:
+    with suppress(OSError):
+        names = {
+            entry.partition(b"=")[0] for entry in Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
+        }
+        return any(name in names and name.decode() not in os.environ for name in _RANK)
+    return False
 
 
 if __name__ == "__main__":

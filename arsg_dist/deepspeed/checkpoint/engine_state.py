@@ -27,6 +27,7 @@ from arsg_dist.deepspeed.checkpoint.zero_state import (
     shards_of,
     trained_names,
 )
+from arsg_dist.deepspeed.versions import loss_scaler
 from arsg_dist.engine import Communicator
 from arsg_dist.engine.replicated_state import add_buffers, aliases_of, load_tensors, persistent_buffers
 from arsg_dist.engine.saved_state import SavedState
@@ -371,6 +372,6 @@ def dynamic_scaler(wrapper: Any) -> Any:
 
     It has the attributes `SCALER_STATE`.
     """
-    scaler = getattr(wrapper, "loss_scale_config", None) or getattr(wrapper, "loss_scaler", None)
+    scaler = loss_scaler(wrapper)
     dynamic = getattr(scaler, "dynamic_loss_scale", getattr(scaler, "dynamic", False))
     return scaler if dynamic else None

@@ -11,7 +11,6 @@ from deepspeed.checkpoint.constants import (
     BASE_OPTIMIZER_STATE,
     GROUP_PADDINGS,
     OPTIMIZER_STATE_DICT,
-    PARAM_ALIGNMENT_PADDINGS,
     SINGLE_PARTITION_OF_FP32_GROUPS,
 )
 from torch import Tensor
@@ -35,6 +34,7 @@ from arsg_dist.deepspeed.checkpoint.partitioning import (
     read_piece,
 )
 from arsg_dist.deepspeed.checkpoint.pickles import Reader, load
+from arsg_dist.deepspeed.versions import PARAM_ALIGNMENT_PADDINGS
 from arsg_dist.safe_io.files import inside
 
 _MASTER: Final = "fp32"
@@ -76,16 +76,25 @@ class ShardedCheckpoint(SavedCheckpoint):
             raise ValueError(
                 f"{directory} is of a tensor- or pipeline-parallel model, which is not supported"
             )
-        if next(directory.glob("*_expert_*_model_states.pt"), None):
-            raise ValueError(f"{directory} is of a mixture of experts, which is not supported")
         models = [read(path) for path in model_files(directory)]
         if not models:
             raise ValueError(f"{directory} holds no DeepSpeed checkpoint (no *_model_states.pt)")
+        experts = sorted(directory.glob("layer_*_expert_*_mp_rank_00_model_states.pt"))
+        # Masters of ranks with different experts have the same names; the experts' weights have files of their own.
+        apart = bool(experts) and (models[0].get(ARSG_SECTION) or {}).get("experts_apart", True)
+        if apart and not weights_only:
+            raise ValueError(
+                f"{directory} is of a mixture of experts spread over ranks (ep_size > 1), which is not supported"
+            )
+        if experts:
+            models = [_with_experts(directory, models[0], experts, read)]
         self._shapes: dict[str, torch.Size] = {}
         self._flats: list[_Flat] = []
         self.loss_scale = None
         self.groups = []
-        if shards:
+        if apart:
+            pass
+        elif shards:
             ranks, written = [rank for rank, _ in shards], models[0]["dp_world_size"]
             if len(ranks) == written and ranks == list(range(len(ranks))):
                 optimizers = [read(path)[OPTIMIZER_STATE_DICT] for _, path in shards]
@@ -196,27 +205,43 @@ class ShardedCheckpoint(SavedCheckpoint):
                 self._flats.append(_Flat(index, [master], [state], [[Piece(name, 0, 0, master.numel())]]))
 
 
+def _with_experts(
+    directory: Path, model: dict[str, Any], experts: list[Path], read: Reader
+) -> dict[str, Any]:
+    """Put a mixture's experts, which have files of their own, with the rest of the model."""
+    module = dict(model["module"])
+    for path in experts:
+        module |= read(path)
+    optimizer = directory / "expp_rank_0_mp_rank_00_optim_states.pt"  # of stage 0
+    if optimizer.is_file():
+        model = {**model, "optimizer": read(optimizer)["optimizer"]}
+    return {**model, "module": module}
+
+
 class UniversalCheckpoint(SavedCheckpoint):
     """Read a universal checkpoint, of this package's converter or DeepSpeed's.
 
     Args:
         directory: with the tag.
         read: of each file.
+        weights_only: read parameters and buffers, whatever the optimizer was, and neither its settings nor its state.
 
     Raises:
         ValueError: not such a directory, or one of another optimizer.
     """
 
-    def __init__(self, directory: Path, read: Reader = load) -> None:
+    def __init__(self, directory: Path, read: Reader = load, *, weights_only: bool = False) -> None:
         self.where, self._read_file = directory, read
         path = directory / "zero" / "optimizer_state.pt"
         if not path.is_file():
             raise ValueError(f"{directory} is not in the universal layout: {path} does not exist")
         saved = read(path)
         section = saved.get(ARSG_SECTION)
-        self.groups = settings_of(saved["param_groups"], directory)
+        self.groups = [] if weights_only else settings_of(saved["param_groups"], directory)
         self.group_of = None
-        self.loss_scale = section["loss_scale"] if section else scale_of(saved.get("loss_scaler"))
+        self.loss_scale = None
+        if not weights_only:
+            self.loss_scale = section["loss_scale"] if section else scale_of(saved.get("loss_scaler"))
         models = [read(path) for path in model_files(directory)]
         if not models:
             raise ValueError(f"{directory} has no *_model_states.pt")

@@ -6,16 +6,18 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.moe.layer import MoE
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
-from deepspeed.runtime.utils import all_gather_dp_groups, is_optimized_parameter
+from deepspeed.runtime.utils import all_gather_dp_groups
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
 from arsg_dist.deepspeed.checkpoint.partitioning import Piece, pieces_of_each, pieces_of_range
 from arsg_dist.deepspeed.config.rules import place_of
+from arsg_dist.deepspeed.versions import flat_offsets, is_optimized_parameter, ranks_of_sub_group
 from arsg_dist.optim import ARSG
 from arsg_dist.optim.state import MOMENTS, needs_step
 
@@ -65,6 +67,14 @@ def optimizer_of(engine: Any) -> ARSG:
     return optimizer
 
 
+def experts_apart(engine: Any) -> bool:
+    """Tell whether ranks hold different experts of a mixture."""
+    if not engine.has_moe_layers:
+        return False
+    mixtures = [module for module in engine.module.modules() if isinstance(module, MoE)]
+    return not mixtures or any(module.ep_size > 1 for module in mixtures)  # none: DeepSpeed's AutoEP
+
+
 def swaps_to_nvme(engine: Any) -> bool:
     """Tell whether parameters or state live on NVMe, out of reach between steps."""
     return "nvme" in (place_of(engine.zero_offload_optimizer()), place_of(engine.zero_offload_param()))
@@ -74,11 +84,14 @@ def shards_of(engine: Any) -> Iterator[Shard]:
     """Yield this rank's shards, in the order of DeepSpeed's groups and sub-groups.
 
     Raises:
-        ValueError: experts, NVMe, or a wrapper that keeps its masters in a way not known here.
+        ValueError: experts on several ranks, NVMe, or a wrapper that keeps its masters in a way not known here.
     """
     optimizer = engine.basic_optimizer
-    if engine.has_moe_layers:
-        raise ValueError("mixtures of experts are not supported here: their groups are cut up differently")
+    if experts_apart(engine):
+        raise ValueError(
+            "experts that are spread over ranks (ep_size > 1) are not supported here: each rank has others of the same "
+            "name"
+        )
     if swaps_to_nvme(engine):
         raise ValueError(
             "parameters or optimizer state are offloaded to NVMe, where they cannot be read between steps: "
@@ -98,17 +111,18 @@ def shards_of(engine: Any) -> Iterator[Shard]:
 
     if isinstance(wrapper, DeepSpeedZeroOptimizer_Stage3):
         for index, parameters in enumerate(wrapper.fp16_groups):
+            process_group = ranks_of_sub_group(wrapper, index)
             pieces = pieces_of_each(
                 ((names[p], p.ds_numel) for p in parameters),
-                wrapper._get_sub_group_partition_rank(index),
-                wrapper._get_sub_group_partition_count(index),
+                deepspeed.comm.get_rank(group=process_group),
+                deepspeed.comm.get_world_size(group=process_group),
             )
             yield shard(
                 wrapper.fp32_partitioned_groups_flat[index],
                 wrapper.fp16_partitioned_groups_flat[index],
                 optimizer.param_groups[wrapper.sub_group_to_group_id[index]],
                 pieces,
-                wrapper._get_sub_group_process_group(index),
+                process_group,
             )
     elif isinstance(wrapper, DeepSpeedZeroOptimizer | BF16_Optimizer):
         for index, group in enumerate(optimizer.param_groups):
@@ -122,7 +136,7 @@ def shards_of(engine: Any) -> Iterator[Shard]:
                 copy = wrapper.bf16_partitioned_groups[index][rank]
             else:
                 parameters = wrapper.round_robin_bit16_groups[index]
-                offsets = wrapper.round_robin_bit16_offsets[index]
+                offsets = flat_offsets(wrapper, index)
                 master = wrapper.single_partition_of_fp32_groups[index]
                 copy = wrapper.parallel_partitioned_bit16_groups[index][rank]
             listed = ((names[p], p.numel(), o) for p, o in zip(parameters, offsets, strict=True))

@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from arsg_dist.deepspeed.config.rules import AUTO
 from arsg_dist.deepspeed.patching import Method
+from arsg_dist.engine.state import restore_settings
 from arsg_dist.optim import ARSG, Beta1Warmup, LossPlateau, ObservationBoost
 from arsg_dist.optim.schedulers.base import GroupScheduler, set_value
 
@@ -119,6 +120,7 @@ class MetricPlateau(ReduceLROnPlateau):
         super().step(metrics, epoch)
 
 
+_DEEPSPEEDS: Final = tuple(getattr(lr_schedules, name) for name in lr_schedules.VALID_LR_SCHEDULES)
 _OURS: Final[dict[str, Any]] = {"ObservationBoost": ObservationBoost, "Beta1Warmup": Beta1Warmup}
 _CONTAINERS: Final = ("ChainedScheduler", "SequentialLR")
 _LR_FOR_ALL_GROUPS: Final = {
@@ -325,3 +327,35 @@ def _kind(name: str, source: str) -> Any:
         f"{source}: the scheduler {name!r} is not known; there are {names} and the classes of torch.optim.lr_scheduler "
         f"(torch {torch.__version__})"
     )
+
+
+def scheduled_settings(engine: Any) -> list[dict[str, Any]]:
+    """Return what the engine's schedule sets in each group, as it is now; nothing without a schedule."""
+    if engine.lr_scheduler is None:
+        return []
+    keys = ["lr", "initial_lr"]
+    for scheduler in _flat(engine.lr_scheduler):
+        if isinstance(scheduler, ObservationBoost):
+            keys += ["mu", "initial_mu"]
+        if isinstance(scheduler, Beta1Warmup):
+            keys += ["betas", "initial_beta1"]
+    return [
+        {key: group[key] for key in keys if key in group} for group in engine.basic_optimizer.param_groups
+    ]
+
+
+def follow_schedule(engine: Any) -> None:
+    """Give the groups what a schedule says whose state was loaded without that of the optimizer."""
+    scheduler, groups = engine.lr_scheduler, engine.basic_optimizer.param_groups
+    if isinstance(scheduler, _DEEPSPEEDS):
+        if scheduler.last_batch_iteration >= 0:
+            lr_schedules.update_lr(groups, scheduler.get_lr())
+        return
+    rates = getattr(scheduler, "_last_lr", None)
+    if rates is not None and len(rates) == len(groups):
+        for group, rate in zip(groups, rates, strict=True):
+            restore_settings(group, {"lr": rate})
+    for member in _flat(scheduler):
+        if isinstance(member, ObservationBoost):
+            for group in groups:
+                restore_settings(group, {"mu": group["initial_mu"] * member.factor**member.boosts})

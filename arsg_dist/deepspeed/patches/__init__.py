@@ -1,1 +1,1 @@
-"""Patch behaviour of DeepSpeed 0.19.8 that breaks ARSG, for no other optimizer."""
+"""Patch behaviour of DeepSpeed that breaks ARSG, for other optimizers only where `repair` was asked to."""

@@ -1,4 +1,4 @@
-"""Make `zero_optimization.offload_optimizer` of DeepSpeed 0.19.8 work with ARSG."""
+"""Make `zero_optimization.offload_optimizer` of DeepSpeed work with ARSG."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from arsg_dist.deepspeed.config.rules import check_nvme
-from arsg_dist.deepspeed.patching import Method, wrap_once
+from arsg_dist.deepspeed.patching import Method, is_repaired, repair_once, wrap_once
 from arsg_dist.optim import ARSG
 
 
@@ -20,7 +20,7 @@ def patch_offload() -> None:
     """
     wrap_once(_Engine, "_configure_optimizer", _with_own_arsg_accepted)
     wrap_once(_Engine, "_configure_zero_optimizer", _with_groups_checked)
-    wrap_once(OptimizerSwapper, "_adjust_for_misaligned_lengths", _with_aligned_gradients)
+    repair_once(OptimizerSwapper, "_adjust_for_misaligned_lengths", _with_aligned_gradients)
 
 
 def _with_own_arsg_accepted(method: Method) -> Method:
@@ -68,8 +68,8 @@ def _with_aligned_gradients(method: Method) -> Method:
     """
 
     def adjust(swapper: Any, tensors: list[Tensor], offsets: list[int]) -> tuple[list[Tensor], list[int]]:
-        arsg = isinstance(swapper.optimizer, ARSG)
-        if arsg:
+        repaired = is_repaired(swapper.optimizer)
+        if repaired:
             pieces, starts = [], []
             for tensor, offset in zip(tensors, offsets, strict=True):
                 head = min(-offset % swapper.numel_alignment, tensor.numel())
@@ -81,7 +81,7 @@ def _with_aligned_gradients(method: Method) -> Method:
                     starts.append(offset + head)
             tensors, offsets = pieces, starts
         tensors, offsets = method(swapper, tensors, offsets)
-        if arsg:
+        if repaired:
             tensors = [
                 tensor if swapper.is_swappable_tensor(tensor=tensor) else tensor.clone() for tensor in tensors
             ]

@@ -1,11 +1,12 @@
-"""Correct DeepSpeed's safe_get_full_* and safe_set_full_* functions under ARSG.
+"""Correct DeepSpeed's safe_get_full_* and safe_set_full_* functions.
 
-With DeepSpeed 0.19.8 they reach the optimizer state of the first parameter group only, lose it after a checkpoint is
+By themselves they reach the optimizer state of the first parameter group only, lose it after a checkpoint is
 loaded, read and write other parameters' elements with `round_robin_gradients`, and where they fail they do so on some
 ranks, while the others wait for ever.
 """
 
 import functools
+import inspect
 from typing import Any
 
 import deepspeed
@@ -14,9 +15,10 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import link_hp_params
 from torch import Tensor
+from torch.optim import Optimizer
 
-from arsg_dist.deepspeed.patching import Method, wrap_once
-from arsg_dist.optim import ARSG
+from arsg_dist.deepspeed.patching import Method, is_repaired, repair_once
+from arsg_dist.deepspeed.versions import flat_offsets, ranks_of_parameter
 
 
 def patch_state_access() -> None:
@@ -25,10 +27,15 @@ def patch_state_access() -> None:
     Raises:
         RuntimeError: this DeepSpeed is built differently.
     """
-    wrap_once(DeepSpeedZeroOptimizer, "_link_all_hp_params", _with_links_renewed)
-    wrap_once(DeepSpeedZeroOptimizer, "_lazy_init_hp_params_optimizer_state", _with_every_group_linked)
-    wrap_once(DeepSpeedZeroOptimizer_Stage3, "set_full_hp_param", _with_padding_left_alone)
-    wrap_once(DeepSpeedZeroOptimizer_Stage3, "set_fp32_grad_for_param", _with_gradient_padded)
+    repair_once(DeepSpeedZeroOptimizer, "_link_all_hp_params", _with_links_renewed)
+    repair_once(DeepSpeedZeroOptimizer, "_lazy_init_hp_params_optimizer_state", _with_every_group_linked)
+    repair_once(
+        DeepSpeedZeroOptimizer_Stage3,
+        "set_full_hp_param",
+        _with_padding_left_alone,
+        relies_on=("_get_fp32_opt_state_partition",),
+    )
+    repair_once(DeepSpeedZeroOptimizer_Stage3, "set_fp32_grad_for_param", _with_gradient_padded)
 
 
 def _with_links_renewed(method: Method) -> Method:
@@ -36,7 +43,7 @@ def _with_links_renewed(method: Method) -> Method:
 
     def _link_all_hp_params(zero: Any) -> None:
         method(zero)
-        if not isinstance(zero.optimizer, ARSG):
+        if not is_repaired(zero.optimizer):
             return
         if zero.round_robin_gradients:
             _link_where_parameters_lie(zero)
@@ -58,11 +65,13 @@ def _link_where_parameters_lie(zero: Any) -> None:
     `parameter_alignment` pads; else its links lead to elements of other parameters.
     """
     for index, parameters in enumerate(zero.bit16_groups):
-        in_order = zip(
-            zero.round_robin_bit16_groups[index], zero.round_robin_bit16_offsets[index], strict=True
-        )
+        in_order = zip(zero.round_robin_bit16_groups[index], flat_offsets(zero, index), strict=True)
         offsets = {id(parameter): offset for parameter, offset in in_order}
         size = zero.partition_size[index]
+        if "param_offsets" in inspect.signature(link_hp_params).parameters:
+            places = {"param_offsets": [offsets[id(parameter)] for parameter in parameters]}
+        else:  # until 0.19.6 they lie one after another
+            parameters, places = zero.round_robin_bit16_groups[index], {}
         link_hp_params(
             lp_param_list=parameters,
             flat_hp_partition=zero.single_partition_of_fp32_groups[index],
@@ -73,11 +82,11 @@ def _link_where_parameters_lie(zero: Any) -> None:
             partition_start=size * deepspeed.comm.get_rank(group=zero.real_dp_process_group[index]),
             partition_size=size,
             dp_group=zero.real_dp_process_group[index],
-            param_offsets=[offsets[id(parameter)] for parameter in parameters],
+            **places,
         )
 
 
-def _checked(unchecked: Method, optimizer: ARSG, master: Tensor, *args: Any, **kwargs: Any) -> Any:
+def _checked(unchecked: Method, optimizer: Optimizer, master: Tensor, *args: Any, **kwargs: Any) -> Any:
     """Refuse state that is not there, on every rank alike.
 
     Each rank has a part of the group, if not of the parameter.
@@ -103,7 +112,7 @@ def _with_every_group_linked(method: Method) -> Method:
 
     def _lazy_init_hp_params_optimizer_state(zero: Any) -> None:
         masters = zero.single_partition_of_fp32_groups
-        if not isinstance(zero.optimizer, ARSG) or all(zero.optimizer.state.get(m) for m in masters):
+        if not is_repaired(zero.optimizer) or all(zero.optimizer.state.get(m) for m in masters):
             method(zero)
 
     return _lazy_init_hp_params_optimizer_state
@@ -118,7 +127,7 @@ def _with_padding_left_alone(method: Method) -> Method:
     def set_full_hp_param(
         zero: Any, value: Tensor, parameter: Any, optim_state_key: str | None = None
     ) -> None:
-        if not isinstance(zero.optimizer, ARSG) or not parameter.requires_grad:
+        if not is_repaired(zero.optimizer) or not parameter.requires_grad:
             method(zero, value, parameter, optim_state_key)
             return
         if value.numel() != parameter.ds_numel:
@@ -126,7 +135,7 @@ def _with_padding_left_alone(method: Method) -> Method:
         part, group = zero._get_fp32_opt_state_partition(
             parameter, release_swap_buffers=False, optim_state_key=optim_state_key
         )
-        start = part.numel() * zero._get_param_partition_rank(parameter)
+        start = part.numel() * deepspeed.comm.get_rank(group=ranks_of_parameter(zero, parameter))
         mine = value.detach().flatten()[start : start + part.numel()]
         part.data[: mine.numel()].copy_(mine)
         if zero._swappable_optimizer_subgroup(group):
@@ -139,12 +148,12 @@ def _with_gradient_padded(method: Method) -> Method:
     """Set the gradient of such parameters (stage 3)."""
 
     def set_fp32_grad_for_param(zero: Any, value: Tensor, parameter: Any) -> None:
-        if isinstance(zero.optimizer, ARSG) and parameter.requires_grad:
+        if is_repaired(zero.optimizer) and parameter.requires_grad:
             if value.numel() != parameter.ds_numel:
                 raise ValueError(
                     f"a gradient of {value.numel()} elements for a parameter of {parameter.ds_numel}"
                 )
-            ranks = deepspeed.comm.get_world_size(group=zero._get_param_partition_group(parameter))
+            ranks = deepspeed.comm.get_world_size(group=ranks_of_parameter(zero, parameter))
             missing = ranks * parameter.partition_numel() - value.numel()
             value = torch.nn.functional.pad(value.detach().flatten(), (0, missing))
         method(zero, value, parameter)

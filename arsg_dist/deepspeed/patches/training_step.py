@@ -1,20 +1,23 @@
-"""Correct what DeepSpeed 0.19.8's backward pass and step do wrong under ARSG.
+"""Correct what DeepSpeed's backward pass and step do wrong.
 
-Adam hides all of this or suffers too; engines with another optimizer are left exactly as they are. The tests compare
-every ZeRO stage and precision with a single process, and fail where a patch is missing or no longer needed.
+For ARSG, and for other optimizers only where `repair` was asked to; else their engines are left exactly as they are.
+docs/deepspeed-defects.md has a script for each defect. The tests compare every ZeRO stage and precision with a single
+process, and fail where a repair is missing.
 """
 
 from collections.abc import Callable
 from typing import Any
 
+import deepspeed
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine as _Engine
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from packaging.version import Version
 
-from arsg_dist.deepspeed.patching import Method, wrap_once
-from arsg_dist.optim import ARSG
+from arsg_dist.deepspeed.patching import Method, is_repaired, repair_once
+from arsg_dist.deepspeed.versions import loss_scaler
 
 
 def patch_training_step() -> None:
@@ -23,28 +26,48 @@ def patch_training_step() -> None:
     Raises:
         RuntimeError: this DeepSpeed is built differently.
     """
-    wrap_once(FP16_UnfusedOptimizer, "initialize_optimizer_states", _without_warm_up_step)
-    wrap_once(_Engine, "backward", _with_loss_scaled)
-    wrap_once(DeepSpeedZeroOptimizer, "reduce_gradients", _with_every_gradient_reduced)
-    wrap_once(DeepSpeedZeroOptimizer, "async_accumulate_grad_in_cpu_via_gpu", _with_new_sum_begun)
-    for owner, of_every_parameter in (
-        (FP16_UnfusedOptimizer, _nothing),
-        (DeepSpeedZeroOptimizer, _complete_offloaded_gradients),
-        (DeepSpeedZeroOptimizer_Stage3, _complete_partitioned_gradients),
+    repair_once(FP16_UnfusedOptimizer, "initialize_optimizer_states", _without_warm_up_step)
+    repair_once(
+        _Engine,
+        "backward",
+        _with_loss_scaled,
+        since="0.18.3",  # before, the wrapper's own `backward` was called, which scales
+        relies_on=("_backward_prologue", "_backward_epilogue"),
+    )
+    repair_once(
+        DeepSpeedZeroOptimizer,
+        "reduce_gradients",
+        _with_every_gradient_reduced,
+        relies_on=("reduce_ready_partitions_and_remove_grads", "get_gradient_for_reduction"),
+    )
+    repair_once(
+        DeepSpeedZeroOptimizer,
+        "async_accumulate_grad_in_cpu_via_gpu",
+        _with_whole_sums,
+        relies_on=("copy_grads_in_partition", "_wait_for_offload_copies"),
+    )
+    for owner, of_every_parameter, relies_on in (
+        (FP16_UnfusedOptimizer, _nothing, ("unscale_and_clip_grads",)),
+        (
+            DeepSpeedZeroOptimizer,
+            _complete_offloaded_gradients,
+            ("_finalize_cpu_offload_gradient_accumulation", "update_offload_overflow_tracker"),
+        ),
+        (DeepSpeedZeroOptimizer_Stage3, _complete_partitioned_gradients, ("partition_grads",)),
     ):
-        wrap_once(owner, "_update_scale", _with_growth_put_off)
-        wrap_once(owner, "step", _with_gradients_of_this_update(of_every_parameter))
+        repair_once(owner, "_update_scale", _with_growth_put_off)
+        repair_once(owner, "step", _with_gradients_of_this_update(of_every_parameter), relies_on=relies_on)
 
 
 def _without_warm_up_step(method: Method) -> Method:
-    """Leave ARSG's state to its first step (stage 0, bf16 and fp16).
+    """Leave the optimizer's state to its first step (stage 0, bf16 and fp16).
 
     DeepSpeed has the optimizer allocate its state by a step with zero gradients. With coupled weight decay that is no
     empty step: it moves the weights and fills the moments before any data was seen; and it counts as a step.
     """
 
     def initialize_optimizer_states(wrapper: Any) -> None:
-        if not isinstance(wrapper.optimizer, ARSG):
+        if not is_repaired(wrapper.optimizer):
             method(wrapper)
             return
         for group in (*wrapper.fp16_groups, *wrapper.fp32_groups):
@@ -65,11 +88,11 @@ def _with_loss_scaled(method: Method) -> Method:
         wrapper = engine.optimizer
         if not (
             isinstance(wrapper, FP16_UnfusedOptimizer)
-            and isinstance(wrapper.optimizer, ARSG)
-            and wrapper.loss_scale_config.use_grad_scaling
+            and is_repaired(wrapper.optimizer)
+            and engine.fp16_enabled()
         ):
             return method(engine, loss, *args, **kwargs)
-        scale = wrapper.loss_scale_config.cur_scale
+        scale = loss_scaler(wrapper).cur_scale
         # In fp32, for a scaled fp16 loss overflows where its gradient need not.
         return method(engine, loss.float() * scale, *args, **kwargs) / scale
 
@@ -83,7 +106,7 @@ def _with_every_gradient_reduced(method: Method) -> Method:
     """
 
     def reduce_gradients(zero: Any, *args: Any, **kwargs: Any) -> None:
-        if isinstance(zero.optimizer, ARSG) and zero.overlap_comm:
+        if is_repaired(zero.optimizer) and zero.overlap_comm:
             waiting = {number for bucket in zero.ipg_buckets.values() for _, _, number in bucket.params}
             for index, group in enumerate(zero.bit16_groups):
                 for parameter in group:
@@ -104,10 +127,10 @@ def _with_growth_put_off(method: Method) -> Method:
     """
 
     def update_scale(wrapper: Any, *args: Any, **kwargs: Any) -> None:
-        scaler = _loss_scaler(wrapper)
+        scaler = loss_scaler(wrapper)
         scale = scaler.cur_scale
         method(wrapper, *args, **kwargs)
-        if isinstance(wrapper.optimizer, ARSG) and scaler.cur_scale > scale:
+        if is_repaired(wrapper.optimizer) and scaler.cur_scale > scale:
             wrapper._next_scale, scaler.cur_scale = scaler.cur_scale, scale
 
     return update_scale
@@ -124,13 +147,13 @@ def _with_gradients_of_this_update(complete: Callable[[Any], None]) -> Callable[
 
     def wrap(method: Method) -> Method:
         def step(wrapper: Any, *args: Any, **kwargs: Any) -> Any:
-            if not isinstance(wrapper.optimizer, ARSG):
+            if not is_repaired(wrapper.optimizer):
                 return method(wrapper, *args, **kwargs)
             complete(wrapper)
             result = method(wrapper, *args, **kwargs)
             _forget_gradients(wrapper)
             if hasattr(wrapper, "_next_scale"):
-                _loss_scaler(wrapper).cur_scale = wrapper._next_scale
+                loss_scaler(wrapper).cur_scale = wrapper._next_scale
                 del wrapper._next_scale
             return result
 
@@ -150,10 +173,6 @@ def _forget_gradients(wrapper: Any) -> None:
         wrapper.averaged_gradients = dict.fromkeys(wrapper.averaged_gradients)
 
 
-def _loss_scaler(wrapper: Any) -> Any:
-    return wrapper.loss_scale_config if isinstance(wrapper, FP16_UnfusedOptimizer) else wrapper.loss_scaler
-
-
 def _nothing(wrapper: Any) -> None:
     del wrapper
 
@@ -162,7 +181,7 @@ def _complete_offloaded_gradients(zero: Any) -> None:
     """Give every parameter its gradient, if only zero (stages 1 and 2, offload)."""
     if not zero.cpu_offload:
         return
-    reached, finished = zero._offload_accumulated_param_ids, zero.norm_for_param_grads
+    reached, finished = _with_sums(zero), zero.norm_for_param_grads
     late = set()
     for group, partition in zip(zero.params_in_partition, zero.single_partition_of_fp32_groups, strict=True):
         for parameter in group:
@@ -171,43 +190,108 @@ def _complete_offloaded_gradients(zero: Any) -> None:
                 continue
             if number in reached:
                 late.add(number)
+                if not hasattr(zero, "_finalize_cpu_offload_gradient_accumulation"):
+                    _finalize_sum(zero, parameter, partition)
             else:
-                zero._wait_for_offload_copies()
+                _wait_for_copies(zero)
                 _, _, start, length = zero.grad_position[number]
                 partition.grad.view(-1).narrow(0, start, length).zero_()
-    if late:
+    if late and hasattr(zero, "_finalize_cpu_offload_gradient_accumulation"):
         zero._offload_accumulated_param_ids = late
         zero._finalize_cpu_offload_gradient_accumulation()
+    zero.__dict__.pop("_summed_for_arsg", None)
 
 
-def _with_new_sum_begun(method: Method) -> Method:
-    """Begin a new sum with a parameter's first gradient (stages 1 and 2, offload).
+def _finalize_sum(zero: Any, parameter: Any, partition: Any) -> None:
+    """Do for a sum what DeepSpeed does from 0.19.5 on."""
+    number = zero.get_param_id(parameter)
+    _, source, start, length = zero.grad_position[number]
+    total = zero.accumulated_grads_in_cpu[number].view(-1)
+    total = total.narrow(0, source, length) if total.numel() == parameter.numel() else total
+    zero.norm_for_param_grads[number] = total.double().norm(2)
+    zero.update_offload_overflow_tracker(total)
+    partition.grad.view(-1).narrow(0, start, length).copy_(total)
 
-    DeepSpeed adds it to the sum of the update before where it does not come from the first micro-batch.
+
+def _with_sums(zero: Any) -> set[int]:
+    """Return the parameters whose gradients of this update are being summed up; it may be changed."""
+    if hasattr(zero, "_offload_accumulated_param_ids"):  # since 0.19.5
+        numbers: set[int] = zero._offload_accumulated_param_ids
+    else:
+        numbers = zero.__dict__.setdefault("_summed_for_arsg", set())
+    return numbers
+
+
+def _wait_for_copies(zero: Any) -> None:
+    if hasattr(
+        zero, "_wait_for_offload_copies"
+    ):  # since 0.19.8; before, the copies are awaited where they are made
+        zero._wait_for_offload_copies()
+
+
+def _with_whole_sums(method: Method) -> Method:
+    """Sum up a parameter's gradients of this update, all and no others (stages 1 and 2, offload).
+
+    DeepSpeed adds the first one to the sum of the update before where it does not come from the first micro-batch.
+    Before 0.19.0 it also does not keep the sum after the second one, so that those between the first and the last are
+    lost.
     """
+    keeps = Version(deepspeed.__version__) >= Version("0.19.0")
 
     def accumulate(zero: Any, parameter: Any) -> None:
-        number = zero.get_param_id(parameter)
-        if isinstance(zero.optimizer, ARSG) and number not in zero._offload_accumulated_param_ids:
-            zero._wait_for_offload_copies()
+        number, summed = zero.get_param_id(parameter), _with_sums(zero)
+        repaired = is_repaired(zero.optimizer)
+        if repaired and number not in summed:
+            _wait_for_copies(zero)
             total = zero.accumulated_grads_in_cpu.get(number)
             if total is not None:
                 total.zero_()
         method(zero, parameter)
+        if repaired:
+            if not keeps and zero.micro_step_id > 0:
+                _keep_sum(zero, parameter)
+            summed.add(number)
 
     return accumulate
 
 
+def _keep_sum(zero: Any, parameter: Any) -> None:
+    number = zero.get_param_id(parameter)
+    _, source, _, length = zero.grad_position[number]
+    total, gradient = zero.accumulated_grads_in_cpu[number], zero.get_param_gradient_attribute(parameter)
+    gradient = gradient.data.view(-1)
+    total.view(-1).copy_(
+        gradient if total.numel() == gradient.numel() else gradient.narrow(0, source, length)
+    )
+
+
 def _complete_partitioned_gradients(zero: Any) -> None:
-    """Give every parameter its gradient, zero if it got none (stage 3, offload)."""
+    """Give every parameter its gradient, zero if it got none (stage 3, offload).
+
+    What DeepSpeed does with the others in `partition_grads`.
+    """
     if not zero.offload_optimizer:
         return
     partitions = zero._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition
-    gradients: dict[int, Any] = {}
-    offsets: dict[int, Any] = {}
+    swapped: dict[int, tuple[list[int], list[Any]]] = {}
     for group in zero.fp16_groups:
         for parameter in group:
-            if zero.get_param_id(parameter) not in zero.norm_for_param_grads:
-                gradient = partitions[parameter.ds_id].to(get_accelerator().current_device_name())
-                zero._offload_grad_partition_at_boundary(parameter, gradient, gradients, offsets)
-    zero._swap_out_offload_fp32_gradients(gradients, offsets)
+            number = zero.get_param_id(parameter)
+            if number in zero.norm_for_param_grads:
+                continue
+            gradient = partitions[parameter.ds_id].to(get_accelerator().current_device_name())
+            zero.norm_for_param_grads[number] = zero._constant_buffered_norm2(gradient)
+            index, offset, _ = zero.grad_position[number]
+            if zero._swappable_optimizer_subgroup(index):
+                offsets, gradients = swapped.setdefault(index, ([], []))
+                offsets.append(offset)
+                gradients.append(gradient.float())
+            else:
+                place = zero.fp32_partitioned_groups_flat[index].grad
+                place.narrow(0, offset, gradient.numel()).copy_(gradient)
+    for index, (offsets, gradients) in swapped.items():
+        zero.optimizer_swapper.swap_out_gradients(
+            parameter=zero.fp32_partitioned_groups_flat[index],
+            gradient_offsets=offsets,
+            gradient_tensors=gradients,
+        )

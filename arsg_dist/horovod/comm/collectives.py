@@ -13,9 +13,10 @@ Horovod's operations a rank's own part would be copied on its way to itself, whi
 bf16 is unknown to Horovod: its bits travel as fp16, and sums are made here.
 """
 
+import threading
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import horovod.torch as hvd
@@ -64,11 +65,16 @@ class BufferPool:
 
 @dataclass
 class Started:
-    """Hold a pending collective; dropped, it frees its memory when Horovod is done."""
+    """Hold a pending collective; dropped, it frees its memory when Horovod is done.
+
+    Several threads may wait for it.
+    """
 
     handle: int
     result: Callable[[Any], Tensor]
     failure: HorovodInternalError | None = None
+    finished: Tensor | None = None
+    _waiting: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
     def __post_init__(self) -> None:
         # Horovod's Python side keeps the tensors until somebody waits. Its core has references of its own.
@@ -76,7 +82,7 @@ class Started:
 
     def done(self) -> bool:
         """Tell whether `finish` would return at once."""
-        return self.failure is not None or bool(hvd.poll(self.handle))
+        return self.failure is not None or self.finished is not None or bool(hvd.poll(self.handle))
 
     def finish(self) -> Tensor:
         """Wait for the end and return the result.
@@ -84,14 +90,17 @@ class Started:
         Raises:
             HorovodInternalError: the exchange failed; at every call.
         """
-        if self.failure is not None:
-            raise self.failure
-        try:
-            output = hvd.synchronize(self.handle)
-        except HorovodInternalError as failure:
-            self.failure = failure
-            raise
-        return self.result(output)
+        with self._waiting:  # Horovod answers the second thread at once
+            if self.failure is not None:
+                raise self.failure
+            if self.finished is None:
+                try:
+                    output = hvd.synchronize(self.handle)
+                except HorovodInternalError as failure:
+                    self.failure = failure
+                    raise
+                self.finished = self.result(output)
+            return self.finished
 
 
 class AllToAllReduceScatter:

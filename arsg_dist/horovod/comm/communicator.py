@@ -6,7 +6,7 @@ from typing import TypeVar
 import horovod.torch as hvd
 import torch
 
-from arsg_dist.engine import Communicator, Ranks
+from arsg_dist.engine import Communicator, Ranks, check_hosts
 from arsg_dist.horovod.comm.environment import check_environment, check_world_size, set_stall_defaults
 from arsg_dist.horovod.comm.process_groups import Group
 
@@ -24,12 +24,15 @@ def connect(ranks: Ranks) -> "HorovodCommunicator":
     Raises:
         ValueError: the environment mixes MPI and Gloo, or Horovod came up with another number of ranks than the
             launcher announced (it does so silently, as N jobs of one rank, when its controller does not fit).
+        JobError: it came up on fewer hosts than it was started for.
     """
     check_environment()
     set_stall_defaults()
     hvd.init()
     check_world_size()
-    return HorovodCommunicator()
+    communicator = HorovodCommunicator()
+    check_hosts(communicator)
+    return communicator
 
 
 class HorovodCommunicator(Communicator):

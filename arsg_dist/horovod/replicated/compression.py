@@ -26,10 +26,11 @@ class WireFormat:
 
     Args:
         compression: Horovod's, with `compress(tensor)` → (tensor, context) and `decompress(tensor, context)`.
+        keep: what travels is a copy in any case where memory is that of the host, and the gradient stays as it is.
     """
 
-    def __init__(self, compression: Any) -> None:
-        self._compression = compression
+    def __init__(self, compression: Any, *, keep: bool = False) -> None:
+        self._compression, self._keep = compression, keep
 
     def compress(self, tensor: Tensor) -> tuple[Tensor, _Sent]:
         """Return a contiguous tensor of a dtype that Horovod reduces, and its context."""
@@ -45,6 +46,8 @@ class WireFormat:
             compressed = compressed.float()
         compressed = compressed.contiguous()
         copied = compressed.data_ptr() != tensor.data_ptr()
+        if self._keep and not copied and tensor.device.type == "cpu":
+            compressed, copied = compressed.clone(), True
         return compressed, _Sent(tensor, copied, compressed_dtype, context)
 
     def decompress(self, tensor: Tensor, sent: _Sent | None) -> Tensor:

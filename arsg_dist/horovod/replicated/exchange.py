@@ -131,6 +131,7 @@ class GradientExchange(Exchange):
         self._parts: list[Any] = []
         self._sent: dict[Tensor, InFlight] = {}
         self._sparse: dict[Tensor, int] = {}  # how many dimensions of a parameter its gradients index
+        self._seen: set[Tensor] = set()  # parameters for which some rank has had a gradient
         self._exchanged: list[frozenset[Tensor]] = []  # of each part, with frozen ones
 
     @property
@@ -153,7 +154,7 @@ class GradientExchange(Exchange):
         part = hvd.DistributedOptimizer(
             torch.optim.SGD([parameter for _, parameter in parameters]),
             named_parameters=parameters,
-            compression=WireFormat(settings.compression),
+            compression=WireFormat(settings.compression, keep=True),
             backward_passes_per_step=self._passes,
             op=settings.op,
             gradient_predivide_factor=settings.gradient_predivide_factor,
@@ -189,6 +190,7 @@ class GradientExchange(Exchange):
         for p in changed:
             if p in self._sent:
                 p.grad = self._sent[p].gradient  # the other ranks have to have it
+        self._learn_layouts()
         for part, exchanged in zip(self._parts, self._exchanged, strict=True):
             part._requires_update = {p for p in exchanged if p.requires_grad}
             _launch_incomplete_groups(part)
@@ -212,6 +214,36 @@ class GradientExchange(Exchange):
                 "optimizer.synchronize() before clipping or unscaling gradients, then "
                 "'with optimizer.skip_synchronize(): optimizer.step()', and clear gradients after step() only"
             )
+
+    def _learn_layouts(self) -> None:
+        """Learn from the other ranks which gradients are sparse, before this rank has had one. Collective.
+
+        Horovod would send zeros for a parameter that this rank did not use, and wait for ever for the ranks that sent
+        rows and values. Nothing is sent once every parameter has been used.
+        """
+        if self._dense_only or self._settings.sparse_as_dense:
+            return
+        unknown = {
+            name: p
+            for part in self._parts
+            if part._grad_accs  # none on a single rank, or outside the process set
+            for p, name in part._parameter_names.items()
+            if p not in self._seen
+        }
+        if not unknown:
+            return
+        names = sorted(unknown)
+        kinds = hvd.allreduce(
+            torch.tensor([_kind_of(unknown[name].grad) for name in names]),
+            op=hvd.Max,
+            name=f"{names[0]}.layouts",
+            process_set=self._settings.process_set,
+        ).tolist()
+        for name, kind in zip(names, kinds, strict=True):
+            if kind:
+                self._seen.add(unknown[name])
+            if kind > 1:
+                self._sparse.setdefault(unknown[name], kind - 1)
 
     def _changed(self) -> dict[Tensor, str]:
         """Find the parameters, with names, whose gradient is no more what backward left."""
@@ -332,6 +364,13 @@ def _send(
         if gradient.is_sparse:
             sparse[parameter] = gradient.sparse_dim()
     return handle, contexts
+
+
+def _kind_of(gradient: Tensor | None) -> int:
+    """Return 0 for none, 1 for a dense one, more for a sparse one that indexes one dimension or more."""
+    if gradient is None:
+        return 0
+    return 1 + gradient.sparse_dim() if gradient.is_sparse else 1
 
 
 def _no_rows(parameter: Tensor, indexed: int) -> Tensor:

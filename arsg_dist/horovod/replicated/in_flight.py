@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_LOOKED_AT = 4096
+_LOOKED_AT = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,7 +13,8 @@ class InFlight:
     """Remember a gradient as it was sent.
 
     A change meanwhile (clipped, unscaled, replaced) would race with the reduction, or be lost, so it is looked for. Not
-    found is one that is made past autograd (`.data`, `numpy()`) in the very memory that Horovod reduces in place.
+    found is one that is made past autograd (`.data`, `numpy()`) in the very memory that Horovod reduces in place, on an
+    accelerator.
 
     Attributes:
         gradient: the tensor.

@@ -9,7 +9,7 @@ import horovod.torch as hvd
 import torch
 from horovod.torch.compression import Compression
 from torch import Tensor
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from arsg_dist.horovod.comm.environment import check_world_size
 from arsg_dist.horovod.comm.interface import HorovodOptimizer, check_passes
@@ -74,6 +74,8 @@ def DistributedOptimizer(  # noqa: N802  # the name Horovod's users know
         sparse_as_dense=sparse_as_dense,
         process_set=process_set,
     )
+    if op == hvd.Adasum and isinstance(optimizer, LBFGS):
+        raise ValueError("op=hvd.Adasum does not go with LBFGS, whose ranks would each search their own way")
     names = _checked_names(optimizer, named_parameters)
     inner: Any = type(optimizer)
     wrapped = _replicated_class(inner)
@@ -174,7 +176,7 @@ class ReplicatedOptimizer(HorovodOptimizer):
                 each call of it.
 
         Returns:
-            What the closure returned: this rank's loss.
+            What the closure returned: this rank's loss; under LBFGS, which decides by it, that of all ranks.
 
         Raises:
             RuntimeError: inside `skip_synchronize()` without `synchronize()` before; or as `synchronize()`.
@@ -189,7 +191,7 @@ class ReplicatedOptimizer(HorovodOptimizer):
                 with torch.enable_grad():
                     loss = closure()
                 self._finish_exchange(exchange)
-                return loss
+                return self._of_all_ranks(loss) if isinstance(self, LBFGS) else loss
 
         exchange.before_update()
         result = super().step(evaluate)
@@ -197,6 +199,16 @@ class ReplicatedOptimizer(HorovodOptimizer):
         if self._given is not None:
             self._given._opt_called = True  # a scheduler made from it warns otherwise
         return result
+
+    def _of_all_ranks(self, loss: Any) -> Any:
+        """Average (or sum up) a loss as the gradients are: all ranks must go the same way. Collective."""
+        settings = self._settings
+        assert settings is not None
+        if not settings.process_set.included() or settings.process_set.size() == 1:
+            return loss
+        mine = torch.as_tensor(loss).detach().double().cpu()
+        first = next(iter(self._names.values()), "")
+        return hvd.allreduce(mine, op=settings.op, name=f"{first}.loss", process_set=settings.process_set)
 
     # Torch wraps a class's step to call the step hooks. The inner class's step calls them already, after the exchange.
     step.hooked = True  # type: ignore[attr-defined]

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from arsg_dist.imagenet.config import DataConfig
+from arsg_dist.imagenet.data.decoding import Contents
 from arsg_dist.imagenet.data.sampler import IGNORED, SampleKey, seed_of
 from arsg_dist.imagenet.data.transforms import train_size
 from arsg_dist.safe_io.files import make_directory, new_directory
@@ -73,6 +74,10 @@ class SyntheticSplit:
 
     def __len__(self) -> int:
         return self._config.synthetic_images
+
+    def contents(self, rank: int, ranks: int) -> Contents:
+        """Return how many images there are, on rank 0; they have no files."""
+        return Contents() if rank else Contents(len(self), 0, len(self.classes))
 
     def fingerprint(self) -> list[str | int]:
         """Return the number of images and classes."""

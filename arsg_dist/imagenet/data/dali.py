@@ -8,6 +8,7 @@ import io
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from arsg_dist.imagenet.config import DataConfig
 from arsg_dist.imagenet.data.dataset import Batch, ImageSplit, cannot_decode, process_loader
-from arsg_dist.imagenet.data.decoding import UNDECODABLE, ImageSource, open_image
+from arsg_dist.imagenet.data.decoding import UNDECODABLE, ImageSource, decode, open_image
 from arsg_dist.imagenet.data.sampler import IGNORED, SampleKey, seeded
 from arsg_dist.imagenet.data.transforms import MEAN, STD, train_size, val_resize
 from arsg_dist.imagenet.torchvision_compat import v2
@@ -197,13 +198,16 @@ class DaliLoader:
         seed: int,
         device: torch.device,
     ) -> None:
-        self._source = split.source
+        self._source, self._device, self._max_pixels = split.source, device, config.max_image_pixels
         self._encoded: DataLoader[EncodedBatch] = process_loader(
             EncodedSplit(split.source, config, train=train, seed=seed),
             order,
             workers=config.workers,
             collate=CollateEncoded(image_size),
-            pin_memory=False,
+            # There is nothing to pin: a thread of its own reads the queue, in which a large message may be cut off when
+            # a loader process is killed.
+            pin_memory=device.type == "cuda",
+            timeout=config.timeout,
         )
         self._feed: Iterator[EncodedBatch] = iter(())
         self._under_way: deque[EncodedBatch] = deque()
@@ -227,13 +231,37 @@ class DaliLoader:
                 self._pipeline.reset()
                 return
             except RuntimeError as error:
-                names = [self._source.name(image.index) for image in self._under_way[0].images]
-                shown = printable(", ".join(names), limit=5000)
-                raise RuntimeError(f"DALI could not decode one of {shown}: {error}") from error
+                yield from self._without_pixels(error)
+                return
             batch = self._under_way.popleft()
             # DALI uses the memory again for the next batch but one.
             pixels = torch.utils.dlpack.from_dlpack(images.as_tensor()).clone()
             yield Batch(pixels, torch.tensor([image.label for image in batch.images]), batch.bad)
+
+    def _without_pixels(self, error: RuntimeError) -> Iterator[Batch]:
+        """Name the images that Pillow cannot decode either, in empty batches: after an error DALI makes no more.
+
+        The run ends with the names at its next record, on all ranks, as it does with the Pillow loader.
+        """
+        images = [image for batch in self._under_way for image in batch.images]
+        bad = [message for image in images if (message := self._fault(image))]
+        if not bad:
+            shown = printable(", ".join(self._source.name(image.index) for image in images), limit=5000)
+            raise RuntimeError(f"DALI could not decode one of {shown}: {error}") from error
+        for batch in chain(self._under_way, self._feed):
+            size = batch.images[0].size
+            pixels = torch.zeros(len(batch.images), 3, size, size, device=self._device)
+            yield Batch(pixels, torch.full((len(batch.images),), IGNORED), [*batch.bad, *bad])
+            bad = []
+
+    def _fault(self, image: Encoded) -> str | None:
+        if image.label == IGNORED:
+            return None
+        try:
+            decode(image.data.tobytes(), max_pixels=self._max_pixels)
+        except UNDECODABLE as error:
+            return cannot_decode(self._source, image.index, error)
+        return None
 
 
 def _pipeline(source: Any, batch_size: int, device: torch.device) -> Any:

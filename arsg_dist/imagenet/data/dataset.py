@@ -1,9 +1,11 @@
 """Load a split on one rank: images decoded, augmented and put into batches."""
 
+import gc
 import multiprocessing
 import os
 import threading
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import forkserver, resource_tracker
@@ -13,9 +15,11 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from arsg_dist.engine import JobError
 from arsg_dist.imagenet.config import DataConfig
 from arsg_dist.imagenet.data.builtin import SyntheticSplit
-from arsg_dist.imagenet.data.decoding import UNDECODABLE, ImageSource, decode
+from arsg_dist.imagenet.data.decoding import UNDECODABLE, Contents, ImageSource, decode
+from arsg_dist.imagenet.data.delivery import Shared, WatchedLoader
 from arsg_dist.imagenet.data.folder import ImageTree
 from arsg_dist.imagenet.data.sampler import IGNORED, SampleKey, seeded
 from arsg_dist.imagenet.data.tar_shards import TarShards
@@ -42,6 +46,16 @@ class Batch:
     def pin_memory(self) -> "Batch":
         """Return the same batch in page-locked memory, for the DataLoader."""
         return Batch(self.images.pin_memory(), self.labels.pin_memory(), self.bad)
+
+    def share_memory_(self) -> "Batch":
+        """Move the batch into shared memory; return it.
+
+        Raises:
+            RuntimeError: there is no room.
+        """
+        for tensor in (self.images, self.labels):
+            tensor.share_memory_()  # type: ignore[no-untyped-call]
+        return self
 
 
 class ImageSplit(Dataset[Any]):
@@ -71,6 +85,10 @@ class ImageSplit(Dataset[Any]):
         """Return what must be equal on all ranks."""
         return self.source.fingerprint()
 
+    def contents(self, rank: int, ranks: int) -> Contents:
+        """Sum up one rank's share of the files."""
+        return self.source.contents(rank, ranks)
+
     def __getitem__(self, key: SampleKey) -> tuple[torch.Tensor, int] | str | None:
         """Return image and label, a message if it is none, None for a place to fill up.
 
@@ -83,10 +101,12 @@ class ImageSplit(Dataset[Any]):
         try:
             encoded, label = self.source.read(index)
             image = decode(encoded, max_pixels=self._max_pixels)
+            with seeded(self._seed, epoch, index):
+                return self._transform(image, batch_epoch), label if counts else IGNORED
         except UNDECODABLE as error:
             return cannot_decode(self.source, index, error) if counts else None
-        with seeded(self._seed, epoch, index):
-            return self._transform(image, batch_epoch), label if counts else IGNORED
+        except MemoryError:  # the machine's fault, not the image's, whose size is bounded
+            raise MemoryError(f"no memory left to decode image {self.source.name(index)}") from None
 
 
 Split = ImageSplit | SyntheticSplit
@@ -162,17 +182,33 @@ def _some(names: list[str]) -> str:
 
 
 def loader(
-    split: Split, order: Sampler[list[SampleKey]], *, workers: int, image_size: int, pin_memory: bool
+    split: Split,
+    order: Sampler[list[SampleKey]],
+    *,
+    workers: int,
+    image_size: int,
+    pin_memory: bool,
+    timeout: float = 0,
 ) -> DataLoader[Batch]:
     """Load batches in the given order."""
-    make_batch = partial(collate, image_size=image_size)
-    return process_loader(split, order, workers=workers, collate=make_batch, pin_memory=pin_memory)
+    make_batch = Shared(partial(collate, image_size=image_size))
+    return process_loader(
+        split, order, workers=workers, collate=make_batch, pin_memory=pin_memory, timeout=timeout
+    )
 
 
 def process_loader(
-    split: Any, order: Sampler[list[SampleKey]], *, workers: int, collate: Any, pin_memory: bool
+    split: Any,
+    order: Sampler[list[SampleKey]],
+    *,
+    workers: int,
+    collate: Any,
+    pin_memory: bool,
+    timeout: float = 0,
 ) -> DataLoader[Any]:
     """Load what `collate` makes of a split's samples, in the given order.
+
+    Its passes raise `LoadingError` when a loader process has died, or none has sent anything for `timeout` seconds.
 
     Worker processes are forked from a server that has only imported this: forking a rank that already communicates may
     hang, and importing everything anew takes each worker seconds.
@@ -183,8 +219,9 @@ def process_loader(
             resource_tracker.ensure_running()  # unblocks SIGINT and SIGTERM when it starts one (CPython 3.11)
         with signals_held(), safe_start():
             forkserver.ensure_running()
-    return DataLoader(
+    return WatchedLoader(
         split,
+        patience=timeout,
         batch_sampler=order,
         collate_fn=collate,
         num_workers=workers,
@@ -210,6 +247,49 @@ def _end_with_the_rank(worker: int) -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+@contextmanager
+def processes_ended(*loaders: Iterable[Batch]) -> Iterator[None]:
+    """End the processes of loaders after the block.
+
+    A rank ends without Python's ordinary end (`end_process`), and what its processes share with it would be left to a
+    process of multiprocessing's, which removes it and says that it was leaked. After a failure that the ranks have not
+    agreed on that is left so: others may be waiting for this one.
+    """
+    try:
+        yield
+    except JobError:
+        _end_processes(loaders)
+        raise
+    _end_processes(loaders)
+
+
+def _end_processes(loaders: Iterable[Any]) -> None:
+    for loader in loaders:
+        iterator = getattr(
+            loader, "_iterator", None
+        )  # of a DataLoader whose processes go on between its passes
+        if iterator is not None:
+            pinning = hasattr(
+                iterator, "_pin_memory_thread"
+            )  # which would wait for what a killed process had begun
+            if not pinning:
+                _kill(iterator._workers)
+            iterator._shutdown_workers()
+            _kill(iterator._workers)
+            for queue in iterator._index_queues:
+                if queue._thread is not None:  # holds semaphores, and was told to end
+                    queue._thread.join(timeout=1)
+            loader._iterator = None
+    gc.collect()  # semaphores are removed with the last object that knows them
+
+
+def _kill(processes: Iterable[Any]) -> None:
+    """End loader processes that may still be starting, deaf to a request; they hold nothing that is missed."""
+    for process in processes:
+        if process.is_alive():
+            process.kill()
 
 
 def batches(loader: Iterable[Batch]) -> Iterator[Batch]:

@@ -1,9 +1,11 @@
 """Decode images from bytes of any origin."""
 
+import hashlib
 import io
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 from PIL import Image, UnidentifiedImageError
@@ -15,6 +17,35 @@ FORMATS: Final = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF")
 _MOST_SCANS: Final = 100
 UNDECODABLE: Final = (OSError, ValueError)
 """What reading and decoding raise for a file that is no usable image."""
+
+
+MODULUS: Final = 1 << 128
+
+
+def number_of_file(name: str, size: int) -> int:
+    """Return a number that tells a file of a split from others, by its name there and its size."""
+    digest = hashlib.sha256(f"{size} {name}".encode(errors="surrogateescape")).digest()
+    return int.from_bytes(digest[:16])
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a split holds, summed up over its files; nothing of where it is.
+
+    Attributes:
+        images: how many.
+        size: bytes of them all.
+        digest: sum of a number of each file's name and size, modulo 2¹²⁸: any share, in any order, can be added.
+    """
+
+    images: int = 0
+    size: int = 0
+    digest: int = 0
+
+    def __add__(self, other: "Contents") -> "Contents":
+        return Contents(
+            self.images + other.images, self.size + other.size, (self.digest + other.digest) % MODULUS
+        )
 
 
 class ImageSource(Protocol):
@@ -41,6 +72,9 @@ class ImageSource(Protocol):
 
     def name(self, index: int) -> str:
         """Return where the image is, for messages."""
+
+    def contents(self, rank: int, ranks: int) -> Contents:
+        """Sum up one rank's share of the files; the sum over the ranks tells one set of files from another."""
 
     def fingerprint(self) -> list[str | int]:
         """Return what must be equal on all ranks."""

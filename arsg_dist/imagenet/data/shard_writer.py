@@ -10,6 +10,7 @@ import signal
 import sys
 import tarfile
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from multiprocessing import forkserver
 from pathlib import Path
@@ -226,6 +227,11 @@ def _write_split(
             for future in as_completed(futures):
                 shards[futures[future]] = future.result()
                 bar.update(len(shards[futures[future]].images))
+        except BrokenProcessPool:
+            raise ValueError(
+                "a worker process has ended, killed perhaps, which the kernel does where memory runs out: nothing was "
+                "written; fewer --workers need less"
+            ) from None
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
@@ -269,6 +275,8 @@ def write_shard(shard: Shard) -> Shard:
                 except UNDECODABLE as error:
                     shard.bad.append(printable(f"{path}: {error}", limit=LONGEST_NAME + 500))
                     continue
+                except MemoryError:  # the machine's fault, as in training
+                    raise ValueError(f"no memory left to decode {path}; fewer --workers need less") from None
                 key, suffix = f"{number:08d}", Path(path).suffix.lower().replace("jpeg", "jpg")
                 shard.records.append((number, tar.offset + tarfile.BLOCKSIZE, len(encoded), label))
                 _add(tar, key + suffix, encoded)

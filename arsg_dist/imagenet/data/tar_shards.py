@@ -18,6 +18,7 @@ from typing import IO, Any, Final
 import numpy as np
 
 from arsg_dist.imagenet.config import DataConfig
+from arsg_dist.imagenet.data.decoding import Contents
 from arsg_dist.imagenet.data.folder import require_class_names, require_directory
 from arsg_dist.safe_io.documents import read_json
 from arsg_dist.safe_io.files import MiB, open_regular
@@ -125,6 +126,12 @@ class TarShards:
         except (OSError, ValueError):  # which is no reason to lose the message that the name is for
             return "an image"
         return printable(line.decode(errors="replace").strip(), limit=LONGEST_NAME)
+
+    def contents(self, rank: int, ranks: int) -> Contents:
+        """Sum up the images, on rank 0: the index's digest stands for place, size and label of each."""
+        if rank:
+            return Contents()
+        return Contents(len(self), int(self._index["size"].sum()), int(self._digest[:32], 16))
 
     def fingerprint(self) -> list[str | int]:
         """Return the number of images, the classes and the index's digest."""

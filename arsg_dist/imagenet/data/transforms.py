@@ -100,12 +100,24 @@ class ValTransform:
     def __init__(self, config: DataConfig) -> None:
         size = config.image_size
         steps: list[Any] = [v2.Resize((size, size))]
+        self._shorter, self._max_pixels = 0, config.max_image_pixels
         if config.augmentation == "imagenet":
-            steps = [v2.Resize(val_resize(size)), v2.CenterCrop(size)]
+            self._shorter = val_resize(size)
+            steps = [v2.Resize(self._shorter), v2.CenterCrop(size)]
         self._transform = v2.Compose([*steps, v2.PILToTensor()])
 
     def __call__(self, image: Image.Image, epoch: int) -> Tensor:
-        """Return a uint8 tensor (3, image_size, image_size), alike in every epoch."""
+        """Return a uint8 tensor (3, image_size, image_size), alike in every epoch.
+
+        Raises:
+            ValueError: an image so narrow that it would grow beyond `max_image_pixels` before it is cropped.
+        """
+        if self._shorter**2 * max(image.size) > self._max_pixels * min(image.size):
+            width, height = image.size
+            raise ValueError(
+                f"{width} × {height} pixels: with {self._shorter} on the shorter side, as validation resizes it, it "
+                f"would have more than data.max_image_pixels, {self._max_pixels:,}"
+            )
         tensor: Tensor = self._transform(image)
         return tensor
 

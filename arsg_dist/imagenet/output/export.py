@@ -195,5 +195,12 @@ def _loading(model: str, num_classes: int, file: str) -> list[str]:
             f"model = timm.create_model({model.removeprefix(TIMM)!r}, num_classes={num_classes})",
         ]
     else:
-        build = ["import torchvision", "", f"model = torchvision.models.{model}(num_classes={num_classes})"]
+        build = [
+            "try:",
+            "    import torchvision",
+            "except RuntimeError:  # a CUDA build of it beside a torch without CUDA",
+            "    from arsg_dist.imagenet.torchvision_compat import torchvision",
+            "",
+            f"model = torchvision.models.{model}(num_classes={num_classes})",
+        ]
     return ["from safetensors.torch import load_file", *build, f'model.load_state_dict(load_file("{file}"))']

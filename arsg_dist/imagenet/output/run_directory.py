@@ -3,6 +3,7 @@
 They may be of somebody else's run: what is read is checked before it is used or shown.
 """
 
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -16,8 +17,8 @@ METRICS = "metrics.jsonl"
 ENVIRONMENT = "environment.yaml"
 CLASSES = "classes.txt"
 CURVE = "learning_curve.png"
-CHECKPOINTS, TENSORBOARD, WEIGHTS = "checkpoints", "tensorboard", "weights"
-_DIRECTORIES: Final = (CHECKPOINTS, TENSORBOARD, WEIGHTS, "wandb")
+CHECKPOINTS, TENSORBOARD, WEIGHTS, WANDB = "checkpoints", "tensorboard", "weights", "wandb"
+_DIRECTORIES: Final = (CHECKPOINTS, TENSORBOARD, WEIGHTS, WANDB)
 
 _RECORD_LIMIT: Final = 64 * 1024
 _METRICS_LIMIT: Final = 1024 * MiB
@@ -54,33 +55,16 @@ def directory_of(run: Path, name: str) -> Path:
 
 
 def check_output(directory: Path, *, resume: bool) -> None:
-    """Refuse to mix runs, and a run that leads elsewhere.
+    """Refuse a run that leads elsewhere.
 
     Raises:
-        ValueError: a new run into a directory that holds something, a resume where there is no run, or one with a link
-            in the place of a directory or of a file that a resume reads.
+        ValueError: a link is in the place of a directory that a start writes to, or of a file that a resume reads.
     """
-    if directory.exists() and not directory.is_dir():
-        raise ValueError(f"output {directory} is not a directory")
-    holds = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else []
-    if resume and CONFIG not in holds:
-        raise ValueError(
-            f"--resume: output directory {directory} holds no run; leave --resume out to start one"
-        )
-    if not resume and CONFIG in holds:
-        raise ValueError(
-            f"output directory {directory} already holds a run; continue it with --resume, or choose another --output"
-        )
-    if not resume and holds:
-        raise ValueError(
-            f"output directory {directory} is not empty (it has {printable(holds[0])}); choose another --output"
-        )
-    if resume:
-        for name in _DIRECTORIES:
-            directory_of(directory, name)
-        for name in (CONFIG, METRICS, ENVIRONMENT):
-            if name in holds:
-                open_regular(directory / name).close()
+    for name in _DIRECTORIES:
+        directory_of(directory, name)
+    for name in (CONFIG, METRICS, ENVIRONMENT) if resume else ():
+        if os.path.lexists(directory / name):
+            open_regular(directory / name).close()
 
 
 def read_settings(directory: Path) -> dict[Any, Any]:

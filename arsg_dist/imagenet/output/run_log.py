@@ -16,6 +16,7 @@ from arsg_dist.imagenet.output.run_directory import (
     ENVIRONMENT,
     METRICS,
     TENSORBOARD,
+    WANDB,
     read_environments,
     read_metrics,
     read_settings,
@@ -42,6 +43,8 @@ class RunLog:
         config: resolved settings, written as YAML.
         resumed_updates: None for a new run, else the updates made so far: later records of the interrupted run are
             dropped, since they will be made again.
+        resumed_epochs: whole epochs so far. The record of one more may be there already, with the same updates: it is
+            written before the checkpoint that counts the epoch.
         environment: of this start, as `environment.describe` gives it; added to those of earlier starts.
         classes: names of the classes in the order of the network's outputs.
         wandb_project: also log to this project of Weights & Biases. The id of the run there is kept in `ENVIRONMENT`:
@@ -61,6 +64,7 @@ class RunLog:
         config: dict[str, Any],
         *,
         resumed_updates: int | None,
+        resumed_epochs: int | None = None,
         environment: dict[str, Any],
         classes: list[str],
         wandb_project: str | None = None,
@@ -81,7 +85,7 @@ class RunLog:
                 for key in [*now, *(before.keys() - now.keys())]
                 if before.get(key) != now.get(key)
             ]
-            self._keep_records(resumed_updates)
+            self._keep_records(resumed_updates, resumed_epochs)
             purge_step = resumed_updates + 1
         starts = read_environments(directory)
         if wandb_project:
@@ -98,7 +102,7 @@ class RunLog:
         )
         self._wandb: Any = None
         if wandb_project:
-            make_directory(directory, "wandb")
+            make_directory(directory, WANDB)
             self._wandb = import_wandb().init(
                 project=wandb_project,
                 name=directory.name,
@@ -108,11 +112,12 @@ class RunLog:
                 dir=str(directory),
             )
 
-    def _keep_records(self, updates: int) -> None:
-        """Drop what the interrupted run wrote after so many updates."""
+    def _keep_records(self, updates: int, epochs: int | None) -> None:
+        """Drop what the interrupted run wrote after so many updates, and whole epochs."""
         with writing(self._metrics) as file:
             for record in read_metrics(self._directory):
-                if record["update"] <= updates:
+                again = epochs is not None and record["kind"] == "epoch" and record["epoch"] > epochs
+                if record["update"] <= updates and not again:
                     file.write(f"{json.dumps(record)}\n".encode())
                     self._seconds_before = record.get("seconds", 0.0)
 

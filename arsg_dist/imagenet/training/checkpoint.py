@@ -1,5 +1,6 @@
 """Save where a run stands with its engine's state, and resume from it."""
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from arsg_dist.checkpoint import CheckpointStore, SavedRun, save_run
 from arsg_dist.engine import JobError
 from arsg_dist.engine.state import EXTRA, key_of
 from arsg_dist.imagenet.output.run_directory import CHECKPOINTS, CLASSES, directory_of, read_classes
+from arsg_dist.imagenet.output.states import OutputState, refusal
+from arsg_dist.imagenet.training.identity import OPTIMIZER, Difference, differences
 from arsg_dist.imagenet.training.parts import SWITCHES, RunParts, Stateful
 from arsg_dist.imagenet.training.rank_state import add_rank_state, load_rank_state
 from arsg_dist.safe_io.files import inside
@@ -77,7 +80,7 @@ class Position:
         """
         if not isinstance(values, dict):
             raise ValueError("the checkpoint's position is none")
-        names = [field.name for field in fields(cls)]
+        names = [known.name for known in fields(cls)]
         missing = [name for name in names if name not in values]
         if missing:
             raise ValueError(
@@ -98,12 +101,19 @@ class RunCheckpoints:
         parts: of the run.
         output: the run's directory.
 
+    Attributes:
+        shown: lr and μ of the last update, for the record of an epoch that a start before this one trained; empty where
+            a checkpoint does not say.
+        any_saved: whether this start has saved a checkpoint or gone on from one; the same on every rank.
+
     Raises:
         JobError: on every rank, when the directory of the checkpoints, or one of them, is a link, or a score is none.
     """
 
     def __init__(self, parts: RunParts, output: Path) -> None:
         self._parts, self._output = parts, output
+        self.shown: dict[str, float] = {}
+        self.any_saved = False
         with parts.communicator.fail_together(ValueError, OSError):
             directory = directory_of(output, CHECKPOINTS)
             self._store = CheckpointStore(directory, parts.communicator, keep=parts.config.keep_checkpoints)
@@ -122,7 +132,9 @@ class RunCheckpoints:
         """
         parts, config = self._parts, self._parts.config
         rank, world_size = parts.communicator.rank, parts.communicator.world_size
-        progress: dict[str, Any] = {"position": at.as_dict(), **self._fixed()}
+        progress: dict[str, Any] = {"position": at.as_dict(), **self._fixed(), "identity": parts.identity}
+        progress["shown"] = self.shown
+        self.any_saved = True
         state = parts.engine.state()
         for name, part in parts.stateful.items():
             own = part.state_dict() if part else {}
@@ -151,49 +163,50 @@ class RunCheckpoints:
         """
         self._store.finish()
 
-    def resume(self, *, num_images: int, skip_damaged: bool) -> tuple[Position, list[str]]:
+    def resume(
+        self, *, num_images: int, skip_damaged: bool, allowed: Collection[str] = ()
+    ) -> tuple[Position, list[str]]:
         """Go on from where the last checkpoint stands. Collective.
+
+        Nothing in the run's directory is changed.
 
         Args:
             num_images: of the training split.
             skip_damaged: take the newest checkpoint that is not damaged; else a damaged one is an error.
+            allowed: kinds of `identity.ALLOWED` that may differ from the run that saved it.
 
         Returns:
             Where the run stands, and what the user should know about it.
 
         Raises:
-            JobError: there is no checkpoint, or it does not fit this run (other images or classes, another seed or
-                batch size); raised on every rank.
+            JobError: there is no checkpoint, or it is of another run, with each difference; raised on every rank.
         """
         parts = self._parts
         saved, notes = self._newest(skip_damaged=skip_damaged)
         with parts.communicator.fail_together():
-            at = _position(saved)
-            if at.num_images != num_images:
-                raise ValueError(
-                    f"--resume: the training split had {at.num_images} images and has {num_images} now: "
-                    "the order of images cannot be continued"
-                )
-            self._require_same_classes()
-            for name, setting in SWITCHES.items():
-                if saved.progress.get(name) != (parts.stateful[name] is not None):
-                    raise ValueError(f"--resume: {setting} cannot be switched on or off within a run")
-            for name, value in self._fixed().items():
-                saved_value = saved.progress.get(name)
-                if saved_value is None:
-                    notes.append(
-                        f"{saved.where} does not say with which {name} it was made: it must be {value}"
-                    )
-                elif saved_value != value:
-                    raise ValueError(
-                        f"--resume: this run was made with {name}={saved_value}, not {value}, and {_WHY_FIXED[name]}: "
-                        f"resume with --{name} {saved_value}, or start a new run in another --output"
-                    )
+            at, self.shown = _position(saved), _shown(saved)
+            found = self._differences(saved, at, num_images)
+            if refused := [difference.text for difference in found if difference.kind not in allowed]:
+                raise ValueError("--resume: " + "\n".join(refused))
+            notes += [
+                f"{difference.what} (allowed by --allow_other_{difference.kind})" for difference in found
+            ]
+            notes += self._unsaid(saved)
+        self.any_saved = True
         parts.engine.load_state(saved)
         with parts.communicator.fail_together():
             for name, part in parts.stateful.items():
                 if part:
                     part.load_state_dict(_saved_state(saved, name, part))
+            settings = {
+                difference.key: difference.key.removeprefix(OPTIMIZER)
+                for difference in found
+                if difference.kind == "optimizer"
+            }
+            parts.schedules.change_optimizer(
+                {name: saved.progress["identity"][key] for key, name in settings.items()},
+                {name: parts.identity[key] for key, name in settings.items()},
+            )
             same_ranks = load_rank_state(
                 saved, parts.networks, parts.communicator, seed=parts.config.seed, update=at.update
             )
@@ -210,22 +223,68 @@ class RunCheckpoints:
             )
         return at, notes
 
-    def _require_same_classes(self) -> None:
+    def _differences(self, saved: SavedRun, at: Position, num_images: int) -> list[Difference]:
+        """Name everything that makes a checkpoint another run's; those that no flag lets pass first."""
+        parts = self._parts
+        now = {**parts.identity, **self._fixed()}
+        before = saved.progress.get("identity", {})
+        known = {name: saved.progress[name] for name in self._fixed() if saved.progress.get(name) is not None}
+        found = differences({**before, **known} if isinstance(before, dict) else before, now)
+        of_classes = None if any(one.key == "num_classes" for one in found) else self._other_classes()
+        if of_classes:  # with the names, which the record does not have
+            found = [of_classes, *(one for one in found if one.key != "classes")]
+        if at.num_images != num_images:
+            what = (
+                f"the training split had {at.num_images} images and has {num_images} now: the order of images cannot "
+                "be continued"
+            )
+            found = [
+                Difference("num_images", what, "put them back, or start a new run in another --output"),
+                *(one for one in found if one.key != "train_files"),
+            ]
+        for name, setting in SWITCHES.items():
+            if saved.progress.get(name) != (parts.stateful[name] is not None):
+                what = f"{setting} cannot be switched on or off within a run"
+                found.append(
+                    Difference(setting, what, "set it as it was, or start a new run in another --output")
+                )
+        return sorted(found, key=lambda one: one.kind != "")
+
+    def _other_classes(self) -> Difference | None:
         try:
             before = read_classes(self._output)
         except FileNotFoundError:
-            return
+            return None
         now = self._parts.classes
-        if before != now:
-            gone, new = (
-                printable(", ".join([name for name in some if name not in others][:10]) or "nothing else")
-                for some, others in ((before, now), (now, before))
+        if before == now:
+            return None
+        gone, new = (
+            printable(", ".join([name for name in some if name not in others][:10]) or "nothing else")
+            for some, others in ((before, now), (now, before))
+        )
+        kind = "classes" if len(before) == len(now) else ""
+        goes_on = "go on by --allow_other_classes if each label means the same as before, " if kind else ""
+        return Difference(
+            "classes",
+            "the classes are not those of the run, and labels would mean others: "
+            f"{self._output / CLASSES} has {gone}, the data has {new}, in this order or another",
+            f"give the directories their names back, {goes_on}or start a new run in another --output",
+            kind,
+        )
+
+    def _unsaid(self, saved: SavedRun) -> list[str]:
+        """Say what a checkpoint of an earlier version cannot be asked."""
+        notes = [
+            f"{saved.where} does not say with which {name} it was made: it must be {value}"
+            for name, value in self._fixed().items()
+            if saved.progress.get(name) is None
+        ]
+        if "identity" not in saved.progress:
+            notes.append(
+                f"{saved.where} does not say with which data, model, loss, optimizer and precision it was made: "
+                "they must be those of now"
             )
-            raise ValueError(
-                "--resume: the classes are not those of the run, and labels would mean others: "
-                f"{self._output / CLASSES} has {gone}, the data has {new}, in this order or another; give the "
-                "directories their names back, or start a new run in another --output"
-            )
+        return notes
 
     def _newest(self, *, skip_damaged: bool) -> tuple[SavedRun, list[str]]:
         """Find the newest checkpoint, and check every byte on some rank. Collective."""
@@ -253,18 +312,16 @@ class RunCheckpoints:
                     + "\n(--skip_damaged goes on from the newest checkpoint that is not damaged)"
                 )
             notes += [f"skipped {path}: {line}" for line in found]
-        nothing = f"--resume: {self._output} has no complete checkpoint; start anew with another --output"
+        nothing = (
+            f"--resume: {self._output} has no complete checkpoint that is whole; start anew with another --output"
+            if complete
+            else refusal(OutputState.RECORDS, True, self._output)
+        )
         raise JobError("\n".join([*notes, nothing]))
 
     def _fixed(self) -> dict[str, int]:
         """Return the settings that no start of a run may change."""
-        return {name: getattr(self._parts.config, name) for name in _WHY_FIXED}
-
-
-_WHY_FIXED = {
-    "seed": "with another one images of this epoch would be seen twice or never",
-    "batch_size": "schedules count its updates (accumulation_steps and the number of ranks may change)",
-}
+        return {name: getattr(self._parts.config, name) for name in ("seed", "batch_size")}
 
 
 def _of_tensors(state: dict[str, Any]) -> bool:
@@ -279,6 +336,16 @@ def _saved_state(saved: SavedRun, name: str, part: Stateful) -> Any:
     for key, tensor in own.items():
         saved.check_shape(EXTRA, f"{name} {key}", tensor.shape)
     return {key: saved.whole(EXTRA, f"{name} {key}") for key in own}
+
+
+def _shown(saved: SavedRun) -> dict[str, float]:
+    shown = saved.progress.get("shown", {})
+    good = isinstance(shown, dict) and all(
+        name in ("lr", "mu") and isinstance(value, float) for name, value in shown.items()
+    )
+    if not good:
+        raise ValueError(f"the checkpoint's shown is {printable(shown, limit=100)!r}")
+    return dict(shown)
 
 
 def _position(saved: SavedRun) -> Position:

@@ -4,7 +4,7 @@ import inspect
 import math
 from collections.abc import Iterable
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from arsg_dist.engine import Communicator
 from arsg_dist.imagenet.config import OptimizerConfig, TrainConfig
 from arsg_dist.optim import ARSG, LossPlateau, ObservationBoost
+from arsg_dist.optim.schedulers.base import set_value
 from arsg_dist.safe_io.text import printable
 
 
@@ -53,6 +54,25 @@ def check_optimizer(config: OptimizerConfig) -> None:
     build_optimizer(config, [nn.Parameter(torch.zeros(1))])
 
 
+def optimizer_settings(config: OptimizerConfig) -> dict[str, Any]:
+    """Return the settings of an optimizer, its own defaults included, but for those that only choose how to compute.
+
+    Raises:
+        ValueError: as `build_optimizer`.
+    """
+    optimizer = build_optimizer(config, [nn.Parameter(torch.zeros(1))])
+    known = set(inspect.signature(type(optimizer)).parameters) - set(_HOW_TO_COMPUTE)
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in optimizer.defaults.items()
+        if name in known and isinstance(value, _PLAIN)
+    }
+
+
+_PLAIN: Final = (bool, int, float, str, list, tuple, type(None))
+_HOW_TO_COMPUTE: Final = ("foreach", "fused", "capturable", "differentiable")
+
+
 def parameter_groups(module: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
     """Group the trainable parameters: norms and biases apart if they do not decay."""
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
@@ -83,6 +103,7 @@ class Schedules:
         updates_per_epoch: float,
         communicator: Communicator,
     ) -> None:
+        self._optimizer = optimizer
         self._schedule = LambdaLR(optimizer, partial(lr_factor, config, updates_per_epoch))
         self._boost: ObservationBoost | None = None
         boost = config.boost
@@ -115,6 +136,41 @@ class Schedules:
             self._boost.record(mean_loss)
         self._boost.step()
 
+    def change_optimizer(self, before: dict[str, Any], now: dict[str, Any]) -> None:
+        """Go on with other settings of the optimizer than the loaded ones.
+
+        lr and mu are multiplied, so that a schedule and boosts stay on them; another setting is replaced where a group
+        does not have one of its own.
+
+        Args:
+            before: name → value when the loaded state was made.
+            now: name → value from here on; the same names.
+
+        Raises:
+            ValueError: lr was 0, which no factor changes, or no number.
+        """
+        groups = self._optimizer.param_groups
+        for name, new in now.items():
+            old = before[name]
+            if name not in ("lr", "mu") or (name == "mu" and not old):
+                for group in groups:
+                    if name in group and _plain(group[name]) == _plain(old):
+                        group[name] = tuple(new) if isinstance(group[name], tuple) else new
+                continue
+            if not old or not isinstance(old, int | float):
+                raise ValueError(
+                    f"optimizer.params.{name} was {printable(old, limit=40)}: nothing to multiply"
+                )
+            ratio = new / old
+            for group in groups:
+                for key in (name, f"initial_{name}"):
+                    if key in group:
+                        set_value(group, key, float(group[key]) * ratio)
+            if name == "lr":
+                for scheduler in filter(None, (self._schedule, self._boost)):
+                    scheduler.base_lrs = [lr * ratio for lr in scheduler.base_lrs]
+                    scheduler._last_lr = [lr * ratio for lr in scheduler._last_lr]
+
     def state_dict(self) -> dict[str, Any]:
         """Return plain numbers and lists."""
         boost = self._boost.state_dict() if self._boost else None
@@ -143,6 +199,10 @@ class Schedules:
                 self._boost.load_state_dict(state["boost"])
         except KeyError as error:
             raise ValueError(f"the checkpoint's schedules lack {error}") from error
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _check_like(saved: Any, own: Any, what: str) -> None:
@@ -182,7 +242,7 @@ def lr_factor(config: TrainConfig, updates_per_epoch: float, update: int) -> flo
         return float(scale * schedule.gamma**passed)
     if schedule.name == "cosine":
         total = config.epochs * updates_per_epoch
-        return scale * 0.5 * (1 + math.cos(math.pi * (update - warmup) / (total - warmup)))
+        return scale * 0.5 * (1 + math.cos(math.pi * min(1.0, (update - warmup) / (total - warmup))))
     return scale
 
 

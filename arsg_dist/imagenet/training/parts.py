@@ -14,6 +14,7 @@ from arsg_dist.imagenet.config import TrainConfig
 from arsg_dist.imagenet.data.dataset import Batch
 from arsg_dist.imagenet.data.sampler import TrainingSampler
 from arsg_dist.imagenet.data.transforms import BatchMixing, normalised
+from arsg_dist.imagenet.output.states import Resume
 from arsg_dist.imagenet.signals import StopRequest
 from arsg_dist.imagenet.training.ema import WeightAverage
 from arsg_dist.imagenet.training.optimization import Schedules
@@ -26,19 +27,21 @@ class Start:
     Attributes:
         engine: what distributes the training, a name of `arsg_dist.engine.ENGINES`.
         output: the run's directory.
-        resume: continue the run in `output`.
+        resume: continue the run in `output`; "auto": continue it, or start where nothing complete is there.
         skip_damaged: with `resume`: continue from the newest checkpoint that is not damaged.
+        allowed: kinds of `identity.ALLOWED` in which a checkpoint may differ from this start.
         deepspeed_config: path of a DeepSpeed JSON config, for the engine that has one.
-        max_updates: end after this many weight updates of the whole run, inside an epoch or not, without validation
-            and checkpoint of an epoch that is not finished; None for the recipe's end.
+        max_updates: end after this many weight updates of the whole run, inside an epoch or not, without validation of
+            an epoch that is not finished, and with a checkpoint if the run has none yet; None for the recipe's end.
     """
 
     engine: str
     output: Path
-    resume: bool = False
+    resume: Resume = False
     deepspeed_config: str | None = None
     max_updates: int | None = None
     skip_damaged: bool = False
+    allowed: frozenset[str] = frozenset()
 
 
 class Stateful(Protocol):
@@ -76,6 +79,7 @@ class RunParts:
         val_loader: this rank's share of the validation split.
         classes: names, in the order of the labels.
         notes: on the data, for the user.
+        identity: what makes the run's checkpoints its own, of `identity_of`.
         stop: signals to end the run.
     """
 
@@ -91,6 +95,7 @@ class RunParts:
     val_loader: Iterable[Batch]
     classes: list[str]
     notes: list[str]
+    identity: dict[str, Any]
     stop: StopRequest
 
     @property
@@ -113,11 +118,10 @@ class RunParts:
         """Whether this is rank 0, which shows and writes what all ranks agree on."""
         return self.communicator.rank == 0
 
-    def forward(self, module: nn.Module, images: torch.Tensor) -> torch.Tensor:
-        """Compute logits, shape (batch, classes), in the precision of the run."""
+    def forward(self, module: nn.Module, images: torch.Tensor) -> Any:
+        """Compute logits, shape (batch, classes), in the precision of the run; see `weighted_logits`."""
         with self.autocast:
-            logits: torch.Tensor = module(images)
-        return logits
+            return module(images)
 
     def to_device(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Move a batch to the device, its images as the engine's module takes them."""

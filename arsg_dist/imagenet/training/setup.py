@@ -11,27 +11,44 @@ from pathlib import Path
 
 import torch
 
+from arsg_dist.checkpoint.store import put_back
 from arsg_dist.engine import Communicator, EngineBuilder, Ranks, check_agreement
 from arsg_dist.imagenet.config import DataConfig, TrainConfig
 from arsg_dist.imagenet.data import dali
 from arsg_dist.imagenet.data.builtin import DIGITS, digits_tree
-from arsg_dist.imagenet.data.dataset import Batch, ImageSplit, Split, loader, open_splits
+from arsg_dist.imagenet.data.dataset import Batch, ImageSplit, Split, loader, open_splits, processes_ended
+from arsg_dist.imagenet.data.delivery import require_shared_memory
 from arsg_dist.imagenet.data.sampler import TrainingSampler, ValidationSampler
-from arsg_dist.imagenet.data.transforms import BatchMixing
-from arsg_dist.imagenet.models import build_model
+from arsg_dist.imagenet.data.transforms import BatchMixing, train_size
+from arsg_dist.imagenet.models import build_model, require_image_sizes
 from arsg_dist.imagenet.output.environment import describe
-from arsg_dist.imagenet.output.run_directory import check_output
+from arsg_dist.imagenet.output.run_directory import CHECKPOINTS, check_output, directory_of
 from arsg_dist.imagenet.output.run_log import import_wandb
+from arsg_dist.imagenet.output.states import Action, OutputState, decide, look_at, refusal
 from arsg_dist.imagenet.signals import StopRequest
 from arsg_dist.imagenet.training.ema import WeightAverage
 from arsg_dist.imagenet.training.engines import autocast, build_engine, prepare
+from arsg_dist.imagenet.training.identity import identity_of
 from arsg_dist.imagenet.training.optimization import Schedules, check_optimizer
 from arsg_dist.imagenet.training.parts import RunParts, Start
 from arsg_dist.imagenet.training.trainer import Trainer
 
 
-def train(config: TrainConfig, start: Start, ranks: Ranks, communicator: Communicator) -> int:
+def train(
+    config: TrainConfig,
+    start: Start,
+    ranks: Ranks,
+    communicator: Communicator,
+    stop: StopRequest | None = None,
+) -> int:
     """Train from the start or the last checkpoint, to the end or a signal. Collective.
+
+    Args:
+        config: of the run.
+        start: of the run, this one.
+        ranks: of the job.
+        communicator: of all ranks.
+        stop: of a program that handles signals before and after the training too.
 
     Returns:
         The exit code: 0, or `PREEMPTED` after a signal, with a checkpoint written.
@@ -39,8 +56,10 @@ def train(config: TrainConfig, start: Start, ranks: Ranks, communicator: Communi
     Raises:
         JobError: bad input or a failure all ranks agreed on; raised on every rank.
     """
-    stop = StopRequest(communicator)
+    stop = stop or StopRequest()
+    stop.begin(communicator)
     with stop.installed():
+        start = _decided(start, communicator)
         with communicator.fail_together():
             builder = _check(config, start, communicator.world_size)
         with communicator.fail_together():
@@ -49,13 +68,25 @@ def train(config: TrainConfig, start: Start, ranks: Ranks, communicator: Communi
             torch.manual_seed(config.seed)
             classes = train_split.classes
             model = build_model(config.model, len(classes), zero_init_gamma=config.zero_init_gamma)
+            require_image_sizes(
+                model,
+                config.model,
+                train=(train_size(config.data, epoch) for epoch in range(config.epochs)),
+                batch_size=config.micro_batch_size(communicator.world_size),
+                val=config.data.image_size,
+            )
         data = train_split.fingerprint()
         check_agreement(communicator, config=dataclasses.asdict(config), data=data, seed=config.seed)
+        identity = identity_of(config, builder, train_split, val_split, communicator)
         hosts = share_cores(communicator)
+        with communicator.fail_together():
+            _require_room(config, communicator, hosts)
         average = WeightAverage(model, config.ema_decay) if config.ema_decay else None
         engine = build_engine(builder, model, config, communicator, ranks)
         make_loader = partial(_loader, data=config.data, seed=config.seed, device=engine.device)
         micro_batch_size = config.micro_batch_size(communicator.world_size)
+        train_loader = make_loader(train_split, train_sampler, train=True, batch_size=micro_batch_size)
+        val_loader = make_loader(val_split, val_sampler, train=False, batch_size=config.val_batch_size)
         parts = RunParts(
             config=config,
             engine=engine,
@@ -75,20 +106,48 @@ def train(config: TrainConfig, start: Start, ranks: Ranks, communicator: Communi
                 seed=config.seed,
             ),
             train_sampler=train_sampler,
-            train_loader=make_loader(train_split, train_sampler, train=True, batch_size=micro_batch_size),
-            val_loader=make_loader(val_split, val_sampler, train=False, batch_size=config.val_batch_size),
+            train_loader=train_loader,
+            val_loader=val_loader,
             classes=classes,
             notes=[*train_split.notes, *val_split.notes],
+            identity=identity,
             stop=stop,
         )
         digest = hashlib.sha256(json.dumps(data).encode()).hexdigest()[:16]
         environment = describe(engine, hosts=hosts, data=digest, seed=config.seed)
-        return Trainer(parts, start, num_images=len(train_split)).train(environment)
+        with processes_ended(train_loader, val_loader):
+            return Trainer(parts, start, num_images=len(train_split)).train(environment)
+
+
+def _decided(start: Start, communicator: Communicator) -> Start:
+    """Decide what the start does at its output directory, as rank 0 finds it. Collective.
+
+    Returns:
+        The same start, with `resume` True or False.
+
+    Raises:
+        JobError: it is refused; on every rank.
+    """
+    state = ""
+    with communicator.fail_together():
+        if communicator.rank == 0:
+            if start.resume:
+                check_output(start.output, resume=True)
+                put_back(directory_of(start.output, CHECKPOINTS))
+            found = look_at(start.output)
+            if decide(found, start.resume) is Action.REFUSE:
+                raise ValueError(refusal(found, start.resume, start.output))
+            state = found.name
+    found = OutputState[communicator.from_rank_0(state)]
+    goes_on = decide(found, start.resume) is Action.GO_ON
+    skips = decide(OutputState.DAMAGED, start.resume) is Action.GO_ON_BEFORE
+    return dataclasses.replace(start, resume=goes_on, skip_damaged=start.skip_damaged or skips)
 
 
 def _check(config: TrainConfig, start: Start, world_size: int) -> EngineBuilder:
     """Refuse what is wrong before anything is made; return the engine's builder."""
-    check_output(start.output, resume=start.resume)
+    check_output(start.output, resume=bool(start.resume))
+    config.data.require_root()
     config.micro_batch_size(world_size)
     check_optimizer(config.optimizer)
     if config.data.loader == "dali":
@@ -99,11 +158,24 @@ def _check(config: TrainConfig, start: Start, world_size: int) -> EngineBuilder:
 
 
 def _open_data(config: TrainConfig) -> tuple[Split, Split]:
-    """Open both splits; without a root those of the digits, made on first use."""
+    """Open both splits; for the root null those of the digits, made on first use."""
     data = config.data
     use_digits = data.source == "folder" and data.root is None
     root = digits_tree(DIGITS) if use_digits else Path(data.root or "")
     return open_splits(root, data, seed=config.seed)
+
+
+def _require_room(config: TrainConfig, communicator: Communicator, hosts: list[str]) -> None:
+    """Refuse loader processes that have no room on this host; its first rank speaks for all."""
+    here = hosts[communicator.rank]
+    if hosts.index(here) == communicator.rank:
+        require_shared_memory(
+            config.data,
+            batch_size=config.micro_batch_size(communicator.world_size),
+            val_batch_size=config.val_batch_size,
+            ranks_here=hosts.count(here),
+            pinned=torch.cuda.is_available(),
+        )
 
 
 def _samplers(
@@ -147,8 +219,14 @@ def _loader(
             seed=seed,
             device=device,
         )
-    pin_memory = device.type == "cuda"
-    return loader(split, sampler, workers=data.workers, image_size=image_size, pin_memory=pin_memory)
+    return loader(
+        split,
+        sampler,
+        workers=data.workers,
+        image_size=image_size,
+        pin_memory=device.type == "cuda",
+        timeout=data.timeout,
+    )
 
 
 def share_cores(communicator: Communicator) -> list[str]:

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterator
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,9 +15,11 @@ from arsg_dist.imagenet.data.builtin import DIGITS
 from arsg_dist.imagenet.data.dataset import Batch, batches
 from arsg_dist.imagenet.data.sampler import IGNORED
 from arsg_dist.imagenet.data.transforms import cross_entropy_sum, train_size
+from arsg_dist.imagenet.models import weighted_logits
 from arsg_dist.imagenet.output.export import write_model_card
 from arsg_dist.imagenet.output.run_directory import CHECKPOINTS, TENSORBOARD, WEIGHTS
 from arsg_dist.imagenet.output.run_log import RunLog
+from arsg_dist.imagenet.output.states import keep_earlier_records
 from arsg_dist.imagenet.output.weights import EMA, LAST, WeightFiles
 from arsg_dist.imagenet.signals import MARKER, write_marker
 from arsg_dist.imagenet.training.checkpoint import Position, RunCheckpoints
@@ -64,11 +67,18 @@ class Trainer:
         notes = [*parts.notes]
         if self._start.resume:
             self._at, resumed = self._checkpoints.resume(
-                num_images=self._at.num_images, skip_damaged=self._start.skip_damaged
+                num_images=self._at.num_images,
+                skip_damaged=self._start.skip_damaged,
+                allowed=self._start.allowed,
             )
             notes += resumed
         at = self._at
-        self._open_files(environment)
+        earlier = self._open_files(environment)
+        if earlier:
+            notes.append(
+                f"no complete checkpoint in {self._start.output}: started anew; the records of the start before are "
+                f"kept in {earlier}"
+            )
         last_update = at.update + parts.train_sampler.updates_until(config.epochs - 1, at.images)
         if self._start.max_updates is not None:
             last_update = min(last_update, self._start.max_updates)
@@ -89,7 +99,8 @@ class Trainer:
                 return self._stopped()
             if parts.train_sampler.updates_until(epoch, at.images):
                 self._progress.say(
-                    f"ended after {at.update} updates, before the end of epoch {epoch + 1}, as asked by --max_updates"
+                    f"ended after {at.update} updates, before the end of epoch {epoch + 1}, as asked by --max_updates; "
+                    "--resume goes on from the last checkpoint"
                 )
                 break
             validated = self._validate(loop)
@@ -107,23 +118,30 @@ class Trainer:
                 self._finished(self._log, evaluation)
         return 0
 
-    def _open_files(self, environment: dict[str, Any]) -> None:
-        """Open the run's records and weight files, on rank 0. Collective."""
+    def _open_files(self, environment: dict[str, Any]) -> Path | None:
+        """Open the run's records and weight files, on rank 0. Collective.
+
+        Returns:
+            Where an earlier start's records are now; None if there were none, and on the other ranks.
+        """
         parts, start, at = self._parts, self._start, self._at
         with parts.communicator.fail_together(OSError, ValueError, ImportError):
             if not parts.leader:
-                return
+                return None
+            earlier = None if start.resume else keep_earlier_records(start.output)
             (start.output / MARKER).unlink(missing_ok=True)
             world_size = parts.communicator.world_size
             self._log = RunLog(
                 start.output,
                 {**dataclasses.asdict(parts.config), "engine": start.engine, "world_size": world_size},
                 resumed_updates=at.update if start.resume else None,
+                resumed_epochs=at.epoch,
                 environment=environment,
                 classes=parts.classes,
                 wandb_project=parts.config.wandb_project,
             )
             self._weights = WeightFiles(start.output, resumed_epoch=at.epoch)
+        return earlier
 
     def _say_what_begins(self, notes: list[str]) -> None:
         config, world_size, say = self._parts.config, self._parts.communicator.world_size, self._progress.say
@@ -175,7 +193,7 @@ class Trainer:
             evaluation=evaluation,
             ema=validated[EMA][0] if EMA in validated else None,
             speed=speed,
-            hyperparameters=shown_hyperparameters(parts.engine.optimizer),
+            hyperparameters=self._checkpoints.shown or shown_hyperparameters(parts.engine.optimizer),
             bad_images=at.bad_images,
             image_size=train_size(config.data, epoch),
         )
@@ -196,7 +214,7 @@ class Trainer:
         if evaluation:
             say(f"validation accuracy {evaluation.top1:.2%} over all {evaluation.images} images")
         elif done:
-            say("nothing left to do: this run is already done")
+            say("nothing left to do: this run is finished, its epochs are already done")
         if self._at.bad_images:
             say(f"left out {self._at.bad_images} images that could not be decoded")
         made = ("metrics.jsonl", curve.name, f"{TENSORBOARD}/", f"{CHECKPOINTS}/", f"{WEIGHTS}/")
@@ -273,11 +291,19 @@ class EpochLoop:
                     inputs, targets = parts.mixing(inputs, labels, at.update)
                     # The sum over what counts, divided by the nominal size: bad images drop out without weighing
                     # others up.
-                    loss = cross_entropy_sum(parts.forward(engine.module, inputs), targets)
+                    loss = torch.stack(
+                        [
+                            share * cross_entropy_sum(logits, targets)
+                            for share, logits in weighted_logits(parts.forward(engine.module, inputs))
+                        ]
+                    ).sum()
                 engine.backward(loss * weight)
                 engine.step()
                 loss_sum += health.finite(loss, at.update + 1)
             at.update += 1
+            self._checkpoints.shown = shown_hyperparameters(
+                engine.optimizer
+            )  # of this update: the schedule steps below
             at.images = sampler.after(at.images)
             health.after_update(at.update)
             parts.schedules.after_update()
@@ -288,7 +314,9 @@ class EpochLoop:
             ended = at.update == self._last_update or epoch_ended
             stop = parts.stop.agreed()
             due = config.checkpoint_every > 0 and at.update % config.checkpoint_every == 0
-            save = stop or (due and not epoch_ended)  # after a whole epoch the caller saves
+            # After a whole epoch the caller saves. A run that was asked to end here must be one that can be continued.
+            needed = due or (ended and not self._checkpoints.any_saved)
+            save = stop or (needed and not epoch_ended)
             record = ended or at.update % config.log_every == 0
             if save or record:
                 loss_total, images_total, waited = self._exchange(float(loss_sum), images, bad)
@@ -296,7 +324,7 @@ class EpochLoop:
                 loss_sum.zero_()
                 images, bad = 0, []
             if record:
-                shown = shown_hyperparameters(engine.optimizer)
+                shown = self._checkpoints.shown
                 progress.record(at.update, at.take_recent(), shown, waited, skipped=engine.skipped_updates)
             if save or ended:
                 health.require_finite_weights()

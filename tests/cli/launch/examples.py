@@ -14,6 +14,7 @@ _PROGRAM = f"launch/train_imagenet.py {_RECIPE} --output runs/imagenet"
 _DEEPSPEED = f"{_PROGRAM} --deepspeed_config configs/deepspeed/zero1.json"
 _HOROVOD = f"{_PROGRAM} --engine horovod"
 _PATHS = "--directory /path/to/arsg_dist --python /path/to/arsg_dist/.venv/bin/python"
+_IMAGE = "--image arsg_dist:latest"
 _NODES = "--nodes 2 --ranks-per-node 4"
 
 EXAMPLES = {
@@ -26,9 +27,9 @@ EXAMPLES = {
     "pbs_polaris.pbs": "pbs --engine deepspeed --profile polaris --account PROJECT "
     f"--time 01:00:00 {_NODES} -- {_DEEPSPEED}",
     "lsf_horovod.lsf": f"lsf --engine horovod --time 24:00 {_NODES} -- {_HOROVOD}",
-    "kubernetes/mpijob_horovod.json": f"mpijob --engine horovod --image arsg_dist:latest {_NODES} -- {_HOROVOD}",
-    "kubernetes/pytorchjob_deepspeed.json": f"pytorchjob --image arsg_dist:latest {_NODES} -- {_DEEPSPEED}",
-    "kubernetes/trainjob_deepspeed.json": f"trainjob --image arsg_dist:latest {_NODES} -- {_DEEPSPEED}",
+    "kubernetes/mpijob_horovod.json": f"mpijob --engine horovod {_IMAGE} {_NODES} -- {_HOROVOD}",
+    "kubernetes/pytorchjob_deepspeed.json": f"pytorchjob {_IMAGE} {_NODES} -- {_DEEPSPEED}",
+    "kubernetes/trainjob_deepspeed.json": f"trainjob {_IMAGE} {_NODES} -- {_DEEPSPEED}",
 }
 
 
@@ -37,9 +38,9 @@ def example(name: str) -> str:
     command, _, program = EXAMPLES[name].partition(" -- ")
     parser = argparse.ArgumentParser()
     launch.add_arguments(parser)
-    (content,) = launch.make_plan(
-        parser.parse_args([*f"{command} {_PATHS} --".split(), *program.split()])
-    ).files.values()
+    paths = "" if _IMAGE in command else _PATHS  # those of the image
+    options = parser.parse_args([*f"{command} {paths} --".split(), *program.split()])
+    (content,) = launch.make_plan(options, here={}).files.values()
     return content
 
 

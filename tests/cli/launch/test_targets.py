@@ -8,6 +8,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -56,8 +57,11 @@ def texts(plan: Plan) -> str:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_a_plan_has_the_program_and_a_timeout_on_every_stack(target: str, tmp_path: Path) -> None:
+def test_a_plan_has_the_program_and_a_timeout_on_every_stack(
+    target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Catches a target that drops arguments, or whose job waits for ever for a host that is gone."""
+    monkeypatch.chdir(tmp_path)  # where manifests are written: their --directory is in the image
     for engine, rendezvous in TARGETS[target].engines().items():
         made = plan(target, "--directory", str(tmp_path), "--detect-seconds", "37", engine=engine)
         everything = str(made)
@@ -256,6 +260,50 @@ def test_slurm_resumes_only_a_run_that_has_a_checkpoint(tmp_path: Path) -> None:
     assert run_as_batch_script(script, tmp_path, "srun") == [*program, "--resume"]
 
 
+PROGRAMS = {
+    "as a file": (["launch/train_imagenet.py", "--output", "runs/a"], ["--resume", "auto"]),
+    "as installed": (["/opt/venv/bin/arsg-imagenet", "train", "--output", "runs/a"], ["--resume", "auto"]),
+    "with its own": (["launch/train_imagenet.py", "--output", "runs/a", "--resume"], []),
+    "with its own value": (["launch/train_imagenet.py", "--resume=false"], []),
+    "another command": (["arsg-imagenet", "compare", "runs/a"], []),
+    "another program": (["train.py"], []),
+}
+
+
+@pytest.mark.parametrize("target", ["slurm", "pbs", "lsf", "pytorchjob", "mpijob", "trainjob"])
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_what_may_be_started_again_resumes_where_it_can(name: str, target: str, tmp_path: Path) -> None:
+    """Catches a manifest whose restarted container fails since its run exists already, a requeued job that fails for
+    want of a first checkpoint, and a user's own --resume that is given a second one."""
+    program, added = PROGRAMS[name]
+    written = texts(plan(target, "--directory", str(tmp_path), program=program))
+    if target in ("slurm", "pbs", "lsf"):
+        line = next(line for line in written.splitlines() if line.startswith("program=("))
+        words = shlex.split(line.removeprefix("program=(").removesuffix(")"))
+        assert words[-len(program + added) :] == program + added
+        assert "program+=" not in written
+    else:
+        commands = [command for command in commands_of(json.loads(written)) if program[0] in command]
+        assert commands
+        assert {tuple(command[-len(program + added) :]) for command in commands} == {tuple(program + added)}
+
+
+def commands_of(manifest: object) -> list[list[str]]:
+    """Every command in a manifest."""
+    if isinstance(manifest, list):
+        return [command for item in manifest for command in commands_of(item)]
+    if not isinstance(manifest, dict):
+        return []
+    own = [manifest["command"]] if "command" in manifest else []
+    return own + commands_of(list(manifest.values()))
+
+
+def test_targets_that_nothing_starts_again_add_nothing() -> None:
+    """Catches a `--resume auto` that a user at the keyboard has not asked for."""
+    program = ["launch/train_imagenet.py", "--output", "runs/a"]
+    assert "--resume" not in str(plan("local", program=program))
+
+
 def test_every_setting_of_a_profile_has_a_source() -> None:
     """Catches a setting somebody made up."""
     assert {"frontier", "perlmutter", "polaris", "infiniband", "ethernet", "aws-efa"} <= set(profile_names())
@@ -333,6 +381,50 @@ def test_signals_reach_the_launcher(tmp_path: Path) -> None:
     process.send_signal(signal.SIGUSR1)
     assert process.communicate(timeout=60)[0] == "got it\n"
     assert process.returncode == 75
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+def test_ranks_are_told_to_stop_past_a_launcher_that_would_kill_them(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    """Catches a stop that goes to mpirun, which gives its ranks no time to save, and Ctrl-C that does; a second signal
+    that is lost; and a loader process that is taken for a rank of its own."""
+    rank = tmp_path / "rank.py"
+    rank.write_text(
+        "import os, signal, sys, time\n"
+        f"def note(number, frame):\n    open('{tmp_path}/got', 'a').write(signal.Signals(number).name + chr(10))\n"
+        "for number in (signal.SIGTERM, signal.SIGINT): signal.signal(number, note)\n"
+        "worker = os.fork()\n"
+        f"open('{tmp_path}/ready', 'a').write('x')\n"
+        "while worker or os.getppid() > 1: time.sleep(0.05)\n"
+    )
+    (tmp_path / "mpirun").write_text(
+        "#!/bin/sh\ntrap 'echo killed; kill -9 $rank; exit 1' TERM INT\n"
+        f"OMPI_COMM_WORLD_RANK=0 {sys.executable} {rank} & rank=$!\nwhile :; do sleep 0.1; done\n"
+    )
+    (tmp_path / "mpirun").chmod(0o755)
+    command = [sys.executable, "-m", "arsg_dist.cli.main", "launch", "local", "--engine", "horovod"]
+    process = subprocess.Popen(
+        [*command, "--ranks-per-node", "1", "--cpu", "--directory", str(tmp_path), "--", *PROGRAM],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(REPOSITORY)},
+        start_new_session=True,
+    )
+    _wait_for(tmp_path / "ready", "xx")
+    os.killpg(process.pid, number)  # as a terminal and a scheduler do
+    _wait_for(tmp_path / "got", f"{number.name}\n")
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=60)[0] == "killed\n"
+    assert (process.returncode, (tmp_path / "got").read_text()) == (1, f"{number.name}\n")
+
+
+def _wait_for(path: Path, text: str) -> None:
+    end = time.monotonic() + 60
+    while not path.exists() or path.read_text() != text:
+        assert time.monotonic() < end, path.read_text() if path.exists() else f"{path} is missing"
+        time.sleep(0.05)
 
 
 def test_a_signal_in_the_moment_of_the_start_is_passed_on() -> None:

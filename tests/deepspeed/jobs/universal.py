@@ -16,8 +16,8 @@ import arsg_dist.deepspeed
 from arsg_dist.engine import end_process
 from tests.deepspeed import checkpoint_cases as checkpoints
 from tests.deepspeed import matrix
-from tests.deepspeed.jobs.checkpoints import build, schedule_of, snapshot, train
-from tests.deepspeed.jobs.common import gathered, job, loading
+from tests.deepspeed.jobs.checkpoints import build, differences, schedule_of, snapshot, train
+from tests.deepspeed.jobs.common import gathered, job, loading, weights_of
 from tests.deepspeed.jobs.matrix import masters
 from tests.support import toy
 
@@ -113,13 +113,18 @@ def without_state(folder: Path) -> dict[str, Any]:
         config = checkpoints.kept(stage, "fp32")
         engine = build(config)
         engine.save_checkpoint(str(path), tag=f"new{stage}")
-        said[f"new, zero{stage}"] = loading(engine, path, tag=f"new{stage}")
+        new = snapshot(engine)
+        train(engine, config, 0, 1)
+        accepted = loading(engine, path, tag=f"new{stage}")
+        said[f"new, zero{stage}"] = accepted, differences(new, snapshot(engine))
         train(engine, config, 0, 1)
         engine.basic_optimizer.state.clear()
         engine.save_checkpoint(str(path), tag=f"zero{stage}")
+        saved = masters(engine, config.case)
         said[f"stateless, zero{stage}"] = loading(engine, path, tag=f"zero{stage}")
-        only_weights = loading(engine, path, tag=f"zero{stage}", load_module_only=True)
-        said[f"stateless, weights, zero{stage}"] = only_weights
+        train(engine, config, 1, 2)
+        accepted = loading(engine, path, tag=f"zero{stage}", load_module_only=True)
+        said[f"stateless, weights, zero{stage}"] = accepted, differences(saved, masters(engine, config.case))
         engine.destroy()
     engine = build(checkpoints.kept(2, "fp32"), **UNIVERSAL)
     said["stateless, universal"] = loading(engine, folder / "zero1-fp32-stateless")
@@ -141,11 +146,16 @@ def other_optimizer(folder: Path) -> dict[str, Any]:
         adam.backward(toy.loss_of(adam(inputs, 1), targets))
         adam.step()
         adam.save_checkpoint(str(folder / "adam"), tag=f"zero{stage}")
+        trained = weights_of(adam.module)
         adam.destroy()
         engine = build(checkpoints.kept(stage, "fp32"))
         said[f"Adam's, zero{stage}"] = loading(engine, folder / "adam", tag=f"zero{stage}")
-        path, _ = engine.load_checkpoint(str(folder / "adam"), tag=f"zero{stage}", load_module_only=True)
-        said[f"Adam's weights, zero{stage}"] = path is not None
+        started = weights_of(engine.module)
+        engine.load_checkpoint(str(folder / "adam"), tag=f"zero{stage}", load_module_only=True)
+        said[f"Adam's weights, zero{stage}"] = (
+            differences(trained, weights_of(engine.module)),
+            differences(started, trained) != [],
+        )
         engine.destroy()
     return said
 

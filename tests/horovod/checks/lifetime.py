@@ -2,11 +2,14 @@
 
 import copy
 import gc
+import io
 import sys
 import tempfile
+import threading
 import time
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +68,78 @@ def check_the_model_outlives_its_optimizer() -> None:
                 gc.collect()
                 for actual, right in zip(read(model), read(expected), strict=True):
                     assert torch.allclose(actual, right, rtol=1e-4, atol=1e-6), (name, gather)
+    assert not mpi_ops._handle_map
+
+
+def check_every_reader_waits_when_the_optimizer_is_gone() -> None:
+    """Other ways to read a model than the above; after an exception, and when a second optimizer has come and gone."""
+    expected = plain_after(2)[0]
+
+    def saved(model: nn.Module) -> list[Any]:
+        file = io.BytesIO()
+        torch.save(model.state_dict(), file)
+        return list(torch.load(io.BytesIO(file.getvalue()), weights_only=True).values())
+
+    def by_hook(model: nn.Module) -> list[Any]:
+        seen: list[Any] = []
+        hook = model[0].register_forward_pre_hook(
+            lambda module, _: seen.append(module.weight.detach().clone())
+        )
+        model(toy.batch(7)[0])
+        hook.remove()
+        return seen
+
+    def by_threads(model: nn.Module) -> list[Any]:
+        """Two at once: Horovod answers the second of them before the exchange has ended."""
+        found: list[Any] = [None, None]
+
+        def read(place: int) -> None:
+            found[place] = [value.clone() for value in model.state_dict().values()]
+
+        threads = [threading.Thread(target=read, args=(place,)) for place in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return [*found[0], *found[1]]
+
+    readers: dict[str, Callable[[nn.Module], list[Any]]] = {
+        "torch.save": saved,
+        "named_parameters": lambda m: [p.detach() for _, p in m.named_parameters()],
+        "a child's parameters": lambda m: [p.detach() for p in m[2].parameters()],
+        "hook": by_hook,
+        "threads": by_threads,
+        "get_parameter": lambda m: [m.get_parameter("4.bias").detach()],
+        "_parameters": lambda m: [m[0]._parameters["weight"].detach()],
+        "vector": lambda m: [torch.nn.utils.parameters_to_vector(m.parameters()).detach()],
+    }
+    for name, read in readers.items():
+        with late_exchange():
+            model = trained_in_a_function()
+            gc.collect()
+            for actual, right in zip(read(model), read(expected), strict=True):
+                assert torch.allclose(actual, right, rtol=1e-4, atol=1e-6), name
+
+    def failing() -> None:
+        model, optimizer = build()
+        update(model, optimizer, 0, 1)
+        kept.append(model)
+        raise ValueError("the program's own")
+
+    kept: list[nn.Module] = []
+    with late_exchange():
+        with suppress(ValueError):
+            failing()
+        gc.collect()
+        assert_equal(kept[0], expected)
+    with late_exchange():
+        model = trained_in_a_function()
+        update(*(second := build(model)))
+        del second
+        gc.collect()
+        assert torch.isfinite(torch.cat([p.flatten() for p in model.parameters()])).all()
+        gathered = hvd.allgather(torch.cat([p.detach().flatten() for p in model.parameters()])[None])
+        assert all(torch.equal(gathered[0], other) for other in gathered)
     assert not mpi_ops._handle_map
 
 

@@ -67,37 +67,71 @@ def check_bf16_gradients_are_averaged_in_fp32() -> None:
     assert model.weight.grad.item() == mean.item(), (model.weight.grad.item(), mean.item())
 
 
+def _replaced(p: Any) -> None:
+    p.grad = p.grad * 0.1
+
+
+def _removed(p: Any) -> None:
+    p.grad = None
+
+
+CHANGES: dict[str, Callable[[Any], object]] = {
+    "clipped": lambda p: torch.nn.utils.clip_grad_norm_(p, 0.1),
+    "in place": lambda p: p.grad.mul_(0.1),
+    "zeroed": lambda p: p.grad.zero_(),
+    "replaced": _replaced,
+    "removed": _removed,
+    ".data": lambda p: p.grad.data.mul_(0.1),
+    ".data, new": lambda p: setattr(p.grad, "data", p.grad.data * 0.1),
+    "set_": lambda p: p.grad.set_(p.grad * 0.1),
+    "numpy": lambda p: p.grad.numpy().fill(0.5),
+}
+SENT = {
+    "none": {},
+    "fp16": {"compression": hvd.Compression.fp16},
+    "one group": {"groups": 1},
+    "groups, fp16": {"groups": 2, "compression": hvd.Compression.fp16},
+    "predivided": {"gradient_predivide_factor": 2.0},
+}
+
+
 def check_changing_gradients_in_flight_is_refused() -> None:
-    """And nothing is in flight afterwards: the gradients are the averages of those that backward() left."""
-
-    def replace(model: nn.Module) -> None:
-        model.bias.grad = model.bias.grad * 0.1
-
-    def past_autograd(model: nn.Module) -> None:
-        model.weight.grad.data.mul_(0.1)
-
+    """Whichever way, however they are sent: each change with each compression and grouping, on one rank and on all. And
+    nothing is in flight afterwards: the gradients are the averages of those that backward() left."""
     average = torch.full((2, 3), (1 + hvd.size()) / 2)
-    for change, compression in (
-        (lambda model: torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1), hvd.Compression.none),
-        (lambda model: model.zero_grad(set_to_none=False), hvd.Compression.none),
-        (lambda model: model.zero_grad(set_to_none=True), hvd.Compression.none),
-        (replace, hvd.Compression.none),
-        (replace, hvd.Compression.fp16),
-        (past_autograd, hvd.Compression.fp16),
-    ):
+    for sent, settings in SENT.items():
+        for way, change in CHANGES.items():
+            model = nn.Linear(3, 2)
+            optimizer = wrapped(ARSG(model.parameters()), model, **settings)
+            backward(model)
+            for parameter in (model.weight, model.bias):
+                change(parameter)
+            raises(RuntimeError, "between backward() and", optimizer.step)
+            assert torch.equal(model.bias.grad, torch.ones(2)) or way not in ("replaced", "removed"), (
+                sent,
+                way,
+            )
+            assert not optimizer._exchange.in_flight, (sent, way)
+            optimizer.zero_grad()
+            backward(model)
+            optimizer.step()
+            assert torch.equal(model.weight.grad, average), (sent, way)
+
+
+def check_gradients_may_be_changed_before_they_are_sent() -> None:
+    """As with Horovod's: after all but the last of several backward passes this rank's sum is its own, and counts."""
+    for way, change in CHANGES.items():
+        if way in ("removed", "clipped"):
+            continue
         model = nn.Linear(3, 2)
-        optimizer = wrapped(ARSG(model.parameters()), model, compression=compression)
+        optimizer = wrapped(torch.optim.SGD(model.parameters(), lr=0.0), model, backward_passes_per_step=2)
         backward(model)
-        change(model)
-        raises(RuntimeError, "between backward() and", optimizer.step)
-        if change in (replace, past_autograd):
-            assert torch.equal(model.weight.grad, average)
-            assert torch.equal(model.bias.grad, torch.ones(2))
-        assert not optimizer._exchange.in_flight
-        optimizer.zero_grad()
+        change(model.weight)
+        first = model.weight.grad.clone()
         backward(model)
         optimizer.step()
-        assert torch.equal(model.weight.grad, average)
+        mean = hvd.allreduce(first, name="first passes") + (1 + hvd.size()) / 2
+        assert torch.allclose(model.weight.grad, mean), way
 
 
 def check_unscaling_gradients_in_flight_is_refused() -> None:
@@ -218,6 +252,109 @@ def check_sparse_gradients_are_those_of_one_process() -> None:
     table(torch.tensor(rows[hvd.rank()])).square().sum().backward()
     table.weight.grad = table.weight.grad * 0.1
     raises(RuntimeError, "the gradient of weight was changed", optimizer.step)
+
+
+def check_a_rank_without_rows_in_the_first_update_takes_part() -> None:
+    """Where plain Horovod waits for ever: nothing tells this rank that the others' gradients are sparse."""
+    for layers in (1, 2):
+        torch.manual_seed(0)
+        model = nn.ModuleDict({f"table{n}": nn.Embedding(6, 2, sparse=True) for n in range(layers)})
+        model["dense"] = nn.Linear(2, 1, bias=False)
+        alone = copy.deepcopy(model)
+        optimizer = wrapped(torch.optim.SGD(model.parameters(), lr=0.1), model)
+        plain = torch.optim.SGD(alone.parameters(), lr=0.1)
+
+        def loss(model: Any, rank: int, update: int, layers: int = layers) -> torch.Tensor:
+            if rank == 0 and update == 0:
+                return model["dense"](torch.ones(1, 2)).sum()
+            looked_up = [
+                model[f"table{n}"](torch.tensor([rank, 4])) for n in range(1 + update * (layers - 1))
+            ]
+            return sum(model["dense"](found).square().sum() for found in looked_up)
+
+        for update in range(2):
+            optimizer.zero_grad()
+            plain.zero_grad()
+            loss(model, hvd.rank(), update).backward()
+            optimizer.step()
+            sum(loss(alone, rank, update) / hvd.size() for rank in range(hvd.size())).backward()
+            plain.step()
+        for name, parameter in alone.named_parameters():
+            torch.testing.assert_close(model.get_parameter(name), parameter, msg=name)
+
+
+def check_every_optimizer_of_torch_equals_one_process() -> None:
+    """Those that plain Horovod serves, with plain Horovod's values."""
+    one_step = {"SparseAdam", "LBFGS"}  # with sparse gradients, and with a closure: elsewhere
+    for name, kind in sorted(vars(torch.optim).items()):
+        if not isinstance(kind, type) or kind is torch.optim.Optimizer or name in one_step:
+            continue
+        if not issubclass(kind, torch.optim.Optimizer):
+            continue
+        torch.manual_seed(0)
+        models = [
+            nn.Sequential(nn.Linear(3, 4, bias=False), nn.Tanh(), nn.Linear(4, 2, bias=False))
+            for _ in range(3)
+        ]
+        for model in models[1:]:
+            model.load_state_dict(models[0].state_dict())
+        settings = {"momentum": 0.9} if name == "SGD" else {}
+        ours, theirs, plain = (kind(model.parameters(), lr=0.05, **settings) for model in models)
+        ours = wrapped(ours, models[0])
+        theirs = hvd.DistributedOptimizer(
+            theirs, [(f"theirs.{name}.{n}", p) for n, p in models[1].named_parameters()]
+        )
+        for update in range(3):
+            inputs = [
+                torch.sin(torch.arange(6.0).view(2, 3) + rank + 3 * update) for rank in range(hvd.size())
+            ]
+            for optimizer, model in ((ours, models[0]), (theirs, models[1])):
+                optimizer.zero_grad()
+                model(inputs[hvd.rank()]).square().mean().backward()
+                optimizer.step()
+            plain.zero_grad()
+            models[2](torch.cat(inputs)).square().mean().backward()
+            plain.step()
+        for mine, horovods, right in zip(*(model.parameters() for model in models), strict=True):
+            assert torch.equal(mine, horovods), name
+            torch.testing.assert_close(mine, right, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def check_lbfgs_decides_by_the_loss_of_all_ranks() -> None:
+    """By its own each rank would search another way along its line, and ask the others for gradients in vain."""
+    inputs = torch.sin(torch.arange(36.0)).view(-1, 3)[: 4 * hvd.size()]
+    for search in (None, "strong_wolfe"):
+        for op in (hvd.Average, hvd.Sum):
+            models = [nn.Linear(3, 1), nn.Linear(3, 1)]
+            models[1].load_state_dict(models[0].state_dict())
+            hvd.broadcast_parameters(models[1].state_dict())
+            models[0].load_state_dict(models[1].state_dict())
+            ours, plain = (
+                torch.optim.LBFGS(model.parameters(), lr=0.5, max_iter=6, line_search_fn=search)
+                for model in models
+            )
+            ours = wrapped(ours, models[0], op=op)
+
+            def closure(
+                model: Any, optimizer: Any, rows: torch.Tensor, share: float
+            ) -> Callable[[], torch.Tensor]:
+                def evaluate() -> torch.Tensor:
+                    optimizer.zero_grad()
+                    loss = ((model(rows) - rows.sum(1, keepdim=True)).square() - 0.1).mean() * share
+                    loss.backward()
+                    return loss
+
+                return evaluate
+
+            mine = inputs.view(hvd.size(), -1, 3)[hvd.rank()]
+            for _ in range(2):
+                loss = ours.step(closure(models[0], ours, mine, 1.0 if op == hvd.Average else 1 / hvd.size()))
+                right = plain.step(closure(models[1], plain, inputs, 1.0))
+                torch.testing.assert_close(loss.float(), right.float(), rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(models[0].weight, models[1].weight, rtol=1e-3, atol=1e-4)
+    adasum = torch.optim.LBFGS(models[0].parameters())
+    if hvd.mpi_enabled() and hvd.size() == 2:
+        raises(ValueError, "does not go with LBFGS", lambda: DistributedOptimizer(adasum, op=hvd.Adasum))
 
 
 def check_settings_that_differ_are_refused_before_the_update() -> None:

@@ -2,12 +2,15 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
 from arsg_dist.imagenet.config import DataConfig, ProgressiveConfig
+from arsg_dist.imagenet.data import dali
 from arsg_dist.imagenet.data.dali import CollateEncoded, DaliLoader, EncodedSplit, check_dali
 from arsg_dist.imagenet.data.dataset import ImageSplit, loader, open_splits
 from arsg_dist.imagenet.data.sampler import IGNORED, TrainingSampler, ValidationSampler
@@ -54,7 +57,7 @@ def test_dali_gives_the_images_of_the_pillow_loader(kind: str, photos: Path) -> 
     assert isinstance(split, ImageSplit)
     order = train_sampler(8) if train else ValidationSampler(10, batch_size=4, rank=1, world_size=2)
     pillow = loader(split, order, workers=0, image_size=56, pin_memory=False)
-    dali = DaliLoader(
+    decoded = DaliLoader(
         split,
         order,
         config=config,
@@ -65,7 +68,7 @@ def test_dali_gives_the_images_of_the_pillow_loader(kind: str, photos: Path) -> 
         device=torch.device("cpu"),
     )
     for _ in range(2):  # validation goes over its loader once per epoch
-        pairs = list(zip(pillow, dali, strict=True))
+        pairs = list(zip(pillow, decoded, strict=True))
         assert len(pairs) == len(order)
         for expected, found in pairs:
             assert torch.equal(found.labels, expected.labels)
@@ -87,6 +90,54 @@ def test_bad_and_missing_images_are_filled_up(photos: Path) -> None:
     assert len(batch.bad) == 1
     assert "2.jpg" in batch.bad[0]
     assert [image.label for image in collate([None, None]).images] == [IGNORED, IGNORED]
+
+
+class Refusing:
+    """DALI's pipeline, as far as the loader sees it: it raises with its third batch, when the fourth is under way."""
+
+    def __init__(self, source: Any) -> None:
+        self.source, self.made = source, 0
+
+    def run(self) -> tuple[Any]:
+        self.made += 1
+        self.source()
+        if self.made == 3:
+            self.source()
+            raise RuntimeError("nvJPEG error")
+        pixels = torch.full((2, 3, 56, 56), float(self.made))
+        return (SimpleNamespace(as_tensor=lambda: pixels),)
+
+
+@pytest.mark.parametrize("damaged", [True, False])
+def test_an_image_that_dali_cannot_decode_is_named(
+    damaged: bool, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a whole batch of names where one image is bad, a rank that ends alone, batches that are missing after it
+    (the others would wait), and an image blamed for an error that is not its own."""
+    path = photos / "val" / "dog" / "7.jpg"
+    if damaged:
+        path.write_bytes(path.read_bytes()[:-300])  # the header is whole
+    split = open_splits(photos, CONFIG, seed=1)[1]
+    monkeypatch.setattr(dali, "_pipeline", lambda source, *_: Refusing(source))
+    loader = DaliLoader(
+        split,  # type: ignore[arg-type]
+        ValidationSampler(10, batch_size=2, rank=0, world_size=1),
+        config=CONFIG,
+        train=False,
+        batch_size=2,
+        image_size=56,
+        seed=1,
+        device=torch.device("cpu"),
+    )
+    if not damaged:
+        with pytest.raises(RuntimeError, match=r"could not decode one of .*4\.jpg.*7\.jpg: nvJPEG error"):
+            list(loader)
+        return
+    batches = list(loader)
+    assert [float(batch.images[0, 0, 0, 0]) for batch in batches] == [1, 2, 0, 0, 0]
+    assert [batch.labels.tolist() for batch in batches] == [[0, 0], [0, 0], *[[IGNORED, IGNORED]] * 3]
+    assert [len(batch.bad) for batch in batches] == [0, 0, 1, 0, 0]
+    assert str(path) in batches[2].bad[0]
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from arsg_dist.imagenet.config import DataConfig, ProgressiveConfig
+from arsg_dist.imagenet.data import dataset
 from arsg_dist.imagenet.data.builtin import digits_tree
 from arsg_dist.imagenet.data.dataset import collate, loader, open_splits
 from arsg_dist.imagenet.data.folder import ImageTree
@@ -119,3 +121,38 @@ def test_a_place_that_only_fills_up_has_no_label_and_no_fault(small_tree: Path) 
     assert train[SampleKey(0, 1, False)][1] == IGNORED
     assert train[SampleKey(0, 0, False)] is None
     assert str(broken) in train[SampleKey(0, 0)]
+
+
+def test_an_image_too_narrow_to_be_resized_is_a_bad_image(small_tree: Path) -> None:
+    """Catches memory for a thousand times its pixels: validation makes the shorter side as long as the crop needs."""
+    narrow = sorted((small_tree / "val" / "0").iterdir())[0]
+    Image.new("RGB", (2000, 1)).save(narrow, "PNG")
+    edge = 18  # round(16 × 256 / 224)
+    for limit, bad in ((edge * edge * 2000 - 1, True), (edge * edge * 2000, False)):
+        config = DataConfig(augmentation="imagenet", image_size=16, workers=0, max_image_pixels=limit)
+        sample = open_splits(small_tree, config, seed=1)[1][SampleKey(0, 0)]
+        assert isinstance(sample, str) == bad
+        if bad:
+            assert f"{narrow}: 2000 × 1 pixels: with 18 on the shorter side" in sample
+
+
+def test_an_image_without_memory_for_it_is_named_and_ends_the_run(
+    small_tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a machine without memory taken for bad images, which would be skipped one after another."""
+    train, _ = open_splits(small_tree, CONFIG, seed=1)
+
+    def decode(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(dataset, "decode", decode)
+    with pytest.raises(MemoryError, match=r"no memory left to decode image .*train/0/"):
+        train[SampleKey(0, 2)]
+
+
+def test_how_long_to_wait_is_refused_without_loader_processes() -> None:
+    """Catches a setting that nothing reads, and one below zero, which would end every run."""
+    assert DataConfig(timeout=0).timeout == 0
+    for settings in ({"workers": 0, "timeout": 60.0}, {"timeout": -1.0}):
+        with pytest.raises(ValueError, match=r"data\.timeout"):
+            DataConfig(**settings)  # type: ignore[arg-type]

@@ -4,9 +4,14 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
+import signal
 import subprocess
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +22,14 @@ from arsg_dist.imagenet.data import shard_writer
 from arsg_dist.imagenet.data.dataset import loader, open_splits
 from arsg_dist.imagenet.data.folder import ImageTree
 from arsg_dist.imagenet.data.sampler import SampleKey, TrainingSampler
-from arsg_dist.imagenet.data.shard_writer import _describe, _plan, shard, shard_command, write_shard
+from arsg_dist.imagenet.data.shard_writer import (
+    Shard,
+    _describe,
+    _plan,
+    shard,
+    shard_command,
+    write_shard,
+)
 from arsg_dist.imagenet.data.tar_shards import TarShards
 
 
@@ -210,3 +222,42 @@ def test_an_index_that_leads_anywhere_else_is_refused(small_tree: Path, tmp_path
     assert [refused("size", value) for value in (int(end - last["offset"]) + 1, 2**62, -1)] == [True] * 3
     assert [refused("label", value) for value in (2, 3, -1)] == [False, True, True]
     assert [refused("shard", value) for value in (len(shards), -1)] == [True, True]
+
+
+def out_of_memory(shard: Shard) -> Shard:
+    if shard.path.name.endswith("000001.tar"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return write_shard(shard)
+
+
+def without_memory(shard: Shard) -> Shard:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shard_writer, "decode", lambda *_, **__: bytearray(2**62))
+        return write_shard(shard)
+
+
+@pytest.mark.parametrize(
+    ("work", "message"),
+    [(out_of_memory, "a worker process has ended"), (without_memory, "no memory left to decode .*/train/")],
+)
+def test_workers_without_memory_are_said(
+    work: Callable[[Shard], Shard],
+    message: str,
+    small_tree: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Catches a traceback of the pool, images called bad for want of memory, and half a destination."""
+    monkeypatch.setattr(shard_writer, "write_shard", work)
+    monkeypatch.setattr(shard_writer, "_plan", partial(_plan_of, shard_writer._plan))
+    assert shard_command([str(small_tree), str(tmp_path / "new"), "--workers", "1"]) == 2
+    error = capsys.readouterr().err
+    assert re.search(f"error: {message}.*fewer --workers need less", error)
+    assert "Traceback" not in error
+    assert not [path.name for path in tmp_path.iterdir() if "new" in path.name]
+
+
+def _plan_of(plan: Any, tree: Any, directory: Path, _: int, limits: DataConfig) -> list[Shard]:
+    shards: list[Shard] = plan(tree, directory, 8192, limits)
+    return shards

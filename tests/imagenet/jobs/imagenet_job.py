@@ -2,7 +2,8 @@
 
 Environment: ARSG_TEST_SIGNAL="UPDATES RANK SIGNAL TARGET" sends SIGNAL after so many updates of this start from RANK to
 itself (TARGET "self", or "self-twice": again when it is another keystroke); ARSG_TEST_KEYS is a directory for the
-images of every micro-batch, one file per rank; ARSG_TEST_SMALL_NETWORK makes resnet20 a `SmallResNet`;
+images of every micro-batch, one file per rank; ARSG_TEST_FAULTS is JSON for `fault_points.install`;
+ARSG_TEST_SMALL_NETWORK makes resnet20 a `SmallResNet`;
 ARSG_TEST_COMPILE_BACKEND is the backend of torch.compile.
 """
 
@@ -66,6 +67,15 @@ if __name__ == "__main__":
         record(Path(os.environ["ARSG_TEST_KEYS"]) / f"rank-{ranks.rank}.jsonl")
     if "ARSG_TEST_SMALL_NETWORK" in os.environ:
         models.ResNet20 = SmallResNet  # type: ignore[misc]
+    if "ARSG_TEST_FAULTS" in os.environ:
+        from tests.support import fault_points
+
+        faults = [
+            fault
+            for fault in json.loads(os.environ["ARSG_TEST_FAULTS"])
+            if fault["rank"] in (ranks.rank, "all")
+        ]
+        fault_points.install(faults, Path(os.devnull))
     if "ARSG_TEST_COMPILE_BACKEND" in os.environ:
         nn.Module.compile = partialmethod(  # type: ignore[method-assign, assignment]
             nn.Module.compile, backend=os.environ["ARSG_TEST_COMPILE_BACKEND"]

@@ -1,8 +1,11 @@
 """What can be seen of runs and taken from them: records, comparison, weights, model card."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +20,7 @@ from arsg_dist.imagenet.data.transforms import normalised
 from arsg_dist.imagenet.torchvision_compat import torchvision
 from arsg_dist.imagenet.training.progress import Progress
 from tests.imagenet.test_training import epochs_of
+from tests.support.launchers import REPOSITORY
 
 
 @pytest.fixture(scope="module")
@@ -40,11 +44,21 @@ def run(tmp_path_factory: pytest.TempPathFactory, digits: Path) -> Path:
     return root / "one"
 
 
+def assert_the_code_runs(card: str, directory: Path) -> None:
+    """In a process of its own: here torchvision has been imported already, however that came."""
+    (code,) = re.findall("```python\n(.*?)```", card, re.DOTALL)
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-c", f"{code}\nprint(len(model.state_dict()))"]
+    shown = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True)
+    assert (shown.returncode, shown.stdout.strip()) == (0, "122"), shown.stderr
+
+
 @pytest.mark.parametrize("weights", ["best", "last", "ema"])
 def test_exported_weights_load_in_plain_torchvision_and_score_as_the_card_says(
     weights: str, run: Path, tmp_path: Path
 ) -> None:
-    """Catches names or layouts another program cannot load, and a card with another file's accuracy."""
+    """Catches names or layouts another program cannot load, a card with another file's accuracy, and code in it that
+    does not run, as beside a torch without CUDA."""
     output = tmp_path / "export"
     assert export_command([str(run), "--output", str(output), "--weights", weights]) == 0
     state = load_file(output / "model.safetensors")
@@ -57,6 +71,8 @@ def test_exported_weights_load_in_plain_torchvision_and_score_as_the_card_says(
         assert f"{record[key]:.2%}" in card
     assert "images/s" in card
     assert "torchvision.models.resnet18(num_classes=2)" in card
+    if weights == "best":
+        assert_the_code_runs(card, output)
     assert "seed 0" in card
     assert (output / "classes.txt").read_text().split() == ["0", "3"]
     _, val = open_splits(run.parent / "tree", DataConfig(image_size=32, augmentation="none"), seed=0)

@@ -193,3 +193,13 @@ def test_an_eps_below_the_normal_numbers_is_no_floor(path: Path) -> None:
     optimizer = ARSG([x], eps=1e-42, **path.settings)
     run(optimizer, [x], [[torch.zeros(4)]] * 2)
     assert torch.equal(x, torch.ones(4))
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-8])
+@pytest.mark.parametrize("path", PATHS)
+def test_a_gradient_whose_square_overflows_moves_as_any_other(path: Path, eps: float) -> None:
+    """Catches (1 − β2)·(g·g), infinite where (1 − β2)·g·g is not: that parameter would never move again."""
+    x = torch.nn.Parameter(torch.ones(40))
+    optimizer = ARSG([x], lr=0.5, betas=(0.0, 0.99), mu=0.0, eps=eps, **path.settings)
+    run(optimizer, [x], [[torch.full((40,), 1e20)]])
+    torch.testing.assert_close(x.detach(), torch.full((40,), 1 - 0.5 * 10.0))

@@ -7,7 +7,10 @@ from arsg_dist.cli.launch import safe_path
 from arsg_dist.cli.launch.job import Job, Plan
 from arsg_dist.cli.launch.profiles import Profile
 from arsg_dist.cli.launch.quoting import require_plain
-from arsg_dist.cli.launch.targets.base import Target, rank_environment
+from arsg_dist.cli.launch.settings import agree, require
+from arsg_dist.cli.launch.targets.base import Target
+
+_LOOPBACK_NAMES = ("localhost", "127.0.0.1")
 
 
 def _add_interface(parser: argparse.ArgumentParser) -> None:
@@ -16,8 +19,49 @@ def _add_interface(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def interface_options(job: Job, chosen: str | None) -> list[str]:
+    """Return horovodrun's options for its network interface.
+
+    Args:
+        job: to be started.
+        chosen: `--interface`.
+
+    Raises:
+        ValueError: variables of the user's say something else.
+    """
+    require(job.user, "HOROVOD_CONTROLLER", "gloo", "horovodrun --gloo")
+    require(job.user, "HOROVOD_CPU_OPERATIONS", "gloo", "horovodrun --gloo")
+    interface = agree("--interface", chosen, job.user.find("HOROVOD_GLOO_IFACE"), "")
+    if not interface and job.hosts and all(host.name in _LOOPBACK_NAMES for host in job.hosts):
+        interface = "lo"
+    return ["--network-interface", interface] if interface else []
+
+
+def rank_command(job: Job) -> tuple[str, ...]:
+    """Return what one rank executes under horovodrun, which by itself makes its own interface that of NCCL, too.
+
+    Raises:
+        ValueError: the user's interface of NCCL is to be written nowhere.
+    """
+    name = "NCCL_SOCKET_IFNAME"
+    if name in job.inherited:
+        raise ValueError(
+            f"--env {name} cannot be kept: horovodrun sets it to its own interface; give {name}=VALUE"
+        )
+    found = job.user.find(name)
+    value = job.environment.get(name) or (found.value if found is not None else "")
+    command = safe_path.rank_command(job)
+    if not value:
+        return command
+    return (
+        ("env", *command[1:3], f"{name}={value}", *command[3:])
+        if command[0] == "env"
+        else ("env", f"{name}={value}", *command)
+    )
+
+
 def _environment(job: Job) -> dict[str, str]:
-    return rank_environment(job) | safe_path.launcher_environment(job)
+    return job.environment | safe_path.launcher_environment(job)
 
 
 def _notes(job: Job) -> tuple[str, ...]:
@@ -49,10 +93,8 @@ class Horovodrun(Target):
         require_plain(str(job.directory), "the working directory", "horovodrun")
         command = ["horovodrun", "-np", str(job.ranks), "--gloo", "--disable-cache"]
         command += ["-H", ",".join(f"{host.name}:{host.slots}" for host in job.hosts)]
-        command += ["--network-interface", options.interface] if options.interface else []
-        return Plan(
-            command=(*command, *safe_path.rank_command(job)), environment=_environment(job), notes=_notes(job)
-        )
+        command += interface_options(job, options.interface)
+        return Plan(command=(*command, *rank_command(job)), environment=_environment(job), notes=_notes(job))
 
 
 class ElasticHorovodrun(Target):
@@ -61,6 +103,7 @@ class ElasticHorovodrun(Target):
     name = "horovodrun-elastic"
     summary = "hosts that come and go, by elastic horovodrun over Gloo"
     rendezvous = ("horovod",)
+    fixed_hosts = False
     places: ClassVar = "hosts"
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
@@ -91,9 +134,20 @@ class ElasticHorovodrun(Target):
         command = ["horovodrun", "-np", str(min(job.ranks, most)), "--gloo", "--disable-cache"]
         command += ["--min-np", str(options.min_ranks), "--max-np", str(most)]
         command += ["--host-discovery-script", script]
-        command += ["--network-interface", options.interface] if options.interface else []
+        network = interface_options(job, options.interface)
+        if not network and len(job.hosts) == 1:
+            # horovod 0.28.1, gloo_run.py: it would wait for a second host, to find an interface that both have.
+            message = "horovodrun, elastic and without --interface, does not start before there are two hosts"
+            if options.discovery_script is None:
+                raise ValueError(f"{message}: give --interface NAME, that of {job.hosts[0].name}'s network")
+            notes.append(message)
+        if network[1:] == ["lo"]:
+            notes.append(
+                "the ranks use the interface lo: for other hosts later, start with their --interface"
+            )
+        command += network
         return Plan(
-            command=(*command, *safe_path.rank_command(job)),
+            command=(*command, *rank_command(job)),
             environment=_environment(job),
             files=files,
             notes=("the program must use hvd.elastic.run", *notes, *_notes(job)),

@@ -8,19 +8,32 @@ from typing import Any, ClassVar
 from arsg_dist.cli.launch import timeouts
 from arsg_dist.cli.launch.job import Job, Plan, check_environment
 from arsg_dist.cli.launch.profiles import Profile
-from arsg_dist.cli.launch.targets.base import Target, rank_environment
-from arsg_dist.cli.launch.targets.mpirun import exported, mpirun_options
+from arsg_dist.cli.launch.settings import join
+from arsg_dist.cli.launch.targets.base import Target
+from arsg_dist.cli.launch.targets.mpirun import check_mpi_controller, exported, mpirun_options
 
 _NAMESPACE = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 # A TrainJob's name begins with a letter; all operators name pods and services after the job, NAME-worker-12, of at most
 # 63 characters.
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,48}[a-z0-9])?")
+_HOSTFILE = "/etc/mpi/hostfile"  # which the operator mounts into the launcher's pod
+# Workers come up later than the launcher, with host keys that nobody knows; the job's own key lets nobody else in.
+_SSH = "-o ConnectionAttempts=10 -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null"
 _NOT_RUN = "compared with the operators' published types only; not applied to a cluster yet"
 _SECRET = re.compile(r"(?P<name>[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?)/(?P<key>[A-Za-z0-9._-]{1,253})")
 
 
 class _Manifest(Target):
+    """Write a manifest.
+
+    Attributes:
+        set_by_operator: variables that the operator sets, whatever the manifest says.
+    """
+
     places: ClassVar = "nodes"
+    restarts = True
+    in_containers = True
+    set_by_operator: ClassVar[re.Pattern[str]]
     cannot_inherit = (
         "a pod inherits nothing from here: make a Kubernetes Secret, give --secret NAME=SECRET/KEY"
     )
@@ -52,6 +65,12 @@ class _Manifest(Target):
             raise ValueError(
                 f"--namespace {options.namespace!r} must be lower-case letters, digits and '-', at most 63"
             )
+        for name in (*job.user.given, *(text.partition("=")[0] for text in options.secret)):
+            if self.set_by_operator.fullmatch(name):
+                raise ValueError(
+                    f"--env {name}={job.user.given.get(name, '...')} cannot be kept: the operator sets {name} itself, "
+                    "whatever a manifest says"
+                )
         path = job.directory / f"arsg_{self.name}.json"
         manifest = self.manifest(job, options)
         manifest["metadata"] = {"name": options.job_name, "namespace": options.namespace}
@@ -68,12 +87,11 @@ class _Manifest(Target):
 
 def _pod(job: Job, options: argparse.Namespace, container: dict[str, Any], *, gpus: int) -> dict[str, Any]:
     limits = {"resources": {"limits": {"nvidia.com/gpu": gpus}}} if gpus else {}
+    place = {"workingDir": job.container_directory} if job.container_directory else {}
     mount = {"volumeMounts": [{"name": "shm", "mountPath": "/dev/shm"}]}
     return {
         "spec": {
-            "containers": [
-                {"image": options.image, "workingDir": str(job.directory), **container, **limits, **mount}
-            ],
+            "containers": [{"image": options.image, **place, **container, **limits, **mount}],
             "volumes": [
                 {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": options.shared_memory}}
             ],
@@ -97,10 +115,14 @@ def _secrets(job: Job, options: argparse.Namespace) -> dict[str, dict[str, str]]
             raise ValueError(
                 f"--secret {name}=...: what follows must be SECRET/KEY, a Kubernetes Secret and a key in it"
             )
-        if name in job.environment or name in references:
+        if name in job.user.given or name in references:
             raise ValueError(f"--secret {name} is given twice, or by --env too: one of them only")
         references[name] = {"name": found["name"], "key": found["key"]}
     return references
+
+
+def _without(environment: dict[str, str], secrets: dict[str, dict[str, str]]) -> dict[str, str]:
+    return {name: value for name, value in environment.items() if name not in secrets}
 
 
 def _variables(environment: dict[str, str], secrets: dict[str, dict[str, str]]) -> list[dict[str, Any]]:
@@ -117,17 +139,28 @@ class MpiJob(_Manifest):
     name = "mpijob"
     summary = "Kubernetes, Kubeflow's MPIJob v2beta1 (not applied to a cluster yet)"
     rendezvous = ("torch", "horovod")
+    # pkg/controller/mpi_job_controller.go of v0.8: put behind the manifest's own, so that they count.
+    set_by_operator = re.compile(
+        r"OMPI_MCA_(plm_rsh_args|orte_(default_hostfile|set_default_slots|keep_fqdn_hostnames))|K_MPI_JOB_ROLE|"
+        r"NVIDIA_(VISIBLE_DEVICES|DRIVER_CAPABILITIES)"
+    )
 
     def manifest(self, job: Job, options: argparse.Namespace) -> dict[str, Any]:
         """Return the MPIJob."""
-        variables, secrets = rank_environment(job), _secrets(job, options)
-        command = ["mpirun", *mpirun_options(as_root=True), "-np", str(job.ranks)]
+        check_mpi_controller(job)
+        secrets = _secrets(job, options)
+        variables = _without(job.environment, secrets)
+        command = ["mpirun", *mpirun_options(True, job.user), "-np", str(job.ranks)]
+        if job.user.find("PRTE_MCA_prte_default_hostfile") is None:
+            # The operator names it for Open MPI 4 only; 5 would start all ranks in the launcher's pod.
+            command += ["--hostfile", _HOSTFILE]
         command += exported("PATH", *sorted({*variables, *secrets}))
-        daemons = {
-            # The operator's own ssh options (no host keys) must stay.
-            name: f"-o ConnectionAttempts=10 {value}" if name.endswith("_args") else value
+        wanted = {
+            name: f"{_SSH} {value}" if name.endswith("_args") else value
             for name, value in timeouts.open_mpi_daemons(job.detect_seconds).items()
+            if not self.set_by_operator.fullmatch(name)
         }
+        daemons, _ = join(wanted, job.user)
         as_root = {
             "runAsUser": 0
         }  # for sshd and its keys; the image's own user is another (containers/Dockerfile)
@@ -135,9 +168,11 @@ class MpiJob(_Manifest):
             "name": "launcher",
             "securityContext": as_root,
             "command": [*command, *map(_literal, job.rank_command)],
-            "env": _variables(daemons | variables, secrets),
+            "env": _variables(variables | daemons, secrets),
         }
-        worker = {"name": "worker", "command": ["/usr/sbin/sshd", "-De"], "securityContext": as_root}
+        # The operator mounts the job's keys as a directory that others may write to.
+        sshd = ["/usr/sbin/sshd", "-De", "-o", "StrictModes=no"]
+        worker = {"name": "worker", "command": sshd, "securityContext": as_root}
         return {
             "apiVersion": "kubeflow.org/v2beta1",
             "kind": "MPIJob",
@@ -168,12 +203,16 @@ def _torchrun(job: Job) -> list[str]:
     ]
 
 
+_OF_TORCHRUN = re.compile(r"PET_\w+|MASTER_(ADDR|PORT)|WORLD_SIZE|RANK|PYTHONUNBUFFERED")
+
+
 class PyTorchJob(_Manifest):
     """PyTorchJob v1 (Kubeflow's training operator): torchrun in every pod; the operator sets the rendezvous."""
 
     name = "pytorchjob"
     summary = "Kubernetes, Kubeflow's PyTorchJob v1 (not applied to a cluster yet)"
     rendezvous = ("torch",)
+    set_by_operator = _OF_TORCHRUN  # pkg/controller.v1/pytorch/envvar.go of v1.9
 
     def manifest(self, job: Job, options: argparse.Namespace) -> dict[str, Any]:
         """Return the PyTorchJob: a master, other nodes workers, a torchrun in each."""
@@ -184,7 +223,8 @@ class PyTorchJob(_Manifest):
             "--master-port=$(PET_MASTER_PORT)",
             *map(_literal, job.program),
         ]
-        variables = _variables(rank_environment(job), _secrets(job, options))
+        secrets = _secrets(job, options)
+        variables = _variables(_without(job.environment, secrets), secrets)
         container = {"name": "pytorch", "command": command, "env": variables}
         pod = _pod(job, options, container, gpus=job.ranks_per_node * job.gpus_per_rank)
         replicas = {"Master": {"replicas": 1, "restartPolicy": "OnFailure", "template": pod}}
@@ -203,21 +243,23 @@ class TrainJob(_Manifest):
     name = "trainjob"
     summary = "Kubernetes, Kubeflow Trainer's TrainJob v1alpha1 (not applied to a cluster yet)"
     rendezvous = ("torch",)
+    set_by_operator = re.compile(r"PET_\w+")  # pkg/runtime/framework/plugins/torch of v2
 
     def manifest(self, job: Job, options: argparse.Namespace) -> dict[str, Any]:
         """Return the TrainJob; /dev/shm is set up in the runtime's pod template."""
+        secrets = _secrets(job, options)
+        # A TrainJob has no working directory of its own.
+        place = ("env", f"--chdir={job.container_directory}") if job.container_directory else ()
         trainer: dict[str, Any] = {
             "image": options.image,
-            # A TrainJob has no working directory of its own.
             "command": [
-                "env",
-                *map(_literal, (f"--chdir={job.directory}", *job.python_module)),
+                *map(_literal, (*place, *job.python_module)),
                 "torch.distributed.run",
                 *map(_literal, job.program),
             ],
             "numNodes": job.nodes,
             "numProcPerNode": job.ranks_per_node,  # else as many as there are GPUs, or CPUs
-            "env": _variables(rank_environment(job), _secrets(job, options)),
+            "env": _variables(_without(job.environment, secrets), secrets),
         }
         if job.gpus_per_rank:
             trainer["resourcesPerNode"] = {"limits": {"nvidia.com/gpu": job.ranks_per_node}}

@@ -7,8 +7,14 @@ from typing import ClassVar
 from arsg_dist.cli.launch import safe_path
 from arsg_dist.cli.launch.job import Job, Plan
 from arsg_dist.cli.launch.profiles import Profile
-from arsg_dist.cli.launch.targets.base import Target, rank_environment
-from arsg_dist.cli.launch.targets.mpirun import mpirun_options
+from arsg_dist.cli.launch.settings import MAPPING
+from arsg_dist.cli.launch.targets.base import Target
+from arsg_dist.cli.launch.targets.mpirun import (
+    add_master_port,
+    check_mpi_controller,
+    master_port,
+    mpirun_options,
+)
 
 
 class Local(Target):
@@ -19,14 +25,26 @@ class Local(Target):
     rendezvous = ("torch", "horovod")
     places: ClassVar = "here"
 
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Declare where torch's ranks meet; Horovod's meet through MPI."""
+        add_master_port(parser)
+
     def plan(self, job: Job, profile: Profile, options: argparse.Namespace) -> Plan:
         """Plan `deepspeed --num_accelerators N` or `mpirun -np N`."""
-        environment = rank_environment(job)
+        environment = job.environment
         if job.rendezvous == "torch":
             environment |= safe_path.launcher_environment(job)
             command = [*job.deepspeed_command, "--num_accelerators", str(job.ranks_per_node)]
+            command += ["--master_port", master_port(job, options)]
             command += safe_path.script_and_arguments(job)
         else:
-            command = ["mpirun", *mpirun_options(os.geteuid() == 0), "--oversubscribe"]
+            if options.master_port is not None:
+                raise ValueError(
+                    f"--master-port {options.master_port}: Horovod's ranks meet through MPI, leave it out"
+                )
+            check_mpi_controller(job)
+            command = ["mpirun", *mpirun_options(os.geteuid() == 0, job.user)]
+            command += [] if job.user.find(*MAPPING) else ["--oversubscribe"]
             command += ["-np", str(job.ranks_per_node), *job.rank_command]
-        return Plan(command=tuple(command), environment=environment)
+        # On Ctrl-C mpirun kills ranks at once. Where it starts them over ssh it may ask the terminal something.
+        return Plan(command=tuple(command), environment=environment, own_group=job.rendezvous == "horovod")

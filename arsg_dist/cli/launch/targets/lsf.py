@@ -7,11 +7,13 @@ from typing import ClassVar
 from arsg_dist.cli.launch import timeouts
 from arsg_dist.cli.launch.job import Job, Plan
 from arsg_dist.cli.launch.profiles import Profile
+from arsg_dist.cli.launch.settings import join
 from arsg_dist.cli.launch.targets import script
-from arsg_dist.cli.launch.targets.base import Target, rank_environment
-from arsg_dist.cli.launch.targets.mpirun import INHERITED, exported, mpirun_options
+from arsg_dist.cli.launch.targets.base import Target
+from arsg_dist.cli.launch.targets.mpirun import INHERITED, check_mpi_controller, exported, mpirun_options
 
 SCRIPT = "arsg_job.lsf"
+_TIME = "24:00"
 
 
 class Lsf(Target):
@@ -21,10 +23,11 @@ class Lsf(Target):
     summary = "an LSF job, by mpirun or jsrun (not run under LSF yet)"
     rendezvous = ("torch", "horovod")
     places: ClassVar = "nodes"
+    restarts = True
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Declare options of bsub."""
-        script.add_batch_arguments(parser, "24:00")
+        script.add_batch_arguments(parser, _TIME)
         parser.add_argument(
             "--through",
             choices=("mpirun", "jsrun"),
@@ -35,14 +38,14 @@ class Lsf(Target):
 
     def plan(self, job: Job, profile: Profile, options: argparse.Namespace) -> Plan:
         """Plan `bsub < arsg_job.lsf`."""
-        path = job.directory / SCRIPT
+        path, daemons = job.directory / SCRIPT, timeouts.open_mpi_daemons(job.detect_seconds)
         lines = [
             "#!/bin/bash",
-            f"#BSUB -J {script.word(options.job_name, '--job-name')}",
+            f"#BSUB -J {script.word(options.job_name or script.JOB_NAME, '--job-name')}",
             "#BSUB -o %J.out",
             "#BSUB -r",
         ]
-        lines += [f"#BSUB -W {script.word(options.time, '--time')}"]
+        lines += [f"#BSUB -W {script.word(options.time or _TIME, '--time')}"]
         lines += [f"#BSUB -P {script.word(options.account, '--account')}"] if options.account else []
         lines += [f"#BSUB -q {script.word(options.queue, '--queue')}"] if options.queue else []
         if options.through == "jsrun":
@@ -50,11 +53,11 @@ class Lsf(Target):
         else:
             lines += [f"#BSUB -n {job.ranks}", f'#BSUB -R "span[ptile={job.ranks_per_node}]"']
             lines += [f'#BSUB -gpu "num={job.ranks_per_node}"'] if job.gpus_per_rank else []
-        variables = rank_environment(job)
+        check_mpi_controller(job)
         lines += [*script.start_lines(job), *options.setup]
-        lines += script.exports(variables)
+        lines += script.exports(job, job.environment)
         hosts = "awk '!seen[$1]++ && $1 !~ /batch|login/ {print $1}' \"$LSB_DJOB_HOSTFILE\""
-        lines += script.first_host(f"{hosts} | head -n1")
+        lines += script.first_host(f"{hosts} | head -n1", job.user.given)
         lines += script.program_lines(job, job.rank_command)
         if options.through == "jsrun":
             lines += [
@@ -62,15 +65,21 @@ class Lsf(Target):
                 '-b none "${program[@]}"'
             ]
         else:
-            names = ["MASTER_ADDR", "MASTER_PORT", *INHERITED, *sorted(variables), *job.inherited]
-            flags = " ".join([*mpirun_options(as_root=False), *exported(*names)])
+            names = ["MASTER_ADDR", "MASTER_PORT", *INHERITED, *sorted(job.environment), *job.inherited]
+            flags = " ".join([*mpirun_options(False, job.user), *exported(*names)])
             lines += [
-                *script.exports(timeouts.open_mpi_daemons(job.detect_seconds)),
+                *script.added_exports(job, daemons),
+                script.handed_on_by_mpirun(),
                 f"hosts=$({hosts} | sed 's/$/:{job.ranks_per_node}/' | paste -sd,)",
-                f'{script.watched(job, "mpirun")} {flags} -H "$hosts" -np {job.ranks} "${{program[@]}}"',
+                f'{script.watched(job, "mpirun")} {flags} "${{families[@]}}" -H "$hosts" -np {job.ranks} '
+                '"${program[@]}"',
             ]
         return Plan(
             command=("sh", "-c", f"bsub{' -env all' if job.inherited else ''} < {shlex.quote(str(path))}"),
             files={path: "\n".join(lines) + "\n"},
-            notes=("written from the documentation of LSF; not run under LSF yet",),
+            notes=(
+                *(() if options.through == "jsrun" else join(daemons, job.user)[1]),
+                *script.not_taken(job),
+                "written from the documentation of LSF; not run under LSF yet",
+            ),
         )

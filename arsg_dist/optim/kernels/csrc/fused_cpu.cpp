@@ -158,7 +158,8 @@ MULTIVERSION void update(
     exp_avg[i] = store_moment<S, 0>(m, index_term, step_term);
     A move = exp_avg_factor * m + s.mu * g;
     if constexpr (kMode != kNone) {
-      const A v = s.beta2 * load<S, A>(exp_avg_sq[i]) + s.one_minus_beta2 * (g * g);
+      // In this order, as torch's: g² by itself overflows fp32 from |g| = 1.8e19 on.
+      const A v = s.beta2 * load<S, A>(exp_avg_sq[i]) + (s.one_minus_beta2 * g) * g;
       exp_avg_sq[i] = store_moment<S, 1>(v, index_term, step_term);
       if constexpr (kMode == kAMSGrad) {
         const A v_hat = at_least(s.floor, maximum(load<S, A>(max_exp_avg_sq[i]), v));

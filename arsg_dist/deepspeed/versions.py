@@ -1,0 +1,61 @@
+"""Bridge what differs between the versions of DeepSpeed that arsg_dist works with.
+
+Each of these has the name that the newest DeepSpeed gives it, and what is left of it in the older ones.
+"""
+
+import base64
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import hjson  # type: ignore[import-untyped]
+from deepspeed.runtime.config_utils import dict_raise_error_on_duplicate_keys
+
+from arsg_dist.safe_io.files import read_text
+
+PARAM_ALIGNMENT_PADDINGS = "param_alignment_paddings"  # a key of checkpoints since 0.19.7
+
+
+def is_optimized_parameter(parameter: Any) -> bool:
+    """Tell whether DeepSpeed's wrappers own a parameter."""
+    own = getattr(deepspeed.runtime.utils, "is_optimized_parameter", None)
+    return bool(own(parameter) if own is not None else parameter.requires_grad)
+
+
+def load_config(path: str) -> dict[str, Any]:
+    """Read a config as DeepSpeed does: of a file, or of base64."""
+    file = Path(path)
+    text = read_text(file, follow=True) if file.is_file() else base64.urlsafe_b64decode(path).decode()
+    content: dict[str, Any] = hjson.loads(text, object_pairs_hook=dict_raise_error_on_duplicate_keys)
+    return content
+
+
+def loss_scaler(wrapper: Any) -> Any:
+    """Return what holds the loss scale (`cur_scale`) of `engine.optimizer`."""
+    for name in ("loss_scale_config", "loss_scaler"):
+        if getattr(wrapper, name, None) is not None:
+            return getattr(wrapper, name)
+    return wrapper  # stage 0 until 0.18.5
+
+
+def flat_offsets(zero: Any, index: int) -> list[int]:
+    """Return where each of `round_robin_bit16_groups` begins in its flat group (stages 1 and 2)."""
+    if hasattr(zero, "round_robin_bit16_offsets"):
+        offsets: list[int] = zero.round_robin_bit16_offsets[index]
+        return offsets
+    sizes = [parameter.numel() for parameter in zero.round_robin_bit16_groups[index]]
+    return [sum(sizes[:position]) for position in range(len(sizes))]
+
+
+def ranks_of_sub_group(zero: Any, index: int) -> Any:
+    """Return the process group that a sub-group is partitioned over (stage 3)."""
+    if hasattr(zero, "sub_group_process_groups"):
+        return zero.sub_group_process_groups[index]
+    return zero.dp_process_group
+
+
+def ranks_of_parameter(zero: Any, parameter: Any) -> Any:
+    """Return the process group that a parameter is partitioned over (stage 3)."""
+    if hasattr(zero, "_get_param_partition_group"):
+        return zero._get_param_partition_group(parameter)
+    return zero.dp_process_group
