@@ -323,7 +323,7 @@ def _update(  # type: ignore[no-untyped-def]
     _store_moment(row, 2, within, mask, m, index_term, step_term, 0, S, MASKED)
     move = exp_avg_factor * m + mu * g
     if MODE != _NONE:
-        v = beta2 * _load(row, 3, within, mask, S, MASKED) + one_minus_beta2 * (g * g)
+        v = beta2 * _load(row, 3, within, mask, S, MASKED) + (one_minus_beta2 * g) * g
         _store_moment(row, 3, within, mask, v, index_term, step_term, 1, S, MASKED)
         if MODE == _AMSGRAD:
             old = _load(row, 4, within, mask, S, MASKED)
