@@ -4,8 +4,8 @@
 #   launch/lock.sh      in a checkout whose set-up is complete and whose tests passed; needs the network, some minutes
 #
 # A package has several lines where machines with another C library get another file. Not in it: torch and torchvision,
-# whose builds for CPU and CUDA have one version and different files; what only a CUDA build of torch brings; and the
-# engines, which are compiled here from source releases that launch/build_engines.sh knows the digests of.
+# whose builds for CPU and CUDA have one version and different files; NVIDIA's libraries, which a CUDA build of torch
+# brings; and the engines, which are compiled here from source releases that launch/build_engines.sh knows the digests of.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=$PWD/.venv/bin/python
@@ -22,7 +22,7 @@ installed = {plain(package.name) for package in importlib.metadata.distributions
 unpinned = installed - pinned.keys() - {"arsg-dist"}
 print("lock: installed, and not in constraints.txt: ", *sorted(unpinned) or ["nothing"], file=sys.stderr)
 for name in sorted(installed & pinned.keys() - {"torch", "torchvision", "deepspeed", "horovod"}):
-    if not name.startswith("nvidia-") and name != "triton":
+    if not name.startswith("nvidia-"):
         print(pinned[name])
 PYTHON
 report() { "$python" -m pip install --quiet --dry-run --ignore-installed --no-deps -r "$work/wanted.txt" --report "$@"; }

@@ -56,8 +56,8 @@ class ARSG(Optimizer):
         preconditioner: "amsgrad" (ARSG: √v̂), "adam" (bias-corrected m and √v + ε) or "none" (RSG: 1).
         decoupled_weight_decay: x ← x(1 − αλ) instead of g ← g + λx.
         maximize: ascend instead of descend.
-        foreach: multi-tensor kernels. None: if `fused` is None too, on CUDA.
-        fused: one pass over memory per step. None: if `foreach` is None too, for plain CPU tensors.
+        foreach: multi-tensor kernels. None: if `fused` is None too, on accelerators without Triton.
+        fused: one pass over memory per step. None: if `foreach` is None too, for plain tensors on CPU, CUDA, ROCm.
         capturable: step without synchronising with the device, for CUDA graphs and `torch.compile`.
         state_dtype: dtype of m, v and v̂: "float32", "bfloat16" (stochastically rounded, computed in float32)
             or None: float32 for half-precision parameters, else the parameter's dtype. Takes effect where

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,13 +18,20 @@ from arsg_dist.optim.kernels.fused import cpu_kernel, fused_step
 from arsg_dist.optim.kernels.reference import reference_step
 
 
+@cache
+def has_triton() -> bool:
+    """Say whether Triton is installed, which torch for GPUs brings along."""
+    return importlib.util.find_spec("triton") is not None
+
+
 def step_function(group: dict[str, Any], hyper: Hyperparameters, params: list[Tensor]) -> StepFunction:
     """Return the fastest wanted implementation that supports a group's settings and tensors.
 
-    Wanted is what `fused` and `foreach` ask for; if neither was set, the fused kernel for plain CPU tensors, and
-    elsewhere `foreach` where torch's own optimizers would use it (plain tensors on an accelerator) and no
-    hyperparameter is a tensor that has to be read on the host. torch would loop over CPU tensors; with the one flat
-    tensor that ZeRO makes, that is several times slower than the kernel. The reference supports everything.
+    Wanted is what `fused` and `foreach` ask for; if neither was set, the fused kernel for plain CPU tensors, for those
+    on CUDA and ROCm where Triton is there, and elsewhere `foreach` where torch's own optimizers would use it (plain
+    tensors on an accelerator); neither where a hyperparameter is a tensor that has to be read on the host. torch would
+    loop over CPU tensors; with the one flat tensor that ZeRO makes, that is several times slower than the kernel. The
+    reference supports everything.
 
     Args:
         group: the parameter group.
@@ -37,6 +46,7 @@ def step_function(group: dict[str, Any], hyper: Hyperparameters, params: list[Te
             _, wants_foreach = _default_to_fused_or_foreach(params, differentiable=False, use_fused=False)
             if not group["capturable"] and any(isinstance(group[name], Tensor) for name in ("lr", "mu")):
                 wants_foreach = False
+            wants_fused = wants_foreach and all(p.is_cuda for p in params) and has_triton()
     if wants_fused and fused.supports(hyper, params):
         return fused_step
     if (wants_fused or wants_foreach) and foreach.supports(hyper, params):

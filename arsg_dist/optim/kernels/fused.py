@@ -1,8 +1,9 @@
-"""Update in one pass over memory: in C++ on CPU, compiled from foreach elsewhere.
+"""Update in one pass over memory: by a C++ kernel on CPU, a Triton kernel on GPUs.
 
-CPU tensors go to `torch.ops.arsg_dist.step_` (csrc/fused_cpu.cpp), built when the package is installed. Other
-tensors go to `foreach_step` compiled by `torch.compile`, so that the rule has no further definition there.
-Where either is missing `foreach_step` makes the update, and one warning per process says what to do.
+CPU tensors go to `torch.ops.arsg_dist.step_` (csrc/fused_cpu.cpp), built when the package is installed. Those on CUDA
+and ROCm go to the kernel of triton_kernel.py, and where that cannot run, as on other accelerators, to `foreach_step`
+compiled by `torch.compile`. Where that is missing too `foreach_step` makes the update, and one warning per process says
+what to do.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ _CPU_PRECONDITIONERS: Final = ("amsgrad", "adam", "none")
 _CPU_MODES: Final = ("decoupled_weight_decay", "maximize", "capturable")
 
 _compiling_failed = False
+_kernel_failed = False
 
 
 def supports(hyper: Hyperparameters, params: list[Tensor]) -> bool:
@@ -67,7 +69,7 @@ def fused_step(
     elif params[0].is_cpu:
         _cpu_step(*lists, steps, hyper=hyper)
     else:
-        compiled_step(*lists, steps, hyper=hyper)
+        _gpu_step(*lists, steps, hyper=hyper)
 
 
 def _cpu_step(
@@ -116,6 +118,33 @@ def cpu_kernel() -> Callable[..., list[int]] | None:
             stacklevel=2,
         )
         return None
+
+
+def _gpu_step(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    max_exp_avg_sqs: list[Tensor],
+    steps: Steps,
+    *,
+    hyper: Hyperparameters,
+) -> None:
+    global _kernel_failed
+    lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs)
+    if params[0].is_cuda and not _kernel_failed:
+        try:
+            from arsg_dist.optim.kernels.triton_kernel import KernelUnavailableError, triton_step
+        except ImportError:  # torch for GPUs brings Triton along, other builds may not
+            _kernel_failed = True
+        else:
+            try:
+                triton_step(*lists, steps, hyper=hyper)
+                return
+            except KernelUnavailableError as error:
+                _kernel_failed = True
+                warnings.warn(f"ARSG runs without its GPU kernel: {error}", stacklevel=2)
+    compiled_step(*lists, steps, hyper=hyper)
 
 
 def compiled_step(

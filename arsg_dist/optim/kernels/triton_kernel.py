@@ -1,0 +1,405 @@
+"""Update every tensor of a list in one launch of one Triton kernel, on CUDA and ROCm.
+
+The kernel reads x, g, m, v, v̂ and writes x, m, v, v̂ once: 36 bytes per element with float32 state, 24 with bfloat16
+state. The tensors are found through a table of their addresses, cut into chunks; as many programs as fit on the device
+take chunk after chunk. Chunks that are full and aligned are read and written 128 bits at a time, the others masked.
+
+Every operation is rounded once, root and quotient correctly, and none is contracted: on float32 parameters the result
+has the bits of the CPU kernel (csrc/fused_cpu.cpp), and moments in bfloat16 are rounded with the same random bits (see
+rounding.py). Settings are arguments of the compiled code: changing them compiles nothing anew.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from functools import lru_cache
+from typing import Any, Final, cast
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from arsg_dist.optim.hyperparameters import Hyperparameters, Steps, bias_correction
+from arsg_dist.optim.kernels.foreach import foreach_step
+
+CHUNK: Final = 2048
+"""Elements of a chunk: with 256 threads, 128 bits of each bfloat16 tensor for every thread."""
+WARPS: Final = 8
+PROGRAMS_PER_PROCESSOR: Final = 4
+
+PRECONDITIONERS: Final = ("amsgrad", "adam", "none")
+MODES: Final = ("decoupled_weight_decay", "maximize", "capturable")
+ELEMENTS: Final = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+"""Dtypes of parameters and gradients."""
+MOMENTS: Final = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
+
+# Triton's code sees constants only as these.
+_AMSGRAD = tl.constexpr(0)
+_ADAM = tl.constexpr(1)
+_NONE = tl.constexpr(2)
+_INDEX_FACTOR = tl.constexpr(0x9E3779B1)
+_STEP_FACTOR = tl.constexpr(0x85EBCA77)
+
+
+class KernelUnavailableError(RuntimeError):
+    """Say that the kernel cannot run here: no compiler, no driver, a device it is not for."""
+
+
+def triton_step(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    max_exp_avg_sqs: list[Tensor],
+    steps: Steps,
+    *,
+    hyper: Hyperparameters,
+) -> None:
+    """Update all parameters in one launch, without synchronising with the device.
+
+    See `StepFunction` for the arguments and `reference.arsg_update` for the rule. Gradients may have another dtype than
+    the parameters. Left to `foreach_step` are float64, and parameters with gaps or overlaps in memory, or whose
+    gradient or moments are laid out otherwise.
+
+    Raises:
+        KernelUnavailableError: the kernel cannot be compiled or launched here; nothing was changed.
+    """
+    lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs)
+    if (
+        params[0].dtype not in ELEMENTS
+        or grads[0].dtype not in ELEMENTS
+        or exp_avgs[0].dtype not in MOMENTS
+        or max(param.numel() for param in params) > _MOST_ELEMENTS
+    ):
+        foreach_step(*lists, steps, hyper=hyper)
+        return
+    grads = [grad.resolve_neg() for grad in grads]
+    rows = [
+        tuple(tensors[i] for tensors in (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs) if tensors)
+        for i in range(len(params))
+    ]
+    direct = [_is_direct(row) for row in rows]
+    taken = [i for i, row in enumerate(rows) if direct[i] and row[0].numel()]
+    if taken:
+        _launch([rows[i] for i in taken], cast(Steps, [steps[i] for i in taken] if steps else []), hyper)
+    left = [i for i in range(len(rows)) if not direct[i]]
+    if left:
+        x, g, m, v, v_hat = ([tensors[i] for i in left] if tensors else [] for tensors in lists)
+        foreach_step(x, g, m, v, v_hat, cast(Steps, [steps[i] for i in left] if steps else []), hyper=hyper)
+    torch.autograd.graph.increment_version(params)  # as every in-place operation: a stale graph is noticed
+
+
+_MOST_ELEMENTS: Final = CHUNK * (2**31 - 1)  # the numbers of chunks are int32
+
+
+def _is_direct(row: tuple[Tensor, ...]) -> bool:
+    """Say whether a parameter and what belongs to it have one dense layout."""
+    param = row[0]
+    return torch.ops.aten.is_non_overlapping_and_dense(param) and all(
+        tensor.stride() == param.stride() for tensor in row
+    )
+
+
+def _launch(rows: list[tuple[Tensor, ...]], steps: Steps, hyper: Hyperparameters) -> None:
+    param, grad, exp_avg = rows[0][:3]
+    device = param.device
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    numels = tuple(row[0].numel() for row in rows)
+    addresses = tuple(tensor.data_ptr() for row in rows for tensor in (*row, *row[:1] * (5 - len(row))))
+    chunks, sizes = _chunks(numels, device, stream)
+    pointers, aligned = _pointers(addresses, device, stream)
+    mu, lr = hyper.mu, hyper.lr
+    is_adam = hyper.preconditioner == "adam"
+    exp_avg_factor: Any = 1.0 - mu
+    correction2: Any = 1.0
+    step: Any = 0
+    per_tensor = False
+    if steps and (is_adam or exp_avg.dtype == torch.bfloat16):
+        first = steps[0]
+        per_tensor = isinstance(first, Tensor) or any(other != first for other in steps)
+        if isinstance(first, Tensor):
+            step = torch.stack(cast(list[Tensor], steps))
+        else:
+            step = first if not per_tensor else torch.tensor(steps, dtype=torch.float64)
+    if is_adam:
+        exp_avg_factor = (1.0 - mu) / bias_correction(hyper.beta1, step)
+        correction2 = bias_correction(hyper.beta2, step)
+    if per_tensor or isinstance(mu, Tensor):
+        per_tensor = True  # a table on the device
+        count = len(rows)
+        exp_avg_factor, correction2 = (
+            _table(x, torch.float32, count, device) for x in (exp_avg_factor, correction2)
+        )
+        step = _table(step, torch.int32, count, device)
+    on_device = isinstance(lr, Tensor) or isinstance(mu, Tensor)
+    if on_device:
+        scalars = torch.stack([_table(x, torch.float32, 1, device)[0] for x in (lr, mu)])
+        lr = mu = 0.0
+    floor = max(hyper.eps if hyper.preconditioner == "amsgrad" else 0.0, torch.finfo(torch.float32).tiny)
+    decay = hyper.weight_decay
+    coupled, decoupled = (0.0, decay) if hyper.decoupled_weight_decay else (decay, 0.0)
+    total = chunks.shape[0]
+    try:
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            kernel[(min(total, _programs(device)),)](
+                pointers,
+                aligned,
+                sizes,
+                chunks,
+                total,
+                scalars if on_device else pointers,
+                exp_avg_factor,
+                correction2,
+                step,
+                float(lr),
+                float(mu),
+                hyper.beta1,
+                1.0 - hyper.beta1,
+                hyper.beta2,
+                1.0 - hyper.beta2,
+                hyper.eps,
+                floor,
+                -1.0 if hyper.maximize else 1.0,
+                coupled,
+                decoupled,
+                1.0 - float(lr) * decoupled,
+                P=ELEMENTS[param.dtype],
+                G=ELEMENTS[grad.dtype],
+                S=MOMENTS[exp_avg.dtype],
+                MODE=PRECONDITIONERS.index(hyper.preconditioner),
+                COUPLED=coupled != 0.0,
+                PER_TENSOR=per_tensor,
+                ON_DEVICE=on_device,
+                SIZE=CHUNK,
+                num_warps=WARPS,
+                enable_fp_fusion=False,
+            )
+    except (
+        Exception
+    ) as error:  # Triton's, its backends', the C compiler's and the driver's have nothing in common
+        raise KernelUnavailableError(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
+
+
+def _table(value: Any, dtype: torch.dtype, count: int, device: torch.device) -> Tensor:
+    """Return a number, or one of every tensor, as a table on the device."""
+    if not isinstance(value, Tensor):
+        return torch.full((count,), value, dtype=dtype, device=device)
+    if value.device.type == "cpu" and device.type != "cpu":
+        value = value.pin_memory()
+    return value.to(device=device, dtype=dtype, non_blocking=True).expand(count).contiguous()
+
+
+@lru_cache(maxsize=256)
+def _chunks(numels: tuple[int, ...], device: torch.device, stream: int) -> tuple[Tensor, Tensor]:
+    """Return the chunks of tensors, (chunks, 2) int32: tensor and number; and their sizes in elements, int64."""
+    counts = torch.tensor([-(-numel // CHUNK) for numel in numels])
+    tensor = torch.repeat_interleave(torch.arange(len(numels)), counts)
+    number = torch.arange(len(tensor)) - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+    chunks = torch.stack([tensor, number], 1).to(torch.int32)
+    return _sent(chunks, device), _sent(torch.tensor(numels), device)
+
+
+@lru_cache(maxsize=256)
+def _pointers(addresses: tuple[int, ...], device: torch.device, stream: int) -> tuple[Tensor, Tensor]:
+    """Return a table of addresses, (tensors, 5) int64, and which rows are aligned to 128 bits, int32."""
+    table = torch.tensor(addresses).view(-1, 5)
+    return _sent(table, device), _sent((table % 16 == 0).all(1).to(torch.int32), device)
+
+
+def _sent(table: Tensor, device: torch.device) -> Tensor:
+    """Copy to the device without waiting; torch keeps the pinned memory until the copy is made."""
+    return table if device.type == "cpu" else table.pin_memory().to(device, non_blocking=True)
+
+
+@lru_cache
+def _programs(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 3  # Triton's interpreter
+    return PROGRAMS_PER_PROCESSOR * int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@triton.jit
+def kernel(  # type: ignore[no-untyped-def]
+    pointers,
+    aligned,
+    sizes,
+    chunks,
+    chunk_count,
+    scalars,
+    exp_avg_factors,
+    corrections2,
+    steps,
+    lr,
+    mu,
+    beta1,
+    one_minus_beta1,
+    beta2,
+    one_minus_beta2,
+    eps,
+    floor,
+    sign,
+    coupled_decay,
+    decoupled_decay,
+    keep,
+    P: tl.constexpr,
+    G: tl.constexpr,
+    S: tl.constexpr,
+    MODE: tl.constexpr,
+    COUPLED: tl.constexpr,
+    PER_TENSOR: tl.constexpr,
+    ON_DEVICE: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """Take chunk after chunk; see the module.
+
+    Args:
+        pointers: (tensors, 5) int64: addresses of x, g, m, v, v̂; of x again where a moment is not needed.
+        aligned: (tensors,) int32: 1 where all five are multiples of 16.
+        sizes: (tensors,) int64: elements.
+        chunks: (chunk_count, 2) int32: tensor, and number of the chunk in it.
+        chunk_count: of all tensors.
+        scalars: (2,) float32: α and μ, with ON_DEVICE.
+        exp_avg_factors: (1 − μ), over its bias correction in mode adam; with PER_TENSOR (tensors,) float32.
+        corrections2: 1 − β2ᵗ in mode adam; likewise.
+        steps: t, for stochastic rounding; likewise, int32.
+        keep: what decoupled weight decay leaves of x.
+        P: dtype of x.
+        G: dtype of g.
+        S: dtype of the moments.
+        MODE: index in `PRECONDITIONERS`.
+        COUPLED: whether there is coupled weight decay.
+        PER_TENSOR: whether factors and steps are tables.
+        ON_DEVICE: whether α and μ are read from `scalars`.
+        SIZE: elements of a chunk.
+    """
+    if ON_DEVICE:
+        lr = tl.load(scalars)
+        mu = tl.load(scalars + 1)
+        keep = 1.0 - lr * decoupled_decay
+    for number in range(tl.program_id(0), chunk_count, tl.num_programs(0)):
+        tensor = tl.load(chunks + 2 * number)
+        start = tl.load(chunks + 2 * number + 1).to(tl.int64) * SIZE
+        size = tl.load(sizes + tensor)
+        if PER_TENSOR:
+            exp_avg_factor = tl.load(exp_avg_factors + tensor)
+            correction2 = tl.load(corrections2 + tensor)
+            step = tl.load(steps + tensor)
+        else:
+            exp_avg_factor = exp_avg_factors
+            correction2 = corrections2
+            step = steps
+        row = pointers + 5 * tensor.to(tl.int64)
+        if (start + SIZE <= size) & (tl.load(aligned + tensor) == 1):
+            _update(
+                row, start, size, exp_avg_factor, correction2, step, lr, mu, beta1, one_minus_beta1, beta2,
+                one_minus_beta2, eps, floor, sign, coupled_decay, keep, P, G, S, MODE, COUPLED, SIZE, False,
+            )  # fmt: skip
+        else:
+            _update(
+                row, start, size, exp_avg_factor, correction2, step, lr, mu, beta1, one_minus_beta1, beta2,
+                one_minus_beta2, eps, floor, sign, coupled_decay, keep, P, G, S, MODE, COUPLED, SIZE, True,
+            )  # fmt: skip
+
+
+@triton.jit
+def _update(  # type: ignore[no-untyped-def]
+    row, start, size, exp_avg_factor, correction2, step, lr, mu, beta1, one_minus_beta1, beta2,
+    one_minus_beta2, eps, floor, sign, coupled_decay, keep,
+    P: tl.constexpr, G: tl.constexpr, S: tl.constexpr, MODE: tl.constexpr, COUPLED: tl.constexpr,
+    SIZE: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Update a chunk, in the order of operations of csrc/fused_cpu.cpp."""
+    within = start + tl.arange(0, SIZE)
+    mask = within < size
+    step_term = step.to(tl.uint32) * _STEP_FACTOR
+    index_term = within.to(tl.uint32) * _INDEX_FACTOR
+    x = _load(row, 0, within, mask, P, MASKED)
+    g = sign * _load(row, 1, within, mask, G, MASKED)
+    if COUPLED:
+        g = g + coupled_decay * x
+    x = keep * x
+    m = beta1 * _load(row, 2, within, mask, S, MASKED) + one_minus_beta1 * g
+    _store_moment(row, 2, within, mask, m, index_term, step_term, 0, S, MASKED)
+    move = exp_avg_factor * m + mu * g
+    if MODE != _NONE:
+        v = beta2 * _load(row, 3, within, mask, S, MASKED) + (one_minus_beta2 * g) * g
+        _store_moment(row, 3, within, mask, v, index_term, step_term, 1, S, MASKED)
+        if MODE == _AMSGRAD:
+            old = _load(row, 4, within, mask, S, MASKED)
+            v_hat = _at_least(floor, tl.where(old != old, old, _at_least(old, v)))
+            _store_moment(row, 4, within, mask, v_hat, index_term, step_term, 2, S, MASKED)
+            move = tl.div_rn(move, tl.sqrt_rn(v_hat))
+        else:
+            root = tl.sqrt_rn(tl.div_rn(_at_least(floor, v), correction2))
+            move = tl.div_rn(move, root + eps)
+    _store(row, 0, within, mask, x - lr * move, P, MASKED)
+
+
+@triton.jit
+def _at_least(low, value):  # type: ignore[no-untyped-def]
+    """The larger of the two; NaN where `value` is NaN."""
+    return tl.where(low > value, low, value)
+
+
+@triton.jit
+def _place(row, column, within, T: tl.constexpr, MASKED: tl.constexpr):  # type: ignore[no-untyped-def]
+    pointer = tl.load(row + column).to(tl.pointer_type(T))
+    if not MASKED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer + within
+
+
+@triton.jit
+def _load(row, column, within, mask, T: tl.constexpr, MASKED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Load elements of dtype T as float32."""
+    if tl.bfloat16 == T:
+        place = _place(row, column, within, tl.uint16, MASKED)
+        bits = tl.load(place, mask=mask, other=0) if MASKED else tl.load(place)
+        return (bits.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    place = _place(row, column, within, T, MASKED)
+    return (tl.load(place, mask=mask, other=0.0) if MASKED else tl.load(place)).to(tl.float32)
+
+
+@triton.jit
+def _store(row, column, within, mask, value, T: tl.constexpr, MASKED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Store float32 as dtype T, rounded to nearest."""
+    if tl.bfloat16 == T:
+        bits = value.to(tl.uint32, bitcast=True)
+        nearest = (bits + ((bits >> 16) & 1) + 0x7FFF) >> 16
+        _store_bits(row, column, within, mask, tl.where(value != value, 0x7FC0, nearest), MASKED)
+    else:
+        place = _place(row, column, within, T, MASKED)
+        if MASKED:
+            tl.store(place, value.to(T), mask=mask)
+        else:
+            tl.store(place, value.to(T))
+
+
+@triton.jit
+def _store_moment(  # type: ignore[no-untyped-def]
+    row, column, within, mask, value, index_term, step_term, SLOT: tl.constexpr, T: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """Store float32 as dtype T, rounded to bfloat16 stochastically by the hash of rounding.py."""
+    if tl.bfloat16 == T:
+        slot_term: tl.constexpr = (SLOT * 0xC2B2AE3D) % 0x100000000
+        h = index_term + (step_term + slot_term)
+        h = h ^ (h >> 16)
+        h = h * 0x7FEB352D
+        h = h ^ (h >> 15)
+        h = h * 0x846CA68B
+        h = h ^ (h >> 16)
+        rounded = (value.to(tl.uint32, bitcast=True) + (h >> 16)) >> 16
+        _store_bits(row, column, within, mask, tl.where(value != value, 0x7FC0, rounded), MASKED)
+    else:
+        _store(row, column, within, mask, value, T, MASKED)
+
+
+@triton.jit
+def _store_bits(row, column, within, mask, bits, MASKED: tl.constexpr):  # type: ignore[no-untyped-def]
+    place = _place(row, column, within, tl.uint16, MASKED)
+    if MASKED:
+        tl.store(place, bits.to(tl.uint16), mask=mask)
+    else:
+        tl.store(place, bits.to(tl.uint16))
