@@ -268,8 +268,12 @@ def _wait(running: list[tuple[_Fork, int]], timeout: float, job: Path, *, end_to
     hang = f"after {timeout} s"
     while left := [rank for rank, (fork, pid) in enumerate(running) if pid not in fork.ended]:
         if time.monotonic() > end:
-            for rank in left:
-                os.kill(running[rank][1], signal.SIGKILL)
+            for number in (signal.SIGABRT, signal.SIGKILL):  # the first has them print where they are
+                for rank in left:
+                    if running[rank][1] not in running[rank][0].ended:
+                        os.kill(running[rank][1], number)
+                for rank in left:
+                    running[rank][0].take(2)
             for rank in left:
                 fork, pid = running[rank]
                 while pid not in fork.ended:
@@ -393,6 +397,7 @@ def _say(answer: dict[str, Any]) -> None:
 
 
 def _be_a_rank(request: dict[str, Any]) -> None:
+    import faulthandler
     import random
     import resource
     import runpy
@@ -404,6 +409,7 @@ def _be_a_rank(request: dict[str, Any]) -> None:
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.close(_answers)
+    faulthandler.enable(2)
     os.environ.clear()
     os.environ.update(request["environment"])
     random.seed()

@@ -177,7 +177,7 @@ def _launch(rows: list[tuple[Tensor, ...]], steps: Steps, hyper: Hyperparameters
             )
     except (
         Exception
-    ) as error:  # Triton's, its backends', the C compiler's and the driver's have nothing in common
+    ) as error:  # of Triton, its backend, the C compiler or the driver: they have nothing in common
         raise KernelUnavailableError(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
 
 
@@ -187,7 +187,8 @@ def _table(value: Any, dtype: torch.dtype, count: int, device: torch.device) -> 
         return torch.full((count,), value, dtype=dtype, device=device)
     if value.device.type == "cpu" and device.type != "cpu":
         value = value.pin_memory()
-    return value.to(device=device, dtype=dtype, non_blocking=True).expand(count).contiguous()
+    table: Tensor = value.to(device=device, dtype=dtype, non_blocking=True)
+    return table.expand(count).contiguous()
 
 
 @lru_cache(maxsize=256)
