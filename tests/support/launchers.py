@@ -30,7 +30,7 @@ def launch(
     ranks: int,
     script: str | Path,
     *arguments: object,
-    timeout: float = 240,
+    timeout: float = 500,
     largest_file: int | None = None,
     variables: Mapping[str, str] | None = None,
     hosts_file: Path | None = None,

@@ -109,7 +109,7 @@ class WarmRanks:
         *arguments: object,
         ranks: int = 2,
         faults: tuple[Mapping[str, Any], ...] = (),
-        timeout: float = 60,
+        timeout: float = 240,
     ) -> EndedJob:
         """Runs a training to its end on all ranks; nothing but the training itself ends ranks when one dies.
 
@@ -139,7 +139,7 @@ class WarmRanks:
         environment: Mapping[str, str],
         ranks: int,
         faults: tuple[Mapping[str, Any], ...] = (),
-        timeout: float = 60,
+        timeout: float = 240,
         port: int = 0,
         largest_file: int | None = None,
         end_together: bool = False,
