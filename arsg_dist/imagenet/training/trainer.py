@@ -301,9 +301,8 @@ class EpochLoop:
                 engine.step()
                 loss_sum += health.finite(loss, at.update + 1)
             at.update += 1
-            self._checkpoints.shown = shown_hyperparameters(
-                engine.optimizer
-            )  # of this update: the schedule steps below
+            # Of this update: the schedule steps below.
+            self._checkpoints.shown = shown_hyperparameters(engine.optimizer)
             at.images = sampler.after(at.images)
             health.after_update(at.update)
             parts.schedules.after_update()

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from arsg_dist.optim.hyperparameters import Hyperparameters, Steps, bias_correction
+from arsg_dist.optim.hyperparameters import PRECONDITIONERS, Hyperparameters, Steps, bias_correction
 from arsg_dist.optim.kernels.foreach import foreach_step
 
 CHUNK: Final = 2048
@@ -28,15 +28,12 @@ CHUNK: Final = 2048
 WARPS: Final = 8
 PROGRAMS_PER_PROCESSOR: Final = 4
 
-PRECONDITIONERS: Final = ("amsgrad", "adam", "none")
-MODES: Final = ("decoupled_weight_decay", "maximize", "capturable")
 ELEMENTS: Final = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 """Dtypes of parameters and gradients."""
 MOMENTS: Final = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
 
-# Triton's code sees constants only as these.
+# Triton's code sees constants only as these; indices in PRECONDITIONERS.
 _AMSGRAD = tl.constexpr(0)
-_ADAM = tl.constexpr(1)
 _NONE = tl.constexpr(2)
 _INDEX_FACTOR = tl.constexpr(0x9E3779B1)
 _STEP_FACTOR = tl.constexpr(0x85EBCA77)
