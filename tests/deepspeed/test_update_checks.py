@@ -5,13 +5,12 @@ docs/deepspeed.md says so.
 """
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import deepspeed
 import pytest
 import torch
-from deepspeed.utils import groups
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -21,14 +20,6 @@ from tests.deepspeed.test_one_rank import _one_rank as _one_rank
 
 STAGES = [0, 1, 2, 3]
 LR = 0.125
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _groups_of_no_other_job() -> Iterator[None]:
-    """DeepSpeed keeps the groups of ranks of the first job that a process makes, also when it has ended."""
-    groups._WORLD_GROUP = None
-    yield
-    groups._WORLD_GROUP = None
 
 
 class Pair(nn.Module):
