@@ -15,6 +15,10 @@ settings.register_profile("hunt", derandomize=False, database=None, deadline=Non
 settings.load_profile("repeatable")
 
 
+TURNS = 3
+"""CI runs a third of the tests with the mark `turn`, which are slow; another commit, another third."""
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--record-detection", metavar="FILE", help="append what injected faults cost (JSON lines)"
@@ -35,28 +39,29 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def _turn(config: pytest.Config) -> int:
     given: int | None = config.getoption("--turn")
-    if given is not None:
-        return given
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
-    )
-    return int(commit.stdout, 16) if commit.returncode == 0 else 0
+    if given is None:
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
+        )
+        given = int(commit.stdout, 16) if commit.returncode == 0 else 0
+    return given % TURNS
 
 
 def pytest_report_header(config: pytest.Config) -> str:
     if config.getoption("--full"):
         return "tests that take turns: all"
-    return f"tests that take turns: as with --turn {_turn(config) % 2}; --full has all"
+    return f"tests that take turns: those of --turn {_turn(config)} of 0 to {TURNS - 1}; --full has all"
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leaves out the tests whose turn it is not."""
-    if config.getoption("--full"):
-        return
-    turn, kept, others = _turn(config), list[pytest.Item](), list[pytest.Item]()
+    now, kept, others = _turn(config), list[pytest.Item](), list[pytest.Item]()
     for item in items:
         mark = item.get_closest_marker("turn")
-        (kept if not mark or turn % mark.kwargs["of"] == mark.args[0] else others).append(item)
+        if mark:
+            item.add_marker("slow")
+        (kept if not mark or mark.args[0] == now or config.getoption("--full") else others).append(item)
     config.hook.pytest_deselected(items=others)
     items[:] = kept
 

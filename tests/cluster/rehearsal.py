@@ -224,6 +224,7 @@ class Running:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            errors="replace",  # bars of two ranks, one in the middle of the other's character
             start_new_session=True,
         )
 

@@ -42,7 +42,7 @@ def wait_for_batch_job(
         time.sleep(0.5)
     else:
         cluster.run_on("node1", ["scancel", number], timeout=60)
-    output = "".join(path.read_text() for path in sorted(directory.glob(f"*-{number}.out")))
+    output = "".join(path.read_text(errors="replace") for path in sorted(directory.glob(f"*-{number}.out")))
     code = int(state.get("ExitCode", "1:0").partition(":")[0])
     assert state.get("JobState") in ("COMPLETED", "FAILED"), f"{state.get('JobState')}:\n{output[-5000:]}"
     return Finished(code, output)

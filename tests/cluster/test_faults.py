@@ -10,7 +10,7 @@ from tests.cluster.rehearsal import Cluster, Running
 from tests.cluster.starts import start
 from tests.support.launchers import REPOSITORY
 
-pytestmark = [pytest.mark.cluster, pytest.mark.ranks, pytest.mark.slow]
+pytestmark = [pytest.mark.cluster, pytest.mark.ranks]
 
 JOB = str(REPOSITORY / "tests/support/endless_job.py")
 # Each on hosts of its own pair would need more cores; sharing the hosts, all see the same fault.
@@ -82,6 +82,7 @@ def ends(jobs: dict[str, Running], cluster: Cluster, seconds: float) -> None:
         time.sleep(0.5)
 
 
+@pytest.mark.turn(0)
 def test_a_host_that_falls_silent_ends_the_job(cluster: Cluster, tmp_path: Path) -> None:
     """Catches a job that burns its allocation waiting for a host whose network is gone (no error, no packet)."""
     jobs = started(cluster, tmp_path)
@@ -94,6 +95,7 @@ def test_a_host_that_falls_silent_ends_the_job(cluster: Cluster, tmp_path: Path)
         restart(cluster, jobs, ["node4"])
 
 
+@pytest.mark.turn(1)
 def test_a_host_that_dies_ends_the_job(cluster: Cluster, tmp_path: Path) -> None:
     """Catches ranks that go on, or wait, when the host of another has lost power."""
     jobs = started(cluster, tmp_path)

@@ -11,7 +11,7 @@ from tests.support import toy
 from tests.support.compare import assert_same_weights
 from tests.support.launchers import REPOSITORY
 
-pytestmark = [pytest.mark.cluster, pytest.mark.ranks, pytest.mark.slow]
+pytestmark = [pytest.mark.cluster, pytest.mark.ranks]
 
 TWO, FOUR = "node1:1,node2:1", "node1:1,node2:1,node3:1,node4:1"
 
@@ -37,12 +37,15 @@ def assert_weights_of_one_process(output: Path, log: str) -> None:
 @pytest.mark.parametrize(
     ("target", "engine", "options"),
     [
-        ("deepspeed-pdsh", "deepspeed", ["--hosts", TWO]),
-        ("deepspeed-openmpi", "deepspeed", ["--hosts", "node1:2,node2:2"]),
-        ("mpirun", "deepspeed", ["--hosts", TWO, "--engine", "deepspeed"]),
-        ("mpirun", "horovod", ["--hosts", FOUR, "--engine", "horovod"]),
-        ("horovodrun", "horovod", ["--hosts", TWO]),
-        ("horovodrun-elastic", "horovod", ["--hosts", TWO]),
+        pytest.param(target, engine, options, marks=pytest.mark.turn(turn))
+        for turn, target, engine, options in [
+            (0, "deepspeed-pdsh", "deepspeed", ["--hosts", TWO]),
+            (1, "deepspeed-openmpi", "deepspeed", ["--hosts", "node1:2,node2:2"]),
+            (2, "mpirun", "deepspeed", ["--hosts", TWO, "--engine", "deepspeed"]),
+            (0, "mpirun", "horovod", ["--hosts", FOUR, "--engine", "horovod"]),
+            (1, "horovodrun", "horovod", ["--hosts", TWO]),
+            (2, "horovodrun-elastic", "horovod", ["--hosts", TWO]),
+        ]
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -56,6 +59,7 @@ def test_hosts_over_ssh(
     assert_weights_of_one_process(output, job.output)
 
 
+@pytest.mark.turn(2)
 def test_one_command_per_host_without_ssh(cluster: Cluster, tmp_path: Path) -> None:
     """Catches node ranks or the meeting point lost."""
     command, output = program("deepspeed", tmp_path)
@@ -74,7 +78,12 @@ def test_one_command_per_host_without_ssh(cluster: Cluster, tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     ("engine", "through"),
-    [("deepspeed", "srun"), ("horovod", "srun"), ("horovod", "mpirun"), ("horovod", "horovodrun")],
+    [
+        pytest.param("deepspeed", "srun", marks=pytest.mark.turn(0)),
+        pytest.param("horovod", "srun", marks=pytest.mark.turn(1)),
+        pytest.param("horovod", "mpirun", marks=pytest.mark.turn(2)),
+        pytest.param("horovod", "horovodrun", marks=pytest.mark.turn(0)),
+    ],
 )
 def test_slurm(engine: str, through: str, cluster: Cluster, tmp_path: Path) -> None:
     """Catches a batch script whose ranks are each alone, see another host's GPUs, or have lost their arguments."""

@@ -10,7 +10,7 @@ from tests.cluster.starts import start
 from tests.cluster.test_launchers import assert_weights_of_one_process, program
 from tests.support.launchers import REPOSITORY
 
-pytestmark = [pytest.mark.cluster, pytest.mark.ranks, pytest.mark.slow]
+pytestmark = [pytest.mark.cluster, pytest.mark.ranks]
 
 HOSTS = ["--hosts", "node2:1,node3:1"]
 
@@ -30,6 +30,7 @@ def ill_configured(cluster: Cluster) -> Iterator[Cluster]:
         cluster.write_hosts_file(name)
 
 
+@pytest.mark.turn(2)
 def test_mpi_works_once_told_the_network(ill_configured: Cluster, tmp_path: Path) -> None:
     """Catches a remedy in docs/clusters.md that does not help: MPI talks to itself over docker0 and hangs."""
     command, output = program("horovod", tmp_path)
@@ -42,6 +43,7 @@ def test_mpi_works_once_told_the_network(ill_configured: Cluster, tmp_path: Path
     assert_weights_of_one_process(output, job.output)
 
 
+@pytest.mark.turn(2)
 def test_gloo_works_once_told_the_interface(ill_configured: Cluster, tmp_path: Path) -> None:
     """Catches a remedy in docs/clusters.md that does not help: gloo tells the others that it is at 127.0.1.1."""
     command, output = program("deepspeed", tmp_path)
@@ -53,6 +55,7 @@ def test_gloo_works_once_told_the_interface(ill_configured: Cluster, tmp_path: P
     assert_weights_of_one_process(output, job.output)
 
 
+@pytest.mark.turn(2)
 def test_the_doctor_names_both(ill_configured: Cluster, tmp_path: Path) -> None:
     """Catches a diagnosis that cannot be made on the hosts that need it, or that does not see what is wrong there."""
     doctor = [str(REPOSITORY / "arsg_dist/cli/main.py"), "doctor", "--max-mib", "1"]

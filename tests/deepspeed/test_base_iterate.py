@@ -26,8 +26,8 @@ ALL = [
     pytest.param(ranks, selection, visited, id=f"{ranks}ranks-{visited}", marks=marks)
     for ranks, selection, marks in [
         (2, "core", []),
-        (2, "rest", [pytest.mark.slow]),
-        (3, "all", [pytest.mark.slow]),
+        (2, "rest", [pytest.mark.turn(0)]),
+        (3, "all", [pytest.mark.turn(1)]),
     ]
     for visited in visited_cases(selection)
 ]

@@ -19,16 +19,20 @@ from arsg_dist.deepspeed.checkpoint.guard import _guarded_load, _guarded_save
 from tests.deepspeed.checkpoint_cases import Everything, Kept, kept_cases
 from tests.deepspeed.saved_checkpoints import results_saved_by, saved_by
 
-LAUNCHES = [(2, "core"), (2, "rest"), (3, "all")]
+LAUNCHES = [
+    (2, "core", []),
+    (2, "rest", [pytest.mark.turn(2)]),
+    (3, "all", [pytest.mark.turn(1)]),
+]
 ALL = [
     pytest.param(
         ranks,
         selection,
         config,
         id=f"{ranks}ranks-{config}",
-        marks=[pytest.mark.ranks] if selection == "core" else [pytest.mark.ranks, pytest.mark.slow],
+        marks=[pytest.mark.ranks, *marks],
     )
-    for ranks, selection in LAUNCHES
+    for ranks, selection, marks in LAUNCHES
     for config in kept_cases(selection)
 ]
 everywhere = pytest.mark.parametrize(("ranks", "selection", "config"), ALL)

@@ -24,16 +24,21 @@ pytestmark = pytest.mark.ranks
 # unit shows that there is nothing else in it.
 HALF_PRECISION_ROUNDINGS = 8
 
-LAUNCHES = [(2, "core"), (1, "all"), (2, "rest"), (3, "all")]
+LAUNCHES: list[tuple[int, str, list[pytest.MarkDecorator]]] = [
+    (2, "core", []),
+    (1, "all", [pytest.mark.turn(0)]),
+    (2, "rest", [pytest.mark.turn(1)]),
+    (3, "all", [pytest.mark.turn(2)]),
+]
 ALL = [
     pytest.param(
         ranks,
         selection,
         case,
         id=f"{ranks}ranks-{case}",
-        marks=[*[pytest.mark.slow] * (selection != "core"), *[needs_nvme] * case.on_nvme],
+        marks=[*marks, *[needs_nvme] * case.on_nvme],
     )
-    for ranks, selection in LAUNCHES
+    for ranks, selection, marks in LAUNCHES
     for case in cases(selection)
 ]
 everywhere = pytest.mark.parametrize(("ranks", "selection", "case"), ALL)

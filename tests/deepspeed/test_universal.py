@@ -22,7 +22,12 @@ from tests.support.compare import REDUCTION_ORDER, assert_same_weights
 
 HALF_PRECISION_ROUNDINGS = 8  # as in the matrix
 
-LAUNCHES = [(2, 3, "core"), (1, 2, "few"), (2, 3, "rest"), (3, 1, "all")]
+LAUNCHES = [
+    (2, 3, "core", []),
+    (1, 2, "few", []),
+    (2, 3, "rest", [pytest.mark.turn(0)]),
+    (3, 1, "all", [pytest.mark.turn(1)]),
+]
 ALL = [
     pytest.param(
         saved_on,
@@ -31,9 +36,9 @@ ALL = [
         source,
         target,
         id=f"{saved_on}to{ranks}ranks-{source}-to-{target}",
-        marks=[pytest.mark.ranks, *[pytest.mark.slow] * (selection not in ("core", "few"))],
+        marks=[pytest.mark.ranks, *marks],
     )
-    for saved_on, ranks, selection in LAUNCHES
+    for saved_on, ranks, selection, marks in LAUNCHES
     for source, target in transfers(selection)
 ]
 everywhere = pytest.mark.parametrize(("saved_on", "ranks", "selection", "source", "target"), ALL)

@@ -140,9 +140,10 @@ def test_a_rank_killed_before_it_writes_the_last_weights(
     assert (run.directory / "weights" / "README.md").is_file()
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(7200)
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    "engine", [pytest.param(engine, marks=pytest.mark.turn(turn)) for turn, engine in enumerate(ENGINES)]
+)
 def test_a_rank_killed_at_random_moments(
     engine: str,
     warm: WarmRanks,

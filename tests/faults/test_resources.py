@@ -77,7 +77,7 @@ def test_images_that_vanish_in_mid_run(
     [
         ("horovod", "SIGKILL", "has ended: killed by SIGKILL"),
         pytest.param(
-            "ddp", "SIGSTOP", "no batch came from the loader processes in 6 s", marks=pytest.mark.slow
+            "ddp", "SIGSTOP", "no batch came from the loader processes in 6 s", marks=pytest.mark.turn(0)
         ),
     ],
 )
@@ -100,7 +100,7 @@ def test_loader_processes_of_one_rank_that_die_or_hang_end_all(
         "4",
     ]
     fault = {"rank": 1, "do": "signal loaders", "signal": number, "point": "after step", "at": 3}
-    job = warm.run(engine, *recipe, *loading, "--checkpoint_every", "2", faults=(fault,), timeout=120)
+    job = warm.run(engine, *recipe, *loading, "--checkpoint_every", "2", faults=(fault,))
     assert all(job.codes), job.output[-6000:]
     assert re.search(rf"error: .*{reason}.* \(rank 1\)", job.outputs[1]), job.output[-6000:]
     assert "Traceback" not in job.outputs[1]

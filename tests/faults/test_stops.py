@@ -39,9 +39,9 @@ EARLY = {
     ("engine", "stops"),
     [
         pytest.param("single", STOPS[:6], id="single"),
-        pytest.param("single", STOPS[6:], id="single, others", marks=pytest.mark.slow),
-        pytest.param("ddp", STOPS[:6], id="ddp", marks=pytest.mark.slow),
-        pytest.param("horovod-sharded", STOPS[6:], id="horovod-sharded", marks=pytest.mark.slow),
+        pytest.param("single", STOPS[6:], id="single, others", marks=pytest.mark.turn(0)),
+        pytest.param("ddp", STOPS[:6], id="ddp", marks=pytest.mark.turn(1)),
+        pytest.param("horovod-sharded", STOPS[6:], id="horovod-sharded", marks=pytest.mark.turn(2)),
     ],
 )
 def test_a_stop_saves_and_loses_nothing(

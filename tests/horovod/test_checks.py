@@ -31,8 +31,8 @@ def test_a_replicated_optimizer_keeps_its_promise(output: str, name: str) -> Non
     [
         ("mpirun", 2, list(SHARDED)),
         ("mpirun", 3, OUTLIVED),
-        pytest.param("alone", 1, list(SHARDED), marks=pytest.mark.slow),
-        pytest.param("horovodrun", 3, list(SHARDED), marks=pytest.mark.slow),
+        pytest.param("alone", 1, list(SHARDED), marks=pytest.mark.turn(0)),
+        pytest.param("horovodrun", 3, list(SHARDED), marks=pytest.mark.turn(2)),
     ],
 )
 def test_what_users_know_of_a_sharded_optimizer_works_or_is_refused(

@@ -8,7 +8,7 @@ from tests.horovod.jobs.exchange_stress_job import ROUNDS
 from tests.horovod.test_sharded import MPI_AND_GLOO
 from tests.support.launchers import launch
 
-pytestmark = [pytest.mark.ranks, pytest.mark.slow]
+pytestmark = pytest.mark.ranks
 
 JOB = "tests/horovod/jobs/exchange_stress_job.py"
 
@@ -22,6 +22,7 @@ def test_the_chosen_exchange_is_right_every_time(launcher: str, ranks: int) -> N
     assert job.output.count("right: ") == len(ROUNDS), job.output[-5000:]
 
 
+@pytest.mark.turn(1)
 def test_the_guards_find_the_corruption_of_reducescatter_over_gloo() -> None:
     """Catches a check that does not see the very fault it is there for.
 

@@ -36,17 +36,19 @@ THREE = "localhost:1\n127.0.0.1:2\n"
         # Update 4 is lost with the rank, and made again by the survivor alone.
         ("replicated", "kill-rank-0", TWO, [2, 2, 2, 2, 1, 1, 1, 1]),
         ("sharded", "kill-rank-0", TWO, [2, 2, 2, 2, 1, 1, 1, 1]),
-        pytest.param("sharded", "kill-lone-rank", THREE, [3, 3, 3, 3, 2, 2, 2, 2], marks=pytest.mark.slow),
-        pytest.param("replicated", "kill-rank-1", TWO, [2, 2, 2, 2, 1, 1, 1, 1], marks=pytest.mark.slow),
-        pytest.param("sharded", "kill-rank-1", TWO, [2, 2, 2, 2, 1, 1, 1, 1], marks=pytest.mark.slow),
-        pytest.param("replicated", "add", "localhost:1\n", [1, 1, 1, 1, 1, 3, 3, 3], marks=pytest.mark.slow),
-        pytest.param("sharded", "add", "localhost:1\n", [1, 1, 1, 1, 1, 3, 3, 3], marks=pytest.mark.slow),
-        pytest.param("replicated", "remove", TWO, [2, 2, 2, 2, 2, 1, 1, 1], marks=pytest.mark.slow),
-        pytest.param("sharded", "remove", THREE, [3, 3, 3, 3, 3, 1, 1, 1], marks=pytest.mark.slow),
-        # Update 6 dies in its commit: updates 4 and 5 are made again.
-        pytest.param("sharded", "kill-in-commit", TWO, [2, 2, 2, 2, 1, 1, 1, 1], marks=pytest.mark.slow),
+        pytest.param("sharded", "kill-lone-rank", THREE, [3, 3, 3, 3, 2, 2, 2, 2], marks=pytest.mark.turn(0)),
+        pytest.param("replicated", "kill-rank-1", TWO, [2, 2, 2, 2, 1, 1, 1, 1], marks=pytest.mark.turn(1)),
+        pytest.param("sharded", "kill-rank-1", TWO, [2, 2, 2, 2, 1, 1, 1, 1], marks=pytest.mark.turn(2)),
         pytest.param(
-            "sharded-bf16", "kill-lone-rank", THREE, [3, 3, 3, 3, 2, 2, 2, 2], marks=pytest.mark.slow
+            "replicated", "add", "localhost:1\n", [1, 1, 1, 1, 1, 3, 3, 3], marks=pytest.mark.turn(0)
+        ),
+        pytest.param("sharded", "add", "localhost:1\n", [1, 1, 1, 1, 1, 3, 3, 3], marks=pytest.mark.turn(1)),
+        pytest.param("replicated", "remove", TWO, [2, 2, 2, 2, 2, 1, 1, 1], marks=pytest.mark.turn(2)),
+        pytest.param("sharded", "remove", THREE, [3, 3, 3, 3, 3, 1, 1, 1], marks=pytest.mark.turn(0)),
+        # Update 6 dies in its commit: updates 4 and 5 are made again.
+        pytest.param("sharded", "kill-in-commit", TWO, [2, 2, 2, 2, 1, 1, 1, 1], marks=pytest.mark.turn(1)),
+        pytest.param(
+            "sharded-bf16", "kill-lone-rank", THREE, [3, 3, 3, 3, 2, 2, 2, 2], marks=pytest.mark.turn(2)
         ),
     ],
 )

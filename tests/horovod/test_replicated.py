@@ -35,7 +35,7 @@ def run_job(wrapper: str, launcher: str, ranks: int, directory: Path) -> dict[st
 @pytest.fixture(
     scope="module",
     params=[
-        name if number < QUICK else pytest.param(name, marks=pytest.mark.slow)
+        name if number < QUICK else pytest.param(name, marks=pytest.mark.turn(number % 3))
         for number, name in enumerate(JOBS)
     ],
 )

@@ -10,14 +10,13 @@ from tests.support.launchers import launch
 pytestmark = pytest.mark.ranks
 
 JOB = "tests/horovod/jobs/sharded_job.py"
-# Every CI run has each number of ranks, and both ways of exchange; the next one has the other three.
-MPI_AND_GLOO = [
-    pytest.param("mpirun", 2, marks=pytest.mark.turn(0, of=2)),
-    pytest.param("horovodrun", 2, marks=pytest.mark.turn(1, of=2)),
-    pytest.param("mpirun", 3, marks=pytest.mark.turn(1, of=2)),
-    pytest.param("horovodrun", 3, marks=pytest.mark.turn(0, of=2)),
-    pytest.param("mpirun", 4, marks=pytest.mark.turn(0, of=2)),
-    pytest.param("horovodrun", 4, marks=pytest.mark.turn(1, of=2)),
+MPI_AND_GLOO = [  # every turn has both
+    pytest.param("mpirun", 2, marks=pytest.mark.turn(0)),
+    pytest.param("horovodrun", 2, marks=pytest.mark.turn(1)),
+    pytest.param("mpirun", 3, marks=pytest.mark.turn(1)),
+    pytest.param("horovodrun", 3, marks=pytest.mark.turn(2)),
+    pytest.param("mpirun", 4, marks=pytest.mark.turn(2)),
+    pytest.param("horovodrun", 4, marks=pytest.mark.turn(0)),
 ]
 CORE = ("groups", "adamw", "sgd with momentum", "bf16 in groups", "grad scaler and clipping", "clipping")
 
@@ -38,14 +37,15 @@ def test_sharded_training_equals_one_process(launcher: str, ranks: int) -> None:
     check(launcher, ranks, *CORE)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("launcher", "ranks"), [("alone", 1), *MPI_AND_GLOO])
+@pytest.mark.parametrize(
+    ("launcher", "ranks"), [pytest.param("alone", 1, marks=pytest.mark.turn(1)), *MPI_AND_GLOO]
+)
 def test_every_configuration_equals_one_process(launcher: str, ranks: int) -> None:
     """As above, for every method, precision, way of accumulating and clipping, scheduler and argument."""
     check(launcher, ranks)
 
 
-@pytest.mark.slow
+@pytest.mark.turn(2)
 def test_every_optimizer_that_is_accepted_equals_one_process() -> None:
     """Catches an optimizer called element-wise that is not, or state of its own that is cut or gathered wrongly."""
     tested = {type(make([torch.zeros(1, requires_grad=True)])) for make in OPTIMIZERS.values()}
@@ -53,16 +53,15 @@ def test_every_optimizer_that_is_accepted_equals_one_process() -> None:
     check("mpirun", 3, *(case.name for case in OTHER_OPTIMIZERS))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("launcher", "ranks", "shard_group"),
     [
-        ("mpirun", 4, "2"),
-        ("horovodrun", 4, "2"),
-        ("horovodrun, two hosts", 4, "node"),
+        pytest.param("mpirun", 4, "2", marks=pytest.mark.turn(0)),
+        pytest.param("horovodrun", 4, "2", marks=pytest.mark.turn(1)),
+        pytest.param("horovodrun, two hosts", 4, "node", marks=pytest.mark.turn(2)),
         # One rank per host: every rank has every shard.
-        ("mpirun", 2, "1"),
-        ("horovodrun, two hosts", 2, "node"),
+        pytest.param("mpirun", 2, "1", marks=pytest.mark.turn(1)),
+        pytest.param("horovodrun, two hosts", 2, "node", marks=pytest.mark.turn(0)),
     ],
 )
 def test_shards_inside_a_node_equal_one_process(launcher: str, ranks: int, shard_group: str) -> None:
@@ -71,7 +70,7 @@ def test_shards_inside_a_node_equal_one_process(launcher: str, ranks: int, shard
     check(launcher, ranks, *CORE, shard_group=shard_group)
 
 
-@pytest.mark.parametrize("launcher", ["mpirun", pytest.param("warm horovodrun", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("launcher", ["mpirun", pytest.param("warm horovodrun", marks=pytest.mark.turn(2))])
 def test_some_ranks_train_together(launcher: str) -> None:
     """Catches an exchange with ranks of another set, an average over the wrong number, a state on the wrong rank, and
     a hang of an optimizer of all ranks after one of some."""

@@ -69,7 +69,7 @@ def one_process(dtype: torch.dtype, ranks_of_update: list[int]) -> dict[str, Ten
     return {name: master.detach() for name, master in masters.named_parameters()}
 
 
-@pytest.mark.slow
+@pytest.mark.turn(0)
 def test_a_file_goes_from_ranks_to_ranks_and_to_one_process(tmp_path: Path) -> None:
     """Catches state, or the masters of half precision, that are lost, cut or assigned wrongly on the way through a file
     to another number of ranks, and keys that a plain ARSG does not know."""

@@ -22,8 +22,8 @@ OPTIMIZERS = {
 CASES = [
     ("SGD", 1),
     ("Adam", 2),
-    pytest.param("SGD", 3, marks=pytest.mark.slow),
-    pytest.param("Adam", 0, marks=pytest.mark.slow),
+    pytest.param("SGD", 3, marks=pytest.mark.turn(1)),
+    pytest.param("Adam", 0, marks=pytest.mark.turn(2)),
 ]
 
 

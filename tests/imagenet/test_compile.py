@@ -57,7 +57,7 @@ def trained(*, compile_network: bool) -> tuple[nn.Module, Tensor]:
         return engine.module, engine.module(images)
 
 
-@pytest.mark.slow
+@pytest.mark.turn(0)
 def test_the_compiled_network_is_the_network() -> None:
     """Catches batch norm's momentum, its mode in validation, a size that is taken for another, or a gradient that
     compilation changes."""
@@ -77,9 +77,10 @@ def test_the_compiled_network_is_the_network() -> None:
     torch.testing.assert_close(compiled_logits, plain_logits, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.slow
 @pytest.mark.ranks
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    "engine", [pytest.param(engine, marks=pytest.mark.turn(turn)) for turn, engine in enumerate(ENGINES)]
+)
 def test_a_compiled_run_is_the_run(engine: str, recipe: list[str], tmp_path: Path) -> None:
     """Catches keys with _orig_mod, a graph of the training mode used in validation, and hooks of an engine that
     compilation loses; the compiled run is interrupted in its second epoch and resumed."""
@@ -101,7 +102,7 @@ def test_a_compiled_run_is_the_run(engine: str, recipe: list[str], tmp_path: Pat
         ]
 
 
-@pytest.mark.slow
+@pytest.mark.turn(1)
 @pytest.mark.ranks
 def test_ranks_compile(recipe: list[str], tmp_path: Path) -> None:
     """Catches ranks that are in each other's way in the compiler's cache, and losses that have nothing in common."""

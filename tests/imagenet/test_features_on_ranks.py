@@ -46,8 +46,8 @@ def parameters(path: Path) -> dict[str, torch.Tensor]:
     ("engine", "extra"),
     [
         *((engine, []) for engine in ENGINES),
-        pytest.param("horovod", FP16, marks=pytest.mark.slow),
-        pytest.param("ddp", FP16, marks=pytest.mark.slow),
+        pytest.param("horovod", FP16, marks=pytest.mark.turn(0)),
+        pytest.param("ddp", FP16, marks=pytest.mark.turn(2)),
     ],
 )
 def test_two_ranks_train_as_one_process_does(

@@ -203,10 +203,9 @@ def own_size(name: str) -> int:
     return 224 if name.startswith("vit_") else sizes[0]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=pytest.mark.turn(number % 3, of=3)) for number, name in enumerate(NAMES)],
+    [pytest.param(name, marks=pytest.mark.turn(number % 3)) for number, name in enumerate(NAMES)],
 )
 def test_every_network_of_torchvision_trains_and_validates(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest

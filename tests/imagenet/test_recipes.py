@@ -1,5 +1,6 @@
 """Every file under configs/ trains as it stands, and says what its source says."""
 
+import itertools
 import json
 import math
 import re
@@ -74,11 +75,18 @@ def test_every_recipe_makes_two_updates(recipe: Path, fake_trees: dict[str, Path
     assert written["optimizer"]["params"] == described["optimizer"]["params"]
 
 
-@pytest.mark.slow
 @pytest.mark.ranks
-@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize(
-    "name", ["cifar10_arsgb", "cifar10_sgd", "cifar10_adam", "cifar10_fine_arsgb", "imagenet_short"]
+    ("name", "engine"),
+    [
+        pytest.param(name, engine, marks=pytest.mark.turn(number % 3))
+        for number, (name, engine) in enumerate(
+            itertools.product(
+                ["cifar10_arsgb", "cifar10_sgd", "cifar10_adam", "cifar10_fine_arsgb", "imagenet_short"],
+                ENGINES,
+            )
+        )
+    ],
 )
 def test_recipes_make_two_updates_on_two_ranks(
     name: str, engine: str, fake_trees: dict[str, Path], tmp_path: Path

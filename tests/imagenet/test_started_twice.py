@@ -44,8 +44,8 @@ def updates_of(directory: Path) -> list[int]:
     "engine",
     [
         "single",
-        pytest.param("horovod", marks=pytest.mark.slow),
-        pytest.param("deepspeed", marks=pytest.mark.slow),
+        pytest.param("horovod", marks=pytest.mark.turn(1)),
+        pytest.param("deepspeed", marks=pytest.mark.turn(2)),
     ],
 )
 def test_killed_before_and_after_the_first_checkpoint(engine: str, recipe: list[str], tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_a_disk_that_is_full_at_the_first_checkpoint(recipe: list[str], tmp_path
     assert not list((run / "checkpoints").glob(".step-*")), "half a checkpoint takes space"
 
 
-@pytest.mark.slow
+@pytest.mark.turn(0)
 @pytest.mark.ranks
 def test_the_container_of_a_pytorchjob_is_started_twice(recipe: list[str], tmp_path: Path) -> None:
     """Catches a manifest whose command works once: with restartPolicy OnFailure the same container is started again."""

@@ -87,7 +87,7 @@ def test_a_capturable_step_never_reads_a_value(mode: str, foreach: bool) -> None
         step(capturable=False)  # the test notices a read
 
 
-@pytest.mark.slow
+@pytest.mark.turn(2)
 @pytest.mark.parametrize("mode", MODES)
 def test_a_compiled_step_equals_the_eager_one(mode: str) -> None:
     """Catches code that the compiler's own kernels evaluate differently."""

@@ -7,14 +7,19 @@ import horovod.torch as hvd
 import torch
 
 from arsg_dist.engine import Communicator, Ranks, check_hosts
-from arsg_dist.horovod.comm.environment import check_environment, check_world_size, set_stall_defaults
+from arsg_dist.horovod.comm.environment import (
+    check_environment,
+    check_world_size,
+    in_elastic_job,
+    set_stall_defaults,
+)
 from arsg_dist.horovod.comm.process_groups import Group
 
 T = TypeVar("T")
 
 
 def connect(ranks: Ranks) -> "HorovodCommunicator":
-    """Initialise Horovod and return its communicator. Collective.
+    """Initialise Horovod and return its communicator. Collective, except in an elastic job.
 
     A rank that does not come to a collective ends the job after 600 s (`set_stall_defaults`).
 
@@ -24,14 +29,15 @@ def connect(ranks: Ranks) -> "HorovodCommunicator":
     Raises:
         ValueError: the environment mixes MPI and Gloo, or Horovod came up with another number of ranks than the
             launcher announced (it does so silently, as N jobs of one rank, when its controller does not fit).
-        JobError: it came up on fewer hosts than it was started for.
+        JobError: it came up on fewer hosts than it was started for. In an elastic job hosts come and go.
     """
     check_environment()
     set_stall_defaults()
     hvd.init()
     check_world_size()
     communicator = HorovodCommunicator()
-    check_hosts(communicator)
+    if not in_elastic_job():  # where ranks that come later would ask those that train
+        check_hosts(communicator)
     return communicator
 
 

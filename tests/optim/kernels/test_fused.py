@@ -365,7 +365,7 @@ def test_inside_torch_compile_the_step_is_traced_whole() -> None:
         assert_close(actual, expected, 1e-6)
 
 
-@pytest.mark.slow
+@pytest.mark.turn(2)
 @pytest.mark.parametrize("state_dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("mode", MODES)
 def test_compiled_path_makes_the_references_update_without_recompiling(mode: str, state_dtype) -> None:

@@ -1,0 +1,76 @@
+"""Keep the end of Horovod's background thread from waiting for Python, which may be waiting for that thread.
+
+When a rank dies, the background thread of the others ends and lets go of the tensors in flight while it holds the locks
+of its tables. The last reference from C++ to a tensor that Python knows is given back under the interpreter's lock
+(PyTorch, "PyObject preservation for Tensor and Storages" in c10/util/intrusive_ptr.h). The main thread holds that one
+while it asks for the next operation, and waits for the tables' locks: neither goes on, and the rank hangs instead of
+raising HorovodInternalError (Horovod 0.28.1, TensorQueue::FinalizeTensorQueue). A view refers to its tensor from C++,
+so with a view of each tensor in flight the background thread's reference is never the last.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from horovod.torch import mpi_ops
+from torch import Tensor
+
+
+class _HeldTensors:
+    """Stand in for Horovod's extension module: views of the tensors of each operation, until its end."""
+
+    def __init__(self, extension: Any) -> None:
+        self._extension = extension
+        self._views: dict[int, list[Tensor]] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._extension, name)
+        if name == "horovod_torch_wait_and_clear":
+            value = self._released_at_the_end(value)
+        elif name == "horovod_torch_reset":
+            value = self._released_first(value)
+        elif "_async" in name:
+            value = self._held(value)
+        else:
+            return value
+        setattr(self, name, value)  # found without __getattr__ from now on
+        return value
+
+    def _held(self, start: Callable[..., int]) -> Callable[..., int]:
+        def started(*arguments: Any) -> int:
+            with torch.no_grad():
+                views = [tensor.view_as(tensor) for tensor in _tensors(arguments)]
+            handle = start(*arguments)
+            self._views[handle] = views
+            return handle
+
+        return started
+
+    def _released_at_the_end(self, wait: Callable[[int], None]) -> Callable[[int], None]:
+        def waited(handle: int) -> None:
+            wait(handle)  # where it raises, the background thread may still be at its end
+            self._views.pop(handle, None)
+
+        return waited
+
+    def _released_first(self, reset: Callable[[], None]) -> Callable[[], None]:
+        def released() -> None:
+            self._views.clear()
+            reset()
+
+        return released
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            if value.layout == torch.strided:
+                yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
+
+
+def hold_tensors_in_flight() -> None:
+    """Hold the tensors of all of Horovod's operations of this process, from now on; once is enough."""
+    if not isinstance(mpi_ops.mpi_lib, _HeldTensors):
+        mpi_ops.mpi_lib = _HeldTensors(mpi_ops.mpi_lib)
