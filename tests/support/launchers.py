@@ -58,6 +58,7 @@ def launch(
         if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     }
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(REPOSITORY)}
+    environment.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", "120")  # 30 is little where the cores are shared
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     environment |= variables or {}
     try:
