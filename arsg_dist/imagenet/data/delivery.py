@@ -5,6 +5,9 @@ import multiprocessing
 import os
 import shutil
 import signal
+import threading
+import weakref
+from collections.abc import Callable
 from multiprocessing import connection
 from typing import Any, Final
 
@@ -137,18 +140,24 @@ class _WatchedIterator(_MultiProcessingDataLoaderIter):
     """Batches of loader processes that are asked, every few seconds, whether they live."""
 
     def __init__(self, loader: WatchedLoader) -> None:
-        self._patience = loader.patience  # first, since torch waits for the processes already
+        # First, since torch waits for the processes already.
+        self._patience = loader.patience
+        self._interval = min(_LOOK_EVERY, self._patience or _LOOK_EVERY)
+        self._stuck = StuckCall(self, _WatchedIterator._end_processes, self._interval, self._patience)
         super().__init__(loader)
 
     def _get_data(self) -> Any:
         """Wait for the next answer of a loader process, which torch calls for batches and at each pass's start."""
-        interval = min(_LOOK_EVERY, self._patience or _LOOK_EVERY)
         # Counted in looks: a job that was suspended has not waited.
-        left = self._patience / interval if self._patience else float("inf")
+        left = self._patience / self._interval if self._patience else float("inf")
         while left > 0:
             try:
-                found, data = self._try_get_data(interval)  # type: ignore[no-untyped-call]
+                # A batch that was announced is fetched from the process that made it, without a limit of time.
+                with self._stuck:
+                    found, data = self._try_get_data(self._interval)  # type: ignore[no-untyped-call]
             except (RuntimeError, OSError, EOFError) as error:
+                if self._stuck.ended:
+                    break
                 raise LoadingError(self._fate() or f"loader processes cannot be heard: {error}") from error
             if found:
                 if isinstance(answer := data[1], Undelivered):
@@ -179,6 +188,47 @@ class _WatchedIterator(_MultiProcessingDataLoaderIter):
 
     def _processes(self) -> list[multiprocessing.Process]:
         return self._workers
+
+
+class StuckCall:
+    """Watch the calls made inside its blocks, in a thread, and end one that has hung for too long.
+
+    Args:
+        owner: what makes the calls; the thread ends with it.
+        end: ends the call that is under way, for the owner.
+        interval: seconds between two looks. The limit is counted in looks: a job that was suspended has not waited.
+        limit: seconds; 0 for ever.
+    """
+
+    def __init__(self, owner: Any, end: Callable[[Any], None], interval: float, limit: float) -> None:
+        self.ended = False
+        self._calls = 0
+        self._under_way = False
+        if limit:
+            threading.Thread(
+                target=self._watch, args=(weakref.ref(owner), end, interval, limit), daemon=True
+            ).start()
+
+    def __enter__(self) -> None:
+        self._calls += 1
+        self._under_way = True
+
+    def __exit__(self, *_: object) -> None:
+        self._under_way = False
+
+    def _watch(self, owner: Any, end: Callable[[Any], None], interval: float, limit: float) -> None:
+        call, looks = 0, 0
+        while owner() is not None:
+            _PAUSE.wait(interval)
+            looks = looks + 1 if self._under_way and self._calls == call else 0
+            call = self._calls
+            if looks * interval > limit + interval and (alive := owner()) is not None:
+                self.ended = True
+                end(alive)
+                return
+
+
+_PAUSE: Final = threading.Event()  # never set
 
 
 def _cause(code: int | None) -> str:

@@ -95,6 +95,18 @@ def test_a_pass_ends_with_the_reason(fate: str, message: str) -> None:
             assert process.exitcode == -signal.SIGKILL
 
 
+def test_a_pass_ends_where_a_process_stops_between_announcing_a_batch_and_handing_it_over() -> None:
+    """Catches a rank that waits for ever for the file of a batch, which torch fetches from the process that made it."""
+    iterator = iter(passes("none", [1, 2, 3, 4], timeout=0.5))
+    assert iterator._worker_result_queue._reader.poll(60)  # type: ignore[attr-defined]
+    for process in iterator._processes():  # type: ignore[attr-defined]
+        os.kill(process.pid, signal.SIGSTOP)
+    with pytest.raises(
+        LoadingError, match=r"no batch came from the loader processes in 0\.5 s \(data\.timeout\)"
+    ):
+        list(iterator)
+
+
 def test_a_process_that_died_between_two_passes_is_noticed() -> None:
     """Catches a validation that waits for processes which were killed while the rank trained."""
     loader = passes("none", [1, 2, 3])
