@@ -281,8 +281,8 @@ class ARSG(Optimizer):
     def from_adamw(cls, optimizer: Optimizer, *, keep_state: bool = True, **settings: Any) -> Self:
         """Make an ARSG that goes on as torch's Adam or AdamW: `from_adam` with μ = 0.
 
-        The very same method, but with amsgrad=True, where it is the nearest: one correction of the moments at the start,
-        ε inside the root. From there raise `mu`.
+        The very same method, but with amsgrad=True, where it is the nearest: one correction of the moments at the
+        start, ε inside the root. From there raise `mu`.
 
         Args:
             optimizer: the source; it is left as it is.

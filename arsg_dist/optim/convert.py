@@ -136,7 +136,9 @@ def qhadam_group(group: Settings) -> Settings:
         raise TypeError(f"not a QHAdam optimizer: its groups have no {sorted(missing)}")
     nu1, nu2 = group["nus"]
     if nu2 != 1.0:
-        raise ValueError(f"QHAdam's nus[1] = {nu2}: ARSG divides by the average of g² alone, which is nus[1] = 1")
+        raise ValueError(
+            f"QHAdam's nus[1] = {nu2}: ARSG divides by the average of g² alone, which is nus[1] = 1"
+        )
     if not 0.0 < nu1 <= 1.0:
         raise ValueError(f"QHAdam's nus[0] = {nu1} gives mu = 1 - nus[0] outside [0, 1)")
     return {
@@ -178,7 +180,9 @@ def ademamix_momentum(optimizer: Optimizer, momentum: Momentum | None) -> Moment
     if name in known:
         return known[name]
     if name == "AdEMAMix":
-        raise TypeError("AdEMAMix keeps two averages of the gradient, ARSG one: only the simplified one converts")
+        raise TypeError(
+            "AdEMAMix keeps two averages of the gradient, ARSG one: only the simplified one converts"
+        )
     raise ValueError(
         f"from_ademamix does not know {name}: give momentum='sum' if it keeps m = beta1*m + g, "
         "'average' if m = beta1*m + (1-beta1)*g"
@@ -234,9 +238,7 @@ def ademamix_state(state: Settings, source: Settings, target: Settings, momentum
 
 def _steps_of(group: Settings, optimizer: Optimizer) -> int:
     """Return how many steps a group's parameters have had at least."""
-    counts = [
-        optimizer.state.get(param, {}).get("step", group.get("step", 0)) for param in group["params"]
-    ]
+    counts = [optimizer.state.get(param, {}).get("step", group.get("step", 0)) for param in group["params"]]
     return min((int(count) for count in counts), default=0)
 
 

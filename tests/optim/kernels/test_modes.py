@@ -135,7 +135,13 @@ def test_cautious_decay_spares_what_the_update_moves_away_from_zero(
     The step without decay is taken from the reference; the decay is the paper's λ·1(u·x ≥ 0)·x.
     """
     lr, lam = 0.05, 2.0
-    settings = {"lr": lr, "betas": (0.9, 0.99), "mu": 0.3, "preconditioner": mode, "precondition_first": first}
+    settings = {
+        "lr": lr,
+        "betas": (0.9, 0.99),
+        "mu": 0.3,
+        "preconditioner": mode,
+        "precondition_first": first,
+    }
     params, others = parameters(SHAPES), parameters(SHAPES)
     grads = gradients(SHAPES, 100)
     for step_grads in grads:

@@ -170,6 +170,8 @@ def test_settings_on_the_device_are_read_there(interpreted: ModuleType, mode: st
         "preconditioner": mode,
         "weight_decay": 0.1,
         "decoupled_weight_decay": True,
+        "cautious_weight_decay": mode == "adam",
+        "precondition_first": mode == "adam",
         "capturable": True,
     }
     device = hyper_of(**settings, lr=torch.tensor(0.02), mu=torch.tensor(0.3))
