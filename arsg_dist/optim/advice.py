@@ -110,9 +110,9 @@ def advise(
     """Measure the largest curvature, after preconditioning, and the gradient noise at an optimizer's parameters.
 
     Lanczos' method on the Hessian of the mean loss over the batches: `iterations` products per batch, and memory for
-    some copies of the parameters. Nothing is changed: not parameters, not gradients, not the state, not torch's random
-    numbers. (But what the module itself does: batch norm in training mode goes on with its running averages; give a copy
-    where that matters.) Give it unwrapped, without DistributedDataParallel, on one process.
+    some copies of the parameters. Neither parameters nor their gradients nor the state are changed; but the module does
+    what it does: batch norm in training mode goes on with its running averages, so give a copy where that matters.
+    Unwrapped, without DistributedDataParallel, on one process.
 
     The preconditioner is that of the optimizer's state; before the first step, the one that the batches' gradients
     would make in the long run.
@@ -133,7 +133,7 @@ def advise(
         raise ValueError(
             f"{len(batches)} batches: two at least are needed to measure noise, four or more are better"
         )
-    lr, beta1, mu = _settings(optimizer)
+    lr, beta1, mu = alpha_beta1_mu(optimizer)
     groups = [
         (group, [param for param in group["params"] if param.requires_grad])
         for group in optimizer.param_groups
@@ -229,8 +229,13 @@ def largest_eigenvalue(
     return float(torch.linalg.eigvalsh(matrix)[-1]), len(diagonal)
 
 
-def _settings(optimizer: Optimizer) -> tuple[float, float, float]:
-    """Return α, β1, μ."""
+def alpha_beta1_mu(optimizer: Optimizer) -> tuple[float, float, float]:
+    """Return α of the first group, β1 and μ.
+
+    Raises:
+        TypeError: neither ARSG nor RemoteObservation.
+        ValueError: groups with different β1 or μ, a learning rate of 0, or μ = 1.
+    """
     if isinstance(optimizer, RemoteObservation):
         kinds = [
             (float(group["remote_mu"]), float(group["remote_beta1"])) for group in optimizer.param_groups
@@ -267,7 +272,8 @@ def _denominator(optimizer: Optimizer, group: dict[str, Any], param: Tensor, squ
     if not adaptive and group["preconditioner"] == "none":
         return torch.ones_like(square)
     if not adaptive and group["preconditioner"] == "amsgrad":
-        return state.get("max_exp_avg_sq", square).to(square.dtype).clamp(min=group["eps"]).sqrt()
+        v_hat: Tensor = state.get("max_exp_avg_sq", square)
+        return v_hat.to(square.dtype).clamp(min=max(group["eps"], torch.finfo(square.dtype).tiny)).sqrt()
     v = square
     if "exp_avg_sq" in state:
         corrected = adaptive or group["bias_correction"] != "none"

@@ -230,7 +230,7 @@ def ademamix_group(group: Settings, momentum: Momentum, optimizer: Optimizer) ->
 def ademamix_state(state: Settings, source: Settings, target: Settings, momentum: Momentum) -> Settings:
     """Return Simplified AdEMAMix's moments and step count."""
     beta1 = float(source["betas"][0])
-    step = int(state.get("step", source.get("step", 0)))
+    step = state["step"] if "step" in state else source.get("step", 0)
     average = state["exp_avg"] * (1.0 - beta1) if momentum == "sum" else state["exp_avg"]
     moments = {"step": step, "exp_avg": average, "exp_avg_sq": state["exp_avg_sq"]}
     return adam_state(moments, source, target, corrects_first=False)
