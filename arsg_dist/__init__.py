@@ -4,7 +4,23 @@ Importing this package imports torch and nothing else; the engines are in `arsg_
 `arsg_dist.horovod`, the image-classification application in `arsg_dist.imagenet`.
 """
 
-from arsg_dist.optim import ARSG, Beta1Warmup, LossPlateau, ObservationBoost, RemoteObservation
+from arsg_dist.optim import (
+    ARSG,
+    Advice,
+    Beta1Warmup,
+    LossPlateau,
+    ObservationBoost,
+    RemoteObservation,
+    advise,
+)
 
-__all__ = ["ARSG", "Beta1Warmup", "LossPlateau", "ObservationBoost", "RemoteObservation"]
+__all__ = [
+    "ARSG",
+    "Advice",
+    "Beta1Warmup",
+    "LossPlateau",
+    "ObservationBoost",
+    "RemoteObservation",
+    "advise",
+]
 __version__ = "0.1.0"

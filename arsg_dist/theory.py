@@ -28,6 +28,7 @@ from torch import Tensor
 __all__ = [
     "CriticalPoints",
     "RecommendedSettings",
+    "base_iterate_variance",
     "boost_ratio",
     "convergence_bound",
     "critical_points",
@@ -35,7 +36,10 @@ __all__ = [
     "largest_safe_step",
     "observation_distance",
     "optimal_tau",
+    "quietest_mu",
+    "quietest_mu_of_base_iterate",
     "recommended_settings",
+    "stationary_variance",
     "worst_gain_factor",
 ]
 
@@ -67,6 +71,8 @@ _DOMAINS: Mapping[str, _Domain] = {
     "mu_to": _UNIT,
     "lambda_min": _POSITIVE,
     "lambda_max": _POSITIVE,
+    "curvature": _POSITIVE,
+    "noise": _NON_NEGATIVE,
     "condition_number": _Domain(1.0, True, math.inf),
     "c_beta": _POSITIVE,
     "c_mu": _NON_NEGATIVE,
@@ -307,6 +313,107 @@ def observation_distance(beta: Tensor, mu: Tensor) -> Tensor:
         ValueError: an argument is outside its domain.
     """
     return mu * beta / (1 - beta)
+
+
+@_elementwise
+def stationary_variance(lr: Tensor, beta: Tensor, mu: Tensor, curvature: Tensor, noise: Tensor) -> Tensor:
+    """Return the variance of x that noisy gradients keep up on a quadratic, once the start is forgotten.
+
+    With gradients λx + σξ, ξ independent of mean 0 and variance 1, x is an ARMA(2, 1) process of variance
+
+        (ασ²/λ)·(1 − β² + τβμ(1−β+2βμ)) / ((1 − β + βμτ)·(2(1+β) − τ(1−β+2βμ)))        τ = αλ
+
+    of which λ/2 is the loss that the noise costs. It is ασ²/(2λ) for small τ whatever β and μ are, and proportional to
+    σ²: which β and μ are best does not depend on the noise, nor on the batch, at a given α.
+
+    Args:
+        lr: learning rate α, ≥ 0.
+        beta: decay rate β of the first moment, in [0, 1).
+        mu: observation factor μ, in [0, 1).
+        curvature: λ (after preconditioning, for ARSG), > 0; unit 1/lr.
+        noise: standard deviation σ of a gradient, ≥ 0; proportional to one over the root of the batch.
+
+    Raises:
+        ValueError: an argument is outside its domain, or τ is not below `convergence_bound`.
+    """
+    tau, b = lr * curvature, 1 + beta
+    a, p = 1 - beta, beta * mu
+    _require_convergence(tau, beta, mu)
+    numerator = a * b + tau * p * (a + 2 * p)
+    return lr * noise**2 / curvature * numerator / ((a + tau * p) * (2 * b - tau * (a + 2 * p)))
+
+
+@_elementwise
+def base_iterate_variance(lr: Tensor, beta: Tensor, mu: Tensor, curvature: Tensor, noise: Tensor) -> Tensor:
+    """Return the variance of the base iterate θ in the setting of `stationary_variance`.
+
+    θ is an AR(2) process of variance (ασ²/λ)·(1−β)(1+β−βμτ) / ((1 − β + βμτ)·(2(1+β) − τ(1−β+2βμ))), never above that
+    of x: it averages over some 1/(1−β) steps. `ARSG.base_iterate` moves the parameters there.
+
+    Args:
+        lr: learning rate α, ≥ 0.
+        beta: decay rate β of the first moment, in [0, 1).
+        mu: observation factor μ, in [0, 1).
+        curvature: λ (after preconditioning, for ARSG), > 0; unit 1/lr.
+        noise: standard deviation σ of a gradient, ≥ 0.
+
+    Raises:
+        ValueError: an argument is outside its domain, or τ is not below `convergence_bound`.
+    """
+    tau, b = lr * curvature, 1 + beta
+    a, p = 1 - beta, beta * mu
+    _require_convergence(tau, beta, mu)
+    return lr * noise**2 / curvature * a * (b - tau * p) / ((a + tau * p) * (2 * b - tau * (a + 2 * p)))
+
+
+@_elementwise
+def quietest_mu(tau: Tensor, beta: Tensor) -> Tensor:
+    """Return the μ with the least `stationary_variance` of x for a given τ and β; the noise plays no part in it.
+
+    About (√(1+βκ) − 1)/(βκ) with κ = τ/(1−β): 1/2 for flat directions, where it matters little, and 1/√κ for steep
+    ones. Never above 1/2; 0 for β ≤ 1/3 and little curvature, where no observation ahead is less noisy.
+
+    Args:
+        tau: τ = α·λ, the learning rate times the curvature; no unit, ≥ 0.
+        beta: decay rate β of the first moment, in [0, 1).
+
+    Raises:
+        ValueError: an argument is outside its domain, or no μ converges, τ ≥ 2(1+β)/(1−β).
+    """
+    a, b = 1 - beta, 1 + beta
+    _require_convergence(tau, beta, torch.zeros_like(beta))
+    # The derivative's zero: 4τβp² + 4a(b+βτ)p + a(b(1−3β)+aβτ) = 0 for p = βμ, in the form that does not cancel.
+    half, constant = 2 * a * (b + beta * tau), a * (b * (1 - 3 * beta) + a * beta * tau)
+    p = -constant / (half + (half**2 - 4 * tau * beta * constant).clamp(min=0).sqrt())
+    return torch.where(beta > 0, p / beta.clamp(min=1e-300), torch.zeros_like(p)).clamp(0.0, 1.0)
+
+
+@_elementwise
+def quietest_mu_of_base_iterate(tau: Tensor, beta: Tensor) -> Tensor:
+    """Return the μ with the least `base_iterate_variance` for a given τ and β; the noise plays no part in it.
+
+    (1 + β − √(τ(1−β)))/(βτ), and 1 where that is more: θ averages, so that its noise falls with μ nearly up to the
+    `convergence_bound`. 1 itself is outside the domain of μ; it stands for as much as there is.
+
+    Args:
+        tau: τ = α·λ, the learning rate times the curvature; no unit, ≥ 0.
+        beta: decay rate β of the first moment, in [0, 1).
+
+    Raises:
+        ValueError: an argument is outside its domain, or no μ converges, τ ≥ 2(1+β)/(1−β).
+    """
+    _require_convergence(tau, beta, torch.zeros_like(beta))
+    mu = (1 + beta - (tau * (1 - beta)).sqrt()) / (beta * tau).clamp(min=1e-300)
+    return mu.clamp(0.0, 1.0)
+
+
+def _require_convergence(tau: Tensor, beta: Tensor, mu: Tensor) -> None:
+    bound = 2 * (1 + beta) / (1 - beta + 2 * beta * mu)
+    if bool((tau >= bound).any()):
+        raise ValueError(
+            f"lr times curvature, {tau.max().item():g}, is not below the convergence bound {bound.min().item():g}: "
+            "there is no stationary state; lower lr"
+        )
 
 
 def recommended_settings(

@@ -3,11 +3,17 @@
 import argparse
 import sys
 
-from arsg_dist.cli import check_config, checkpoint
+from arsg_dist.cli import check_config, checkpoint, lr_find
 from arsg_dist.cli.doctor import command as doctor
 from arsg_dist.cli.launch import command as launch
 
-_SUBCOMMANDS = {"check-config": check_config, "checkpoint": checkpoint, "doctor": doctor, "launch": launch}
+_SUBCOMMANDS = {
+    "check-config": check_config,
+    "checkpoint": checkpoint,
+    "doctor": doctor,
+    "launch": launch,
+    "lr-find": lr_find,
+}
 
 
 def main(arguments: list[str] | None = None) -> None:

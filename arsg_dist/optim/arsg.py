@@ -16,6 +16,7 @@ from arsg_dist.optim import convert
 from arsg_dist.optim.base_iterate import base_iterate_point, moved_to_base_iterate, refuse_at_base_iterate
 from arsg_dist.optim.hyperparameters import (
     LOOKAHEAD_BETA1_LIMIT,
+    BiasCorrection,
     Hyperparameters,
     Preconditioner,
     compute_dtype,
@@ -55,6 +56,11 @@ class ARSG(Optimizer):
             tensor.
         preconditioner: "amsgrad" (ARSG: √v̂), "adam" (bias-corrected m and √v + ε) or "none" (RSG: 1).
         decoupled_weight_decay: x ← x(1 − αλ) instead of g ← g + λx.
+        cautious_weight_decay: decoupled decay only of elements that the update does not move away from 0 (arXiv
+            2510.12402); with `decoupled_weight_decay`.
+        bias_correction: of preconditioner "adam", which moments are corrected for their start at 0: "both", "second"
+            (as Simplified AdEMAMix) or "none".
+        precondition_first: m averages g/√v̂, as LaProp, instead of g, which is divided afterwards.
         maximize: ascend instead of descend.
         foreach: multi-tensor kernels. None: if `fused` is None too, on accelerators without Triton.
         fused: one pass over memory per step. None: if `foreach` is None too, for plain tensors on CPU, CUDA, ROCm.
@@ -84,6 +90,9 @@ class ARSG(Optimizer):
         mu: float | Tensor = 0.1,
         preconditioner: Preconditioner = "amsgrad",
         decoupled_weight_decay: bool = False,
+        cautious_weight_decay: bool = False,
+        bias_correction: BiasCorrection = "both",
+        precondition_first: bool = False,
         maximize: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
@@ -267,6 +276,115 @@ class ARSG(Optimizer):
         """
         groups = convert.converted_groups(optimizer, convert.qhm_group, settings)
         return cls._converted(optimizer, groups, convert.qhm_state if keep_state else None)
+
+    @classmethod
+    def from_adamw(cls, optimizer: Optimizer, *, keep_state: bool = True, **settings: Any) -> Self:
+        """Make an ARSG that goes on as torch's Adam or AdamW: `from_adam` with μ = 0.
+
+        The very same method, but with amsgrad=True, where it is the nearest: one correction of the moments at the
+        start, ε inside the root. From there raise `mu`.
+
+        Args:
+            optimizer: the source; it is left as it is.
+            keep_state: copy the moments and step counts, else start afresh.
+            settings: ARSG's settings that override the mapping in every group.
+
+        Raises:
+            TypeError: another kind of optimizer, NAdam included (see `from_adam`).
+            ValueError: differentiable=True.
+        """
+        if convert.is_nesterov(optimizer):
+            raise TypeError("from_adamw takes torch's Adam or AdamW: for NAdam use from_adam")
+        return cls.from_adam(optimizer, keep_state=keep_state, **{"mu": 0.0, **settings})
+
+    @classmethod
+    def from_sgd(cls, optimizer: Optimizer, *, keep_state: bool = True, **settings: Any) -> Self:
+        """Make an RSG (preconditioner "none") that goes on as torch's SGD.
+
+        | of SGD | of ARSG |
+        |---|---|
+        | momentum β, lr a | β1 = β, lr = a/(1−β): m is an average where SGD has a sum |
+        | nesterov | μ = 1 − β1; else μ = 0 |
+        | dampening d | lr = a(1−d)/(1−β) |
+        | weight_decay, maximize, foreach | the same; SGD's decay is the coupled one |
+
+        The very same method; with dampening only where the state is kept, for SGD does not dampen its first step.
+        Learning rates that schedulers keep in the groups (`initial_lr`) are converted along.
+
+        Args:
+            optimizer: the source; it is left as it is.
+            keep_state: copy the momentum buffer, else start afresh.
+            settings: ARSG's settings that override the mapping in every group; lr is then ARSG's.
+
+        Raises:
+            TypeError: another kind of optimizer.
+            ValueError: differentiable=True, dampening = 1, or state kept for another preconditioner.
+        """
+        convert.require_sgd(optimizer)
+        groups = convert.converted_groups(optimizer, convert.sgd_group, settings)
+        return cls._converted(optimizer, groups, convert.sgd_state if keep_state else None)
+
+    @classmethod
+    def from_qhadam(cls, optimizer: Optimizer, *, keep_state: bool = True, **settings: Any) -> Self:
+        """Make an ARSG with preconditioner "adam" that goes on as `qhoptim.pyt.QHAdam`: μ = 1 − ν1.
+
+        The very same method for ν2 = 1; lr, betas, eps, weight decay and its kind are the same.
+
+        Args:
+            optimizer: the source; it is left as it is.
+            keep_state: copy the moments, else start afresh.
+            settings: ARSG's settings that override the mapping in every group.
+
+        Raises:
+            TypeError: another kind of optimizer.
+            ValueError: ν2 ≠ 1, which ARSG does not have, or ν1 outside (0, 1].
+        """
+        groups = convert.converted_groups(optimizer, convert.qhadam_group, settings)
+        return cls._converted(optimizer, groups, convert.qhadam_state if keep_state else None)
+
+    @classmethod
+    def from_ademamix(
+        cls,
+        optimizer: Optimizer,
+        *,
+        momentum: convert.Momentum | None = None,
+        keep_state: bool = True,
+        **settings: Any,
+    ) -> Self:
+        """Make an ARSG with preconditioner "adam" that goes on as Simplified AdEMAMix (arXiv 2502.02431).
+
+        Its update is (m + a·g)/(√v + ε), with a weight a (`alpha`) of the gradient beside the momentum, of which only v
+        is corrected for its start at 0: `bias_correction="second"`.
+
+        | of Simplified AdEMAMix | of ARSG |
+        |---|---|
+        | m ← β1·m + g (the authors': momentum="sum") | μ/(1−μ) = a(1−β1), lr·(1−μ)(1−β1) = theirs |
+        | m ← β1·m + (1−β1)·g (pytorch_optimizer's: "average") | μ/(1−μ) = a, lr·(1−μ) = theirs |
+        | betas, eps, decoupled weight decay | the same; λ such that lr·λ is theirs |
+
+        The very same method as in the paper. pytorch_optimizer's `SimplifiedAdEMAMix` corrects v the other way round in
+        its first steps, until β2ᵗ has faded; from there on it is the same.
+
+        Args:
+            optimizer: the source; it is left as it is.
+            momentum: how it keeps m; None: known from the name of its class.
+            keep_state: copy the moments, else start afresh.
+            settings: ARSG's settings that override the mapping in every group; lr is then ARSG's.
+
+        Raises:
+            TypeError: another kind of optimizer, AdEMAMix with two averages included.
+            ValueError: an unknown kind of momentum, a warm-up of β1 that is not over, decay that does not follow the
+                learning rate.
+        """
+        kind = convert.ademamix_momentum(optimizer, momentum)
+        groups = convert.converted_groups(
+            optimizer, lambda group: convert.ademamix_group(group, kind, optimizer), settings
+        )
+
+        def state(of: dict[str, Any], source: dict[str, Any], target: dict[str, Any]) -> dict[str, Any]:
+            return convert.ademamix_state(of, source, target, kind)
+
+        return cls._converted(optimizer, groups, state if keep_state else None)
 
     @classmethod
     def _converted(

@@ -14,7 +14,7 @@ from arsg_dist.optim.state import local, real, required
 
 
 def base_iterate_point(x: Tensor, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
-    """Return θ = x + α·η·m/√v̂ (with the preconditioner's denominator).
+    """Return θ = x + α·η·m/√v̂ (with the preconditioner's denominator; with none where m is preconditioned).
 
     The relation of the paper's two-point form: with constant hyper-parameters and a constant denominator θ is
     exactly the iterate of that form; otherwise the point the next observation would be extrapolated from.
@@ -38,13 +38,17 @@ def base_iterate_point(x: Tensor, state: dict[str, Any], group: dict[str, Any]) 
         return real(local(stored)).to(dtype)
 
     direction = moment("exp_avg")
-    if hyper.preconditioner == "amsgrad":
+    if hyper.corrects_first:
+        direction = direction / bias_correction(hyper.beta1, required(state, "step"))
+    if hyper.precondition_first:
+        pass
+    elif hyper.preconditioner == "amsgrad":
         direction = direction / moment("max_exp_avg_sq").clamp(min=hyper.floor(dtype)).sqrt()
     elif hyper.preconditioner == "adam":
-        t = required(state, "step")
         v = moment("exp_avg_sq").clamp(min=torch.finfo(dtype).tiny)
-        denominator = (v / bias_correction(hyper.beta2, t)).sqrt() + hyper.eps
-        direction = direction / bias_correction(hyper.beta1, t) / denominator
+        if hyper.corrects_second:
+            v = v / bias_correction(hyper.beta2, required(state, "step"))
+        direction = direction / (v.sqrt() + hyper.eps)
     return real(x).to(dtype) + scale * direction
 
 

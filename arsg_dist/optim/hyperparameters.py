@@ -14,6 +14,9 @@ from torch import Tensor
 Preconditioner = Literal["amsgrad", "adam", "none"]
 PRECONDITIONERS: tuple[str, ...] = get_args(Preconditioner)
 
+BiasCorrection = Literal["both", "second", "none"]
+BIAS_CORRECTIONS: tuple[str, ...] = get_args(BiasCorrection)
+
 STATE_DTYPES: Final[dict[str, torch.dtype]] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 # A β1 this close to 1 averages over so many steps that lookahead's pulling back mostly cancels the momentum.
@@ -26,8 +29,9 @@ Steps = Sequence[int] | Sequence[Tensor]
 class Hyperparameters:
     """The settings of one group that the update reads, for one step.
 
-    A setting with a default is a mode of the update, off unless a group switches it on. A path that does not know a
-    mode leaves its groups to the reference (`uses_only`), so that a new mode is a field here and a line there.
+    A setting with a default is a mode of the update, off (at its default) unless a group switches it on. A path that
+    does not know a mode leaves its groups to the reference (`uses_only`), so that a new mode is a field here and a line
+    there.
 
     `lr` and `mu` are Python floats unless the group is capturable or the step is being compiled; then each
     may be a 0-dim floating-point tensor that must not be read on the host. All other numbers are floats.
@@ -51,6 +55,12 @@ class Hyperparameters:
     """x ← x(1 − αλ) first (AdamW), instead of g ← g + λx."""
     maximize: bool = False
     """g ← −g before everything else."""
+    cautious_weight_decay: bool = False
+    """Decoupled decay only of elements that the update moves towards 0, or not at all (arXiv 2510.12402)."""
+    bias_correction: BiasCorrection = "both"
+    """Which moments preconditioner "adam" corrects for their start at 0; the others correct none."""
+    precondition_first: bool = False
+    """m averages preconditioned gradients (LaProp's order), instead of gradients."""
     capturable: bool = False
     """`steps` are 0-dim float32 tensors on the parameters' device and nothing may synchronise."""
 
@@ -80,6 +90,12 @@ class Hyperparameters:
             raise ValueError(
                 f"Invalid preconditioner: {group['preconditioner']!r}, must be one of {PRECONDITIONERS}"
             )
+        if _flag(group, "cautious_weight_decay") and not _flag(group, "decoupled_weight_decay"):
+            raise ValueError(
+                "cautious_weight_decay=True needs decoupled_weight_decay=True: it is a kind of decoupled decay, "
+                "x ← x(1 − αλ) where the update does not move x away from 0"
+            )
+        bias_correction = _bias_correction(group)
         betas = group["betas"]
         if not isinstance(betas, tuple | list) or len(betas) != 2:
             raise TypeError(f"betas must be two numbers, got {betas!r}")
@@ -94,7 +110,8 @@ class Hyperparameters:
             "eps": number("eps", group["eps"]),
             "weight_decay": number("weight_decay", group["weight_decay"]),
             "mu": _number_or_tensor(group, "mu", below=1.0),
-            **{mode: _flag(group, mode) for mode in MODES},
+            "bias_correction": bias_correction,
+            **{mode: _flag(group, mode) for mode, off in MODES.items() if off is False},
             "state_dtype": state_dtype_name(group["state_dtype"]),
             "lookahead_alpha": number("lookahead_alpha", group["lookahead_alpha"], at_most=1.0),
         }
@@ -106,7 +123,7 @@ class Hyperparameters:
         Raises:
             ValueError: β1 was set to 1 or more, or is cycled by a scheduler.
         """
-        keep_tensors = group["capturable"] or torch.compiler.is_compiling()
+        keep_tensors = group.get("capturable", False) or torch.compiler.is_compiling()
         beta1, beta2 = group["betas"]
         if "max_momentum" in group:  # what OneCycleLR and CyclicLR leave in a group whose betas[0] they cycle
             raise ValueError(
@@ -123,12 +140,13 @@ class Hyperparameters:
             eps=group["eps"],
             weight_decay=group["weight_decay"],
             preconditioner=group["preconditioner"],
-            **{name: group[name] for name in MODES},
+            # A group that a run saved before a mode existed has none of it.
+            **{name: group.get(name, off) for name, off in MODES.items()},
         )
 
     def uses_only(self, modes: Container[str]) -> bool:
         """Say whether every mode that is on is one of these, which a path implements."""
-        return not any(getattr(self, name) for name in MODES if name not in modes)
+        return not any(getattr(self, name) != off for name, off in MODES.items() if name not in modes)
 
     def floor(self, dtype: torch.dtype) -> float:
         """Return the least v̂: ε, but no less than the `dtype`'s least normal number.
@@ -139,13 +157,30 @@ class Hyperparameters:
         return max(self.eps, torch.finfo(dtype).tiny)
 
     @property
+    def opposed_decay(self) -> float:
+        """Return the decoupled λ of elements that the update moves away from 0."""
+        return self.weight_decay if self.decoupled_weight_decay and not self.cautious_weight_decay else 0.0
+
+    @property
+    def corrects_first(self) -> bool:
+        """Say whether the update divides m by 1 − β1ᵗ."""
+        return self.preconditioner == "adam" and self.bias_correction == "both"
+
+    @property
+    def corrects_second(self) -> bool:
+        """Say whether the update divides v by 1 − β2ᵗ."""
+        return self.preconditioner == "adam" and self.bias_correction != "none"
+
+    @property
     def observation_distance(self) -> float | Tensor:
         """Return η = μβ1/(1 − β1), by which x runs ahead of the base iterate θ."""
         return self.mu * (self.beta1 / (1.0 - self.beta1))
 
 
-MODES: Final = tuple(field.name for field in fields(Hyperparameters) if field.default is not MISSING)
-"""Names of the settings that switch something on."""
+MODES: Final[dict[str, Any]] = {
+    field.name: field.default for field in fields(Hyperparameters) if field.default is not MISSING
+}
+"""Settings that switch something on, with the value that is off."""
 
 
 class StepFunction(Protocol):
@@ -248,6 +283,22 @@ def _check_range(name: str, number: float, below: float, at_most: float) -> None
         upper = f" and < {below}" if below != float("inf") else ""
         upper += f" and <= {at_most}" if at_most != float("inf") else ""
         raise ValueError(f"Invalid {name}: {number}, must be finite, >= 0{upper}")
+
+
+def _bias_correction(group: Mapping[str, Any]) -> str:
+    value = group["bias_correction"]
+    if isinstance(value, bool):
+        raise TypeError(
+            f"bias_correction = {value!r} is Adam's of other libraries: write {'both' if value else 'none'!r} "
+            f"(it is one of {BIAS_CORRECTIONS})"
+        )
+    if value not in BIAS_CORRECTIONS:
+        raise ValueError(f"Invalid bias_correction: {value!r}, must be one of {BIAS_CORRECTIONS}")
+    if value == "second" and group["preconditioner"] != "adam":
+        raise ValueError(
+            f"bias_correction='second' is for preconditioner 'adam': {group['preconditioner']!r} corrects no moment"
+        )
+    return str(value)
 
 
 def _flag(group: Mapping[str, Any], name: str, *, optional: bool = False) -> bool | None:

@@ -17,6 +17,8 @@ from arsg_dist.optim.state import local, real, shield_dtypes, unshielded
 
 MOVEMENT: Final = "movement"
 """Key of d in the state of a parameter, beside what the inner optimizer keeps."""
+SETTINGS: Final = ("remote_mu", "remote_beta1", "remote_cautious_weight_decay")
+"""Keys of the settings in a group, beside what the inner optimizer keeps."""
 
 
 class RemoteObservation(Optimizer):
@@ -42,9 +44,12 @@ class RemoteObservation(Optimizer):
 
     Args:
         optimizer: the inner optimizer, made over the parameters; it is not to be stepped by itself any more. Groups of
-            its parameters may have settings of their own under the keys "remote_mu" and "remote_beta1".
+            its parameters may have settings of their own under the keys "remote_mu", "remote_beta1" and
+            "remote_cautious_weight_decay".
         mu: observation factor μ in (0, 1], at least 1 − β1.
         beta1: decay β1 of the average in [0, 1).
+        cautious_weight_decay: λ of a decay added to the inner optimizer's step, Δ ← Δ − lr·λ·x, of the elements that Δ
+            does not move away from 0 (arXiv 2510.12402). In its place, not beside it: the inner weight_decay must be 0.
 
     Attributes:
         optimizer: the inner optimizer.
@@ -56,10 +61,19 @@ class RemoteObservation(Optimizer):
 
     _at_base_iterate = False
 
-    def __init__(self, optimizer: Optimizer, mu: float = 0.1, beta1: float = 0.999) -> None:
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        mu: float = 0.1,
+        beta1: float = 0.999,
+        *,
+        cautious_weight_decay: float = 0.0,
+    ) -> None:
         _check_inner(optimizer)
         self.optimizer = optimizer
-        settings = _validated({"remote_mu": mu, "remote_beta1": beta1})
+        settings = _validated(
+            dict(zip(SETTINGS, (mu, beta1, cautious_weight_decay), strict=True)) | {"lr": None}
+        )
         for group in optimizer.param_groups:
             group.update(_validated({**settings, **group}))
         super().__init__(optimizer.param_groups, {**optimizer.defaults, **settings})
@@ -74,6 +88,8 @@ class RemoteObservation(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         # torch restores the hooks' dictionaries, which are not pickled.
         super().__setstate__({**state, "param_groups": state["optimizer"].param_groups})
+        for group in state["optimizer"].param_groups:
+            group.setdefault("remote_cautious_weight_decay", 0.0)  # pickled before there was one
         self._share()
 
     def __repr__(self) -> str:
@@ -83,7 +99,7 @@ class RemoteObservation(Optimizer):
         """Add a parameter group to the inner optimizer; see `torch.optim.Optimizer.add_param_group`.
 
         Args:
-            param_group: may have "remote_mu" and "remote_beta1".
+            param_group: may have the keys of `SETTINGS`.
 
         Raises:
             RuntimeError: inside `base_iterate`.
@@ -94,9 +110,9 @@ class RemoteObservation(Optimizer):
             super().add_param_group(param_group)  # of those that the inner optimizer was made with
             return
         self._refuse_at_base_iterate("add_param_group")
-        own = {name: self.defaults[name] for name in ("remote_mu", "remote_beta1")}
+        own = {name: self.defaults[name] for name in SETTINGS}
         if isinstance(param_group, dict):
-            param_group.update(_validated({**own, **param_group}))
+            param_group.update(_validated({**self.optimizer.defaults, **own, **param_group}))
         self.optimizer.add_param_group(param_group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -111,7 +127,7 @@ class RemoteObservation(Optimizer):
         """
         self._refuse_at_base_iterate("load_state_dict")
         groups = [
-            {**{name: own[name] for name in ("remote_mu", "remote_beta1")}, **loaded}
+            {**{name: own[name] for name in SETTINGS}, **loaded}
             for own, loaded in zip(self.param_groups, state_dict["param_groups"], strict=False)
         ]
         for group in groups:
@@ -165,10 +181,10 @@ class RemoteObservation(Optimizer):
                     f"RemoteObservation does not support sparse gradients (got layout {param.grad.layout})"
                 )
         moving = [(group, _tensors(params)) for group, params in zip(self.param_groups, stepped, strict=True)]
-        before = [[x.clone() for x in tensors] if group["remote_mu"] < 1 else [] for group, tensors in moving]
+        before = [[x.clone() for x in tensors] if _acts(group) else [] for group, tensors in moving]
         self.optimizer.step()
         for (group, tensors), params, old in zip(moving, stepped, before, strict=True):
-            if group["remote_mu"] < 1 and params:
+            if _acts(group) and params:
                 self._require_same_memory(params, tensors)
                 self._move_on(group, params, tensors, old)
         return loss
@@ -187,6 +203,10 @@ class RemoteObservation(Optimizer):
         self, group: dict[str, Any], params: list[Tensor], tensors: list[Tensor], before: list[Tensor]
     ) -> None:
         mu = group["remote_mu"]
+        if group["remote_cautious_weight_decay"] > 0:
+            _decay_cautiously(group, tensors, before)
+        if mu == 1:
+            return
         for param in params:
             if MOVEMENT not in self.state[param]:
                 self.state[param][MOVEMENT] = torch.zeros_like(param, dtype=_dtype(param))
@@ -221,6 +241,20 @@ class RemoteObservation(Optimizer):
 
     def _refuse_at_base_iterate(self, what: str) -> None:
         refuse_at_base_iterate(self._at_base_iterate, what)
+
+
+def _acts(group: dict[str, Any]) -> bool:
+    """Say whether there is anything to do after the inner optimizer's step."""
+    return bool(group["remote_mu"] < 1 or group["remote_cautious_weight_decay"] > 0)
+
+
+def _decay_cautiously(group: dict[str, Any], tensors: list[Tensor], before: list[Tensor]) -> None:
+    """Let decay those elements that the inner optimizer's step did not move away from 0."""
+    for x, old in zip(tensors, before, strict=True):
+        dtype = compute_dtype(x.dtype)
+        after, start = x.to(dtype), old.to(dtype)
+        decayed = after - (group["lr"] * group["remote_cautious_weight_decay"]) * start
+        x.copy_(torch.where((after - start).sign() * start.sign() <= 0, decayed, after))
 
 
 def _tensors(params: list[Tensor]) -> list[Tensor]:
@@ -261,9 +295,21 @@ _OPTIONAL = inspect.Parameter("closure", inspect.Parameter.KEYWORD_ONLY, default
 def _validated(group: dict[str, Any]) -> dict[str, float]:
     mu = number("mu of RemoteObservation", group["remote_mu"], at_most=1.0)
     beta1 = number("beta1 of RemoteObservation", group["remote_beta1"], below=1.0)
-    if mu < 1 - beta1 or mu == 0:
+    decay = number(
+        "cautious_weight_decay of RemoteObservation", group.get("remote_cautious_weight_decay", 0.0)
+    )
+    if decay > 0 and group.get("weight_decay"):
+        raise ValueError(
+            f"RemoteObservation with cautious_weight_decay = {decay} around an optimizer with weight_decay = "
+            f"{group['weight_decay']}: weights would decay twice; give the inner optimizer weight_decay=0"
+        )
+    if decay > 0 and "lr" not in group:
+        raise ValueError(
+            "cautious_weight_decay of RemoteObservation follows the learning rate, and the inner optimizer has no 'lr'"
+        )
+    if mu < (1 - beta1) * (1 - 1e-12) or mu == 0:  # 1 − 0.95 is above 0.05 by a rounding
         least = f"mu = {mu} needs beta1 of at least {1 - mu:g}" if mu else "mu must be above 0"
         raise ValueError(
             f"RemoteObservation with mu = {mu} and beta1 = {beta1}: mu must be at least 1 - beta1; {least}"
         )
-    return {"remote_mu": mu, "remote_beta1": beta1}
+    return dict(zip(SETTINGS, (mu, beta1, decay), strict=True))

@@ -458,3 +458,43 @@ def test_outputs_by_name_arrive_with_their_names(stage: int) -> None:
     engine.step()
     moved = {name: bool((tensor != before[name]).all()) for name, tensor in engine.whole_weights().items()}
     assert moved == {"unused": False, "first": True, "last": True}
+
+
+class AllUsed(Slopes):
+    """Without a parameter that has no gradient: preconditioner adam counts the steps of a group."""
+
+    def forward(self, first: float, last: float) -> Tensor:
+        return super().forward(first, last) + first * self.unused.sum()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_modes_of_the_update_come_from_json_and_go_on_from_one_process(stage: int, tmp_path: Path) -> None:
+    """Catches a setting of a config that ARSG has and a stage refuses or drops, and a state gone on with without it:
+    cautious decay that decays where x is moved away from 0, m of plain gradients, m that is corrected, θ that divides
+    twice."""
+    modes = {
+        "preconditioner": "adam", "bias_correction": "second", "precondition_first": True, "weight_decay": 0.5,
+        "decoupled_weight_decay": True, "cautious_weight_decay": True,
+    }  # fmt: skip
+    module = AllUsed()
+    first = SingleProcessEngine(module, ARSG(groups(module), **{**SETTINGS, **modes}))  # type: ignore[arg-type]
+    go(first, (1.0, -2.0))
+    engine = sharded(stage, AllUsed(), optimizer={"type": "ARSG", "params": {**SETTINGS, **modes}})
+    engine.load_state(saved(first, tmp_path))
+    go(engine, (0.25, -1.0))
+
+    def worked_out(*gradients: float, lr: float, beta1: float) -> tuple[float, float]:
+        x, m, v = 1.0, 0.0, 0.0
+        for t, gradient in enumerate(gradients, 1):
+            v = 0.5 * v + 0.5 * gradient**2
+            n = gradient / ((v / (1 - 0.5**t)) ** 0.5 + 1e-4)
+            m = beta1 * m + (1 - beta1) * n
+            update = 0.5 * m + 0.5 * n
+            x -= lr * (update + (0.5 * x if update * x >= 0 else 0.0))
+        return x, x + lr * 0.5 * beta1 / (1 - beta1) * m
+
+    first_group = worked_out(1.0, 0.25, lr=0.1, beta1=0.9)
+    expected = [first_group, first_group, worked_out(-2.0, -1.0, lr=0.5, beta1=0.5)]
+    assert weights(engine) == pytest.approx([x for x, _ in expected], rel=1e-5)
+    with base_iterate(engine.engine):
+        assert weights(engine) == pytest.approx([theta for _, theta in expected], rel=1e-5)

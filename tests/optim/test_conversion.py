@@ -7,6 +7,7 @@ import warnings
 import pytest
 import qhoptim.pyt
 import torch
+from pytorch_optimizer import AdEMAMix, SimplifiedAdEMAMix
 
 from arsg_dist import ARSG
 from tests.optim.optim_paths import assert_close, gradients, parameters, run
@@ -170,3 +171,139 @@ def test_a_learning_rate_in_a_tensor_is_not_shared_with_the_source() -> None:
     ours = ARSG.from_adam(adam)
     ours.param_groups[0]["lr"].fill_(9.0)
     assert adam.param_groups[0]["lr"].item() == 0.5
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_adamw_goes_on_as_it_was(amsgrad: bool) -> None:
+    """Catches a conversion that starts to look ahead, where somebody asked for the same method."""
+    continued(
+        lambda params: torch.optim.AdamW(
+            params, lr=0.1, weight_decay=0.0 if amsgrad else 0.3, amsgrad=amsgrad, betas=(0.9, 0.99)
+        ),
+        ARSG.from_adamw,
+        0.05 if amsgrad else 1e-12,
+        steps_before=60 if amsgrad else 20,
+    )
+    params = parameters(SHAPES)
+    assert ARSG.from_adamw(torch.optim.Adam(params), mu=0.2).param_groups[0]["mu"] == 0.2
+    with pytest.raises(TypeError, match="from_adam"):
+        ARSG.from_adamw(torch.optim.NAdam(params))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"momentum": 0.9},
+        {"momentum": 0.9, "nesterov": True, "maximize": True},
+        {"momentum": 0.8, "dampening": 0.5},
+        {"momentum": 0.0, "dampening": 0.5},
+    ],
+    ids=str,
+)
+def test_sgd_goes_on_exactly(settings) -> None:
+    """Catches a sum taken for an average, dampening lost, and a learning rate that is not the average's."""
+    continued(
+        lambda params: torch.optim.SGD(params, lr=0.05, weight_decay=0.1, **settings), ARSG.from_sgd, 1e-12
+    )
+
+
+def test_learning_rates_that_schedulers_keep_are_converted_along() -> None:
+    """Catches a decay that goes on from SGD's base, at a tenth of what it should be."""
+    params = parameters(SHAPES)
+    sgd = torch.optim.SGD(params, lr=0.4, momentum=0.9)
+    torch.optim.lr_scheduler.ConstantLR(sgd, factor=0.5)
+    group = ARSG.from_sgd(sgd).param_groups[0]
+    assert (group["lr"], group["initial_lr"]) == (pytest.approx(2.0), pytest.approx(4.0))
+
+
+@pytest.mark.filterwarnings("ignore:.*overload of add.*is deprecated")
+@pytest.mark.parametrize("steps_before", [3, 500])
+def test_qhadam_goes_on_exactly(steps_before: int) -> None:
+    """Catches moments that QHAdam keeps corrected taken for uncorrected ones, of a young and of an old state."""
+    continued(
+        lambda params: qhoptim.pyt.QHAdam(
+            params, lr=0.05, betas=(0.9, 0.95), nus=(0.7, 1.0), eps=1e-3, weight_decay=0.1,
+            decouple_weight_decay=True,
+        ),
+        ARSG.from_qhadam,
+        1e-12,
+        steps_before=steps_before,
+    )  # fmt: skip
+
+
+def test_simplified_ademamix_goes_on() -> None:
+    """Catches lr, λ or μ of the other convention of its momentum; its own correction of v has faded after 800 steps."""
+    continued(
+        lambda params: SimplifiedAdEMAMix(
+            params, lr=0.01, betas=(0.99, 0.95), alpha=2.0, eps=1e-3, weight_decay=0.1, foreach=False
+        ),
+        ARSG.from_ademamix,
+        1e-12,
+        steps_before=800,
+    )
+
+
+class SimAdEMAMix(torch.optim.Optimizer):
+    """The paper's rule with m as a sum, as its authors publish it, in as many lines."""
+
+    def __init__(self, params, **settings) -> None:
+        super().__init__(params, settings)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for x in group["params"]:
+                state = self.state[x]
+                t = state["step"] = state.get("step", 0) + 1
+                m = state["exp_avg"] = beta1 * state.get("exp_avg", 0.0) + x.grad
+                v = state["exp_avg_sq"] = beta2 * state.get("exp_avg_sq", 0.0) + (1 - beta2) * x.grad**2
+                update = (m + group["alpha"] * x.grad) / ((v / (1 - beta2**t)).sqrt() + group["eps"])
+                x -= group["lr"] * (update + group["weight_decay"] * x)
+
+
+def test_the_authors_ademamix_goes_on_from_its_first_steps() -> None:
+    """Catches a sum that is copied as an average, and a step count that is lost."""
+    continued(
+        lambda params: SimAdEMAMix(
+            params, lr=1e-3, betas=(0.99, 0.95), alpha=50.0, eps=1e-3, weight_decay=0.1
+        ),
+        ARSG.from_ademamix,
+        1e-12,
+        steps_before=3,
+    )
+
+
+def test_what_does_not_convert_is_refused_by_name() -> None:
+    """Catches a method that is nearly, but not, the user's."""
+    params = parameters(SHAPES)
+    with pytest.raises(TypeError, match="two averages"):
+        ARSG.from_ademamix(AdEMAMix(params))
+    with pytest.raises(ValueError, match="momentum='sum'"):
+        ARSG.from_ademamix(torch.optim.Adam(params))
+    with pytest.raises(TypeError, match="alpha"):
+        ARSG.from_ademamix(torch.optim.Adam(params), momentum="sum")
+    with pytest.raises(ValueError, match="not over"):
+        ARSG.from_ademamix(SimplifiedAdEMAMix(params, beta1_warmup=10))
+    with pytest.raises(ValueError, match=r"nus\[1\]"):
+        ARSG.from_qhadam(qhoptim.pyt.QHAdam(params, nus=(0.7, 0.9)))
+    with pytest.raises(TypeError, match="QHAdam"):
+        ARSG.from_qhadam(torch.optim.Adam(params))
+    with pytest.raises(TypeError, match="SGD"):
+        ARSG.from_sgd(torch.optim.Adam(params))
+    adam = torch.optim.Adam(params)
+    run(adam, params, gradients(SHAPES, 1))
+    with pytest.raises(ValueError, match="keep_state=False"):
+        ARSG.from_adam(adam, precondition_first=True)
+
+
+@pytest.mark.parametrize("correction", ["both", "second", "none"])
+def test_moments_are_transferred_as_the_target_corrects_them(correction: str) -> None:
+    """Catches a moment corrected twice, or not at all, under each bias correction."""
+    x = torch.nn.Parameter(torch.zeros(1))
+    adam = torch.optim.Adam([x], betas=(0.9, 0.99))
+    run(adam, [x], [[torch.full((1,), 2.0)]] * 3)
+    state = ARSG.from_adam(adam, bias_correction=correction).state[x]
+    m, v = 2 * (1 - 0.9**3), 4 * (1 - 0.99**3)
+    assert state["exp_avg"].item() == pytest.approx(m if correction == "both" else 2.0)
+    assert state["exp_avg_sq"].item() == pytest.approx(v if correction != "none" else 4.0)

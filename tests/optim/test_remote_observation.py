@@ -339,3 +339,57 @@ def test_what_it_cannot_go_around_is_refused_by_name() -> None:
     sparse.grad = torch.ones(3, 2).to_sparse()
     with pytest.raises(RuntimeError, match="sparse gradients"):
         RemoteObservation(Adagrad([sparse])).step()
+
+
+@pytest.mark.parametrize("mu", [0.3, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_cautious_decay_is_that_of_the_inner_step(mu: float, dtype: torch.dtype) -> None:
+    """Catches decay of the wrapper's whole movement, with the wrong sign, and none at μ = 1.
+
+    The oracle: an AdamW that decays cautiously by itself, inside the plain wrapper.
+    """
+
+    class Cautious(AdamW):
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> None:
+            group = self.param_groups[0]
+            (x,) = group["params"]
+            old = x.detach().clone()
+            super().step()
+            kept = torch.where((old - x) * old >= 0, group["lr"] * 2.0 * old, 0.0)
+            x.sub_(kept)
+
+    settings = {"lr": 0.01, "betas": (0.0, 0.9), "weight_decay": 0.0, "foreach": False}
+    x, y = nn.Parameter(start().detach().to(dtype)), nn.Parameter(start().detach().to(dtype))
+    noisy = gradients()
+
+    def gradient(step: int, point: Tensor) -> Tensor:
+        return noisy(step, point.double()).to(dtype)
+
+    ours = RemoteObservation(AdamW([x], **settings), mu=mu, beta1=0.9, cautious_weight_decay=2.0)
+    theirs = RemoteObservation(Cautious([y], **settings), mu=mu, beta1=0.9)
+    assert_same_path(
+        run(ours, x, gradient), run(theirs, y, gradient), 1e-12 if dtype == torch.float64 else 0.05
+    )
+    alone = nn.Parameter(start().detach().to(dtype))
+    plain = RemoteObservation(AdamW([alone], **settings), mu=mu, beta1=0.9)
+    assert run(plain, alone, gradient)[-1].norm() > 1.2 * x.detach().norm()
+
+
+def test_cautious_decay_beside_another_decay_is_refused() -> None:
+    """Catches weights that decay twice, also in a group of their own, and a negative λ."""
+    with pytest.raises(ValueError, match="weight_decay=0"):
+        RemoteObservation(AdamW([start()]), cautious_weight_decay=0.1)
+    with pytest.raises(ValueError, match="cautious_weight_decay"):
+        RemoteObservation(SGD([start()], lr=0.1), cautious_weight_decay=-0.1)
+    remote = RemoteObservation(SGD([start()], lr=0.1), cautious_weight_decay=0.1)
+    with pytest.raises(ValueError, match="weight_decay=0"):
+        remote.add_param_group({"params": [start()], "weight_decay": 0.1})
+    remote.add_param_group({"params": [start()], "weight_decay": 0.1, "remote_cautious_weight_decay": 0.0})
+
+
+def test_nesterovs_point_is_not_refused_for_a_rounding() -> None:
+    """Catches μ = 1 − β1, as one writes it: 1 − 0.95 is a little more than 0.05."""
+    RemoteObservation(SGD([start()], lr=0.1), mu=0.05, beta1=0.95)
+    with pytest.raises(ValueError, match=r"at least 0\.95"):
+        RemoteObservation(SGD([start()], lr=0.1), mu=0.05, beta1=0.94)

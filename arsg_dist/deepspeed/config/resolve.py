@@ -20,7 +20,6 @@ _ADAM_ONLY: Final = {
     "adam_w_mode": "choose with decoupled_weight_decay",
     "torch_adam": "ARSG has one implementation per path: choose with foreach and fused",
     "amsgrad": "choose with preconditioner",
-    "bias_correction": "only preconditioner 'adam' corrects the bias, always",
     "fp32_optimizer_states": "choose with state_dtype",
     **dict.fromkeys(
         ("freeze_step", "var_freeze_step", "comm_backend_name", "cuda_aware", "local_step_scaler"),

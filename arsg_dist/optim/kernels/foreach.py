@@ -11,7 +11,14 @@ from arsg_dist.optim.hyperparameters import Hyperparameters, Steps, bias_correct
 from arsg_dist.optim.kernels.rounding import EXP_AVG_SLOT, EXP_AVG_SQ_SLOT, MAX_EXP_AVG_SQ_SLOT, store_rounded
 
 _PRECONDITIONERS: Final = ("amsgrad", "adam", "none")
-_MODES: Final = ("decoupled_weight_decay", "maximize", "capturable")
+_MODES: Final = (
+    "decoupled_weight_decay",
+    "cautious_weight_decay",
+    "bias_correction",
+    "precondition_first",
+    "maximize",
+    "capturable",
+)
 
 
 def supports(hyper: Hyperparameters, params: list[Tensor]) -> bool:
@@ -51,30 +58,41 @@ def foreach_step(
     )
     if hyper.maximize:
         gs = list(torch._foreach_neg(gs))
-    if lam != 0 and hyper.decoupled_weight_decay:
-        torch._foreach_mul_(xs, 1 - alpha * lam)
-    elif lam != 0:
+    if lam != 0 and not hyper.decoupled_weight_decay:
         gs = list(torch._foreach_add(gs, xs, alpha=lam))
 
-    torch._foreach_lerp_(ms, gs, 1 - beta1)
     if vs:
         torch._foreach_mul_(vs, beta2)
         torch._foreach_addcmul_(vs, gs, gs, 1 - beta2)
 
+    denominators: list[Tensor] | None = None
     if hyper.preconditioner == "amsgrad":
         torch._foreach_maximum_(v_hats, vs)
         torch._foreach_maximum_(v_hats, hyper.floor(dtype))
-        _move(xs, _numerators(ms, gs, mu), list(torch._foreach_sqrt(v_hats)), alpha)
+        denominators = list(torch._foreach_sqrt(v_hats))
     elif hyper.preconditioner == "adam":
-        corrections1: list[Any] = [bias_correction(beta1, t) for t in steps]
-        corrections2: list[Any] = [bias_correction(beta2, t) for t in steps]
         denominators = list(torch._foreach_maximum(vs, torch.finfo(dtype).tiny))
-        torch._foreach_div_(denominators, corrections2)
+        if hyper.corrects_second:
+            corrections2: list[Any] = [bias_correction(beta2, t) for t in steps]
+            torch._foreach_div_(denominators, corrections2)
         torch._foreach_sqrt_(denominators)
         torch._foreach_add_(denominators, eps)
-        _move(xs, _numerators(list(torch._foreach_div(ms, corrections1)), gs, mu), denominators, alpha)
-    else:
-        _move(xs, _numerators(ms, gs, mu), None, alpha)
+    if hyper.precondition_first and denominators is not None:
+        gs = list(torch._foreach_div(gs, denominators))
+        denominators = None
+    torch._foreach_lerp_(ms, gs, 1 - beta1)
+    averages = ms
+    if hyper.corrects_first:
+        corrections1: list[Any] = [bias_correction(beta1, t) for t in steps]
+        averages = list(torch._foreach_div(ms, corrections1))
+    numerators = _numerators(averages, gs, mu)
+    if lam != 0 and hyper.cautious_weight_decay:
+        # The sign of the update is its numerator's.
+        for x, numerator in zip(xs, numerators, strict=True):
+            x.copy_(torch.where(numerator.sign() * x.sign() >= 0, (1 - alpha * lam) * x, x))
+    elif lam != 0 and hyper.decoupled_weight_decay:
+        torch._foreach_mul_(xs, 1 - alpha * lam)
+    _move(xs, numerators, denominators, alpha)
 
     if xs[0] is not params[0]:
         torch._foreach_copy_(params, xs)

@@ -1,6 +1,6 @@
 """Update in one pass over memory: by a C++ kernel on CPU, a Triton kernel on GPUs.
 
-CPU tensors go to `torch.ops.arsg_dist.step_` (csrc/fused_cpu.cpp), built when the package is installed. Those on CUDA
+CPU tensors go to `torch.ops.arsg_dist.update_` (csrc/fused_cpu.cpp), built when the package is installed. Those on CUDA
 and ROCm go to the kernel of triton_kernel.py, and where that cannot run, as on other accelerators, to `foreach_step`
 compiled by `torch.compile`. Where that is missing too `foreach_step` makes the update, and one warning per process says
 what to do.
@@ -30,7 +30,14 @@ _RECOMPILE_LIMIT = 64
 
 # What fused_cpu.cpp knows, in its order.
 _CPU_PRECONDITIONERS: Final = ("amsgrad", "adam", "none")
-_CPU_MODES: Final = ("decoupled_weight_decay", "maximize", "capturable")
+_CPU_MODES: Final = (
+    "decoupled_weight_decay",
+    "cautious_weight_decay",
+    "bias_correction",
+    "precondition_first",
+    "maximize",
+    "capturable",
+)
 
 _compiling_failed = False
 _kernel_failed = False
@@ -97,7 +104,11 @@ def _cpu_step(
         eps=hyper.eps,
         coupled_decay=0.0 if hyper.decoupled_weight_decay else hyper.weight_decay,
         decoupled_decay=hyper.weight_decay if hyper.decoupled_weight_decay else 0.0,
+        opposed_decay=hyper.opposed_decay,
         maximize=hyper.maximize,
+        corrects_first=hyper.corrects_first,
+        corrects_second=hyper.corrects_second,
+        precondition_first=hyper.precondition_first,
     )
     if left:
         x, g, m, v, v_hat = ([tensors[i] for i in left] if tensors else [] for tensors in lists)
@@ -109,7 +120,7 @@ def cpu_kernel() -> Callable[..., list[int]] | None:
     """Return the C++ kernel, or warn once and return None where it is not built."""
     try:
         importlib.import_module("arsg_dist._C")
-        return cast(Callable[..., list[int]], torch.ops.arsg_dist.step_.default)
+        return cast(Callable[..., list[int]], torch.ops.arsg_dist.update_.default)
     except (ImportError, AttributeError) as error:
         warnings.warn(
             f"ARSG runs without its CPU kernel, several times slower ({error}). "

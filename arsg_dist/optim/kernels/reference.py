@@ -41,12 +41,9 @@ def arsg_update(
     )
     if hyper.maximize:
         g = -g
-    if lam != 0 and hyper.decoupled_weight_decay:
-        x.mul_(1 - alpha * lam)
-    elif lam != 0:
+    if lam != 0 and not hyper.decoupled_weight_decay:
         g = g + lam * x
 
-    m.mul_(beta1).add_(g, alpha=1 - beta1)
     if v is not None:
         v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
 
@@ -54,13 +51,27 @@ def arsg_update(
         assert v is not None
         assert v_hat is not None
         torch.maximum(v_hat, v, out=v_hat).clamp_(min=hyper.floor(x.dtype))
-        x.sub_(((1 - mu) * m).add_(mu * g).div_(v_hat.sqrt()).mul_(alpha))
+        denominator = v_hat.sqrt()
     elif hyper.preconditioner == "adam":
         assert v is not None
-        denominator = (v.clamp(min=torch.finfo(x.dtype).tiny) / bias_correction(beta2, t)).sqrt_().add_(eps)
-        x.sub_(((1 - mu) / bias_correction(beta1, t) * m).add_(mu * g).div_(denominator).mul_(alpha))
+        correction2 = bias_correction(beta2, t) if hyper.corrects_second else 1
+        denominator = (v.clamp(min=torch.finfo(x.dtype).tiny) / correction2).sqrt_().add_(eps)
     else:
-        x.sub_(((1 - mu) * m).add_(mu * g).mul_(alpha))
+        denominator = torch.ones_like(x)
+    correction1 = bias_correction(beta1, t) if hyper.corrects_first else 1
+
+    if hyper.precondition_first:
+        g = g / denominator
+    m.mul_(beta1).add_(g, alpha=1 - beta1)
+    update = ((1 - mu) / correction1 * m).add_(mu * g)
+
+    if lam != 0 and hyper.cautious_weight_decay:
+        x.copy_(torch.where(update.sign() * x.sign() >= 0, (1 - alpha * lam) * x, x))
+    elif lam != 0 and hyper.decoupled_weight_decay:
+        x.mul_(1 - alpha * lam)
+    if not hyper.precondition_first:
+        update.div_(denominator)
+    x.sub_(update.mul_(alpha))
 
 
 def reference_step(

@@ -119,8 +119,9 @@ def _launch(rows: list[tuple[Tensor, ...]], steps: Steps, hyper: Hyperparameters
             step = torch.stack(cast(list[Tensor], steps))
         else:
             step = first if not per_tensor else torch.tensor(steps, dtype=torch.float64)
-    if is_adam:
+    if hyper.corrects_first:
         exp_avg_factor = (1.0 - mu) / bias_correction(hyper.beta1, step)
+    if hyper.corrects_second:
         correction2 = bias_correction(hyper.beta2, step)
     if per_tensor or isinstance(mu, Tensor):
         per_tensor = True  # a table on the device
@@ -160,11 +161,14 @@ def _launch(rows: list[tuple[Tensor, ...]], steps: Steps, hyper: Hyperparameters
                 -1.0 if hyper.maximize else 1.0,
                 coupled,
                 decoupled,
+                hyper.opposed_decay,
                 1.0 - float(lr) * decoupled,
+                1.0 - float(lr) * hyper.opposed_decay,
                 P=ELEMENTS[param.dtype],
                 G=ELEMENTS[grad.dtype],
                 S=MOMENTS[exp_avg.dtype],
                 MODE=PRECONDITIONERS.index(hyper.preconditioner),
+                FIRST=hyper.precondition_first,
                 COUPLED=coupled != 0.0,
                 PER_TENSOR=per_tensor,
                 ON_DEVICE=on_device,
@@ -239,11 +243,14 @@ def kernel(  # type: ignore[no-untyped-def]
     sign,
     coupled_decay,
     decoupled_decay,
+    opposed_decay,
     keep,
+    keep_opposed,
     P: tl.constexpr,
     G: tl.constexpr,
     S: tl.constexpr,
     MODE: tl.constexpr,
+    FIRST: tl.constexpr,
     COUPLED: tl.constexpr,
     PER_TENSOR: tl.constexpr,
     ON_DEVICE: tl.constexpr,
@@ -258,14 +265,16 @@ def kernel(  # type: ignore[no-untyped-def]
         chunks: (chunk_count, 2) int32: tensor, and number of the chunk in it.
         chunk_count: of all tensors.
         scalars: (2,) float32: α and μ, with ON_DEVICE.
-        exp_avg_factors: (1 − μ), over its bias correction in mode adam; with PER_TENSOR (tensors,) float32.
-        corrections2: 1 − β2ᵗ in mode adam; likewise.
+        exp_avg_factors: (1 − μ), over its bias correction where there is one; with PER_TENSOR (tensors,) float32.
+        corrections2: 1 − β2ᵗ where v is corrected, else 1; likewise.
         steps: t, for stochastic rounding; likewise, int32.
         keep: what decoupled weight decay leaves of x.
+        keep_opposed: likewise, where the update moves x away from 0; all of it with cautious decay.
         P: dtype of x.
         G: dtype of g.
         S: dtype of the moments.
         MODE: index in `PRECONDITIONERS`.
+        FIRST: whether m averages preconditioned gradients.
         COUPLED: whether there is coupled weight decay.
         PER_TENSOR: whether factors and steps are tables.
         ON_DEVICE: whether α and μ are read from `scalars`.
@@ -275,6 +284,7 @@ def kernel(  # type: ignore[no-untyped-def]
         lr = tl.load(scalars)
         mu = tl.load(scalars + 1)
         keep = 1.0 - lr * decoupled_decay
+        keep_opposed = 1.0 - lr * opposed_decay
     for number in range(tl.program_id(0), chunk_count, tl.num_programs(0)):
         tensor = tl.load(chunks + 2 * number)
         start = tl.load(chunks + 2 * number + 1).to(tl.int64) * SIZE
@@ -291,21 +301,23 @@ def kernel(  # type: ignore[no-untyped-def]
         if (start + SIZE <= size) & (tl.load(aligned + tensor) == 1):
             _update(
                 row, start, size, exp_avg_factor, correction2, step, lr, mu, beta1, one_minus_beta1, beta2,
-                one_minus_beta2, eps, floor, sign, coupled_decay, keep, P, G, S, MODE, COUPLED, SIZE, False,
+                one_minus_beta2, eps, floor, sign, coupled_decay, keep, keep_opposed, P, G, S, MODE, FIRST, COUPLED,
+                SIZE, False,
             )  # fmt: skip
         else:
             _update(
                 row, start, size, exp_avg_factor, correction2, step, lr, mu, beta1, one_minus_beta1, beta2,
-                one_minus_beta2, eps, floor, sign, coupled_decay, keep, P, G, S, MODE, COUPLED, SIZE, True,
+                one_minus_beta2, eps, floor, sign, coupled_decay, keep, keep_opposed, P, G, S, MODE, FIRST, COUPLED,
+                SIZE, True,
             )  # fmt: skip
 
 
 @triton.jit
 def _update(  # type: ignore[no-untyped-def]
     row, start, size, exp_avg_factor, correction2, step, lr, mu, beta1, one_minus_beta1, beta2,
-    one_minus_beta2, eps, floor, sign, coupled_decay, keep,
-    P: tl.constexpr, G: tl.constexpr, S: tl.constexpr, MODE: tl.constexpr, COUPLED: tl.constexpr,
-    SIZE: tl.constexpr, MASKED: tl.constexpr,
+    one_minus_beta2, eps, floor, sign, coupled_decay, keep, keep_opposed,
+    P: tl.constexpr, G: tl.constexpr, S: tl.constexpr, MODE: tl.constexpr, FIRST: tl.constexpr,
+    COUPLED: tl.constexpr, SIZE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Update a chunk, in the order of operations of csrc/fused_cpu.cpp."""
     within = start + tl.arange(0, SIZE)
@@ -316,10 +328,7 @@ def _update(  # type: ignore[no-untyped-def]
     g = sign * _load(row, 1, within, mask, G, MASKED)
     if COUPLED:
         g = g + coupled_decay * x
-    x = keep * x
-    m = beta1 * _load(row, 2, within, mask, S, MASKED) + one_minus_beta1 * g
-    _store_moment(row, 2, within, mask, m, index_term, step_term, 0, S, MASKED)
-    move = exp_avg_factor * m + mu * g
+    denominator = tl.full([SIZE], 1.0, tl.float32)
     if MODE != _NONE:
         v = beta2 * _load(row, 3, within, mask, S, MASKED) + (one_minus_beta2 * g) * g
         _store_moment(row, 3, within, mask, v, index_term, step_term, 1, S, MASKED)
@@ -327,10 +336,18 @@ def _update(  # type: ignore[no-untyped-def]
             old = _load(row, 4, within, mask, S, MASKED)
             v_hat = _at_least(floor, tl.where(old != old, old, _at_least(old, v)))
             _store_moment(row, 4, within, mask, v_hat, index_term, step_term, 2, S, MASKED)
-            move = tl.div_rn(move, tl.sqrt_rn(v_hat))
+            denominator = tl.sqrt_rn(v_hat)
         else:
-            root = tl.sqrt_rn(tl.div_rn(_at_least(floor, v), correction2))
-            move = tl.div_rn(move, root + eps)
+            denominator = tl.sqrt_rn(tl.div_rn(_at_least(floor, v), correction2)) + eps
+        if FIRST:
+            g = tl.div_rn(g, denominator)
+    m = beta1 * _load(row, 2, within, mask, S, MASKED) + one_minus_beta1 * g
+    _store_moment(row, 2, within, mask, m, index_term, step_term, 0, S, MASKED)
+    move = exp_avg_factor * m + mu * g
+    opposed = ((move > 0) & (x < 0)) | ((move < 0) & (x > 0))
+    x = tl.where(opposed, keep_opposed, keep) * x
+    if (MODE != _NONE) & (not FIRST):
+        move = tl.div_rn(move, denominator)
     _store(row, 0, within, mask, x - lr * move, P, MASKED)
 
 

@@ -61,6 +61,25 @@ def set_value(group: dict[str, Any], key: str, value: float) -> None:
         group[key] = value
 
 
+def mu_name(group: dict[str, Any]) -> str:
+    """Return the key of a group's observation factor: that of `RemoteObservation` where it is one's, whatever the inner
+    optimizer has, else `ARSG`'s."""
+    return "remote_mu" if "remote_mu" in group else "mu"
+
+
+def beta1_of(group: dict[str, Any]) -> float:
+    """Return β1 of the average that looks ahead: `RemoteObservation`'s where the group is one's."""
+    return float(group["remote_beta1"] if "remote_beta1" in group else group["betas"][0])
+
+
+def set_beta1(group: dict[str, Any], beta1: float) -> None:
+    """Set what `beta1_of` returns."""
+    if "remote_beta1" in group:
+        group["remote_beta1"] = beta1
+    else:
+        group["betas"] = (beta1, *group["betas"][1:])
+
+
 def _copied(value: float | Tensor) -> float | Tensor:
     return value.clone() if isinstance(value, Tensor) else value
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from arsg_dist.optim.schedulers.base import GroupScheduler, torch_optimizer
+from arsg_dist.optim.schedulers.base import GroupScheduler, beta1_of, set_beta1, torch_optimizer
 
 
 class Beta1Warmup(GroupScheduler):
@@ -28,15 +28,15 @@ class Beta1Warmup(GroupScheduler):
     each step.
 
     Args:
-        optimizer: with `betas` in its parameter groups, configured with the final β1; may be wrapped (see
-            `GroupScheduler`).
+        optimizer: `ARSG`, `RemoteObservation` (whose own β1 is warmed up, not the inner optimizer's), or another with
+            `betas` in its parameter groups, configured with the final β1; may be wrapped (see `GroupScheduler`).
         warmup_steps: number of `step()` calls after which β1 has its final value, ≥ 1.
         start: β1 at first, in [0, 1). Default 0.9. A group with a final β1 below it keeps that.
 
     Raises:
         ValueError: an argument outside its domain; a group without `betas`; every group's β1 ≤ start; a group
-            with preconditioner "adam", whose bias correction 1 − β1ᵗ presumes a constant β1 (and makes the
-            warm-up unnecessary).
+            with preconditioner "adam" and bias_correction "both", which presumes a constant β1 (and makes the
+            warm-up unnecessary); a group of RemoteObservation whose μ is below 1 − start.
         TypeError: the optimizer is not one of torch's.
     """
 
@@ -83,21 +83,31 @@ class Beta1Warmup(GroupScheduler):
 
     def _set_beta1(self) -> None:
         for group, target in zip(self.optimizer.param_groups, self._targets, strict=False):
-            group["betas"] = (self.beta1_at(self.last_epoch, target), *group["betas"][1:])
+            set_beta1(group, self.beta1_at(self.last_epoch, target))
 
 
 def _checked_targets(optimizer: Optimizer, start: float) -> list[float]:
     groups = optimizer.param_groups
     for index, group in enumerate(groups):
-        if "betas" not in group:
+        remote = "remote_beta1" in group
+        if not remote and "betas" not in group:
             raise ValueError(f"param_groups[{index}] has no 'betas': Beta1Warmup needs them")
-        if group.get("preconditioner") == "adam":
+        if (
+            not remote
+            and group.get("preconditioner") == "adam"
+            and group.get("bias_correction", "both") == "both"
+        ):
             raise ValueError(
                 f"param_groups[{index}] has preconditioner='adam': its bias correction presumes a constant "
-                "beta1 and makes the warm-up unnecessary"
+                "beta1 and makes the warm-up unnecessary; with bias_correction='second' there is none of beta1"
             )
         # As initial_lr: where the optimizer's state was loaded before, betas may be warming up already.
-        group.setdefault("initial_beta1", float(group["betas"][0]))
+        target = group.setdefault("initial_beta1", beta1_of(group))
+        if remote and target > start and group["remote_mu"] < (1 - start) * (1 - 1e-12):
+            raise ValueError(
+                f"param_groups[{index}] has remote_mu = {group['remote_mu']}, which needs a beta1 of at least "
+                f"{1 - group['remote_mu']:g} from the first step on: give start={1 - group['remote_mu']:g} or more"
+            )
     targets = [group["initial_beta1"] for group in groups]
     if max(targets) <= start:
         raise ValueError(f"every group's beta1 is at most start = {start}: nothing to warm up")

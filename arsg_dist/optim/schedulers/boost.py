@@ -13,7 +13,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from arsg_dist import theory
-from arsg_dist.optim.schedulers.base import GroupScheduler, set_value, torch_optimizer
+from arsg_dist.optim.remote_observation import MOVEMENT
+from arsg_dist.optim.schedulers.base import GroupScheduler, beta1_of, mu_name, set_value, torch_optimizer
 from arsg_dist.optim.schedulers.loss_plateau import LossPlateau, LossSum
 
 # Learning rates that torch's schedulers keep in a parameter group (OneCycleLR has all three).
@@ -31,6 +32,10 @@ class ObservationBoost(GroupScheduler):
     schedulers run beside it: chained or in sequence, warm-up, step decay, `ReduceLROnPlateau`. Groups with μ
     = 0 have no observation to boost and stay as they are.
 
+    Around another optimizer, `RemoteObservation`'s own μ and β1 are meant, and lr, which is the inner optimizer's and
+    as much as αμ, is multiplied by τ_cb+(β1, μ·factor)/τ_cb+(β1, μ)·factor. The movement that it remembers is scaled
+    as α is, so that a boost around SGD is that of RSG.
+
     Schedulers that compute lr from its base value on each step (`LambdaLR`, `CyclicLR`,
     `CosineAnnealingWarmRestarts`; those that `SequentialLR` starts later) would undo the scaling: name them
     in `rescale` and a boost scales their base values too, as it does the group's own `initial_lr`, `max_lr`
@@ -46,8 +51,8 @@ class ObservationBoost(GroupScheduler):
     constructor.
 
     Args:
-        optimizer: with `mu` and `betas` in its parameter groups, such as `ARSG`; may be wrapped (see
-            `GroupScheduler`).
+        optimizer: `RemoteObservation`, or one with `mu` and `betas` in its parameter groups, such as `ARSG`; may be
+            wrapped (see `GroupScheduler`).
         milestones: the numbers of `step()` calls after which to boost: integers ≥ 1, epochs or iterations
             depending on when you call `step`.
         plateau: a `LossPlateau` that decides instead of milestones.
@@ -179,18 +184,22 @@ class ObservationBoost(GroupScheduler):
 
     def _boost(self) -> None:
         groups = self.optimizer.param_groups
-        mus = [float(group["mu"]) for group in groups]
+        mus = [float(group[mu_name(group)]) for group in groups]
         if max(mus) * self.factor >= 1.0:
             raise ValueError(f"mu = {max(mus)} times {self.factor} would not stay below 1")
         ratios = [
-            theory.boost_ratio(float(group["betas"][0]), mu, mu * self.factor)
+            theory.boost_ratio(beta1_of(group), mu, mu * self.factor)
             for group, mu in zip(groups, mus, strict=True)
         ]
+        for index, group in enumerate(groups):
+            if mu_name(group) == "remote_mu":
+                self._scale_movement(group, ratios[index])
+                ratios[index] *= self.factor  # lr is αμ
         for group, mu, ratio in zip(groups, mus, ratios, strict=True):
             for key in ("lr", *_BASE_LRS_IN_GROUP):
                 if key in group:
                     set_value(group, key, float(group[key]) * ratio)
-            set_value(group, "mu", mu * self.factor)
+            set_value(group, mu_name(group), mu * self.factor)
         for scheduler in (self, *self._rescaled):
             for name in _BASE_LRS_IN_SCHEDULER:
                 if hasattr(scheduler, name):
@@ -198,6 +207,12 @@ class ObservationBoost(GroupScheduler):
                     setattr(scheduler, name, [lr * ratio for lr, ratio in zip(lrs, ratios, strict=False)])
         self.boosts += 1
         self._last_ratios = ratios
+
+    @torch.no_grad()
+    def _scale_movement(self, group: dict[str, Any], ratio: float) -> None:
+        for param in group["params"]:
+            if MOVEMENT in self.optimizer.state.get(param, {}):
+                self.optimizer.state[param][MOVEMENT].mul_(ratio)
 
     def _warn_if_undone(self) -> None:
         # A scheduler that recomputes lr from a base value we do not know brings the old lr back at one
@@ -220,13 +235,13 @@ class ObservationBoost(GroupScheduler):
 
 def _check_groups(optimizer: Optimizer, factor: float, boosts: int) -> None:
     for index, group in enumerate(optimizer.param_groups):
-        if "mu" not in group or "betas" not in group:
+        if "remote_mu" not in group and ("mu" not in group or "betas" not in group):
             raise ValueError(
                 f"param_groups[{index}] has no 'mu' or 'betas': ObservationBoost needs an optimizer with an "
-                f"observation factor, such as ARSG, got {type(optimizer).__name__}"
+                f"observation factor, such as ARSG or RemoteObservation, got {type(optimizer).__name__}"
             )
         # As initial_lr: where the optimizer's state was loaded before, mu may be boosted already.
-        initial_mu = group.setdefault("initial_mu", float(group["mu"]))
+        initial_mu = group.setdefault("initial_mu", float(group[mu_name(group)]))
         if initial_mu * factor**boosts >= 1.0:
             raise ValueError(
                 f"param_groups[{index}]: mu = {initial_mu} times {factor} for each of {boosts} "

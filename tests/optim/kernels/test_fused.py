@@ -67,7 +67,8 @@ def kernel_call(params, grads, moments, steps, mode="amsgrad") -> list[int]:
     assert kernel is not None
     return kernel(
         params, grads, *moments, steps, preconditioner=PRECONDITIONERS.index(mode), lr=0.1, beta1=0.9,
-        beta2=0.99, mu=0.1, eps=1e-8, coupled_decay=0.0, decoupled_decay=0.0, maximize=False,
+        beta2=0.99, mu=0.1, eps=1e-8, coupled_decay=0.0, decoupled_decay=0.0, opposed_decay=0.0, maximize=False,
+        corrects_first=mode == "adam", corrects_second=mode == "adam", precondition_first=False,
     )  # fmt: skip
 
 
@@ -90,6 +91,10 @@ def test_kernel_makes_the_references_update(mode: str, state_dtype, dtype) -> No
     """Catches a wrong instantiation: a dtype read as another, a setting that one combination ignores."""
     for decay, decoupled, maximize in product((0.0, 0.1), (False, True), (False, True)):
         changes = {"weight_decay": decay, "decoupled_weight_decay": decoupled, "maximize": maximize}
+        # Every setting in every instantiation, not every combination of them.
+        changes["cautious_weight_decay"] = decoupled and maximize
+        changes["precondition_first"] = maximize
+        changes["bias_correction"] = "second" if mode == "adam" and decay else "both"
         # Sizes around the widths of vectors, none, one, and a scalar.
         ours, theirs = (Problem([(131,), (7, 5), (0,), (1,), ()], mode, dtype, state_dtype) for _ in range(2))
         for t in (1, 2, 3):

@@ -33,14 +33,20 @@ def tensors(draw):
 @st.composite
 def hypers(draw):
     unit = st.floats(0.0, 0.99)
+    preconditioner = draw(st.sampled_from(["amsgrad", "adam", "none"]))
+    decoupled = draw(st.booleans())
+    corrections = ["both", "second", "none"] if preconditioner == "adam" else ["both"]
     return {
         "lr": draw(st.sampled_from([0.0, 1e-3, 0.1])),
         "betas": (draw(unit), draw(unit)),
         "mu": draw(unit),
         "eps": draw(st.sampled_from([0.0, 1e-8, 1e-3, 1.0])),
         "weight_decay": draw(st.sampled_from([0.0, 0.1])),
-        "preconditioner": draw(st.sampled_from(["amsgrad", "adam", "none"])),
-        "decoupled_weight_decay": draw(st.booleans()),
+        "preconditioner": preconditioner,
+        "decoupled_weight_decay": decoupled,
+        "cautious_weight_decay": decoupled and draw(st.booleans()),
+        "bias_correction": draw(st.sampled_from(corrections)),
+        "precondition_first": draw(st.booleans()),
         "maximize": draw(st.booleans()),
         "lookahead_k": draw(st.sampled_from([0, 2])),
     }

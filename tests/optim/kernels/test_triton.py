@@ -24,6 +24,7 @@ from tests.optim.optim_paths import assert_close
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
+CAUTIOUS = {"weight_decay": 0.1, "decoupled_weight_decay": True, "cautious_weight_decay": True}
 SINGLE, BRAIN, HALF = torch.float32, torch.bfloat16, torch.float16
 # Around the chunk's size, none, one, a scalar, several dimensions.
 SHAPES = [(131,), (7, 5), (0,), (1,), (), (2048,), (4500,)]
@@ -67,6 +68,9 @@ def assert_same_bits(ours: Problem, theirs: Problem) -> None:
         ("adam", SINGLE, BRAIN, {"weight_decay": 0.1, "maximize": True}),
         ("adam", BRAIN, SINGLE, {"weight_decay": 0.1, "decoupled_weight_decay": True, "eps": 0.0}),
         ("adam", HALF, BRAIN, {"mu": 0.0}),
+        ("adam", SINGLE, SINGLE, {"bias_correction": "second", **CAUTIOUS}),
+        ("adam", BRAIN, BRAIN, {"precondition_first": True, "bias_correction": "none", "maximize": True}),
+        ("amsgrad", SINGLE, BRAIN, {"precondition_first": True, **CAUTIOUS}),
         ("none", SINGLE, BRAIN, {"weight_decay": 0.1}),
         ("none", BRAIN, SINGLE, {}),
         ("none", HALF, SINGLE, {"weight_decay": 0.1, "decoupled_weight_decay": True, "maximize": True}),
@@ -166,6 +170,8 @@ def test_settings_on_the_device_are_read_there(interpreted: ModuleType, mode: st
         "preconditioner": mode,
         "weight_decay": 0.1,
         "decoupled_weight_decay": True,
+        "cautious_weight_decay": mode == "adam",
+        "precondition_first": mode == "adam",
         "capturable": True,
     }
     device = hyper_of(**settings, lr=torch.tensor(0.02), mu=torch.tensor(0.3))
@@ -221,6 +227,7 @@ class Code:
         constants = {
             **{name: module.ELEMENTS[getattr(torch, dtype)] for name, dtype in types.items()},
             "MODE": module.PRECONDITIONERS.index(mode),
+            "FIRST": False,
             "COUPLED": False,
             "PER_TENSOR": False,
             "ON_DEVICE": False,

@@ -110,7 +110,9 @@ def test_impossible_settings_are_refused_before_anything_is_changed(
 
 def test_optimizers_without_observation_are_refused() -> None:
     """Catches a KeyError deep inside, or a boost that does nothing."""
-    with pytest.raises(ValueError, match=r"has no 'mu' or 'betas'.*such as ARSG, got SGD"):
+    with pytest.raises(
+        ValueError, match=r"has no 'mu' or 'betas'.*such as ARSG or RemoteObservation, got SGD"
+    ):
         ObservationBoost(SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1), [1])
     with pytest.raises(ValueError, match=r"nothing to boost; start with mu = 0\.05"):
         ObservationBoost(arsg(mu=0.0), [1])

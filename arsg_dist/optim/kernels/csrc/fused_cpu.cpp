@@ -30,21 +30,30 @@
 
 namespace {
 
-// Same order as `PRECONDITIONERS` in hyper.py.
-enum Preconditioner : int64_t { kAMSGrad = 0, kAdam = 1, kNone = 2 };
+// The first three in the order of `PRECONDITIONERS` in hyperparameters.py; in the others m averages preconditioned
+// gradients (precondition_first), which makes no difference without a preconditioner.
+enum Mode : int64_t { kAMSGrad = 0, kAdam = 1, kNone = 2, kAMSGradFirst = 3, kAdamFirst = 4 };
 
-// One group's settings in the compute type A. `keep` is what decoupled weight decay leaves of x.
+constexpr bool is_amsgrad(const Mode mode) {
+  return mode == kAMSGrad || mode == kAMSGradFirst;
+}
+constexpr bool is_first(const Mode mode) {
+  return mode == kAMSGradFirst || mode == kAdamFirst;
+}
+
+// One group's settings in the compute type A. `keep` is what decoupled weight decay leaves of x, `keep_opposed` what it
+// leaves where the update moves x away from 0: the same, or all with cautious decay.
 template <typename A>
 struct Scalars {
-  A lr, beta1, one_minus_beta1, beta2, one_minus_beta2, mu, eps, floor, sign, coupled_decay, keep;
+  A lr, beta1, one_minus_beta1, beta2, one_minus_beta2, mu, eps, floor, sign, coupled_decay, keep, keep_opposed;
 };
 
 // One parameter: its tensors, and the scalars that depend on how many updates it has had.
 struct Job {
   void *param, *exp_avg, *exp_avg_sq, *max_exp_avg_sq;
   const void* grad;
-  double exp_avg_factor;    // 1 - mu, over its bias correction in adam mode
-  double bias_correction2;  // adam mode only
+  double exp_avg_factor;    // 1 - mu, over its bias correction where there is one
+  double bias_correction2;  // 1 where there is none
   uint32_t step;            // for stochastic rounding only
   int64_t numel;
 };
@@ -134,7 +143,7 @@ inline A maximum(const A a, const A b) {
   return a != a ? a : larger;
 }
 
-template <Preconditioner kMode, bool kCoupledDecay, typename P, typename S, typename A>
+template <Mode kMode, bool kCoupledDecay, typename P, typename S, typename A>
 MULTIVERSION void update(
     Storage<P>* __restrict param,
     const Storage<P>* __restrict grad,
@@ -153,21 +162,28 @@ MULTIVERSION void update(
     if constexpr (kCoupledDecay) {
       g = g + s.coupled_decay * x;
     }
-    x = s.keep * x;
-    const A m = s.beta1 * load<S, A>(exp_avg[i]) + s.one_minus_beta1 * g;
-    exp_avg[i] = store_moment<S, 0>(m, index_term, step_term);
-    A move = exp_avg_factor * m + s.mu * g;
+    A denominator = 1;
     if constexpr (kMode != kNone) {
       // In this order, as torch's: g² by itself overflows fp32 from |g| = 1.8e19 on.
       const A v = s.beta2 * load<S, A>(exp_avg_sq[i]) + (s.one_minus_beta2 * g) * g;
       exp_avg_sq[i] = store_moment<S, 1>(v, index_term, step_term);
-      if constexpr (kMode == kAMSGrad) {
+      if constexpr (is_amsgrad(kMode)) {
         const A v_hat = at_least(s.floor, maximum(load<S, A>(max_exp_avg_sq[i]), v));
         max_exp_avg_sq[i] = store_moment<S, 2>(v_hat, index_term, step_term);
-        move = move / std::sqrt(v_hat);
+        denominator = std::sqrt(v_hat);
       } else {
-        move = move / (std::sqrt(at_least(s.floor, v) / bias_correction2) + s.eps);
+        denominator = std::sqrt(at_least(s.floor, v) / bias_correction2) + s.eps;
       }
+    }
+    if constexpr (is_first(kMode)) {
+      g = g / denominator;
+    }
+    const A m = s.beta1 * load<S, A>(exp_avg[i]) + s.one_minus_beta1 * g;
+    exp_avg[i] = store_moment<S, 0>(m, index_term, step_term);
+    A move = exp_avg_factor * m + s.mu * g;
+    x = (((move > 0) & (x < 0)) | ((move < 0) & (x > 0)) ? s.keep_opposed : s.keep) * x;
+    if constexpr (kMode == kAMSGrad || kMode == kAdam) {
+      move = move / denominator;
     }
     param[i] = store<P>(x - s.lr * move);
   }
@@ -178,7 +194,7 @@ MULTIVERSION void update(
 constexpr int64_t kBlock = 64;
 constexpr int64_t kGrainBlocks = 256;
 
-template <Preconditioner kMode, bool kCoupledDecay, typename P, typename S, typename A>
+template <Mode kMode, bool kCoupledDecay, typename P, typename S, typename A>
 void update_all(const std::vector<Job>& jobs, const Scalars<A>& s) {
   std::vector<int64_t> first_block(jobs.size() + 1, 0);
   for (size_t k = 0; k < jobs.size(); ++k) {
@@ -210,15 +226,15 @@ void update_all(const std::vector<Job>& jobs, const Scalars<A>& s) {
   });
 }
 
-template <Preconditioner kMode, typename P, typename S>
+template <Mode kMode, typename P, typename S>
 void dispatch_compute(const std::vector<Job>& jobs, const Scalars<double>& s) {
   using A = std::conditional_t<std::is_same_v<P, double>, double, float>;
   // A denominator is never below the smallest normal number: see Hyperparameters.floor.
-  const double floor = std::max(kMode == kAMSGrad ? s.eps : 0.0, double{std::numeric_limits<A>::min()});
+  const double floor = std::max(is_amsgrad(kMode) ? s.eps : 0.0, double{std::numeric_limits<A>::min()});
   const auto a = [](const double value) { return static_cast<A>(value); };
   const Scalars<A> scalars{
       a(s.lr), a(s.beta1), a(s.one_minus_beta1), a(s.beta2), a(s.one_minus_beta2), a(s.mu), a(s.eps), a(floor),
-      a(s.sign), a(s.coupled_decay), a(s.keep)};
+      a(s.sign), a(s.coupled_decay), a(s.keep), a(s.keep_opposed)};
   if (s.coupled_decay != 0.0) {
     update_all<kMode, true, P, S, A>(jobs, scalars);
   } else {
@@ -226,7 +242,7 @@ void dispatch_compute(const std::vector<Job>& jobs, const Scalars<double>& s) {
   }
 }
 
-template <Preconditioner kMode, typename P>
+template <Mode kMode, typename P>
 void dispatch_state(const c10::ScalarType state, const std::vector<Job>& jobs, const Scalars<double>& s) {
   switch (state) {
     case c10::kFloat:
@@ -240,7 +256,7 @@ void dispatch_state(const c10::ScalarType state, const std::vector<Job>& jobs, c
   }
 }
 
-template <Preconditioner kMode>
+template <Mode kMode>
 void dispatch_param(
     const c10::ScalarType param,
     const c10::ScalarType state,
@@ -267,10 +283,12 @@ void check_tensor(const at::Tensor& t, const at::Tensor& param, const c10::Scala
       t.sizes(), " on ", t.device());
 }
 
-// The arguments are those of `StepFunction` and `Hyperparameters` in hyper.py; weight_decay is split into its two kinds.
+// The arguments are those of `StepFunction` and `Hyperparameters` in hyperparameters.py; weight_decay is split into its
+// kinds (`opposed_decay` is what of the decoupled one acts also where the update moves x away from 0), bias_correction
+// into the two moments'.
 // Returns the indices of the parameters left as they are because they have gaps or overlaps in memory, or because
 // their gradient or a moment is laid out otherwise: those are the caller's.
-std::vector<int64_t> step_(
+std::vector<int64_t> update_(
     at::TensorList params,
     at::TensorList grads,
     at::TensorList exp_avgs,
@@ -285,13 +303,18 @@ std::vector<int64_t> step_(
     double eps,
     double coupled_decay,
     double decoupled_decay,
-    bool maximize) {
+    double opposed_decay,
+    bool maximize,
+    bool corrects_first,
+    bool corrects_second,
+    bool precondition_first) {
   const size_t count = params.size();
   TORCH_CHECK_VALUE(
       preconditioner >= kAMSGrad && preconditioner <= kNone, "unknown preconditioner ", preconditioner);
   const bool has_sq = preconditioner != kNone;
   const bool has_max = preconditioner == kAMSGrad;
   const bool is_adam = preconditioner == kAdam;
+  TORCH_CHECK_VALUE(is_adam || !(corrects_first || corrects_second), "bias correction is for preconditioner adam");
   std::vector<int64_t> left;
   if (count == 0) {
     return left;
@@ -321,8 +344,8 @@ std::vector<int64_t> step_(
         has_sq ? data_of(exp_avg_sqs[k], state_type) : nullptr,
         has_max ? data_of(max_exp_avg_sqs[k], state_type) : nullptr,
         data_of(grads[k], param_type),
-        is_adam ? (1.0 - mu) / (1.0 - std::pow(beta1, static_cast<double>(step))) : 1.0 - mu,
-        is_adam ? 1.0 - std::pow(beta2, static_cast<double>(step)) : 1.0,
+        corrects_first ? (1.0 - mu) / (1.0 - std::pow(beta1, static_cast<double>(step))) : 1.0 - mu,
+        corrects_second ? 1.0 - std::pow(beta2, static_cast<double>(step)) : 1.0,
         static_cast<uint32_t>(step),
         p.numel()};
     if (direct) {
@@ -333,10 +356,14 @@ std::vector<int64_t> step_(
   }
   const Scalars<double> s{
       lr, beta1, 1.0 - beta1, beta2, 1.0 - beta2, mu, eps, 0.0, maximize ? -1.0 : 1.0, coupled_decay,
-      1.0 - lr * decoupled_decay};
-  if (preconditioner == kAMSGrad) {
+      1.0 - lr * decoupled_decay, 1.0 - lr * opposed_decay};
+  if (has_max && precondition_first) {
+    dispatch_param<kAMSGradFirst>(param_type, state_type, jobs, s);
+  } else if (has_max) {
     dispatch_param<kAMSGrad>(param_type, state_type, jobs, s);
-  } else if (preconditioner == kAdam) {
+  } else if (is_adam && precondition_first) {
+    dispatch_param<kAdamFirst>(param_type, state_type, jobs, s);
+  } else if (is_adam) {
     dispatch_param<kAdam>(param_type, state_type, jobs, s);
   } else {
     dispatch_param<kNone>(param_type, state_type, jobs, s);
@@ -353,18 +380,19 @@ std::vector<int64_t> step_(
 
 TORCH_LIBRARY(arsg_dist, library) {
   library.def(
-      "step_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+      "update_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
       "Tensor(d!)[] max_exp_avg_sqs, int[] steps, *, int preconditioner, float lr, float beta1, float beta2, "
-      "float mu, float eps, float coupled_decay, float decoupled_decay, bool maximize) -> int[]");
+      "float mu, float eps, float coupled_decay, float decoupled_decay, float opposed_decay, bool maximize, "
+      "bool corrects_first, bool corrects_second, bool precondition_first) -> int[]");
 }
 
 TORCH_LIBRARY_IMPL(arsg_dist, CPU, library) {
-  library.impl("step_", &step_);
+  library.impl("update_", &update_);
 }
 
 // Importing the module registers the operator; the module itself is empty.
 PyMODINIT_FUNC PyInit__C() {
   static PyModuleDef definition = {
-      PyModuleDef_HEAD_INIT, "_C", "Registers torch.ops.arsg_dist.step_.", -1, nullptr, nullptr, nullptr, nullptr, nullptr};
+      PyModuleDef_HEAD_INIT, "_C", "Registers torch.ops.arsg_dist.update_.", -1, nullptr, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&definition);
 }

@@ -1,0 +1,87 @@
+"""`arsg-dist lr-find` on a linear network, whose Hessian is small enough to write out."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from arsg_dist import theory
+from arsg_dist.cli import main as cli
+from arsg_dist.engine import SingleProcessCommunicator
+from arsg_dist.imagenet.config import OptimizerConfig
+from arsg_dist.imagenet.training import curvature
+from arsg_dist.optim.advice import advise
+from tests.imagenet.test_run_by_hand import BATCH, build_model, recipe
+
+
+def dense_largest_eigenvalue(model: torch.nn.Module, loss_of_logits, batches) -> float:
+    names = [name for name, _ in model.named_parameters()]
+    shapes = [parameter.shape for parameter in model.parameters()]
+
+    def loss(flat: Tensor) -> Tensor:
+        parts = flat.split([shape.numel() for shape in shapes])
+        values = {name: part.view(shape) for name, part, shape in zip(names, parts, shapes, strict=True)}
+        return sum(
+            loss_of_logits(functional_call(model, values, inputs), targets) for inputs, targets in batches
+        ) / len(batches)
+
+    flat = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+    return torch.linalg.eigvalsh(torch.func.hessian(loss)(flat).double())[-1].item()
+
+
+def test_it_measures_the_recipes_loss_on_its_own_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a sum taken for a mean, images that are not normalised, the warm-up's lr, and updates not made."""
+    monkeypatch.setattr(curvature, "build_model", build_model)
+    seen = {}
+
+    def spy(optimizer, loss, batches, *, iterations):
+        seen.update(optimizer=optimizer, batches=batches)
+        return advise(optimizer, loss, batches, iterations=iterations)
+
+    monkeypatch.setattr(curvature, "advise", spy)
+    config = recipe(
+        accumulation_steps=1,
+        optimizer=OptimizerConfig(
+            params={"lr": 0.05, "mu": 0.2, "betas": [0.9, 0.99], "preconditioner": "none"}
+        ),
+    )
+    found = curvature.advise_recipe(config, SingleProcessCommunicator(), batches=2, iterations=40, updates=1)
+    assert len(seen["batches"]) == 2
+    assert all(len(images) == BATCH for images, _ in seen["batches"])
+    assert len(seen["optimizer"].state) == 2, "one update was made before"
+    assert found.lr == 0.05
+    model = build_model()
+    model.load_state_dict(
+        dict(
+            zip(
+                model.state_dict(),
+                (p.detach() for group in seen["optimizer"].param_groups for p in group["params"]),
+                strict=True,
+            )
+        )
+    )
+    expected = dense_largest_eigenvalue(
+        model, lambda logits, targets: torch.nn.functional.cross_entropy(logits, targets), seen["batches"]
+    )
+    assert found.lambda_max == pytest.approx(expected, rel=1e-4)
+    assert found.safe_lr == pytest.approx(theory.largest_safe_step(0.9, 0.2, expected), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--batches", "0", "--"], "at least 1"),
+        (["--", "--optimizer.type", "AdamW"], "ARSG and RemoteObservation"),
+        (["--", "--accumulation_steps", "2"], "accumulation_steps"),
+        (["--", "--nonsense", "2"], "nonsense"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, says, monkeypatch, capsys) -> None:
+    """Catches a traceback, or a minute of measuring before it is said."""
+    monkeypatch.setattr(curvature, "build_model", build_model)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["lr-find", *arguments])
+    assert ended.value.code == 2
+    captured = capsys.readouterr()
+    assert says in captured.err
+    assert captured.out == ""
