@@ -124,7 +124,7 @@ def ways(engine: Engine, directory: Path) -> dict[str, Callable[[], Times]]:
 
     def timed(start: Callable[[], Callable[[], bool] | None], finish: Callable[[], object]) -> Times:
         """Call `start`, which returns how to ask whether the checkpoint is there, or None if it is."""
-        alone = small_operations(lambda count: count < 200)
+        alone = small_operations(lambda count: count < 50)
         communicator.barrier()
         begin = time.perf_counter()
         done = start()

@@ -45,8 +45,8 @@ def condition(name: str, directory: Path, rate: int) -> Iterator[tuple[Path, lis
     """Make what a save is to be measured under.
 
     Args:
-        name: "idle" changes nothing; "busy" keeps every core at work; "throttled" has a disk of `rate` MB/s; "dirty" has
-            that disk with its share of unwritten pages used up, and a process that goes on writing to it.
+        name: "idle" changes nothing; "busy" keeps every core at work; "throttled" has a disk of `rate` MB/s; "dirty"
+            has that disk with its share of unwritten pages used up, and a process that goes on writing to it.
         directory: existing, to write to; not used by the last two, whose disk is a loop device in main memory.
         rate: MB/s of the slow disk.
 

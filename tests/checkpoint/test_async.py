@@ -95,6 +95,20 @@ def test_an_error_of_the_thread_comes_out_at_the_next_save(tmp_path: Path) -> No
     assert [path.name for path in store.complete()] == ["step-000000003", "step-000000004"]
 
 
+def test_a_second_try_does_not_write_into_what_the_first_left(tmp_path: Path) -> None:
+    """Catches files of a save that failed in the checkpoint of the same update that is saved after it."""
+    store = CheckpointStore(tmp_path, SingleProcessCommunicator())
+
+    def disk_full(directory: Path) -> None:
+        (directory / "half").write_text("ha")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(JobError, match="No space left"):
+        store.save(1, disk_full)
+    path = store.save(1, lambda directory: (directory / "whole").write_text("whole") and None)
+    assert [file.name for file in path.iterdir()] == ["whole"]
+
+
 def test_the_training_touches_no_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a directory that the training makes, looks through or clears, and waits for where the disk is slow."""
     directory, touched = tmp_path / "checkpoints", list[str]()
@@ -146,12 +160,14 @@ def test_the_first_save_copies_into_memory_that_was_prepared(
 
 def test_memory_of_one_size_is_not_taken_for_another() -> None:
     """Catches a copy into the kept memory of a tensor that had another size or dtype, and one of pieces mixed up."""
-    kept = Memory()
+    kept, values = Memory(), torch.arange(6.0)
     kept.prepare([Piece("a", 0, 2, torch.zeros(6)), Piece("a", 2, 4, torch.zeros(6), 2)])
-    values = torch.arange(6.0)
+    kept._wait()
+    prepared = {tensor.data_ptr() for tensor in kept._kept.values()}
     first = kept.copy([Piece("a", 0, 2, values), Piece("a", 2, 4, values, 2)])
+    assert {copy.source.data_ptr() for copy in first} == prepared
     assert [copy.values().tolist() for copy in first] == [[0, 1], [2, 3, 4, 5]]
-    assert kept.copy([Piece("a", 0, 1, values, 5)])[0].values().tolist() == [5]
+    assert kept.copy([Piece("a", 0, 3, values, 3)])[0].values().tolist() == [3, 4, 5]
     whole = kept.copy([Piece("a", 0, 3, torch.tensor([1, 1 << 40, 3]))])[0].values()
     assert (whole.dtype, whole.tolist()) == (torch.int64, [1, 1 << 40, 3])
 
