@@ -15,6 +15,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -227,12 +228,12 @@ def table(results: dict[int, dict[str, Any]], options: argparse.Namespace, said:
     """The report."""
     speeds = sorted(speed for measured in results.values() for speed in measured["speeds"])
     lines = [
-        f"# Saving a checkpoint: {options.condition}",
+        f"# Saving a checkpoint, condition {options.condition}",
         "",
         f"- device: {device_name('cpu')}",
         f"- disk: {next(iter(results.values()))['disk']}; one file written in order and synced, before and after: "
         f"{speeds[0]:.0f} to {speeds[-1]:.0f} MB/s",
-        f"- condition {options.condition}: {said}",
+        f"- condition: {said}",
         *([f"- {options.remark}"] if options.remark else []),
         f"- torch {torch.__version__}; one rank: a single process; several: {options.engine}; each way "
         f"{options.rounds} times, in random order; medians; files are synced, but for {DCP} not their directory",
@@ -265,6 +266,7 @@ def main() -> None:
     if options.job:
         job(options)
         end_process(0)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # takes down what a condition has set up
     results, said = {}, ""
     for ranks in options.ranks:
         own = Path(tempfile.mkdtemp(dir=options.directory))
