@@ -11,15 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from torch import Tensor
-
+from arsg_dist.checkpoint.memory import Memory
 from arsg_dist.engine import Communicator
 from arsg_dist.safe_io.documents import read_json
 from arsg_dist.safe_io.files import append_text, remove_tree, sync, write_text
 
 _NAME: Final = re.compile(r"step-([0-9]{9,})")
 _LEFT: Final = re.compile(
-    r"\.step-[0-9]{9,}\.(partial|replaced|removed)|\.best\.[0-9a-f]{16}\.(partial|replaced)"
+    r"\.step-[0-9]{9,}\.(([0-9a-f]{16}\.)?partial|replaced|removed)|\.best\.[0-9a-f]{16}\.(partial|replaced)"
 )
 """Names that only a store makes, and that a job which was killed may leave."""
 _REPLACED: Final = re.compile(r"\.(step-[0-9]{9,})\.replaced")
@@ -27,9 +26,6 @@ _BEST: Final = "best"
 _SCORE: Final = "score.json"
 _SCORE_LIMIT: Final = 1024
 _POLL_SECONDS: Final = 0.1
-
-Memory = dict[tuple[str, int], Tensor]
-"""Piece (key, first element) → its copy."""
 
 
 class CheckpointStore:
@@ -48,7 +44,7 @@ class CheckpointStore:
             the highest score is kept besides.
 
     Attributes:
-        memory: of the last copy of a state that was saved in the background; for `save_run`.
+        memory: for copies of states that are saved in the background; for `save_run`.
     """
 
     def __init__(self, directory: Path, communicator: Communicator, *, keep: int = 2) -> None:
@@ -58,7 +54,9 @@ class CheckpointStore:
         self._communicator = communicator
         self._keep = keep
         self._saving: _Saving | None = None
-        self.memory: Memory = {}
+        self._prefix = ""  # of the names under which this store writes, the same on every rank
+        self._saves = 0
+        self.memory = Memory()
 
     def complete(self) -> list[Path]:
         """Find the complete checkpoints, oldest first.
@@ -128,24 +126,27 @@ class CheckpointStore:
             The checkpoint's path.
 
         Raises:
-            JobError: on every rank, when writing this one (if waited for) or the one before failed on any (disk full,
-                ...), or the directory has something foreign at a name of the store's, or the score is not finite;
-                older checkpoints are untouched.
+            JobError: on every rank, when this one (if waited for) or the one before failed on any: disk full, ..., or
+                something foreign at a name of the store's, or a score that is not finite. Older checkpoints are
+                untouched.
         """
         self.finish()
         path = self.directory / f"step-{step:09d}"
-        partial = self.directory / f".{path.name}.partial"
+        partial = self._partial(path.name)
         leader = self._communicator.rank == 0
-        with self._communicator.fail_together(OSError, ValueError):
+
+        # In the thread, like all that touches the disk: where that is slow, the smallest of it can take seconds.
+        def write_own(directory: Path) -> None:
             if leader:
                 if score is not None and not math.isfinite(score):
                     raise ValueError(
                         f"the score of a checkpoint is {score}: it must be a finite number, or None"
                     )
                 self.check()
-                self.directory.mkdir(parents=True, exist_ok=True)
-                self._remove_left_over()
-                partial.mkdir()
+            directory.mkdir(parents=True, exist_ok=True)  # whichever rank comes first
+            if leader:
+                self._remove_left_over(besides=directory)
+            write(directory)
 
         def put_in_place() -> None:
             if conclude is not None:
@@ -166,12 +167,16 @@ class CheckpointStore:
             partial,
             self._communicator.rank,
             self._communicator.world_size,
-            write,
+            write_own,
             put_in_place if leader else None,
         )
         if wait:
             self.finish()
         return path
+
+    def is_written(self) -> bool:
+        """Tell whether `finish` would find this rank's part of the last `save` done, or failed, without waiting."""
+        return self._saving is None or not self._saving.is_running()
 
     def finish(self) -> None:
         """Wait until the last `save` is in place. Collective.
@@ -191,6 +196,12 @@ class CheckpointStore:
         with self._communicator.fail_together(OSError, ValueError):
             saving.join_concluded()
 
+    def _partial(self, name: str) -> Path:
+        """Name the directory in which a checkpoint is written: no earlier job's, and alike on all ranks."""
+        self._prefix = self._prefix or self._communicator.from_rank_0(secrets.token_hex(4))
+        self._saves += 1
+        return self.directory / f".{name}.{self._prefix}{self._saves:08x}.partial"
+
     def _tidy(self) -> None:
         best = self.best()
         if best is not None:
@@ -207,9 +218,9 @@ class CheckpointStore:
                 old.rename(self.directory / f".{old.name}.removed")
         self._remove_left_over()
 
-    def _remove_left_over(self) -> None:
+    def _remove_left_over(self, *, besides: Path | None = None) -> None:
         for path in list(self.directory.iterdir()):
-            if _LEFT.fullmatch(path.name):
+            if _LEFT.fullmatch(path.name) and path != besides:
                 remove_tree(path)
 
 
@@ -286,6 +297,10 @@ class _Saving:
             self.conclude()
         except BaseException as error:
             self._failed = error
+
+    def is_running(self) -> bool:
+        """Tell whether this rank's thread is at work."""
+        return self._thread.is_alive()
 
     def _seen(self) -> bool:
         return all((self.directory / _written(rank)).exists() for rank in range(self.world_size))

@@ -21,10 +21,10 @@ from arsg_dist.checkpoint.manifest import (
     encode_tensor,
     merge_tensors,
 )
+from arsg_dist.checkpoint.memory import Memory
 from arsg_dist.checkpoint.safetensors_file import write_safetensors
-from arsg_dist.checkpoint.store import CheckpointStore, Memory
+from arsg_dist.checkpoint.store import CheckpointStore
 from arsg_dist.engine import Communicator, EngineState, package_versions
-from arsg_dist.engine.state import Piece
 from arsg_dist.safe_io.documents import parse_json, read_json
 from arsg_dist.safe_io.files import write_text
 
@@ -71,26 +71,24 @@ def save_run(
     )
 
 
+def prepare_save(store: CheckpointStore, state: EngineState) -> None:
+    """Make the first save in the background as short a stop as the later ones; returns at once.
+
+    Args:
+        store: that will save.
+        state: of `Engine.state`, after an update: before, an optimizer has no state yet.
+    """
+    store.memory.prepare(state.pieces)
+
+
 def snapshot(state: EngineState, memory: Memory) -> EngineState:
     """Copy to main memory, where the training does not change it any more.
 
     Args:
         state: of this rank.
-        memory: of the last copy, which is no longer needed; fresh memory would take the system as long to provide as
-            the copying takes. Holds this copy's afterwards.
+        memory: of the last copy, which is no longer needed. Holds this copy afterwards.
     """
-    copies = []
-    for piece in state.pieces:
-        values = piece.values()
-        place = (piece.key, piece.start)
-        copy = memory.get(place)
-        if copy is None or copy.shape != values.shape or copy.dtype != values.dtype:
-            copy = torch.empty(piece.numel, dtype=values.dtype, pin_memory=values.is_cuda)
-        memory[place] = copy
-        copies.append(Piece(piece.key, piece.start, piece.numel, copy.copy_(values, non_blocking=True)))
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return dataclasses.replace(state, pieces=copies)
+    return dataclasses.replace(state, pieces=memory.copy(state.pieces))
 
 
 def write_part(directory: Path, rank: int, state: EngineState) -> None:

@@ -6,6 +6,7 @@ out another way: full gradients, the paper's formula in float64, means over the 
 
 import json
 import math
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from arsg_dist import theory
+from arsg_dist.checkpoint import memory
 from arsg_dist.engine import Ranks, SingleProcessCommunicator
 from arsg_dist.imagenet.config import BoostConfig, DataConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 from arsg_dist.imagenet.data.builtin import SyntheticSplit
@@ -260,3 +262,27 @@ def test_nothing_is_learned_from_without_a_learning_rate(tmp_path: Path) -> None
         first = end
     assert recorded == pytest.approx(of_epochs, rel=1e-5)
     assert not math.isclose(of_epochs[0], of_epochs[1])
+
+
+def test_a_run_that_saves_in_the_background_prepares_its_memory_and_saves_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches memory prepared for another state than the one that is saved, and preparing that changes the run."""
+    allocated = list[int]()
+    real = memory._allocate
+
+    def counted(numel: int, *arguments: Any) -> Tensor:
+        if threading.current_thread() is threading.main_thread():
+            allocated.append(numel)
+        return real(numel, *arguments)
+
+    monkeypatch.setattr(memory, "_allocate", counted)
+    for name, background in (("background", True), ("plain", False)):
+        assert start(tmp_path / name, recipe(async_save=background)) == 0
+    assert allocated == []
+    saved, plain = (
+        {path.parent.name: path.read_bytes() for path in (tmp_path / name).glob("checkpoints/step-*/shard*")}
+        for name in ("background", "plain")
+    )
+    assert len(saved) == 6  # after updates 2, 4, 6 and each epoch
+    assert saved == plain

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from arsg_dist.checkpoint import CheckpointStore, SavedRun, save_run
-from arsg_dist.engine import JobError
+from arsg_dist.checkpoint import CheckpointStore, SavedRun, prepare_save, save_run
+from arsg_dist.engine import EngineState, JobError
 from arsg_dist.engine.state import EXTRA, key_of
 from arsg_dist.imagenet.output.run_directory import CHECKPOINTS, CLASSES, directory_of, read_classes
 from arsg_dist.imagenet.output.states import OutputState, refusal
@@ -114,6 +114,7 @@ class RunCheckpoints:
         self._parts, self._output = parts, output
         self.shown: dict[str, float] = {}
         self.any_saved = False
+        self._prepared = False
         with parts.communicator.fail_together(ValueError, OSError):
             directory = directory_of(output, CHECKPOINTS)
             self._store = CheckpointStore(directory, parts.communicator, keep=parts.config.keep_checkpoints)
@@ -130,11 +131,33 @@ class RunCheckpoints:
             at: where the run stands.
             score: validation accuracy at the end of an epoch, None inside one.
         """
-        parts, config = self._parts, self._parts.config
+        self.any_saved = self._prepared = True
+        state, progress = self._state(at)
+        save_run(
+            self._store,
+            at.update,
+            state,
+            progress,
+            self._parts.communicator,
+            score=score,
+            wait=not self._parts.config.async_save,
+        )
+
+    def prepare(self) -> None:
+        """Make the first save in the background stop the training no longer than the later ones. Collective.
+
+        After an update: before the first, an optimizer has no state. Does nothing where nothing is to be prepared.
+        """
+        if self._parts.config.async_save and not self._prepared:
+            self._prepared = True
+            prepare_save(self._store, self._state(Position())[0])
+
+    def _state(self, at: Position) -> tuple[EngineState, dict[str, Any]]:
+        """Make what a checkpoint holds: state and progress. Collective."""
+        parts = self._parts
         rank, world_size = parts.communicator.rank, parts.communicator.world_size
         progress: dict[str, Any] = {"position": at.as_dict(), **self._fixed(), "identity": parts.identity}
         progress["shown"] = self.shown
-        self.any_saved = True
         state = parts.engine.state()
         for name, part in parts.stateful.items():
             own = part.state_dict() if part else {}
@@ -145,15 +168,7 @@ class RunCheckpoints:
             else:
                 progress[name] = own
         add_rank_state(state, parts.networks, rank)
-        save_run(
-            self._store,
-            at.update,
-            state,
-            progress,
-            parts.communicator,
-            score=score,
-            wait=not config.async_save,
-        )
+        return state, progress
 
     def finish(self) -> None:
         """Wait until the last checkpoint is in place. Collective.

@@ -329,6 +329,8 @@ class EpochLoop:
                 health.require_finite_weights()
             if save:
                 self._checkpoints.save(at)
+            else:
+                self._checkpoints.prepare()
             if stop:
                 progress.end_epoch()
                 return None
