@@ -15,7 +15,7 @@ OUTLIVED = [
 ]
 
 
-@pytest.fixture(scope="module", params=[("mpirun", 2), ("mpirun", 3), ("warm horovodrun", 2)], ids=str)
+@pytest.fixture(scope="module", params=[("mpirun", 2), ("mpirun", 3), ("horovodrun", 2)], ids=str)
 def output(request: pytest.FixtureRequest) -> str:
     return launch(*request.param, JOB, "replicated").output
 

@@ -15,11 +15,11 @@ pytestmark = pytest.mark.ranks
 JOBS = {
     "mpirun, 2 ranks": ("mpirun", 2),
     "mpirun, 3 ranks": ("mpirun", 3),
-    "horovodrun, 2 ranks": ("warm horovodrun", 2),
-    "1 rank": ("warm alone", 1),
+    "horovodrun, 2 ranks": ("horovodrun", 2),
+    "mpirun, 1 rank": ("mpirun", 1),
     "mpirun, 4 ranks": ("mpirun", 4),
-    "horovodrun, 3 ranks": ("warm horovodrun", 3),
-    "horovodrun, 4 ranks": ("warm horovodrun", 4),
+    "horovodrun, 3 ranks": ("horovodrun", 3),
+    "horovodrun, 4 ranks": ("horovodrun", 4),
 }
 QUICK = 4
 

@@ -21,10 +21,10 @@ pytestmark = pytest.mark.ranks
 JOB = "tests/horovod/jobs/sharded_engine_job.py"
 CHAIN = (
     ("sharded", "mpirun", 2),
-    ("single", "warm alone", 1),
-    ("sharded", "warm horovodrun", 3),
-    ("horovod", "warm horovodrun", 2),
-    ("sharded", "warm alone", 1),
+    ("single", "alone", 1),
+    ("sharded", "horovodrun", 3),
+    ("horovod", "mpirun", 2),
+    ("sharded", "alone", 1),
 )
 
 
