@@ -22,8 +22,9 @@ Settings = list[tuple[str, float | str]]
 
 _RELATIVE_VARIANCE: Final = 1e-12
 _NAMED: Final = 8
-_RECORDED: Final = "base_iterate_scale"
-"""No setting but what ARSG notes of its last step, which a rank that holds nothing of a group does not make."""
+_NOT_COMPARED: Final = ("base_iterate_scale", "differentiable")
+"""No settings: what ARSG notes of its last step, which a rank that holds nothing of a group does not make; and what
+torch adds to the defaults of an optimizer that has loaded a state, as rank 0 alone may have done."""
 
 
 def start_comparison(
@@ -58,7 +59,7 @@ def settings_of(optimizer: Optimizer) -> Settings:
         (f"{setting} of group {index}", _plain(member))
         for index, group in enumerate(optimizer.param_groups)
         for setting in optimizer.defaults
-        if setting != _RECORDED
+        if setting not in _NOT_COMPARED
         for member in _members(group.get(setting))
     ]
 

@@ -83,7 +83,7 @@ def broadcast_optimizer_state(optimizer: Optimizer, root_rank: int = 0, model: A
         ValueError: the ranks' optimizers have other groups or numbers of parameters (on every rank alike).
         TypeError: on every rank: a setting or an entry of the state is of a kind that `engine.messages` does not send.
     """
-    if not isinstance(optimizer, (ARSG, ReplicatedOptimizer)) or isinstance(optimizer, torch.optim.LBFGS):
+    if not isinstance(optimizer, (ARSG, ReplicatedOptimizer)):
         _horovod_state(optimizer, root_rank, model)
         return
     shapes = [[tuple(p.shape) for p in group["params"]] for group in optimizer.param_groups]

@@ -19,7 +19,7 @@ from arsg_dist.horovod.comm.settings_check import same_settings
 from arsg_dist.horovod.comm.verification import CheckedReduceScatter
 from arsg_dist.horovod.sharded import arguments
 from arsg_dist.horovod.sharded.gather import GatherMode
-from arsg_dist.horovod.sharded.gradients import Reduction
+from arsg_dist.horovod.sharded.gradients import Reduction, ReleasedGradient
 from arsg_dist.horovod.sharded.inner_optimizer import InnerOptimizer, check_state
 from arsg_dist.horovod.sharded.parameters import ShardedParameters
 from arsg_dist.horovod.sharded.state_dict import gather_state, load_state
@@ -189,8 +189,19 @@ class ShardedOptimizer(HorovodOptimizer):
             partition.gradients.passes = passes
 
     def synchronize(self) -> None:
-        """Wait until this rank has its part of every reduced gradient. Collective."""
+        """Wait until this rank has its part of every reduced gradient. Collective.
+
+        Raises:
+            RuntimeError: there are no gradients but those that the update before has used up.
+        """
         self.shards.require_layout("synchronize()")
+        if not any(partition.gradients.under_way for partition in self.shards.partitions) and any(
+            isinstance(parameter.grad, ReleasedGradient) for parameter in self.shards.names
+        ):
+            raise RuntimeError(
+                "the gradients of the update before are used up, and cannot serve another step(): make a backward "
+                "pass for each, and call optimizer.zero_grad() before it, also on a rank that makes none"
+            )
         for partition in self.shards.partitions:
             partition.gradients.synchronize()
 

@@ -168,6 +168,7 @@ def state_access(stage: int, options: dict[str, Any], output: Path) -> dict[str,
     seen["unknown, set"] = agreed(
         refusal(lambda: safe_set_full_optimizer_state(named["2.bias"], named["2.bias"], "momentum"))
     )
+    seen["state after refusals"] = read(named)
     engine.save_checkpoint(str(output), tag="saved")
     engine.load_checkpoint(str(output), tag="saved")
     seen["state, reloaded"] = read(named)

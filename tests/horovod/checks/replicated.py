@@ -15,6 +15,7 @@ from arsg_dist import ARSG
 from arsg_dist.horovod import DistributedOptimizer, broadcast
 from arsg_dist.horovod.comm.communicator import HorovodCommunicator
 from tests.support import toy
+from tests.support.compare import assert_same_weights
 from tests.support.messages import check_messages
 
 
@@ -531,6 +532,39 @@ def check_adasum_combines_the_updates() -> None:
             dot = (a * b).sum()
             expected = a * (1 - dot / (2 * a.pow(2).sum())) + b * (1 - dot / (2 * b.pow(2).sum()))
         torch.testing.assert_close(update, expected, rtol=1e-4, atol=1e-6)
+
+
+def check_adasum_has_horovods_values() -> None:
+    """With a state that goes on, several passes before an update, an early step, and fp16 on the way."""
+    if hvd.gloo_enabled() or hvd.size() == 3:
+        return
+    for settings in ({}, {"backward_passes_per_step": 2}, {"compression": hvd.Compression.fp16}):
+        models = [toy.build_model(7), toy.build_model(7)]
+        ours, horovods = (
+            wrap(
+                torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9),
+                [(f"{form}.{name}", p) for name, p in model.named_parameters()],
+                op=hvd.Adasum,
+                **settings,
+            )
+            for (form, wrap), model in zip(
+                (("ours", DistributedOptimizer), ("theirs", hvd.DistributedOptimizer)), models, strict=True
+            )
+        )
+        for update in range(3):
+            for optimizer, model in ((ours, models[0]), (horovods, models[1])):
+                optimizer.zero_grad()
+                for number in range(1 if update == 1 else settings.get("backward_passes_per_step", 1)):
+                    inputs, targets = (t[hvd.rank() :: hvd.size()] for t in toy.batch(update + 5 * number))
+                    toy.loss_of(model(inputs), targets).backward()
+                if optimizer is ours and update == 2:  # plain Horovod refuses this
+                    optimizer.synchronize()
+                    with optimizer.skip_synchronize():
+                        optimizer.step()
+                else:
+                    optimizer.step()
+        started_from = dict(toy.build_model(7).named_parameters())
+        assert_same_weights(*(dict(model.named_parameters()) for model in models), started_from=started_from)
 
 
 def check_messages_are_plain_values_of_every_rank() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import horovod.torch as hvd
 import pytest
+import torch
 from torch import nn
 
 from arsg_dist import ARSG
@@ -82,9 +83,45 @@ def check_two_sets_train_at_once(sets: list[Any]) -> None:
     optimizer.close()
 
 
+def check_ranks_outside_the_set_train_by_themselves(sets: list[Any]) -> None:
+    """Horovod's test_optimizer_process_sets: every rank makes the optimizer, with plain Horovod's values."""
+    first_two, models = sets[0], []
+    for name, form in (("ours", DistributedOptimizer), ("theirs", hvd.DistributedOptimizer)):
+        model = toy.build_model()
+        models.append(model)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+        named = [(f"{name}.{place}", parameter) for place, parameter in model.named_parameters()]
+        optimizer = form(optimizer, named, process_set=first_two)
+        for number in range(UPDATES):
+            optimizer.zero_grad()
+            inputs, targets = toy.batch(number + 5 * hvd.rank())
+            toy.loss_of(model(inputs), targets).backward()
+            optimizer.step()
+    assert_same_weights(
+        models[0].state_dict(),
+        models[1].state_dict(),
+        started_from=toy.build_model().state_dict(),
+        relative=0,
+    )
+    of_ranks = hvd.allgather_object(models[0][4].bias.detach())
+    assert [[bool((a == b).all()) for a in of_ranks] for b in of_ranks] == [
+        [True, True, False, False],
+        [True, True, False, False],
+        [False, False, True, False],
+        [False, False, False, True],
+    ]
+
+
+CHECKS = (
+    check_an_optimizer_of_some_ranks_and_one_of_all,
+    check_two_sets_train_at_once,
+    check_ranks_outside_the_set_train_by_themselves,
+)
+
+
 def main() -> None:
     sets = [hvd.add_process_set(ranks) for ranks in ([0, 1], [1, 2], [0, 3])]
-    for check in (check_an_optimizer_of_some_ranks_and_one_of_all, check_two_sets_train_at_once):
+    for check in CHECKS:
         check(sets)
         if hvd.rank() == 0:
             print("done:", check.__name__, flush=True)
