@@ -9,6 +9,7 @@ from tests.mutation.tables import Mutation
 RESULTS = Path(__file__).parent / "RESULTS.md"
 
 SEEN, UNSEEN, HUNG, NO_TEST, STALE = "seen", "unseen", "hung", "no test ran", "stale"
+BROKEN = "fails without it"
 _ROW = re.compile(r"^\| `([^`]+)` \| ([^|]+) \| ([^|]*) \|")
 
 
@@ -17,7 +18,8 @@ class Result:
     """What became of one mistake.
 
     Attributes:
-        outcome: `SEEN`, `UNSEEN`, `HUNG`, `NO_TEST` (with it the tests cannot even start) or `STALE`.
+        outcome: `SEEN`, `UNSEEN`, `HUNG`, `NO_TEST` (with it the tests cannot even start), `STALE` or `BROKEN` (the
+            test that saw it fails without the mistake as well).
         by: the first test that failed, or why none could.
     """
 
