@@ -20,7 +20,8 @@ from tests.checkpoint.runs import engine
 
 
 def test_what_is_saved_is_the_state_at_the_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches weights that training changes while they are written, and a checkpoint that is seen half written."""
+    """Catches weights or progress that training changes while they are written, and a checkpoint that is seen half
+    written."""
     may_write, communicator, made = threading.Event(), SingleProcessCommunicator(), engine()
     store = CheckpointStore(tmp_path, communicator)
     from arsg_dist.checkpoint import writer
@@ -33,13 +34,17 @@ def test_what_is_saved_is_the_state_at_the_call(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(writer, "write_part", late)
     before = {name: tensor.clone() for name, tensor in made.module.state_dict().items()}
-    path = save_run(store, 1, made.state(), {}, communicator, wait=False)
+    progress = {"epoch": 1, "best": [0.5]}
+    path = save_run(store, 1, made.state(), progress, communicator, wait=False)
     made.backward(made.module(torch.randn(5, 3)))
     made.step()
+    progress["epoch"] = 2
+    progress["best"].append(0.75)  # type: ignore[attr-defined]
     assert store.latest() is None
     may_write.set()
     store.finish()
     assert store.latest() == path
+    assert SavedRun(path).progress == {"epoch": 1, "best": [0.5]}
     other = engine(seed=1)
     other.load_state(SavedRun(path))
     assert all(torch.equal(tensor, before[name]) for name, tensor in other.module.state_dict().items())

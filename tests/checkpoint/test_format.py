@@ -1,5 +1,6 @@
 """The checkpoint format: what is written comes back, and what is damaged is named."""
 
+import dataclasses
 import json
 import pickle
 import shutil
@@ -9,7 +10,9 @@ import pytest
 import torch
 
 from arsg_dist.checkpoint import SavedRun
+from arsg_dist.checkpoint.writer import write_manifest, write_part
 from arsg_dist.engine import JobError
+from arsg_dist.engine.replicated_state import replicated_state
 from arsg_dist.engine.state import PARAMETER, TensorSpec, from_order, in_order, order_of
 from tests.checkpoint.runs import engine, saved, saved_by
 
@@ -35,15 +38,50 @@ def test_any_number_of_writers_makes_the_same_run(tmp_path: Path, world_size: in
 
 def test_elements_are_read_in_any_order(tmp_path: Path) -> None:
     """Catches a channels_last parameter whose pieces are taken for rows."""
-    weight = engine().module.get_parameter("conv.weight").detach()
+    source = engine()
+    weight = source.module.get_parameter("conv.weight")
     order = order_of(weight.stride(), weight.shape)
     assert order == (0, 2, 3, 1)
     assert order_of(weight.contiguous().stride(), weight.shape) == ()
     assert torch.equal(from_order(in_order(weight, order), tuple(weight.shape), order), weight)
-    run = SavedRun(saved(tmp_path))
+    run = SavedRun(saved_by(tmp_path / "run", 1, source))
     assert run.spec(PARAMETER, "conv.weight") == TensorSpec(torch.float32, (6, 4, 3, 3))
     part = run.read(PARAMETER, "conv.weight", 10, 33, order)
     assert torch.equal(part, in_order(weight, order)[10:43])
+    moment = source.optimizer.state[weight]["exp_avg"]
+    for entry, tensor in ((PARAMETER, weight.detach()), ("exp_avg", moment), (PARAMETER, weight.detach())):
+        assert torch.equal(run.read(entry, "conv.weight", 10, 33), tensor.contiguous().view(-1)[10:43]), entry
+
+
+def test_ranks_may_hold_any_part_of_a_tensor_and_of_the_numbers(tmp_path: Path) -> None:
+    """Catches pieces joined in the order of the ranks, and step counts that only one of several ranks knows lost."""
+    source = engine()
+    states = [replicated_state("single", source.module, source.optimizer, rank, 3) for rank in (2, 0, 1)]
+    names = list(states[0].numbers)
+    assert len(names) > 3
+    for rank, state in enumerate(states):
+        state.numbers = {name: state.numbers[name] for name in names[rank::3]}
+        write_part(tmp_path, rank, state)
+    write_manifest(tmp_path, 3, states[0], {})
+    target = engine(seed=1)
+    target.load_state(SavedRun(tmp_path))
+    for parameter, other in zip(target.module.parameters(), source.module.parameters(), strict=True):
+        assert torch.equal(parameter, other)
+        assert target.optimizer.state[parameter]["step"] == source.optimizer.state[other]["step"]
+
+
+@pytest.mark.parametrize(
+    ("pieces", "place"), [([(0, 5), (0, 4)], 5), ([(0, 5), (6, 4)], 5), ([(1, 9)], 0), ([(0, 9), (9, 0)], 9)]
+)
+def test_pieces_that_do_not_make_the_tensor_are_refused(
+    pieces: list[tuple[int, int]], place: int, tmp_path: Path
+) -> None:
+    """Catches pieces that overlap and are as many elements as the tensor's all the same, with a gap, or empty."""
+    manifest = SavedRun(saved(tmp_path)).manifest
+    held = manifest.tensors["parameter:first.weight"].pieces
+    held[:] = [dataclasses.replace(held[0], start=start, numel=numel) for start, numel in pieces]
+    with pytest.raises(ValueError, match=f"do not fit together at element {place}"):
+        manifest.check()
 
 
 def damage_of(path: Path) -> str:

@@ -1,11 +1,13 @@
 import os
 import re
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
 
 from arsg_dist.checkpoint import CheckpointStore
+from arsg_dist.checkpoint import store as store_module
 from arsg_dist.engine import JobError, SingleProcessCommunicator
 
 
@@ -73,6 +75,55 @@ def test_the_best_one_is_kept_besides_the_last_and_found_again(tmp_path: Path) -
     store(tmp_path).save(7, write("7"), score=0.95)
     assert (tmp_path / "checkpoints" / "best" / "state").read_text() == "7"
     assert [path.name for path in store(tmp_path).complete()] == ["step-000000006", "step-000000007"]
+
+
+@pytest.mark.parametrize("score", [float("nan"), float("inf"), -float("inf")])
+def test_a_score_that_is_no_number_is_refused_before_anything_is_written(
+    score: float, tmp_path: Path
+) -> None:
+    """Catches the accuracy of a diverged run, which no later checkpoint is better than, and which no reader takes."""
+    store(tmp_path).save(1, write("1"), score=0.5)
+    with pytest.raises(JobError, match=f"the score of a checkpoint is {score}"):
+        store(tmp_path).save(2, write("2"), score=score)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["best", "step-000000001"]
+
+
+def test_a_checkpoint_is_concluded_when_every_rank_has_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a checkpoint in place with rank 0's part alone, while another rank still writes."""
+
+    class OneOfTwo(SingleProcessCommunicator):
+        def __init__(self, rank: int) -> None:
+            self.rank, self.world_size = rank, 2
+
+    looked, found = threading.Event(), list[list[str]]()
+    look = store_module._Saving._seen
+
+    def seen(saving: store_module._Saving) -> bool:
+        everything = look(saving)
+        if not everything:
+            looked.set()
+        return everything
+
+    def write_second(directory: Path) -> None:
+        assert looked.wait(30)
+        write("second")(directory)
+
+    monkeypatch.setattr(store_module._Saving, "_seen", seen)
+    first, second = (CheckpointStore(tmp_path, OneOfTwo(rank)) for rank in (0, 1))
+    path = first.save(
+        1,
+        lambda directory: None,
+        lambda directory: found.append(sorted(file.name for file in directory.iterdir())),
+        wait=False,
+    )
+    second.save(1, write_second, wait=False)
+    saving = first._saving
+    assert saving is not None
+    saving._thread.join(30)
+    assert found == [[".written-00000", ".written-00001", "state"]]
+    assert [file.name for file in path.iterdir()] == ["state"]
 
 
 def test_what_a_killed_job_left_is_not_seen_and_goes(tmp_path: Path) -> None:

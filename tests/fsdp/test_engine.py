@@ -1,14 +1,19 @@
 """The engine `fsdp`; what it shares with others is in tests/engines, tests/imagenet and tests/checkpoint."""
 
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import Replicate, Shard
 
 from arsg_dist import ARSG
 from arsg_dist.engine import SingleProcessCommunicator, SingleProcessEngine, load_builder
 from arsg_dist.fsdp import FSDPEngine, shard, units_of
+from arsg_dist.fsdp.state import place_of
 from arsg_dist.imagenet.models import build_model
 from tests.engines.test_registry import settings
 from tests.support import toy
@@ -66,6 +71,88 @@ def test_the_base_iterate_is_reached_through_shards() -> None:
         assert torch.equal(result("after")[name], tensor), name
 
 
+@pytest.fixture
+def _alone() -> Iterator[None]:
+    """A process group of this process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+class AnotherIsBad(SingleProcessCommunicator):
+    """Answers as if another rank said what `other` is."""
+
+    other = False
+
+    def __init__(self) -> None:
+        self.said = list[bool]()
+
+    def start_any(self, flag: bool) -> Callable[[], bool]:
+        self.said.append(flag)
+        return lambda: flag or self.other
+
+
+@pytest.mark.usefixtures("_alone")
+def test_a_bad_shard_of_any_rank_leaves_the_update_out() -> None:
+    """Catches a rank that looks at its own shard alone: with a bad element in one shard it would be the only one that
+    leaves the update out, or does not say so."""
+    module = nn.Linear(2, 2)
+    shard(module)
+    communicator = AnotherIsBad()
+    engine = FSDPEngine(
+        module, torch.optim.SGD(module.parameters(), lr=0.1), communicator, skip_nonfinite=True
+    )
+    for own, other, skipped in ((1.0, True, 1), (float("nan"), False, 2), (1.0, False, 2)):
+        communicator.other = other
+        before = [parameter.clone() for parameter in engine.local_parameters()]
+        engine.backward(module(torch.full((1, 2), own)).sum())
+        engine.step()
+        assert engine.skipped_updates == skipped
+        after = engine.local_parameters()
+        changed = [not torch.equal(x, y) for x, y in zip(before, after, strict=True)]
+        assert changed == [not other and own == 1.0] * 2
+    assert communicator.said == [False, True, False]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("rows", [1, 2, 5, 9])
+def test_the_place_of_a_shard_is_where_torch_has_cut_it(rows: int, ranks: int) -> None:
+    """Catches rows that do not divide by the ranks counted as if they did, a rank that has none, and a dimension of
+    replicas that counts as one of shards."""
+    whole = torch.arange(rows * 3.0).view(rows, 3)
+    parts = [*whole.chunk(ranks), *[whole[:0]] * ranks][:ranks]
+    for rank, part in enumerate(parts):
+        for placements, mesh in (((Shard(0),), [ranks]), ((Replicate(), Shard(0)), [2, ranks])):
+            tensor: Any = SimpleNamespace(
+                shape=whole.shape,
+                placements=placements,
+                device_mesh=SimpleNamespace(
+                    size=lambda dim, mesh=mesh: mesh[dim],
+                    get_local_rank=lambda dim, mesh=mesh, rank=rank: rank if dim == len(mesh) - 1 else 1,
+                ),
+                to_local=lambda part=part: part,
+            )
+            start, numel = place_of(tensor)
+            assert torch.equal(whole.view(-1)[start : start + numel], part.reshape(-1))
+    tensor.placements = (Shard(1),)
+    with pytest.raises(ValueError, match="shard dimension 0 only"):
+        place_of(tensor)
+
+
+class Inner(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+
+
+class Outer(nn.Module):
+    """A block with a row of blocks in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = nn.Sequential(Inner(), Inner())
+
+
 @pytest.mark.parametrize(
     ("module", "expected"),
     [
@@ -73,11 +160,12 @@ def test_the_base_iterate_is_reached_through_shards() -> None:
         (build_model("vit_b_16", 10), [f"encoder.layers.encoder_layer_{index}" for index in range(12)]),
         (build_model("resnet20", 10), [f"blocks.{index}" for index in range(9)]),
         (nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2)), []),
+        (nn.Sequential(Outer(), Outer(), Inner()), ["0", "1", "2"]),
     ],
-    ids=["resnet18", "vit_b_16", "resnet20", "two layers"],
+    ids=["resnet18", "vit_b_16", "resnet20", "two layers", "blocks in blocks"],
 )
 def test_units_are_the_blocks(module: nn.Module, expected: list[str]) -> None:
-    """Catches a network gathered whole, or layer by layer."""
+    """Catches a network gathered whole, layer by layer, or the blocks in a block one by one."""
     assert [name for name, _ in units_of(module)] == expected
 
 

@@ -9,6 +9,7 @@ from tests.mutation.tables import Mutation
 RESULTS = Path(__file__).parent / "RESULTS.md"
 
 SEEN, UNSEEN, HUNG, NO_TEST, STALE = "seen", "unseen", "hung", "no test ran", "stale"
+BROKEN = "fails without it"
 _ROW = re.compile(r"^\| `([^`]+)` \| ([^|]+) \| ([^|]*) \|")
 
 
@@ -17,7 +18,8 @@ class Result:
     """What became of one mistake.
 
     Attributes:
-        outcome: `SEEN`, `UNSEEN`, `HUNG`, `NO_TEST` (with it the tests cannot even start) or `STALE`.
+        outcome: `SEEN`, `UNSEEN`, `HUNG`, `NO_TEST` (with it the tests cannot even start), `STALE` or `BROKEN` (the
+            test that saw it fails without the mistake as well).
         by: the first test that failed, or why none could.
     """
 
@@ -36,12 +38,12 @@ def write(results: dict[str, Result], mutations: list[Mutation], path: Path = RE
     """Writes the table; results of entries that are no more are dropped."""
     done = [mutation for mutation in mutations if mutation.name in results]
     seen = sum(results[mutation.name].outcome == SEEN for mutation in done)
+    untried = [mutation for mutation in mutations if mutation.name not in results]
     lines = [
         "# Which plausible mistakes the tests see",
         "",
-        f"Written by `python -m tests.mutation`. **{seen} of {len(done)} are seen**"
-        + (f" ({seen / len(done):.0%})." if done else ".")
-        + (f" {len(mutations) - len(done)} not tried." if len(done) < len(mutations) else ""),
+        f"Written by `python -m tests.mutation`. Of {len(mutations)} mistakes **{len(done)} were tried and {seen} of "
+        f"these seen**{f' ({seen / len(done):.0%})' if done else ''}.",
         "",
         "| mistake | result | by | what goes wrong |",
         "|---|---|---|---|",
@@ -54,6 +56,9 @@ def write(results: dict[str, Result], mutations: list[Mutation], path: Path = RE
     if unseen:
         lines += ["", "## Not seen", ""]
         lines += [f"- `{m.name}`: {m.unseen or 'a test is missing'}" for m in unseen]
+    if untried:
+        lines += ["", "## Not tried yet", ""]
+        lines += [f"- `{m.name}`" for m in untried]
     partial = path.with_suffix(".partial")
     partial.write_text("\n".join(lines) + "\n")
     partial.replace(path)
