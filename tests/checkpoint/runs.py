@@ -10,6 +10,7 @@ from arsg_dist.checkpoint import CheckpointStore, save_run
 from arsg_dist.checkpoint.writer import write_manifest, write_part
 from arsg_dist.engine import EngineState, SingleProcessCommunicator, SingleProcessEngine
 from arsg_dist.engine.replicated_state import replicated_state
+from arsg_dist.optim.hyperparameters import Preconditioner
 
 
 class Tied(nn.Module):
@@ -29,10 +30,12 @@ class Tied(nn.Module):
         return self.last(self.first(inputs)).mean() + self.norm(self.conv(images)).abs().mean()
 
 
-def engine(seed: int = 0) -> SingleProcessEngine:
+def engine(seed: int = 0, preconditioner: Preconditioner = "amsgrad") -> SingleProcessEngine:
     model = Tied()
     torch.manual_seed(seed)
-    made = SingleProcessEngine(model, ARSG(model.parameters(), lr=0.01, eps=1e-3, mu=0.1))
+    made = SingleProcessEngine(
+        model, ARSG(model.parameters(), lr=0.01, eps=1e-3, mu=0.1, preconditioner=preconditioner)
+    )
     for _ in range(2):
         made.backward(model(torch.randn(5, 3)))
         made.step()

@@ -118,6 +118,7 @@ def test_a_checkpoint_is_concluded_when_every_rank_has_written(
         lambda directory: found.append(sorted(file.name for file in directory.iterdir())),
         wait=False,
     )
+    second._prefix = first._prefix  # the ranks would agree on it
     second.save(1, write_second, wait=False)
     saving = first._saving
     assert saving is not None
