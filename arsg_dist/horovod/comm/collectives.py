@@ -26,6 +26,7 @@ from horovod.torch import mpi_ops
 from torch import Tensor
 
 from arsg_dist.horovod.comm.process_groups import Group, bits
+from arsg_dist.horovod.comm.tensors_in_flight import tables_of_handles
 
 ReduceScatterPath = Literal["auto", "alltoall", "reducescatter"]
 
@@ -78,7 +79,8 @@ class Started:
 
     def __post_init__(self) -> None:
         # Horovod's Python side keeps the tensors until somebody waits. Its core has references of its own.
-        weakref.finalize(self, mpi_ops._handle_map.pop, self.handle, None).atexit = False
+        for table in tables_of_handles():
+            weakref.finalize(self, table.pop, self.handle, None).atexit = False
 
     def done(self) -> bool:
         """Tell whether `finish` would return at once."""

@@ -21,7 +21,8 @@ class _HeldTensors:
 
     def __init__(self, extension: Any) -> None:
         self._extension = extension
-        self._views: dict[int, list[Tensor]] = {}
+        self.views: dict[int, list[Tensor]] = {}
+        """Handle → views; another dictionary after each shutdown, since handles are then used again."""
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._extension, name)
@@ -41,7 +42,7 @@ class _HeldTensors:
             with torch.no_grad():
                 views = [tensor.view_as(tensor) for tensor in _tensors(arguments)]
             handle = start(*arguments)
-            self._views[handle] = views
+            self.views[handle] = views
             return handle
 
         return started
@@ -49,13 +50,13 @@ class _HeldTensors:
     def _released_at_the_end(self, wait: Callable[[int], None]) -> Callable[[int], None]:
         def waited(handle: int) -> None:
             wait(handle)  # where it raises, the background thread may still be at its end
-            self._views.pop(handle, None)
+            self.views.pop(handle, None)
 
         return waited
 
     def _released_first(self, reset: Callable[[], None]) -> Callable[[], None]:
         def released() -> None:
-            self._views.clear()
+            self.views = {}
             reset()
 
         return released
@@ -74,3 +75,11 @@ def hold_tensors_in_flight() -> None:
     """Hold the tensors of all of Horovod's operations of this process, from now on; once is enough."""
     if not isinstance(mpi_ops.mpi_lib, _HeldTensors):
         mpi_ops.mpi_lib = _HeldTensors(mpi_ops.mpi_lib)
+
+
+def tables_of_handles() -> list[dict[int, Any]]:
+    """Return what keeps the tensors of this process's operations, by handle, until somebody waits for them."""
+    tables = [mpi_ops._handle_map]
+    if isinstance(mpi_ops.mpi_lib, _HeldTensors):
+        tables.append(mpi_ops.mpi_lib.views)
+    return tables
