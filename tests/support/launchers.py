@@ -58,7 +58,9 @@ def launch(
         if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     }
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(REPOSITORY)}
-    environment.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", "120")  # 30 is little where the cores are shared
+    # Where the cores are shared: 30 s is little, and a rank that waits would keep a core from the others.
+    environment.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", "120")
+    environment.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     environment |= variables or {}
     try:
