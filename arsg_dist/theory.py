@@ -408,7 +408,7 @@ def quietest_mu_of_base_iterate(tau: Tensor, beta: Tensor) -> Tensor:
 
 
 def _require_convergence(tau: Tensor, beta: Tensor, mu: Tensor) -> None:
-    bound = 2 * (1 + beta) / (1 - beta + 2 * beta * mu)
+    bound = convergence_bound(beta, mu)
     if bool((tau >= bound).any()):
         raise ValueError(
             f"lr times curvature, {tau.max().item():g}, is not below the convergence bound {bound.min().item():g}: "
