@@ -11,6 +11,7 @@ from typing import Any
 import deepspeed
 import pytest
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -100,12 +101,13 @@ def test_two_backward_passes_add_up_or_are_refused(stage: int, micro_batches: in
     if micro_batches == 2:
         update(engine, 8.0, 8.0)
     backward(engine, 1.0, 2.0)
-    backward(engine, 3.0, 4.0)
     if stage in (1, 2):
         with refused(r"2 backward passes .*set_gradient_accumulation_boundary\(False\)"):
+            backward(engine, 3.0, 4.0)  # refused already here before DeepSpeed 0.18.3
             engine.step()
         assert weights(engine) == [1.0, 1.0]
         return
+    backward(engine, 3.0, 4.0)
     engine.step()
     more = 8.0 if micro_batches == 2 else 0.0
     assert weights(engine) == [1.0 - LR * (4 + more) / micro_batches, 1.0 - LR * (6 + more) / micro_batches]
@@ -123,12 +125,13 @@ def test_two_backward_passes_of_a_later_update(stage: int, config: dict[str, Any
     engine = build(stage, **config)
     update(engine)
     backward(engine, 1.0, 2.0)
-    backward(engine, 3.0, 4.0)
-    if "data_types" in config:
+    if "data_types" in config and Version(deepspeed.__version__) >= Version("0.18.3"):
+        backward(engine, 3.0, 4.0)
         engine.step()
         assert weights(engine) == [1.0 - 5 * LR, 1.0 - 8 * LR]
         return
     with refused("2 backward passes"):
+        backward(engine, 3.0, 4.0)
         engine.step()
 
 
