@@ -1,6 +1,7 @@
 """Every way to load a checkpoint, and what must be equal afterwards."""
 
 import atexit
+import dataclasses
 import functools
 import random
 import shutil
@@ -15,6 +16,7 @@ from packaging.version import Version
 from safetensors.torch import load_file
 
 from arsg_dist.deepspeed import export
+from arsg_dist.deepspeed.checkpoint import load_check
 from arsg_dist.deepspeed.universal import convert
 from tests.deepspeed import load_cases
 from tests.deepspeed.load_cases import Case, plain
@@ -316,6 +318,29 @@ def test_going_back_to_before_the_first_update_begins_again(stage: int) -> None:
     assert load_cases.differences(begun, load_cases.snapshot(engine)) == []
     load_cases.train(engine, 0, 1)
     assert load_cases.differences(once, load_cases.snapshot(engine)) == []
+
+
+@pytest.mark.parametrize(
+    ("precision", "model"), [("fp32", "frozen"), ("bf16", "plain"), ("fp16", "tied"), ("fp32", "moe")]
+)
+def test_what_older_deepspeeds_leave_out_at_stage_0_is_loaded(
+    precision: str, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a resume with DeepSpeed before 0.19.3 that begins the optimizer anew (bf16, whose state it saves as a
+    shard), or asks the wrong file for that of experts."""
+    monkeypatch.setattr(load_check, "resumes_stage_0", lambda: False)
+    case = plain(0, precision, model)
+    source = by_one_rank(case)
+    if precision == "bf16":
+        source = shutil.copytree(source, directory() / "as a shard")
+        file = source / "older" / "mp_rank_00_model_states.pt"
+        content = torch.load(file, weights_only=False)
+        if content["optimizer"] is not None:
+            shard = {"optimizer_state_dict": content.pop("optimizer")}
+            torch.save(shard, file.with_name("bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"))
+            torch.save({**content, "optimizer": None}, file)
+    assert load_cases.run(case, source) == []
+    assert load_cases.run(dataclasses.replace(case, stepped=True), source) == []
 
 
 @pytest.mark.parametrize("stage", [0, 2])
