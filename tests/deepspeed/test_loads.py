@@ -3,7 +3,6 @@
 import atexit
 import dataclasses
 import functools
-import random
 import shutil
 import tempfile
 from pathlib import Path
@@ -28,14 +27,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """With --full every cell, with --sample some of them, else enough for every pair of values."""
     if "case" not in metafunc.fixturenames:
         return
-    if sample := metafunc.config.getoption("--sample"):
-        cells, seed = sample
-        drawn = random.Random(seed).sample(list(load_cases.all_cases()), cells)
-        # Checkpoints are made once: cells that load the same one follow each other.
-        metafunc.parametrize("case", sorted(drawn, key=load_cases.source_name), ids=str)
-        return
-    if metafunc.config.getoption("--full"):
-        metafunc.parametrize("case", list(load_cases.all_cases()), ids=str)
+    selection = selection_of(metafunc.config)
+    if selection != "few":
+        metafunc.parametrize("case", load_cases.selected(selection), ids=str)
         return
     quick = load_cases.quick_cases()
     cases = [
@@ -43,6 +37,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         for case in load_cases.few_cases()
     ]
     metafunc.parametrize("case", cases)
+
+
+def selection_of(config: pytest.Config) -> str:
+    if sample := config.getoption("--sample"):
+        return ",".join(map(str, sample))
+    return "every" if config.getoption("--full") else "few"
 
 
 @functools.cache
@@ -60,8 +60,7 @@ def by_one_rank(case: Case) -> Path:
 @pytest.fixture
 def by_two_ranks(pytestconfig: pytest.Config) -> Path:
     """The directory in which two ranks have saved checkpoints, and results of their own."""
-    every = pytestconfig.getoption("--full") or pytestconfig.getoption("--sample")
-    job = _on_ranks("every" if every else "few")
+    job = _on_ranks(selection_of(pytestconfig))
     assert job.code == 0, job.output[-5000:]
     return directory()
 
