@@ -35,6 +35,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--full", action="store_true", help="tests that take turns run all; loads have every cell"
     )
+    parser.addoption(
+        "--sample",
+        nargs=2,
+        type=int,
+        metavar=("CELLS", "SEED"),
+        help="of the loads a random sample of all cells, in place of --full's every one",
+    )
 
 
 def _turn(config: pytest.Config) -> int:

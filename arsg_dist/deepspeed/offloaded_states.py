@@ -14,6 +14,7 @@ from deepspeed.runtime.zero.offload_states import offload_optimizer_states, relo
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
 from arsg_dist.deepspeed.patching import Method, wrap_once
+from arsg_dist.deepspeed.versions import taken_for_fused_adam
 from arsg_dist.optim import ARSG
 
 _OURS = (OffloadStateTypeEnum.hp_params, OffloadStateTypeEnum.optim_states)
@@ -43,7 +44,8 @@ def _with_state_of_arsg_moved(method: Method) -> Method:
             return
         asked = list(OffloadStateTypeEnum) if include is None else list(include)
         mine = [kind for kind in _OURS if kind in asked and kind not in zero.offloaded_states]
-        method(zero, include=[kind for kind in asked if kind not in _OURS], **options)
+        with taken_for_fused_adam(zero):
+            method(zero, include=[kind for kind in asked if kind not in _OURS], **options)
         if OffloadStateTypeEnum.hp_params in mine:
             _move_masters(zero, device.value, pin_memory=pin_memory, non_blocking=non_blocking)
         if OffloadStateTypeEnum.optim_states in mine:

@@ -6,7 +6,8 @@ so that every rank raises the same error.
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Final
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from arsg_dist.deepspeed.checkpoint.partitioning import Piece
 from arsg_dist.deepspeed.checkpoint.zero_state import Shard, shards_of
 from arsg_dist.deepspeed.patching import Method, wrap_once
+from arsg_dist.deepspeed.versions import fails_after_last
 from arsg_dist.engine import Communicator, JobError, SingleProcessCommunicator, TorchCommunicator
 from arsg_dist.engine.consistency import fingerprint
 from arsg_dist.engine.settings import start_comparison
@@ -70,9 +72,12 @@ def _with_checks(method: Method) -> Method:
 
 def _with_backward_counted(method: Method) -> Method:
     def _backward_epilogue(engine: Any, *args: Any, **kwargs: Any) -> None:
-        method(engine, *args, **kwargs)
-        if (checks := checks_of(engine)) is not None:
-            checks.count_backward()
+        checks = checks_of(engine)
+        if checks is None:
+            method(engine, *args, **kwargs)
+            return
+        with checks.count_backward():
+            method(engine, *args, **kwargs)
 
     return _backward_epilogue
 
@@ -145,6 +150,7 @@ class UpdateChecks:
         """Those of them that an update was to follow."""
         self._gone = False
         """Whether gradients were discarded since the last backward pass."""
+        self._in_epilogue = False
         self._warned = False
         self._frozen: list[Tensor] = []
         if engine.optimizer is not engine.basic_optimizer:  # stage 0 in fp32, which keeps them
@@ -152,9 +158,21 @@ class UpdateChecks:
         self._weights = _Weights(engine)
         engine.basic_optimizer.register_step_pre_hook(lambda *_: self.finish_comparison())
 
-    def count_backward(self) -> None:
-        """Note a backward pass."""
-        engine = self._engine
+    @contextmanager
+    def count_backward(self) -> Iterator[None]:
+        """Count a backward pass, around what DeepSpeed does with its gradients.
+
+        Raises:
+            JobError: DeepSpeed would fail over them; on every rank that makes this pass.
+        """
+        engine, wrapper = self._engine, self._engine.optimizer
+        if self._last_passes and isinstance(wrapper, DeepSpeedZeroOptimizer) and fails_after_last(wrapper):
+            raise JobError(_too_many_passes(self._last_passes + 1))
+        self._in_epilogue = True
+        try:
+            yield
+        finally:
+            self._in_epilogue = False
         self._gone = False
         self._passes += 1
         if engine.is_gradient_accumulation_boundary() and not engine.inside_no_sync_ctxt:
@@ -162,6 +180,8 @@ class UpdateChecks:
 
     def forget_backwards(self) -> None:
         """Note that gradients were discarded."""
+        if self._in_epilogue:  # by DeepSpeed itself, which has taken them
+            return
         self._passes = self._last_passes = 0
         self._gone = bool(self._engine.zero_optimization())
 
@@ -231,12 +251,7 @@ class UpdateChecks:
             wrapper.cpu_offload or wrapper.dtype == wrapper.gradient_accumulation_dtype
         )
         if self._last_passes > 1 and last_only:
-            return [
-                f"{self._last_passes} backward passes before this step(), of which DeepSpeed keeps only the last at "
-                "ZeRO stages 1 and 2: add up the losses and call engine.backward(loss) once; or call "
-                "engine.set_gradient_accumulation_boundary(False) before the first and (True) before the last forward "
-                "pass of an update; to throw earlier gradients away call engine.zero_grad()"
-            ]
+            return [_too_many_passes(self._last_passes)]
         return []
 
     def _thawed(self) -> list[str]:
@@ -323,6 +338,15 @@ class _Weights:
         if parameter.numel():
             values = parameter.detach().reshape(-1)[piece.start : piece.start + piece.numel]
         return bool(_differ(values, shard.master[part]).any())
+
+
+def _too_many_passes(passes: int) -> str:
+    return (
+        f"{passes} backward passes before this step(), of which DeepSpeed keeps only the last at ZeRO stages 1 and 2: "
+        "add up the losses and call engine.backward(loss) once; or call "
+        "engine.set_gradient_accumulation_boundary(False) before the first and (True) before the last forward pass of "
+        "an update; to throw earlier gradients away call engine.zero_grad()"
+    )
 
 
 def _communicator_of(engine: Any) -> Communicator:

@@ -4,16 +4,24 @@ Each of these has the name that the newest DeepSpeed gives it, and what is left 
 """
 
 import base64
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import hjson  # type: ignore[import-untyped]
+from deepspeed.ops.adam import FusedAdam
 from deepspeed.runtime.config_utils import dict_raise_error_on_duplicate_keys
+from packaging.version import Version
 
 from arsg_dist.safe_io.files import read_text
 
 PARAM_ALIGNMENT_PADDINGS = "param_alignment_paddings"  # a key of checkpoints since 0.19.7
+
+
+def _before(release: str) -> bool:
+    return Version(deepspeed.__version__) < Version(release)
 
 
 def is_optimized_parameter(parameter: Any) -> bool:
@@ -36,6 +44,35 @@ def loss_scaler(wrapper: Any) -> Any:
         if getattr(wrapper, name, None) is not None:
             return getattr(wrapper, name)
     return wrapper  # stage 0 until 0.18.5
+
+
+def fails_after_last(zero: Any) -> bool:
+    """Tell whether one more backward pass after an update's last one ends in a TypeError (stages 1 and 2)."""
+    return _before("0.18.3") and not zero.cpu_offload
+
+
+def resumes_stage_0() -> bool:
+    """Tell whether DeepSpeed loads all of what it saves at stage 0.
+
+    Until 0.18.4 it leaves out the optimizer in bf16, and until 0.19.2 looks for that of experts in the wrong file in
+    fp32.
+    """
+    return not _before("0.19.3")
+
+
+@contextmanager
+def taken_for_fused_adam(zero: Any) -> Iterator[None]:
+    """Let `offload_states` at stage 3 move what is not the optimizer's.
+
+    Until 0.18.9 it asks for FusedAdam whatever it is to move.
+    """
+    own = zero.optimizer
+    if _before("0.19.0"):
+        zero.optimizer = object.__new__(FusedAdam)
+    try:
+        yield
+    finally:
+        zero.optimizer = own
 
 
 def flat_offsets(zero: Any, index: int) -> list[int]:

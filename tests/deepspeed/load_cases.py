@@ -6,6 +6,7 @@ For a process that is one rank of a DeepSpeed job of any number of ranks: the te
 
 import functools
 import itertools
+import random
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -235,6 +236,18 @@ def all_cases() -> Iterator[Case]:
             yield Case(**row)
 
 
+def selected(selection: str) -> list[Case]:
+    """The "few", "every" one, or "CELLS,SEED": a random sample of the full product."""
+    if selection == "few":
+        return few_cases()
+    cases = list(all_cases())
+    if selection == "every":
+        return cases
+    cells, seed = map(int, selection.split(","))
+    # Checkpoints are made once: cells that load the same one follow each other.
+    return sorted(random.Random(seed).sample(cases, cells), key=source_name)
+
+
 class Slope(nn.Module):
     """Adds to a sum; the gradient of each of its elements is the slope times the input's first element."""
 
@@ -387,7 +400,7 @@ def parameter_shape(parameter: Any) -> torch.Size:
 def _state_of(parameter: Any, key: str) -> Tensor | None:
     try:
         return safe_get_full_optimizer_state(parameter, key)
-    except (ValueError, KeyError):
+    except ValueError:
         return None
 
 

@@ -5,6 +5,7 @@ from typing import Any
 import deepspeed
 import pytest
 import torch
+from deepspeed.ops.adam import FusedAdam
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.swap_tensor.optimizer_utils import OptimizerSwapper
@@ -16,6 +17,7 @@ from arsg_dist import ARSG
 from arsg_dist.deepspeed import patching, register, repair
 from arsg_dist.deepspeed.known_sources import KNOWN_SOURCES
 from arsg_dist.deepspeed.patching import check_known, digest, repair_once, sources, wrap_once
+from arsg_dist.deepspeed.versions import taken_for_fused_adam
 from tests.deepspeed.versions import BEGIN, DOCUMENT, RESULTS, SOURCES, renewed, table, text_of
 
 WRAPPED = [
@@ -132,6 +134,19 @@ def test_versions_that_do_not_need_a_repair_get_none(monkeypatch: pytest.MonkeyP
     assert (Plain().step(), sources()) == ("plain", {})
     repair_once(Plain, "step", lambda method: lambda self: "repaired", since="0.18.2", until="0.18.9")
     assert Plain().step() == "repaired"
+
+
+@pytest.mark.parametrize(("version", "asked_for"), [("0.18.9", FusedAdam), ("0.19.0", ARSG)])
+def test_the_optimizer_that_older_versions_ask_for_is_gone_afterwards(
+    version: str, asked_for: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches `offload_states` refused before 0.19.0, and an engine that is left with an optimizer not its own."""
+    monkeypatch.setattr(deepspeed, "__version__", version)
+    own = ARSG([torch.ones(1, requires_grad=True)])
+    zero = SimpleNamespace(optimizer=own)
+    with taken_for_fused_adam(zero):
+        assert type(zero.optimizer) is asked_for
+    assert zero.optimizer is own
 
 
 def test_known_digests_say_which_versions_have_them() -> None:

@@ -6,15 +6,18 @@ docs/deepspeed.md says so.
 
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import deepspeed
 import pytest
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from arsg_dist import ARSG
+from arsg_dist.deepspeed import update_checks
 from arsg_dist.engine import JobError
 from tests.deepspeed.test_one_rank import _one_rank as _one_rank
 
@@ -42,6 +45,8 @@ def build(
     stage: int,
     module: nn.Module | None = None,
     optimizer: Callable[[Any], torch.optim.Optimizer] = descent,
+    parameters: list[nn.Parameter] | None = None,
+    scheduler: Callable[[Any], Any] | None = None,
     **config: Any,
 ) -> Any:
     module = module or Pair()
@@ -57,7 +62,11 @@ def build(
         **config,
     }
     return deepspeed.initialize(
-        model=module, model_parameters=module.parameters(), optimizer=optimizer, config=complete
+        model=module,
+        model_parameters=parameters or module.parameters(),
+        optimizer=optimizer,
+        lr_scheduler=scheduler,
+        config=complete,
     )[0]
 
 
@@ -100,12 +109,13 @@ def test_two_backward_passes_add_up_or_are_refused(stage: int, micro_batches: in
     if micro_batches == 2:
         update(engine, 8.0, 8.0)
     backward(engine, 1.0, 2.0)
-    backward(engine, 3.0, 4.0)
     if stage in (1, 2):
         with refused(r"2 backward passes .*set_gradient_accumulation_boundary\(False\)"):
+            backward(engine, 3.0, 4.0)  # refused already here before DeepSpeed 0.18.3
             engine.step()
         assert weights(engine) == [1.0, 1.0]
         return
+    backward(engine, 3.0, 4.0)
     engine.step()
     more = 8.0 if micro_batches == 2 else 0.0
     assert weights(engine) == [1.0 - LR * (4 + more) / micro_batches, 1.0 - LR * (6 + more) / micro_batches]
@@ -123,13 +133,42 @@ def test_two_backward_passes_of_a_later_update(stage: int, config: dict[str, Any
     engine = build(stage, **config)
     update(engine)
     backward(engine, 1.0, 2.0)
-    backward(engine, 3.0, 4.0)
-    if "data_types" in config:
+    if "data_types" in config and Version(deepspeed.__version__) >= Version("0.18.3"):
+        backward(engine, 3.0, 4.0)
         engine.step()
         assert weights(engine) == [1.0 - 5 * LR, 1.0 - 8 * LR]
         return
     with refused("2 backward passes"):
+        backward(engine, 3.0, 4.0)
         engine.step()
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_two_backward_passes_with_an_older_deepspeed(stage: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a TypeError of DeepSpeed's in the second pass (before 0.18.3), and passes that are forgotten because
+    DeepSpeed discards the gradients that it has taken (before 0.18.5)."""
+    engine = build(stage, **OFFLOAD)
+    reduce = engine.allreduce_gradients
+
+    def allreduce_gradients(*args: Any, **kwargs: Any) -> None:
+        reduce(*args, **kwargs)
+        engine.optimizer.zero_grad()
+
+    monkeypatch.setattr(engine, "allreduce_gradients", allreduce_gradients)
+    update(engine)
+    backward(engine, 1.0, 2.0)
+    with refused("2 backward passes"):
+        backward(engine, 3.0, 4.0)
+        engine.step()
+    monkeypatch.setattr(update_checks, "fails_after_last", lambda _: True)
+    engine = build(stage)
+    update(engine)
+    backward(engine, 1.0, 2.0)
+    with refused("2 backward passes"):
+        backward(engine, 3.0, 4.0)
+    engine.zero_grad()
+    update(engine)
+    assert weights(engine) == [1.0 - 2 * LR, 1.0 - 4 * LR]
 
 
 @pytest.mark.parametrize("stage", [1, 2])
@@ -301,13 +340,9 @@ def test_weights_that_come_back_or_reach_the_masters_are_no_edit(stage: int) -> 
 def test_whose_it_is(stage: int, precision: dict[str, Any]) -> None:
     """Catches a refusal that is ours: with torch's Adam the values are as wrong as the messages say. Tells too when a
     later DeepSpeed needs the refusals no more."""
-    # Adam's first updates are ±lr, whatever the size of the gradient.
 
-    def adam(parameters: Any) -> torch.optim.Optimizer:
-        return torch.optim.Adam(parameters, lr=LR, betas=(0.0, 0.0), eps=1e-20)
-
-    def after(act: Callable[[Any], None], **options: Any) -> list[float]:
-        engine = build(stage, Pair(**options), adam, **precision)
+    def after(act: Callable[[Any], None], module: nn.Module | None = None, **options: Any) -> list[float]:
+        engine = build(stage, module, options.pop("optimizer", adam), **precision, **options)
         act(engine)
         return weights(engine)
 
@@ -321,8 +356,25 @@ def test_whose_it_is(stage: int, precision: dict[str, Any]) -> None:
         engine.zero_grad()
         update(engine, 3.0, 1.0)
 
+    def discarded_between(whose: str) -> Callable[[Any], None]:
+        def act(engine: Any) -> None:
+            update(engine, -4.0, 1.0)
+            (engine if whose == "the engine's" else engine.optimizer).zero_grad()
+            update(engine, 3.0, 1.0)
+
+        return act
+
+    def without_backward(engine: Any) -> None:
+        backward(engine, -4.0, 1.0)
+        engine.zero_grad()
+        engine.step()
+
     def thawed(engine: Any) -> None:
         engine.module.last.requires_grad_(True)
+        update(engine)
+
+    def frozen(engine: Any) -> None:
+        engine.module.last.requires_grad_(False)
         update(engine)
 
     def written(engine: Any) -> None:
@@ -333,5 +385,39 @@ def test_whose_it_is(stage: int, precision: dict[str, Any]) -> None:
     plain = stage == 0 and not precision
     assert after(twice) == ([down, up] if stage in (1, 2) else [down, down])
     assert after(discarded) == ([up, down] if stage == 3 else [down, down])
-    assert after(thawed, frozen=True) == ([down, down] if plain else [down, 1.0])
+    assert after(discarded_between("the engine's"), micro_batches=2) == [up if stage >= 2 else down, down]
+    assert after(discarded_between("the wrapper's"), micro_batches=2) == [up if stage == 2 else down, down]
+    assert after(without_backward) == ([up, down] if stage else [1.0, 1.0])
+    assert after(thawed, Pair(frozen=True)) == ([down, down] if plain else [down, 1.0])
+    outside = Pair(frozen=True)
+    assert after(thawed, outside, parameters=[outside.first]) == [down, 1.0]
+    assert after(frozen, optimizer=decayed) == [1.0 - LR, 1.0 if plain else 1.0 - LR]
     assert after(written) == ([down, 5.0 - LR] if plain else [down, down])
+
+
+def adam(parameters: Any) -> torch.optim.Optimizer:
+    """Its first updates are ±lr, whatever the size of the gradient."""
+    return torch.optim.Adam(parameters, lr=LR, betas=(0.0, 0.0), eps=1e-20)
+
+
+def decayed(parameters: Any) -> torch.optim.Optimizer:
+    """By weight decay alone a weight of 1 becomes 1 − lr, and a gradient of 1 beside it changes nothing."""
+    return torch.optim.Adam(parameters, lr=LR, betas=(0.0, 0.0), eps=1e-20, weight_decay=1.0)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_whose_the_old_lr_is(stage: int, tmp_path: Path) -> None:
+    """Catches the same of a schedule that is loaded without the optimizer; ARSG's groups get its lr."""
+
+    def halved(inner: Any) -> Any:
+        return torch.optim.lr_scheduler.ExponentialLR(inner, 0.5)
+
+    for make, lr in ((adam, LR), (descent, LR / 4)):
+        engine = build(stage, optimizer=make, scheduler=halved)
+        update(engine)
+        update(engine)
+        engine.save_checkpoint(str(tmp_path / make.__name__))
+        other = build(stage, optimizer=make, scheduler=halved)
+        other.load_checkpoint(str(tmp_path / make.__name__), load_optimizer_states=False)
+        assert other.lr_scheduler.get_last_lr() == [LR / 4]
+        assert other.basic_optimizer.param_groups[0]["lr"] == lr

@@ -9,6 +9,7 @@ arsg_dist/deepspeed/known_sources.py: with a version whose tests pass, or after 
 """
 
 import argparse
+import datetime
 import json
 import os
 import subprocess
@@ -35,7 +36,10 @@ PARTS = {
         "every_way or functions or within_reach or state_that",
     ],
     "engines of one rank": ["tests/deepspeed/test_one_rank.py"],
+    "checks between updates": ["tests/deepspeed/test_update_checks.py"],
+    "loads": ["tests/deepspeed/test_loads.py", "-m", "not slow"],
 }
+DATE = "run on"
 _PRINT = "import json, arsg_dist.deepspeed.patching as p, arsg_dist.deepspeed; print(json.dumps(p.sources()))"
 
 
@@ -122,9 +126,10 @@ def outcome(version: str, arguments: list[str]) -> str:
 
 def table(results: dict[str, dict[str, str]]) -> str:
     """The table of docs/deepspeed.md."""
-    lines = [f"| DeepSpeed | {' | '.join(PARTS)} |", f"|---{'|---' * len(PARTS)}|"]
+    columns = [*PARTS, DATE]
+    lines = [f"| DeepSpeed | {' | '.join(columns)} |", f"|---{'|---' * len(columns)}|"]
     for version in sorted(results, key=Version):
-        lines.append(f"| {version} | {' | '.join(results[version].get(part, 'not run') for part in PARTS)} |")
+        lines.append(f"| {version} | {' | '.join(results[version].get(key, 'not run') for key in columns)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -142,6 +147,7 @@ def main() -> None:
         for version in arguments.versions:
             results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
             results.setdefault(version, {})[part] = outcome(version, tests)
+            results[version][DATE] = datetime.date.today().isoformat()
             RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
             before, rest = DOCUMENT.read_text().split(BEGIN)
             DOCUMENT.write_text(before + BEGIN + table(results) + END + rest.split(END)[1])

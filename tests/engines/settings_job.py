@@ -103,6 +103,32 @@ def write(engine: Engine) -> None:
         engine.engine.module[1].weight[1].fill_(5.0)  # type: ignore[attr-defined]
 
 
+def steps_with_adam(communicator: Any, stage: int) -> list[float]:
+    """How far weights go in an update of torch's Adam with another lr on the last rank, of which nobody says a word."""
+    import deepspeed
+
+    module = model()
+    engine, *_ = deepspeed.initialize(
+        model=module,
+        model_parameters=groups(module),
+        optimizer=lambda parameters: torch.optim.Adam(parameters, lr=0.125, betas=(0.0, 0.0), eps=1e-20),
+        config={
+            "train_batch_size": communicator.world_size,
+            "gradient_clipping": 0.0,
+            "zero_optimization": {"stage": stage, "reduce_bucket_size": 1000},
+        },
+    )
+    for group in engine.basic_optimizer.param_groups:
+        group["betas"] = (0.0, 0.0)
+        group["lr"] = 0.25 if communicator.rank == communicator.world_size - 1 else 0.125
+    engine.backward(engine(torch.ones(1, 3)).square().sum())
+    engine.step()
+    with deepspeed.zero.GatheredParameters(list(module.parameters())):
+        pairs = zip(module.parameters(), model().parameters(), strict=True)
+        moved = torch.cat([(now.detach() - before.detach()).abs().flatten() for now, before in pairs])
+    return sorted({round(step, 4) for step in moved.tolist()})
+
+
 def main() -> None:
     output, *names = (a for a in sys.argv[1:] if not a.startswith("--"))
     if names[0].startswith("stage"):
@@ -119,7 +145,8 @@ def main() -> None:
         results[name] = raised_by_settings(engine)
         if name == "stage1":
             results["written"] = {"": raised_by(engine, write)}
-    of_ranks = communicator.all_gather_object(results)
+    adams = {name: steps_with_adam(communicator, int(name[-1])) for name in names if name.startswith("stage")}
+    of_ranks = communicator.all_gather_object((results, adams))
     if communicator.rank == 0:
         torch.save(of_ranks, Path(output))
     communicator.close()

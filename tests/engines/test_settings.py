@@ -95,12 +95,17 @@ def test_engines_on_ranks_find_what_differs(launcher: str, names: list[str], tmp
     does not raise, and a weight written on one rank only, of which the others know nothing."""
     job = launch(launcher, 2, "tests/engines/settings_job.py", tmp_path / "results.pt", *names)
     assert job.code == 0, job.output[-5000:]
-    first, second = torch.load(tmp_path / "results.pt", weights_only=True)
+    (first, adam), (second, other_adam) = torch.load(tmp_path / "results.pt", weights_only=True)
     assert first == second
     if "stage1" in names:
         assert "1.weight was written since the last update" in first.pop("written")[""]
         assert "(on rank 1)" in second["written"][""]
     assert list(first) == names
+    for name in (
+        adam
+    ):  # it is not ARSG's: replicas drift apart (stage 0), or parts of the model have rates of their own
+        drifted = ([0.125], [0.25]) if name == "stage0" else ([0.125, 0.25], [0.125, 0.25])
+        assert (adam[name], other_adam[name]) == drifted, name
     before = {"lr": "0.1", "betas": "0.9", "mu": "0.1", "weight_decay": "0", "eps": "1e-08"}
     after = {"lr": "0.25", "betas": "0.5", "mu": "0.2", "weight_decay": "0.1", "eps": "0.001"}
     for name, raised in first.items():

@@ -76,6 +76,10 @@ def _with_arsg_section_among_the_clients(method: Method) -> Method:
         client_state = dict(client_state or {})
         if _has_arsg(engine):
             client_state[ARSG_SECTION] = _arsg_section(engine)
+            if engine.has_moe_layers:  # what DeepSpeed puts there itself for other models
+                client_state["buffer_names"] = engine._get_buffer_names()
+                if engine.zero_optimization():
+                    client_state["param_shapes"] = engine._get_zero_param_shapes()
         return method(engine, save_dir, tag, client_state, *args, **kwargs)
 
     return _save_checkpoint

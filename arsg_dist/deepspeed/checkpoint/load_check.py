@@ -22,13 +22,14 @@ from arsg_dist.deepspeed.checkpoint.files import (
     settings_of,
 )
 from arsg_dist.deepspeed.checkpoint.pickles import RefusedPickleError, look_into, trust_pickles
-from arsg_dist.deepspeed.checkpoint.reader import ShardedCheckpoint, UniversalCheckpoint
+from arsg_dist.deepspeed.checkpoint.reader import ShardedCheckpoint, UniversalCheckpoint, unsharded_state
 from arsg_dist.deepspeed.checkpoint.zero_state import (
     experts_apart,
     group_names,
     needed_state,
     swaps_to_nvme,
 )
+from arsg_dist.deepspeed.versions import resumes_stage_0
 from arsg_dist.engine.saved_state import SavedState
 from arsg_dist.safe_io.text import printable
 
@@ -144,29 +145,31 @@ class LoadCheck:
         elif self._with_optimizer:
             _check_sharded(engine, model, files, directory)
             self._check_module(model, files, directory)
+            if not engine.zero_optimization() and not by_layers and not resumes_stage_0():
+                self.saved = self._open(directory, trusting=trusting, weights_only=False)
         elif by_layers or (self._own_loader is not None and not engine.zero_optimization_partition_weights()):
             self._check_module(model, files, directory)
         else:
-            self.saved = self._weights(directory, trusting=trusting)
+            self.saved = self._open(directory, trusting=trusting, weights_only=True)
 
-    def _weights(self, directory: Path, *, trusting: bool) -> SavedState:
-        """Open a checkpoint of any optimizer, number of ranks, stage and precision for its weights."""
+    def _open(self, directory: Path, *, trusting: bool, weights_only: bool) -> SavedState:
+        """Open a checkpoint for our own loader; for its weights one of any optimizer, ranks, stage and precision."""
         read = _load_trusting if trusting else look_into
         try:
-            weights = ShardedCheckpoint(directory, read, weights_only=True)
+            saved = ShardedCheckpoint(directory, read, weights_only=weights_only)
         except RefusedPickleError:
-            weights = ShardedCheckpoint(directory, _load_trusting, weights_only=True)
+            saved = ShardedCheckpoint(directory, _load_trusting, weights_only=weights_only)
         if self._own_loader is not None:
-            return weights  # it knows what fits
-        check_saved(self._engine, weights, with_optimizer=False, strict=self._strict)
+            return saved  # it knows what fits
+        check_saved(self._engine, saved, with_optimizer=not weights_only, strict=self._strict)
         known = {name for name, _ in self._engine.module.named_parameters(remove_duplicate=False)}
-        unknown = [name for name in weights.parameters if name not in known]
+        unknown = [name for name in saved.parameters if name not in known]
         if self._strict and unknown:
             raise ValueError(
                 f"{directory} has a parameter {unknown[0]!r}, which the model has not: load_module_strict=False passes "
                 "it over"
             )
-        return weights
+        return saved
 
     def _check_module(self, model: dict[str, Any], files: list[Path], directory: Path) -> None:
         """Compare names, and below stage 3 shapes, with the module's, for DeepSpeed would find out halfway."""
@@ -318,6 +321,8 @@ def _check_sharded(engine: Any, model: dict[str, Any], files: list[Path], direct
         _refuse_other_kind(engine, directory, other_kind)
     content = look_into(path)
     saved = content[OPTIMIZER_STATE_DICT] if sharded else content["optimizer"]
+    if saved is None and not sharded and optimizers:
+        saved = unsharded_state(look_into(optimizers[0]))
     if saved is None:
         _refuse_other_kind(engine, directory, other_kind)
     own = "fp32_flat_groups" if engine.zero_optimization_partition_weights() else BASE_OPTIMIZER_STATE

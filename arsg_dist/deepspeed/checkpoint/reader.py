@@ -94,6 +94,8 @@ class ShardedCheckpoint(SavedCheckpoint):
         self.groups = []
         if apart:
             pass
+        elif shards and (whole := unsharded_state(read(shards[0][1]))) is not None:
+            self._read_unsharded({**models[0], "optimizer": whole})
         elif shards:
             ranks, written = [rank for rank, _ in shards], models[0]["dp_world_size"]
             if len(ranks) == written and ranks == list(range(len(ranks))):
@@ -203,6 +205,12 @@ class ShardedCheckpoint(SavedCheckpoint):
                 state = {} if self._weights_only else inner["state"].get(identity, {})
                 self._shapes[name] = master.shape
                 self._flats.append(_Flat(index, [master], [state], [[Piece(name, 0, 0, master.numel())]]))
+
+
+def unsharded_state(content: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the optimizer that stage 0 in bf16 puts into a shard's file (until 0.18.4); None for a shard."""
+    saved: dict[str, Any] = content[OPTIMIZER_STATE_DICT]
+    return saved if isinstance(saved, dict) and "fp32_groups" in saved else None
 
 
 def _with_experts(

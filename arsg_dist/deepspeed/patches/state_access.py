@@ -35,6 +35,7 @@ def patch_state_access() -> None:
         _with_padding_left_alone,
         relies_on=("_get_fp32_opt_state_partition",),
     )
+    repair_once(DeepSpeedZeroOptimizer_Stage3, "_get_fp32_opt_state_partition", _with_absent_state_said)
     repair_once(DeepSpeedZeroOptimizer_Stage3, "set_fp32_grad_for_param", _with_gradient_padded)
 
 
@@ -94,6 +95,11 @@ def _checked(unchecked: Method, optimizer: Optimizer, master: Tensor, *args: Any
     key = kwargs.get("optim_state_key")
     for argument in args:
         key = argument if isinstance(argument, str) else key
+    _check_state_is_there(optimizer, master, key)
+    return unchecked(*args, **kwargs)
+
+
+def _check_state_is_there(optimizer: Optimizer, master: Tensor, key: str | None) -> None:
     state = optimizer.state.get(master, {})
     if key is not None and not isinstance(state.get(key), Tensor):
         has = [name for name, value in state.items() if isinstance(value, Tensor)]
@@ -101,7 +107,6 @@ def _checked(unchecked: Method, optimizer: Optimizer, master: Tensor, *args: Any
             f"there is no optimizer state {key!r} of this parameter: "
             + (f"there is {has}" if has else "state appears with the first update")
         )
-    return unchecked(*args, **kwargs)
 
 
 def _with_every_group_linked(method: Method) -> Method:
@@ -142,6 +147,23 @@ def _with_padding_left_alone(method: Method) -> Method:
             zero._optimizer_states_and_gradient_swap_out(group)
 
     return set_full_hp_param
+
+
+def _with_absent_state_said(method: Method) -> Method:
+    """Refuse state that is not there as at stages 1 and 2 (stage 3).
+
+    DeepSpeed raises a KeyError of the name alone, with NVMe after it has taken the group's files into its buffers.
+    """
+
+    def _get_fp32_opt_state_partition(
+        zero: Any, param: Any, release_swap_buffers: bool, optim_state_key: str | None = None
+    ) -> Any:
+        if is_repaired(zero.optimizer):
+            index, *_ = zero.grad_position[zero.get_param_id(param)]
+            _check_state_is_there(zero.optimizer, zero.fp32_partitioned_groups_flat[index], optim_state_key)
+        return method(zero, param, release_swap_buffers, optim_state_key)
+
+    return _get_fp32_opt_state_partition
 
 
 def _with_gradient_padded(method: Method) -> Method:

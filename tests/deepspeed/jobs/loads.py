@@ -1,6 +1,6 @@
 """Job for one rank of several: saves checkpoints for one rank to load, and loads those of `cases_on_ranks`.
 
-usage: loads.py DIRECTORY {few|every} [--local_rank=N]
+usage: loads.py DIRECTORY {few|every|CELLS,SEED} [--local_rank=N]
 """
 
 import shutil
@@ -21,7 +21,7 @@ from tests.deepspeed.jobs.common import gathered, job, refusal
 def main() -> None:
     where, selection = (argument for argument in sys.argv[1:] if not argument.startswith("--"))
     directory = Path(where)
-    cases = load_cases.few_cases() if selection == "few" else load_cases.all_cases()
+    cases = load_cases.selected(selection)
     with job(directory / "results.pt") as results:
         here = directory / "by several ranks"
         mine = load_cases.cases_on_ranks()
