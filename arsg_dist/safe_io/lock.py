@@ -20,7 +20,6 @@ PATIENCE_ELSEWHERE = 120.0
 """The same for another host, whose lock may be about to be let go."""
 
 _LIMIT: Final = 1024  # bytes of a lock's file
-_LOOK_EVERY: Final = 0.2  # seconds
 _TRIES: Final = 100  # to open a file that others create and remove
 
 StartOfJob: TypeAlias = tuple[str, int]
@@ -39,7 +38,7 @@ class DirectoryLock:
     over version 3 when that host is back. A file system without locks holds nobody off.
 
     Args:
-        directory: to hold; created with the first `acquire`, and removed by `close` if nothing is in it then.
+        directory: to hold; created with the first `take`, and removed by `close` if nothing is in it then.
         name: of the file in it.
         job: which start of a batch job this is: an earlier start of the same one is over, though its lock may be left.
     """
@@ -47,26 +46,27 @@ class DirectoryLock:
     def __init__(self, directory: Path, name: str, *, job: StartOfJob | None = None) -> None:
         self._directory, self._path, self._job = directory, directory / name, job
         self._descriptor: int | None = None
+        self._first_try = 0.0
         self._made: list[Path] = []  # the deepest first
 
-    def acquire(self) -> None:
-        """Take the lock, waiting a little for one who may be about to let go.
+    def take(self) -> bool:
+        """Take the lock, or tell that another process has it, which may be about to let go: try again soon.
 
         Raises:
-            InUseError: another process has it, with what is known of it.
+            InUseError: it has not let go since the first try, with what is known of it.
             ValueError: something else is at the file's name.
             OSError: the directory cannot be made.
         """
-        begin = time.monotonic()
+        self._first_try = self._first_try or time.monotonic()
         while not self._take():
             holder = self._holder()
-            if self._is_over(holder):
-                self._path.unlink(missing_ok=True)
-                continue
-            here = holder.get("host", socket.gethostname()) == socket.gethostname()
-            if time.monotonic() - begin > (PATIENCE if here else PATIENCE_ELSEWHERE):
-                raise InUseError(self._in_use(holder))
-            time.sleep(_LOOK_EVERY)
+            if not self._is_over(holder):
+                here = holder.get("host", socket.gethostname()) == socket.gethostname()
+                if time.monotonic() - self._first_try > (PATIENCE if here else PATIENCE_ELSEWHERE):
+                    raise InUseError(self._in_use(holder))
+                return False
+            self._path.unlink(missing_ok=True)
+        return True
 
     def close(self) -> None:
         """Let go, and remove the file; directories that were made for it, too, where nothing else is in them."""

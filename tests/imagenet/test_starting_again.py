@@ -276,7 +276,7 @@ def test_a_directory_that_is_in_use_is_refused_before_anything_is_touched(
     checkpoints = tmp_path / "run" / "checkpoints"
     (checkpoints / "step-000000004").rename(checkpoints / ".step-000000004.replaced")
     first = DirectoryLock(tmp_path / "run", LOCK)
-    first.acquire()
+    assert first.take()
     for way in (True, "auto"):
         found = outcome(tmp_path / "run", way, capsys)
         assert (found.code, found.untouched) == (2, True)

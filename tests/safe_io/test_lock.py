@@ -23,7 +23,8 @@ def _no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def taken(directory: Path, job: StartOfJob | None = None) -> DirectoryLock:
     made = DirectoryLock(directory, ".lock", job=job)
-    made.acquire()
+    while not made.take():
+        time.sleep(0.05)
     return made
 
 

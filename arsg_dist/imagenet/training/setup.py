@@ -5,10 +5,12 @@ import hashlib
 import json
 import os
 import socket
+import time
 from collections.abc import Iterable, Mapping
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from typing import Final
 
 import torch
 
@@ -34,6 +36,8 @@ from arsg_dist.imagenet.training.optimization import Schedules, check_optimizer
 from arsg_dist.imagenet.training.parts import RunParts, Start
 from arsg_dist.imagenet.training.trainer import Trainer
 from arsg_dist.safe_io.lock import DirectoryLock, StartOfJob
+
+_LOOK_EVERY: Final = 0.5  # seconds
 
 
 def train(
@@ -136,7 +140,6 @@ def _decided(start: Start, communicator: Communicator, lock: DirectoryLock) -> S
     Raises:
         JobError: it is refused; on every rank.
     """
-    state = ""
     with communicator.fail_together():
         if communicator.rank == 0:
             if start.resume:
@@ -144,7 +147,10 @@ def _decided(start: Start, communicator: Communicator, lock: DirectoryLock) -> S
             found = look_at(start.output)
             if not start.resume or found not in (OutputState.RECORDS, OutputState.HALF):
                 _refuse(found, start)
-            lock.acquire()
+    _hold(lock, communicator)
+    state = ""
+    with communicator.fail_together():
+        if communicator.rank == 0:
             if start.resume:
                 put_back(directory_of(start.output, CHECKPOINTS))
             found = look_at(start.output)
@@ -154,6 +160,17 @@ def _decided(start: Start, communicator: Communicator, lock: DirectoryLock) -> S
     goes_on = decide(found, start.resume) is Action.GO_ON
     skips = decide(OutputState.DAMAGED, start.resume) is Action.GO_ON_BEFORE
     return dataclasses.replace(start, resume=goes_on, skip_damaged=start.skip_damaged or skips)
+
+
+def _hold(lock: DirectoryLock, communicator: Communicator) -> None:
+    """Take the lock on rank 0. Collective, with each try: ranks that wait for each other too long take one for dead."""
+    held = False
+    while not held:
+        with communicator.fail_together():
+            held = communicator.rank != 0 or lock.take()
+        held = communicator.from_rank_0(held)
+        if not held:
+            time.sleep(_LOOK_EVERY)
 
 
 def _refuse(found: OutputState, start: Start) -> None:
