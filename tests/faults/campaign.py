@@ -76,7 +76,7 @@ MOMENTS = {
     "data workers start": ("loader process",),
     "any time": ("time",),
 }
-WITHIN = 90  # seconds in which all ranks must have ended
+WITHIN = 240  # seconds in which all ranks must have ended, on a machine that is busy
 FAULTS_PER_RUN = 5
 
 
@@ -265,7 +265,7 @@ def weights(directory: Path) -> dict[str, torch.Tensor]:
 
 def nothing_left(job: EndedJob) -> None:
     """Check that every process that the ranks have started ends after them, soon but for a busy machine."""
-    end = time.monotonic() + 60
+    end = time.monotonic() + WITHIN
     while left := [process for group in job.groups for process in alive(group)]:
         assert time.monotonic() < end, f"processes are left: {left}"
         time.sleep(0.05)
