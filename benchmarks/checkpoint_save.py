@@ -20,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -38,11 +39,11 @@ from arsg_dist.engine.rendezvous import announce_to_torch
 from benchmarks.common.disk import CONDITIONS, condition, disk_of, disk_speed
 from benchmarks.common.kept_results import machine_results, this_command, write_report
 from benchmarks.common.machine import device_name, mpirun
-from benchmarks.common.workloads import WORKLOADS
+from benchmarks.common.workloads import WORKLOADS, mean_loss
 
 BASELINE = "torch.save on rank 0"
 DCP = "torch.distributed.checkpoint.async_save"
-SHARDED = ("horovod-sharded", "fsdp")
+SHARDED = ("horovod-sharded", "fsdp", "deepspeed-2", "deepspeed-3")
 
 Times = tuple[float, float, float]
 """Seconds: training stands still; until the checkpoint is there; what a loop of small operations lost meanwhile."""
@@ -66,7 +67,7 @@ def parsed() -> argparse.Namespace:
 
 
 def make_engine(workload: str, kind: str) -> Engine:
-    """An engine that has made one update, without a pass through the model."""
+    """An engine that has made one update, without a pass through the model where the engine can be had without."""
     ranks = discover_ranks()
     torch.manual_seed(0)
     model = WORKLOADS[workload].model()
@@ -80,6 +81,21 @@ def make_engine(workload: str, kind: str) -> Engine:
         for parameter in model.parameters():
             parameter.grad = 1e-3 * parameter.detach()
         engine.optimizer.step()
+        return engine
+    if ranks.world_size > 1 and kind.startswith("deepspeed"):
+        from arsg_dist import deepspeed
+
+        communicator = deepspeed.connect(ranks)
+        config = {
+            "train_batch_size": 2 * ranks.world_size,
+            "gradient_clipping": 0.0,
+            "zero_optimization": {"stage": int(kind[-1]), "reduce_bucket_size": 10_000_000},
+            "optimizer": {"type": "ARSG", "params": {"lr": 1e-3}},
+        }
+        engine = deepspeed.DeepSpeedEngine(model, config, communicator)
+        inputs, labels = WORKLOADS[workload].batch(2, 64)
+        engine.backward(mean_loss(engine.module(inputs), labels))
+        engine.step()
         return engine
     optimizer = ARSG(model.parameters(), lr=1e-3)
     if ranks.world_size == 1:
@@ -117,6 +133,23 @@ def whole(state: Any) -> Any:
     return state.full_tensor() if isinstance(state, DTensor) else state
 
 
+def is_written() -> bool:
+    """Whether the thread of a store that writes this rank's part has ended."""
+    return all(thread.name != "checkpoint" for thread in threading.enumerate())
+
+
+def gathered(engine: Engine) -> list[torch.Tensor]:
+    """Every rank's pieces of the state in one tensor each, on rank 0. Collective."""
+    own = torch.cat([piece.values().flatten().float() for piece in engine.state().pieces])
+    size = torch.tensor(own.numel())
+    dist.all_reduce(size, dist.ReduceOp.MAX)
+    own = torch.nn.functional.pad(own, (0, int(size) - own.numel()))
+    leads = engine.communicator.rank == 0
+    parts = [torch.empty_like(own) for _ in range(engine.communicator.world_size)] if leads else None
+    dist.gather(own, parts)
+    return parts or []
+
+
 def ways(engine: Engine, directory: Path) -> dict[str, Callable[[], Times]]:
     """Name → saves once."""
     communicator = engine.communicator
@@ -140,12 +173,16 @@ def ways(engine: Engine, directory: Path) -> dict[str, Callable[[], Times]]:
     def ours(store: CheckpointStore, wait: bool) -> Times:
         def start() -> Callable[[], bool] | None:
             save_run(store, 1, engine.state(), {}, communicator, wait=wait)
-            return None if wait else store.is_written
+            return None if wait else is_written
 
         return timed(start, store.finish)
 
     def plain() -> None:
-        state = whole({"model": engine.module.state_dict(), "optimizer": engine.optimizer.state_dict()})
+        state: Any
+        if engine.kind == "deepspeed":  # whose state_dict() is this rank's part
+            state = gathered(engine)
+        else:
+            state = whole({"model": engine.module.state_dict(), "optimizer": engine.optimizer.state_dict()})
         if communicator.rank == 0:
             with (directory / "plain.pt").open("wb") as file:
                 torch.save(state, file)

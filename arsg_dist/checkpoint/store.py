@@ -174,10 +174,6 @@ class CheckpointStore:
             self.finish()
         return path
 
-    def is_written(self) -> bool:
-        """Tell whether `finish` would find this rank's part of the last `save` done, or failed, without waiting."""
-        return self._saving is None or not self._saving.is_running()
-
     def finish(self) -> None:
         """Wait until the last `save` is in place. Collective.
 
@@ -297,10 +293,6 @@ class _Saving:
             self.conclude()
         except BaseException as error:
             self._failed = error
-
-    def is_running(self) -> bool:
-        """Tell whether this rank's thread is at work."""
-        return self._thread.is_alive()
 
     def _seen(self) -> bool:
         return all((self.directory / _written(rank)).exists() for rank in range(self.world_size))

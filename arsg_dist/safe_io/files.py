@@ -224,6 +224,29 @@ def append_text(path: Path, text: str) -> None:
         file.write(text.encode())
 
 
+def open_lock(path: Path) -> int:
+    """Open the file of a lock, which is created if there is none; return its descriptor.
+
+    Raises:
+        ValueError: it is a link, or no regular file.
+        OSError: it can be neither created nor opened.
+    """
+    flags = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        try:
+            descriptor = os.open(path, flags | os.O_RDWR | os.O_CREAT, 0o666)
+        except PermissionError:  # of somebody else of the group; but locks over NFS want it open for writing
+            descriptor = os.open(path, flags | os.O_RDONLY)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise ValueError(_is_a_link(path)) from error
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ValueError(f"{path} is not a regular file")
+    return descriptor
+
+
 @contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
     """Make a directory with content, all or nothing: yield one to fill, then give it its name.

@@ -1,6 +1,7 @@
 """Stops and kills at random moments of real trainings, and what was lost; run by hand.
 
     python -m tests.faults.campaign run FILE --faults 200 --seed 1    # goes on where FILE (JSON lines) ends
+    python -m tests.faults.campaign run FILE --seconds 240 --keep DIR # a piece; what runs are compared with is kept
     python -m tests.faults.campaign table FILE                        # Markdown, for docs/reliability.md
 
 A run is a training that is struck, started again with --resume, struck again ... and at last left to finish. Checked
@@ -75,7 +76,7 @@ MOMENTS = {
     "data workers start": ("loader process",),
     "any time": ("time",),
 }
-WITHIN = 90  # seconds in which all ranks must have ended
+WITHIN = 240  # seconds in which all ranks must have ended, on a machine that is busy
 FAULTS_PER_RUN = 5
 
 
@@ -264,7 +265,7 @@ def weights(directory: Path) -> dict[str, torch.Tensor]:
 
 def nothing_left(job: EndedJob) -> None:
     """Check that every process that the ranks have started ends after them, soon but for a busy machine."""
-    end = time.monotonic() + 60
+    end = time.monotonic() + WITHIN
     while left := [process for group in job.groups for process in alive(group)]:
         assert time.monotonic() < end, f"processes are left: {left}"
         time.sleep(0.05)
@@ -284,23 +285,27 @@ def alive(group: int) -> list[str]:
     return found
 
 
-def campaign(file: Path, faults: int, seed: int, engines: list[str]) -> int:
-    """Strike until the file has so many strikes; how many runs went wrong."""
+def campaign(
+    file: Path, faults: int, seed: int, engines: list[str], seconds: float, keep: Path | None
+) -> int:
+    """Strike until the file has so many strikes, or no more runs after so many seconds; how many runs went wrong."""
+    end = time.monotonic() + seconds
     records = read(file)
     made = sum(1 for record in records if record["seed"] == seed and record.get("struck"))
     number = 1 + max((record["run"] for record in records if record["seed"] == seed), default=-1)
     warm, bad = warm_ranks(), 0
     with tempfile.TemporaryDirectory() as temporary, file.open("a") as out:
         directory = Path(temporary)
-        whole = {}
-        while made < faults:
+        unstruck = (keep or directory).resolve()
+        while made < faults and time.monotonic() < end:
             chance = random.Random(f"{seed}/{number}")
             engine = engines[number % len(engines)]
-            if engine not in whole:
-                job = run(warm, engine, "--output", directory / engine, "--data.workers", 0)
+            whole = unstruck / engine
+            if not (whole / "weights" / "last.safetensors").exists():
+                shutil.rmtree(whole, ignore_errors=True)
+                job = run(warm, engine, "--output", whole, "--data.workers", 0)
                 assert set(job.codes) == {0}, job.output[-6000:]
-                whole[engine] = directory / engine
-            for record in one_run(warm, engine, directory / f"run-{number}", whole[engine], chance):
+            for record in one_run(warm, engine, directory / f"run-{number}", whole, chance):
                 made += bool(record.get("struck"))
                 bad += "wrong" in record
                 record = {"seed": seed, "run": number, "engine": engine, **record}
@@ -367,12 +372,17 @@ def main() -> int:
     strikes.add_argument("--faults", type=int, default=200)
     strikes.add_argument("--seed", type=int, default=1)
     strikes.add_argument("--engines", nargs="+", choices=list(RANKS), default=list(RANKS))
+    strikes.add_argument("--seconds", type=float, default=float("inf"), help="begin no run after so many")
+    strikes.add_argument(
+        "--keep", type=Path, help="where the runs are kept that are never struck, of this revision"
+    )
     commands.add_parser("table").add_argument("file", type=Path)
     options = parser.parse_args()
     if options.command == "table":
         print(table(options.file))
         return 0
-    return 1 if campaign(options.file, options.faults, options.seed, options.engines) else 0
+    bad = campaign(options.file, options.faults, options.seed, options.engines, options.seconds, options.keep)
+    return 1 if bad else 0
 
 
 if __name__ == "__main__":

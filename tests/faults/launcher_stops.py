@@ -1,6 +1,7 @@
 """Stops through the real launchers, each way a signal can be delivered; run by hand.
 
     python -m tests.faults.launcher_stops run FILE      # goes on where FILE (JSON lines) ends
+    python -m tests.faults.launcher_stops run FILE --unknown
     python -m tests.faults.launcher_stops table FILE    # Markdown; what only a probe has shown has a †
 
 Every launcher × delivery × signal is one cell. Loader processes and the moment take turns, so that each pair of a
@@ -182,6 +183,9 @@ def main() -> int:
     parser.add_argument("file", type=Path)
     parser.add_argument("--probe", action="store_true")
     parser.add_argument("--seconds", type=float, default=2.0)
+    parser.add_argument(
+        "--unknown", action="store_true", help="only cells of which FILE has nothing, no probe either"
+    )
     parser.add_argument("--launchers", nargs="+", choices=list(LAUNCHERS), default=list(LAUNCHERS))
     options = parser.parse_args()
     probe = options.seconds if options.probe else None
@@ -191,7 +195,7 @@ def main() -> int:
     done = {
         (record["launcher"], record["to"], record["signal"])
         for record in read(options.file)
-        if ("probe seconds" in record) == options.probe
+        if (options.unknown or ("probe seconds" in record) == options.probe) and "wrong" not in record
     }
     warm, bad, whole = warm_ranks(), 0, dict[str, Path]()
     with tempfile.TemporaryDirectory() as temporary, options.file.open("a") as out:

@@ -10,6 +10,8 @@ import pytest
 
 from arsg_dist.engine.job import BAD_INPUT
 from arsg_dist.imagenet.cli import main, train_command
+from arsg_dist.imagenet.output.run_directory import LOCK
+from arsg_dist.safe_io.lock import DirectoryLock
 from tests.imagenet.test_training import ENGINES, SCRIPT, epochs_of, start
 from tests.support.launchers import launch
 
@@ -184,6 +186,24 @@ def test_bad_input_on_two_ranks(
     assert job.output.count(f"error: {message}") == 1, job.output[-5000:]
     assert "Traceback" not in job.output
     assert not list(tmp_path.glob("run/checkpoints/step-*"))
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    "engine",
+    [pytest.param(name, marks=pytest.mark.turn(turn)) for turn, name in enumerate(ENGINES)],
+)
+def test_a_directory_in_use_is_refused_on_two_ranks(engine: str, recipe: list[str], tmp_path: Path) -> None:
+    """Catches ranks that begin while rank 0 waits for the one who has the directory, or hang when it gives up."""
+    holder = DirectoryLock(tmp_path / "run", LOCK)
+    assert holder.take()
+    before = (tmp_path / "run" / LOCK).read_bytes()
+    job = start(engine, *recipe)
+    assert job.code == 2, job.output[-5000:]
+    assert job.output.count(f"error: {tmp_path / 'run'} is in use by process {os.getpid()} on") == 1
+    assert "Traceback" not in job.output
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == {LOCK: before}
+    holder.close()
 
 
 @pytest.mark.ranks

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from arsg_dist.imagenet.cli import train_command
 from arsg_dist.imagenet.models import build_model
+from tests.imagenet.test_run_by_hand import records_of
 from tests.imagenet.test_training import SCRIPT, epochs_of
 from tests.support.compare import REDUCTION_ORDER, assert_same_weights
 from tests.support.launchers import launch
@@ -81,3 +82,48 @@ def test_two_ranks_train_as_one_process_does(
     assert [record["train_loss"] for record in here] == pytest.approx(
         [r["train_loss"] for r in there], rel=1e-4
     )
+
+
+AUXILIARY = {"googlenet": 32, "inception_v3": 299}  # the smallest images that both of their classifiers take
+EVERY_TURN = {"zero3": 0, "fsdp": 1, "horovod-sharded": 2, "zero1": 0, "ddp": 1, "horovod": 2}
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    ("engine", "model"),
+    [
+        pytest.param(engine, model, marks=pytest.mark.turn(turn))
+        for model in AUXILIARY
+        for engine, turn in EVERY_TURN.items()
+    ],
+)
+def test_further_classifiers_train_on_ranks_as_on_one(
+    engine: str, model: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Catches an engine that takes a network's named tuple apart, leaves a further classifier without gradients, or
+    gives it another share in the loss than one process does: the second and third losses follow from all weights."""
+    if (
+        model == "inception_v3"
+        and engine in ("zero1", "ddp", "horovod")
+        and not request.config.getoption("--full")
+    ):
+        pytest.skip("a second one of its turn, of a large network; --full has all")
+    settings = {
+        **{"data.source": "synthetic", "data.synthetic_images": 16, "data.synthetic_classes": 3},
+        **{"data.image_size": AUXILIARY[model], "data.workers": 0, "model": model, "batch_size": 4},
+        **{"epochs": 1, "max_updates": 3, "log_every": 1, "optimizer.params": "{lr: 0.001, mu: 0.1}"},
+    }
+    flags = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+    job_file = "tests/imagenet/jobs/auxiliary_job.py"
+    launcher, options = ENGINES[engine]
+    options = options[:2]  # without a moving average
+    job = launch(launcher, 2, job_file, *flags, *options, "--output", tmp_path / "run")
+    assert job.code == 0, job.output[-5000:]
+    alone = launch(
+        "warm alone", 1, job_file, *flags, "--accumulation_steps", "2", "--output", tmp_path / "alone"
+    )
+    assert alone.code == 0, alone.output[-5000:]
+    here, there = ([record["loss"] for record in records_of(tmp_path / name)] for name in ("run", "alone"))
+    assert len(there) == 3
+    assert abs(there[2] - there[0]) > 0.01 * there[0]
+    assert here == pytest.approx(there, rel=1e-4)

@@ -5,6 +5,7 @@ The table of docs/reliability.md is made of what happens here:
     python -m pytest tests/imagenet/test_starting_again.py -k table
 """
 
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,9 +16,12 @@ import pytest
 
 from arsg_dist.engine import JobError
 from arsg_dist.imagenet.output import run_log
+from arsg_dist.imagenet.output.run_directory import LOCK
 from arsg_dist.imagenet.output.states import Action, OutputState, Resume, decide, look_at
 from arsg_dist.imagenet.training import setup as training
 from arsg_dist.imagenet.training.trainer import EpochLoop
+from arsg_dist.safe_io import lock
+from arsg_dist.safe_io.lock import DirectoryLock
 from tests.imagenet.test_run_by_hand import build_model, recipe, records_of, start
 from tests.support.launchers import REPOSITORY
 
@@ -257,6 +261,73 @@ def test_a_checkpoint_that_was_being_replaced_is_not_lost(
     (checkpoints / "step-000000004").rename(checkpoints / ".step-000000004.replaced")
     found = outcome(tmp_path / "run", "auto", capsys)
     assert (found.code, found.first) == (0, 4), found.text
+
+
+def test_a_directory_that_is_in_use_is_refused_before_anything_is_touched(
+    directories: dict[OutputState, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Catches two jobs that write one run's files, and a second start that puts a checkpoint back, or moves records,
+    under the hands of the first."""
+    monkeypatch.setattr(lock, "PATIENCE", 0.0)
+    shutil.copytree(directories[OutputState.COMPLETE], tmp_path / "run", symlinks=True)
+    checkpoints = tmp_path / "run" / "checkpoints"
+    (checkpoints / "step-000000004").rename(checkpoints / ".step-000000004.replaced")
+    first = DirectoryLock(tmp_path / "run", LOCK)
+    assert first.take()
+    for way in (True, "auto"):
+        found = outcome(tmp_path / "run", way, capsys)
+        assert (found.code, found.untouched) == (2, True)
+        assert f"{tmp_path / 'run'} is in use by process {os.getpid()} on " in found.text
+    first.close()
+    assert outcome(tmp_path / "run", "auto", capsys).first == 4
+    assert not (tmp_path / "run" / LOCK).exists()
+
+
+def test_a_start_holds_its_directory_from_before_its_first_look_to_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches two jobs started at the same moment: neither finds a file of the other."""
+    monkeypatch.setattr(lock, "PATIENCE", 0.0)
+    refused = list[str]()
+
+    def start_another(*_: object) -> Path:
+        with pytest.raises(JobError, match="is in use by") as error:
+            start(tmp_path / "runs" / "a", recipe(), resume="auto", max_updates=1)
+        refused.append(str(error.value))
+        return tmp_path / "none"
+
+    seen = {"open_splits": training.open_splits, "describe": training.describe}
+    for name, real in seen.items():
+
+        def asked(*arguments: Any, real: Any = real, **options: Any) -> Any:
+            start_another()
+            return real(*arguments, **options)
+
+        monkeypatch.setattr(training, name, asked)
+    monkeypatch.setattr(run_log, "draw_learning_curve", start_another)
+    assert start(tmp_path / "runs" / "a", recipe(), max_updates=1) == 0
+    assert len(refused) >= 3
+    assert not (tmp_path / "runs" / "a" / LOCK).exists()
+
+
+def test_a_start_that_is_refused_leaves_no_directory(tmp_path: Path) -> None:
+    """Catches an empty directory for every mistyped setting."""
+    with pytest.raises(JobError, match="batch_size"):
+        start(tmp_path / "runs" / "a", recipe(batch_size=5, accumulation_steps=2))
+    with pytest.raises(JobError, match="holds no run"):
+        start(tmp_path / "runs" / "a", recipe(), resume=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_which_start_of_a_batch_job_this_is() -> None:
+    """Catches a requeued job that waits for its own earlier start on a host that died."""
+    read = training._start_of_batch_job
+    assert read({"SLURM_JOB_ID": "7"}) == ("Slurm 7", 0)
+    assert read({"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "2"}) == ("Slurm 7", 2)
+    assert read({}) is read({"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "two"}) is None
 
 
 def test_only_what_is_new_starts_and_only_what_is_whole_is_gone_on_from() -> None:

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -69,6 +70,13 @@ def _once(
 
 def _kill(fault: dict[str, Any]) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _fall_silent(fault: dict[str, Any]) -> None:
+    """Stand still with all connections open, as a killed process does that waits for its disk; then be gone."""
+    kill = f"sleep {fault['seconds']}; kill -KILL {os.getpid()}"
+    subprocess.Popen(["sh", "-c", kill], start_new_session=True)  # which inherits no connection
+    os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def _signal_loaders(fault: dict[str, Any]) -> None:
@@ -139,6 +147,7 @@ def _skew_clock(fault: dict[str, Any]) -> None:
 
 ACTIONS = {
     "kill": _kill,
+    "fall silent": _fall_silent,
     "signal loaders": _signal_loaders,
     "signal": _signal,
     "pause": _pause,

@@ -1,7 +1,9 @@
 """Start a program on many machines: `arsg-dist launch TARGET ... -- SCRIPT ...`."""
 
 import argparse
+import errno
 import os
+import socket
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -257,7 +259,34 @@ def _value_here(name: str, here: Mapping[str, str]) -> str:
     return value
 
 
+def _require_free_port(port: int) -> None:
+    """Refuse a port that another program has, before the ranks take seconds to find that out.
+
+    Raises:
+        ValueError: somebody listens there.
+    """
+    with socket.socket() as probe:
+        probe.setsockopt(
+            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
+        )  # as the ranks: what has just ended is no matter
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise ValueError(
+                    f"port {port} of this host, where the ranks would meet, is taken by another program, perhaps a "
+                    f"training: choose another one with --master-port (now free: {_free_port()})"
+                ) from None
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
 def _execute(plan: Plan, directory: Path) -> int:
+    _require_free_port(plan.port)
     for path, content in plan.files.items():
         # Of a secret's kind, all of them: they hold the values of --env.
         files.write_text(path, content, private=True, executable=is_script(content))

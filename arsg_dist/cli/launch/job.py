@@ -204,6 +204,7 @@ class Plan:
         notes: what the user has to do or know.
         failure_text: printed by the command on stderr, it means failure whatever the exit code says; "" for none.
         own_group: Ctrl-C goes past the command to the ranks, see `supervise.run_watched`.
+        port: of this host, where the ranks will meet, and which nobody may have; 0 for none.
     """
 
     command: tuple[str, ...] = ()
@@ -212,6 +213,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     failure_text: str = ""
     own_group: bool = False
+    port: int = 0
 
     def __str__(self) -> str:
         """Return a shell script that does the same."""

@@ -148,25 +148,23 @@ class _WatchedIterator(_MultiProcessingDataLoaderIter):
 
     def _get_data(self) -> Any:
         """Wait for the next answer of a loader process, which torch calls for batches and at each pass's start."""
-        # Counted in looks: a job that was suspended has not waited.
-        left = self._patience / self._interval if self._patience else float("inf")
-        while left > 0:
-            try:
-                # A batch that was announced is fetched from the process that made it, without a limit of time.
-                with self._stuck:
+        with self._stuck:
+            while not self._stuck.ended:
+                try:
+                    # A batch that was announced is fetched from the process that made it, without a limit of time.
                     found, data = self._try_get_data(self._interval)  # type: ignore[no-untyped-call]
-            except (RuntimeError, OSError, EOFError) as error:
-                if self._stuck.ended:
-                    break
-                raise LoadingError(self._fate() or f"loader processes cannot be heard: {error}") from error
-            if found:
-                if isinstance(answer := data[1], Undelivered):
-                    raise LoadingError(answer.reason)
-                return data
-            if self._pin_memory and not self._pin_memory_thread.is_alive():
-                raise LoadingError("the thread that puts batches into page-locked memory has ended")
-            left -= 1
-        self._end_processes()
+                except (RuntimeError, OSError, EOFError) as error:
+                    if self._stuck.ended:
+                        break
+                    raise LoadingError(
+                        self._fate() or f"loader processes cannot be heard: {error}"
+                    ) from error
+                if found:
+                    if isinstance(answer := data[1], Undelivered):
+                        raise LoadingError(answer.reason)
+                    return data
+                if self._pin_memory and not self._pin_memory_thread.is_alive():
+                    raise LoadingError("the thread that puts batches into page-locked memory has ended")
         raise LoadingError(
             f"no batch came from the loader processes in {self._patience:g} s (data.timeout): the file system that "
             "they read from may hang, or be slower than that"
@@ -197,7 +195,7 @@ class StuckCall:
         owner: what makes the calls; the thread ends with it.
         end: ends the call that is under way, for the owner.
         interval: seconds between two looks. The limit is counted in looks: a job that was suspended has not waited.
-        limit: seconds; 0 for ever.
+        limit: seconds, to which less than an interval may be added; 0 for ever.
     """
 
     def __init__(self, owner: Any, end: Callable[[Any], None], interval: float, limit: float) -> None:
@@ -222,7 +220,7 @@ class StuckCall:
             _PAUSE.wait(interval)
             looks = looks + 1 if self._under_way and self._calls == call else 0
             call = self._calls
-            if looks * interval > limit + interval and (alive := owner()) is not None:
+            if looks * interval >= limit and (alive := owner()) is not None:
                 self.ended = True
                 end(alive)
                 return

@@ -18,6 +18,8 @@ ENVIRONMENT = "environment.yaml"
 CLASSES = "classes.txt"
 CURVE = "learning_curve.png"
 CHECKPOINTS, TENSORBOARD, WEIGHTS, WANDB = "checkpoints", "tensorboard", "weights", "wandb"
+LOCK = ".lock"
+"""Held by the training that writes here; what a killed one leaves of it says nothing."""
 _DIRECTORIES: Final = (CHECKPOINTS, TENSORBOARD, WEIGHTS, WANDB)
 
 _RECORD_LIMIT: Final = 64 * 1024

@@ -16,6 +16,7 @@ from arsg_dist.imagenet.output.run_directory import (
     CONFIG,
     CURVE,
     ENVIRONMENT,
+    LOCK,
     METRICS,
     TENSORBOARD,
     WANDB,
@@ -123,8 +124,8 @@ def refusal(state: OutputState, resume: Resume, output: Path) -> str:
 
 _EARLIER: Final = re.compile(r"earlier-[0-9]{3,}")
 _RECORDS: Final = (CONFIG, METRICS, ENVIRONMENT, CLASSES, CURVE, MARKER, TENSORBOARD, WEIGHTS)
-_NO_CONTENT: Final = ("lost+found",)
-"""Of the root of a fresh file system, as a container's volume is."""
+_NO_CONTENT: Final = ("lost+found", LOCK)
+"""What says nothing of a run; the first is in the root of a fresh file system, as a container's volume is."""
 
 
 def keep_earlier_records(output: Path) -> Path | None:

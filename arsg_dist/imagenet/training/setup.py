@@ -5,9 +5,12 @@ import hashlib
 import json
 import os
 import socket
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Mapping
+from contextlib import closing
 from functools import partial
 from pathlib import Path
+from typing import Final
 
 import torch
 
@@ -22,7 +25,7 @@ from arsg_dist.imagenet.data.sampler import TrainingSampler, ValidationSampler
 from arsg_dist.imagenet.data.transforms import BatchMixing, train_size
 from arsg_dist.imagenet.models import build_model, require_image_sizes
 from arsg_dist.imagenet.output.environment import describe
-from arsg_dist.imagenet.output.run_directory import CHECKPOINTS, check_output, directory_of
+from arsg_dist.imagenet.output.run_directory import CHECKPOINTS, LOCK, check_output, directory_of
 from arsg_dist.imagenet.output.run_log import import_wandb
 from arsg_dist.imagenet.output.states import Action, OutputState, decide, look_at, refusal
 from arsg_dist.imagenet.signals import StopRequest
@@ -32,6 +35,9 @@ from arsg_dist.imagenet.training.identity import identity_of
 from arsg_dist.imagenet.training.optimization import Schedules, check_optimizer
 from arsg_dist.imagenet.training.parts import RunParts, Start
 from arsg_dist.imagenet.training.trainer import Trainer
+from arsg_dist.safe_io.lock import DirectoryLock, StartOfJob
+
+_LOOK_EVERY: Final = 0.5  # seconds
 
 
 def train(
@@ -57,9 +63,10 @@ def train(
         JobError: bad input or a failure all ranks agreed on; raised on every rank.
     """
     stop = stop or StopRequest()
-    stop.begin(communicator)
-    with stop.installed():
-        start = _decided(start, communicator)
+    lock = DirectoryLock(start.output, LOCK, job=_start_of_batch_job(os.environ))
+    with stop.installed(), closing(lock):
+        start = _decided(start, communicator, lock)
+        stop.begin(communicator)
         with communicator.fail_together():
             builder = _check(config, start, communicator.world_size)
         with communicator.fail_together():
@@ -119,8 +126,13 @@ def train(
             return Trainer(parts, start, num_images=len(train_split)).train(environment)
 
 
-def _decided(start: Start, communicator: Communicator) -> Start:
+def _decided(start: Start, communicator: Communicator, lock: DirectoryLock) -> Start:
     """Decide what the start does at its output directory, as rank 0 finds it. Collective.
+
+    Args:
+        start: as asked for.
+        communicator: of all ranks.
+        lock: of the directory, taken on rank 0 before anything is changed there.
 
     Returns:
         The same start, with `resume` True or False.
@@ -128,20 +140,49 @@ def _decided(start: Start, communicator: Communicator) -> Start:
     Raises:
         JobError: it is refused; on every rank.
     """
-    state = ""
     with communicator.fail_together():
         if communicator.rank == 0:
             if start.resume:
                 check_output(start.output, resume=True)
+            found = look_at(start.output)
+            if not start.resume or found not in (OutputState.RECORDS, OutputState.HALF):
+                _refuse(found, start)
+    _hold(lock, communicator)
+    state = ""
+    with communicator.fail_together():
+        if communicator.rank == 0:
+            if start.resume:
                 put_back(directory_of(start.output, CHECKPOINTS))
             found = look_at(start.output)
-            if decide(found, start.resume) is Action.REFUSE:
-                raise ValueError(refusal(found, start.resume, start.output))
+            _refuse(found, start)
             state = found.name
     found = OutputState[communicator.from_rank_0(state)]
     goes_on = decide(found, start.resume) is Action.GO_ON
     skips = decide(OutputState.DAMAGED, start.resume) is Action.GO_ON_BEFORE
     return dataclasses.replace(start, resume=goes_on, skip_damaged=start.skip_damaged or skips)
+
+
+def _hold(lock: DirectoryLock, communicator: Communicator) -> None:
+    """Take the lock on rank 0. Collective, with each try: ranks that wait for each other too long take one for dead."""
+    held = False
+    while not held:
+        with communicator.fail_together():
+            held = communicator.rank != 0 or lock.take()
+        held = communicator.from_rank_0(held)
+        if not held:
+            time.sleep(_LOOK_EVERY)
+
+
+def _refuse(found: OutputState, start: Start) -> None:
+    """Raise ValueError where a start is refused."""
+    if decide(found, start.resume) is Action.REFUSE:
+        raise ValueError(refusal(found, start.resume, start.output))
+
+
+def _start_of_batch_job(environ: Mapping[str, str]) -> StartOfJob | None:
+    """Tell which start of a batch job this is, where the scheduler says so."""
+    job, restarts = environ.get("SLURM_JOB_ID"), environ.get("SLURM_RESTART_COUNT", "0")
+    return (f"Slurm {job}", int(restarts)) if job and restarts.isdecimal() else None
 
 
 def _check(config: TrainConfig, start: Start, world_size: int) -> EngineBuilder:

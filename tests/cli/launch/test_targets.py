@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -425,6 +426,30 @@ def _wait_for(path: Path, text: str) -> None:
     while not path.exists() or path.read_text() != text:
         assert time.monotonic() < end, path.read_text() if path.exists() else f"{path} is missing"
         time.sleep(0.05)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "deepspeed"])
+def test_a_taken_port_is_said_in_one_line_before_a_rank_starts(
+    engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches ranks that import for a quarter of a minute and then find the port taken; and a free one refused."""
+    started = list[tuple[str, ...]]()
+    monkeypatch.setattr(launch, "run_watched", lambda command, *_, **__: started.append(command) or 0)
+    options = ["local", "--engine", engine, "--ranks-per-node", "2", "--cpu", "--directory", str(tmp_path)]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        assert launch.run(parse(*options, "--master-port", str(port), "--", *PROGRAM)) == 2
+        error = capsys.readouterr().err
+        assert re.fullmatch(
+            rf"error: port {port} of this host, .* taken by another program.*--master-port \(now free: \d+\)\n",
+            error,
+        )
+        assert not started
+    free = re.findall(r"now free: (\d+)", error)[0]
+    assert launch.run(parse(*options, "--master-port", free, "--", *PROGRAM)) == 0
+    assert len(started) == 1
 
 
 def test_a_signal_in_the_moment_of_the_start_is_passed_on() -> None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ import torch
 from arsg_dist.imagenet.config import DataConfig, ProgressiveConfig
 from arsg_dist.imagenet.data import delivery
 from arsg_dist.imagenet.data.dataset import Batch, process_loader
-from arsg_dist.imagenet.data.delivery import LoadingError, Shared, require_shared_memory
+from arsg_dist.imagenet.data.delivery import LoadingError, Shared, StuckCall, require_shared_memory
 from arsg_dist.imagenet.data.sampler import SampleKey
 from tests.support.launchers import REPOSITORY
 
@@ -105,6 +106,46 @@ def test_a_pass_ends_where_a_process_stops_between_announcing_a_batch_and_handin
         LoadingError, match=r"no batch came from the loader processes in 0\.5 s \(data\.timeout\)"
     ):
         list(iterator)
+
+
+def test_each_call_has_the_whole_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches processes that are slow but deliver in time and are ended, and ones that hang and are not."""
+
+    class Owner:
+        pass
+
+    owner, ended, looked = Owner(), list[Any](), 0
+    stuck = StuckCall(owner, ended.append, 1.0, 0)
+    begin, end = stuck.__enter__, lambda: stuck.__exit__()
+    nothing = lambda: None  # noqa: E731
+    # What happens before each look: two calls of two seconds with a pause, then one that hangs.
+    steps = [
+        begin,
+        nothing,
+        nothing,
+        end,
+        begin,
+        nothing,
+        nothing,
+        end,
+        nothing,
+        begin,
+        nothing,
+        nothing,
+        nothing,
+    ]
+
+    def wait(interval: float) -> None:
+        nonlocal looked
+        assert ended == []
+        steps[looked]()
+        looked += 1
+
+    monkeypatch.setattr(delivery, "_PAUSE", SimpleNamespace(wait=wait))
+    stuck._watch(weakref.ref(owner), ended.append, 1.0, 3.0)
+    assert looked == len(steps)
+    assert ended == [owner]
+    assert stuck.ended
 
 
 def test_a_process_that_died_between_two_passes_is_noticed() -> None:

@@ -31,11 +31,12 @@ class Local(Target):
 
     def plan(self, job: Job, profile: Profile, options: argparse.Namespace) -> Plan:
         """Plan `deepspeed --num_accelerators N` or `mpirun -np N`."""
-        environment = job.environment
+        environment, port = job.environment, 0
         if job.rendezvous == "torch":
             environment |= safe_path.launcher_environment(job)
             command = [*job.deepspeed_command, "--num_accelerators", str(job.ranks_per_node)]
-            command += ["--master_port", master_port(job, options)]
+            port = int(master_port(job, options))
+            command += ["--master_port", str(port)]
             command += safe_path.script_and_arguments(job)
         else:
             if options.master_port is not None:
@@ -47,4 +48,5 @@ class Local(Target):
             command += [] if job.user.find(*MAPPING) else ["--oversubscribe"]
             command += ["-np", str(job.ranks_per_node), *job.rank_command]
         # On Ctrl-C mpirun kills ranks at once. Where it starts them over ssh it may ask the terminal something.
-        return Plan(command=tuple(command), environment=environment, own_group=job.rendezvous == "horovod")
+        own_group = job.rendezvous == "horovod"
+        return Plan(command=tuple(command), environment=environment, own_group=own_group, port=port)
