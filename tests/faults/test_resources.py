@@ -108,6 +108,7 @@ def test_loader_processes_of_one_rank_that_die_or_hang_end_all(
     detection(f"loader processes get {number}", engine, seconds=job.seconds_to_end())
 
 
+@pytest.mark.turn(2)
 def test_a_clock_that_is_a_day_wrong(warm: WarmRanks, recipe: list[str], tmp_path: Path) -> None:
     """Catches checkpoints ordered by time: the ones of a host whose clock is behind would look old."""
     expected = uninterrupted(warm, "horovod", recipe, tmp_path)

@@ -71,7 +71,13 @@ def test_shards_inside_a_node_equal_one_process(launcher: str, ranks: int, shard
     check(launcher, ranks, *CORE, shard_group=shard_group)
 
 
-@pytest.mark.parametrize("launcher", ["mpirun", pytest.param("warm horovodrun", marks=pytest.mark.turn(2))])
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        pytest.param("mpirun", marks=pytest.mark.turn(0)),
+        pytest.param("warm horovodrun", marks=pytest.mark.turn(2)),
+    ],
+)
 def test_some_ranks_train_together(launcher: str) -> None:
     """Catches an exchange with ranks of another set, an average over the wrong number, a state on the wrong rank, and
     a hang of an optimizer of all ranks after one of some."""

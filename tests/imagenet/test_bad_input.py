@@ -187,7 +187,9 @@ def test_bad_input_on_two_ranks(
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    "engine", [pytest.param(name, marks=pytest.mark.turn(turn)) for turn, name in enumerate(ENGINES, 1)]
+)
 def test_a_full_disk_while_checkpointing_leaves_the_checkpoint_before(
     engine: str, recipe: list[str], tmp_path: Path
 ) -> None:

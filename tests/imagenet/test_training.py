@@ -126,7 +126,10 @@ def test_a_checkpoint_that_does_not_say_its_seed_is_resumed(
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    "engine",
+    [pytest.param(name, marks=pytest.mark.turn(2) if name == "deepspeed" else []) for name in ENGINES],
+)
 def test_two_ranks_under_a_real_launcher_validate_everything(
     engine: str, recipe: list[str], tmp_path: Path
 ) -> None:
@@ -140,6 +143,7 @@ def test_two_ranks_under_a_real_launcher_validate_everything(
     assert [record["val_images"] for record in epochs_of(tmp_path / "run")] == [21, 21]
 
 
+@pytest.mark.turn(1)
 @pytest.mark.ranks
 def test_a_run_goes_on_with_another_engine_and_number_of_ranks(recipe: list[str], tmp_path: Path) -> None:
     """Catches a run that is tied to its first engine, and schedules or an average that start again on the way."""
