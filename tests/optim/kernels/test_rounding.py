@@ -129,6 +129,7 @@ def moments_relative_to_float32(**settings) -> dict[str, float]:
     return {name: low[name] / exact for name, exact in float32_means().items()}
 
 
+@pytest.mark.turn(2)
 def test_rounding_to_nearest_stalls_the_moments(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shows what the stochastic rounding is for: m, v and with it v̂ stop far from where they should arrive.
 
