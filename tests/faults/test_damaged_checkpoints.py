@@ -105,5 +105,5 @@ def test_random_damage(checkpoint: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_much_random_damage(checkpoint: Path, tmp_path: Path) -> None:
-    """As above."""
+    """Catches the same in ten times as many damages: a traceback, or damage that is overlooked."""
     read_damaged(checkpoint, tmp_path, 400)

@@ -42,7 +42,7 @@ def test_sharded_training_equals_one_process(launcher: str, ranks: int) -> None:
     ("launcher", "ranks"), [pytest.param("alone", 1, marks=pytest.mark.turn(1)), *MPI_AND_GLOO]
 )
 def test_every_configuration_equals_one_process(launcher: str, ranks: int) -> None:
-    """As above, for every method, precision, way of accumulating and clipping, scheduler and argument."""
+    """Catches the same for every method, precision, way of accumulating and clipping, scheduler and argument."""
     check(launcher, ranks)
 
 
