@@ -71,11 +71,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Keep a file's tests in one worker, where they share what ranks found, and those of the rehearsed hosts."""
+    """Keep in one worker the tests of a file and of files that share checkpoints or hosts, to find things once."""
     from xdist.scheduler import LoadFileScheduling
 
     class FilesTogether(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return "tests/cluster" if nodeid.startswith("tests/cluster/") else nodeid.split("::", 1)[0]
+            if nodeid.startswith("tests/cluster/"):
+                return "tests/cluster"
+            file = nodeid.split("::", 1)[0]
+            return (
+                "tests/deepspeed/test_checkpoints.py" if file == "tests/deepspeed/test_universal.py" else file
+            )
 
     return FilesTogether(config, log)
