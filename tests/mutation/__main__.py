@@ -41,7 +41,7 @@ LIBRARIES = (
 )
 LIMIT = 300
 """Seconds for the tests of one mistake; those named in the tables take a few."""
-TOGETHER = 8
+TOGETHER = 4
 """Mistakes whose tests are run without them in one go."""
 
 
