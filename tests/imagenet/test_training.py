@@ -80,7 +80,9 @@ def test_synthetic_images_train(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert (epoch["update"], epoch["val_images"], epoch["bad_images"]) == (2, 10, 0)
 
 
-@pytest.mark.parametrize("updates", ["2", "5"])  # in the first epoch, and at its end
+@pytest.mark.parametrize(
+    "updates", ["2", pytest.param("5", marks=pytest.mark.turn(0))]
+)  # in the first epoch, and at its end
 def test_a_resume_with_nothing_left_to_do_is_not_a_finished_run(
     updates: str, recipe: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -383,7 +383,11 @@ def test_signals_reach_the_launcher(tmp_path: Path) -> None:
     assert process.returncode == 75
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.turn(2))],
+    ids=lambda number: number.name,
+)
 def test_ranks_are_told_to_stop_past_a_launcher_that_would_kill_them(
     number: signal.Signals, tmp_path: Path
 ) -> None:
