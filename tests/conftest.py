@@ -62,24 +62,32 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 @pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out the tests whose turn it is not."""
+    """Leaves out the tests whose turn it is not, but for those asked for by name."""
     now, kept, others = _turn(config), list[pytest.Item](), list[pytest.Item]()
+    named = tuple(argument for argument in config.args if "::" in argument)
     for item in items:
         mark = item.get_closest_marker("turn")
         if mark:
             item.add_marker("slow")
-        (kept if not mark or mark.args[0] == now or config.getoption("--full") else others).append(item)
+        asked_for = item.nodeid in named or item.nodeid.startswith(tuple(f"{name}[" for name in named))
+        due = not mark or mark.args[0] == now or config.getoption("--full") or asked_for
+        (kept if due else others).append(item)
     config.hook.pytest_deselected(items=others)
     items[:] = kept
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Keep a file's tests in one worker, where they share what ranks found, and those of the rehearsed hosts."""
+    """Keep in one worker the tests of a file and of files that share checkpoints or hosts, to find things once."""
     from xdist.scheduler import LoadFileScheduling
 
     class FilesTogether(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return "tests/cluster" if nodeid.startswith("tests/cluster/") else nodeid.split("::", 1)[0]
+            if nodeid.startswith("tests/cluster/"):
+                return "tests/cluster"
+            file = nodeid.split("::", 1)[0]
+            return (
+                "tests/deepspeed/test_checkpoints.py" if file == "tests/deepspeed/test_universal.py" else file
+            )
 
     return FilesTogether(config, log)

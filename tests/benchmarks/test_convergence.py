@@ -206,7 +206,13 @@ def test_the_studies_in_the_repository_are_readable(name: str) -> None:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("engine", ["zero2", "horovod-sharded"])
+@pytest.mark.parametrize(
+    "engine",
+    [
+        pytest.param("zero2", marks=pytest.mark.turn(1)),
+        pytest.param("horovod-sharded", marks=pytest.mark.turn(0)),
+    ],
+)
 def test_the_curve_of_two_ranks_lies_on_that_of_one_process(engine: str, tmp_path: Path) -> None:
     """Catches ranks that see other images, and losses or gradients that are not those of the whole batch."""
     run = Run("digits_logistic", "ARSGB", seed=1, engine=engine, ranks=2)

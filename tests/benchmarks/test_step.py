@@ -60,6 +60,7 @@ def test_published_tables_are_those_of_their_measurements(path: Path) -> None:
     assert short_name(kept.settings["machine"]) == path.parts[-3]
 
 
+@pytest.mark.turn(1)
 def test_throughput_ends_with_fewer_images_than_a_batch(tmp_path: Path) -> None:
     """Catches a loader that is asked for ever for a batch it cannot fill, and a report that lacks a peer."""
     for name in ("cat", "dog"):

@@ -30,10 +30,11 @@ ENGINES = {
 @pytest.mark.parametrize(
     ("saved_by", "engine"),
     [
-        *((name, name) for name in ("single", "deepspeed", "horovod", "horovod-sharded")),
-        ("horovod", "horovod-sharded"),
-        ("horovod-sharded", "deepspeed"),
-        ("deepspeed", "ddp"),
+        *((name, name) for name in ("single", "deepspeed", "horovod-sharded")),
+        pytest.param("horovod", "horovod", marks=pytest.mark.turn(0)),
+        pytest.param("horovod", "horovod-sharded", marks=pytest.mark.turn(1)),
+        pytest.param("horovod-sharded", "deepspeed", marks=pytest.mark.turn(2)),
+        pytest.param("deepspeed", "ddp", marks=pytest.mark.turn(1)),
         ("horovod", "fsdp"),
     ],
 )

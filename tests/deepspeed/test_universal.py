@@ -24,7 +24,7 @@ HALF_PRECISION_ROUNDINGS = 8  # as in the matrix
 
 LAUNCHES = [
     (2, 3, "core", []),
-    (1, 2, "few", []),
+    (1, 2, "few", [pytest.mark.turn(2)]),
     (2, 3, "rest", [pytest.mark.turn(0)]),
     (3, 1, "all", [pytest.mark.turn(1)]),
 ]

@@ -36,7 +36,13 @@ def _flip(path: Path) -> None:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("engine", ["horovod-sharded", "deepspeed"])
+@pytest.mark.parametrize(
+    "engine",
+    [
+        pytest.param("horovod-sharded", marks=pytest.mark.turn(2)),
+        pytest.param("deepspeed", marks=pytest.mark.turn(0)),
+    ],
+)
 def test_damaged_shards(engine: str, warm: WarmRanks, recipe: list[str], tmp_path: Path) -> None:
     """Catches values of a broken disk, or of another update, that are trained on; ranks of which one goes on."""
     expected = uninterrupted(warm, engine, recipe, tmp_path)
@@ -99,5 +105,5 @@ def test_random_damage(checkpoint: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_much_random_damage(checkpoint: Path, tmp_path: Path) -> None:
-    """As above."""
+    """Catches the same in ten times as many damages: a traceback, or damage that is overlooked."""
     read_damaged(checkpoint, tmp_path, 400)

@@ -134,7 +134,7 @@ def test_a_section_is_a_mapping(
 def test_many_recipes(
     recipe: object, tmp_path: Path, no_training: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As above."""
+    """Catches the same in thousands of other recipes: a traceback, or Python objects from YAML."""
     check_recipe(recipe, tmp_path, capsys)
 
 
@@ -163,7 +163,7 @@ def test_deepspeed_configs(config: object, tmp_path: Path) -> None:
 @MANY
 @given(config=DEEPSPEED | st.text(max_size=200))
 def test_many_deepspeed_configs(config: object, tmp_path: Path) -> None:
-    """As above."""
+    """Catches the same in thousands of other configs: a traceback."""
     check_deepspeed_config(config, tmp_path)
 
 
@@ -219,5 +219,5 @@ def test_damaged_shards(shards: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_many_damaged_shards(shards: Path, tmp_path: Path) -> None:
-    """As above."""
+    """Catches the same in a thousand other damages: an index or description that is believed."""
     read_damaged_shards(shards, tmp_path, 1000)

@@ -106,7 +106,13 @@ POINTS = [
 ]
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    "engine",
+    [
+        pytest.param(engine, marks=pytest.mark.turn(turn))
+        for engine, turn in zip(ENGINES, (2, 0, 1), strict=True)
+    ],
+)
 def test_a_rank_killed_at_named_points(
     engine: str, warm: WarmRanks, recipe: list[str], tmp_path: Path, detection: Callable[..., None]
 ) -> None:

@@ -75,7 +75,7 @@ def test_images_that_vanish_in_mid_run(
 @pytest.mark.parametrize(
     ("engine", "number", "reason"),
     [
-        ("horovod", "SIGKILL", "has ended: killed by SIGKILL"),
+        pytest.param("horovod", "SIGKILL", "has ended: killed by SIGKILL", marks=pytest.mark.turn(1)),
         pytest.param(
             "ddp", "SIGSTOP", "no batch came from the loader processes in 6 s", marks=pytest.mark.turn(0)
         ),
@@ -108,6 +108,7 @@ def test_loader_processes_of_one_rank_that_die_or_hang_end_all(
     detection(f"loader processes get {number}", engine, seconds=job.seconds_to_end())
 
 
+@pytest.mark.turn(2)
 def test_a_clock_that_is_a_day_wrong(warm: WarmRanks, recipe: list[str], tmp_path: Path) -> None:
     """Catches checkpoints ordered by time: the ones of a host whose clock is behind would look old."""
     expected = uninterrupted(warm, "horovod", recipe, tmp_path)

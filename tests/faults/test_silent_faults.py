@@ -44,7 +44,16 @@ def test_nan_on_one_rank_stops_all(
     detection("NaN in the loss of one rank", engine, seconds=job.seconds_to_end())
 
 
-@pytest.mark.parametrize("engine", ["horovod", "horovod-sharded", "deepspeed-0", "deepspeed", "deepspeed-3"])
+@pytest.mark.parametrize(
+    "engine",
+    [
+        pytest.param("horovod", marks=pytest.mark.turn(1)),
+        "horovod-sharded",
+        pytest.param("deepspeed-0", marks=pytest.mark.turn(2)),
+        "deepspeed",
+        pytest.param("deepspeed-3", marks=pytest.mark.turn(0)),
+    ],
+)
 def test_a_gradient_that_is_not_finite_is_skipped_on_all_ranks(
     engine: str, warm: WarmRanks, recipe: list[str], tmp_path: Path
 ) -> None:
@@ -66,7 +75,7 @@ def test_too_many_skipped_updates_stop_the_run(warm: WarmRanks, recipe: list[str
     assert_refused(job, "the gradients of 2 updates one after another, the last of them 4, are not finite")
 
 
-@pytest.mark.parametrize("engine", ["horovod", "deepspeed"])
+@pytest.mark.parametrize("engine", ["horovod", pytest.param("deepspeed", marks=pytest.mark.turn(1))])
 def test_a_slow_rank_is_named(engine: str, warm: WarmRanks, recipe: list[str]) -> None:
     """Catches a warning that names those who wait for the slow rank, or none."""
     fault = {"rank": 1, "do": "sleep", "seconds": 0.4, "point": "every forward", "at": 1}
@@ -99,6 +108,7 @@ def test_a_wrong_sum_of_gradients_is_found(
     detection("wrong sum in a reduce-scatter", "horovod-sharded", seconds=job.seconds_to_end())
 
 
+@pytest.mark.turn(1)
 def test_all_is_well_without_a_fault(warm: WarmRanks, recipe: list[str]) -> None:
     """Catches a watch that stops sound runs."""
     for engine in ("horovod", "horovod-sharded", "deepspeed-2"):

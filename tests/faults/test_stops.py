@@ -38,7 +38,7 @@ EARLY = {
 @pytest.mark.parametrize(
     ("engine", "stops"),
     [
-        pytest.param("single", STOPS[:6], id="single"),
+        pytest.param("single", STOPS[:6], id="single", marks=pytest.mark.turn(2)),
         pytest.param("single", STOPS[6:], id="single, others", marks=pytest.mark.turn(0)),
         pytest.param("ddp", STOPS[:6], id="ddp", marks=pytest.mark.turn(1)),
         pytest.param("horovod-sharded", STOPS[6:], id="horovod-sharded", marks=pytest.mark.turn(2)),

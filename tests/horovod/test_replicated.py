@@ -14,14 +14,14 @@ pytestmark = pytest.mark.ranks
 
 JOBS = {
     "mpirun, 2 ranks": ("mpirun", 2),
-    "mpirun, 3 ranks": ("mpirun", 3),
-    "horovodrun, 2 ranks": ("horovodrun", 2),
     "mpirun, 1 rank": ("mpirun", 1),
+    "horovodrun, 2 ranks": ("horovodrun", 2),
+    "mpirun, 3 ranks": ("mpirun", 3),
     "mpirun, 4 ranks": ("mpirun", 4),
     "horovodrun, 3 ranks": ("horovodrun", 3),
     "horovodrun, 4 ranks": ("horovodrun", 4),
 }
-QUICK = 4
+QUICK = 2
 
 
 def run_job(wrapper: str, launcher: str, ranks: int, directory: Path) -> dict[str, Any]:
@@ -55,6 +55,7 @@ def test_ranks_end_with_the_weights_of_one_process(results: dict[str, Any], name
     compare(results[name], name)
 
 
+@pytest.mark.turn(2)
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.plain_horovod != "hangs"])
 def test_what_plain_horovod_does(plain_horovod: dict[str, Any], name: str) -> None:
     """Catches a case that shows nothing, and tells when a newer Horovod no longer needs a repair."""

@@ -21,13 +21,14 @@ pytestmark = pytest.mark.ranks
 JOB = "tests/horovod/jobs/sharded_engine_job.py"
 CHAIN = (
     ("sharded", "mpirun", 2),
-    ("single", "alone", 1),
-    ("sharded", "horovodrun", 3),
+    ("single", "warm alone", 1),
+    ("sharded", "warm horovodrun", 3),
     ("horovod", "mpirun", 2),
-    ("sharded", "alone", 1),
+    ("sharded", "warm alone", 1),
 )
 
 
+@pytest.mark.turn(1)
 def test_a_run_goes_on_from_engine_to_engine_as_if_never_interrupted(tmp_path: Path) -> None:
     """Catches state that is lost, cut or assigned wrongly when saved from, or loaded into, any number of shards."""
     for update, (engine, launcher, ranks) in enumerate(CHAIN):

@@ -207,7 +207,9 @@ def test_a_directory_in_use_is_refused_on_two_ranks(engine: str, recipe: list[st
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    "engine", [pytest.param(name, marks=pytest.mark.turn(turn)) for turn, name in enumerate(ENGINES, 1)]
+)
 def test_a_full_disk_while_checkpointing_leaves_the_checkpoint_before(
     engine: str, recipe: list[str], tmp_path: Path
 ) -> None:

@@ -29,6 +29,7 @@ ENGINES = {
     "horovod": ("warm horovodrun", ["--engine", "horovod", "--ema_decay", "0.9"]),
     "horovod-sharded": ("warm horovodrun", ["--engine", "horovod-sharded", "--ema_decay", "0.9"]),
 }
+TURNS = {"ddp": 0, "zero3": 1, "horovod": 2}
 FP16 = [
     "--precision",
     "fp16",
@@ -46,7 +47,10 @@ def parameters(path: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("engine", "extra"),
     [
-        *((engine, []) for engine in ENGINES),
+        *(
+            pytest.param(engine, [], marks=pytest.mark.turn(TURNS[engine]) if engine in TURNS else [])
+            for engine in ENGINES
+        ),
         pytest.param("horovod", FP16, marks=pytest.mark.turn(0)),
         pytest.param("ddp", FP16, marks=pytest.mark.turn(2)),
     ],

@@ -42,6 +42,7 @@ class Three(nn.Module):
         return torchvision.models.GoogLeNetOutputs(main, second, first) if self.training else main
 
 
+@pytest.mark.turn(2)
 def test_further_classifiers_train_with_their_usual_shares(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -93,11 +93,11 @@ EVERYTHING = Counter({(epoch, image): 1 for epoch in range(3) for image in range
     ("engine", "loading"),
     [
         ("single", "workers"),
-        ("deepspeed", "here"),
+        pytest.param("deepspeed", "here", marks=pytest.mark.turn(0)),
         ("horovod", "shards"),
-        ("horovod-sharded", "here"),
-        ("ddp", "workers"),
-        ("fsdp", "here"),
+        pytest.param("horovod-sharded", "here", marks=pytest.mark.turn(2)),
+        pytest.param("ddp", "workers", marks=pytest.mark.turn(1)),
+        pytest.param("fsdp", "here", marks=pytest.mark.turn(2)),
     ],
 )
 def test_killed_and_stopped_in_mid_epoch_gives_the_bits_of_the_uninterrupted_run(
@@ -164,6 +164,7 @@ def test_ctrl_c_saves_and_a_second_one_ends_at_once(
     assert (run.directory / MARKER).exists() != twice
 
 
+@pytest.mark.turn(0)
 @pytest.mark.ranks
 def test_another_number_of_ranks_goes_on_with_the_same_images(
     recipe: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -27,6 +27,7 @@ def model_at(checkpoint: Path) -> dict[str, torch.Tensor]:
     return {name: saved.whole(PARAMETER, name) for name in saved.parameters}
 
 
+@pytest.mark.turn(0)
 def test_sharded_training_equals_replicated_and_resumes_its_checkpoint(
     recipe: list[str], tmp_path: Path
 ) -> None:

@@ -80,7 +80,9 @@ def test_synthetic_images_train(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert (epoch["update"], epoch["val_images"], epoch["bad_images"]) == (2, 10, 0)
 
 
-@pytest.mark.parametrize("updates", ["2", "5"])  # in the first epoch, and at its end
+@pytest.mark.parametrize(
+    "updates", ["2", pytest.param("5", marks=pytest.mark.turn(0))]
+)  # in the first epoch, and at its end
 def test_a_resume_with_nothing_left_to_do_is_not_a_finished_run(
     updates: str, recipe: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -126,7 +128,10 @@ def test_a_checkpoint_that_does_not_say_its_seed_is_resumed(
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    "engine",
+    [pytest.param(name, marks=pytest.mark.turn(2 if name == "deepspeed" else 0)) for name in ENGINES],
+)
 def test_two_ranks_under_a_real_launcher_validate_everything(
     engine: str, recipe: list[str], tmp_path: Path
 ) -> None:
@@ -140,6 +145,7 @@ def test_two_ranks_under_a_real_launcher_validate_everything(
     assert [record["val_images"] for record in epochs_of(tmp_path / "run")] == [21, 21]
 
 
+@pytest.mark.turn(1)
 @pytest.mark.ranks
 def test_a_run_goes_on_with_another_engine_and_number_of_ranks(recipe: list[str], tmp_path: Path) -> None:
     """Catches a run that is tied to its first engine, and schedules or an average that start again on the way."""

@@ -41,7 +41,7 @@ LIBRARIES = (
 )
 LIMIT = 300
 """Seconds for the tests of one mistake; those named in the tables take a few."""
-TOGETHER = 8
+TOGETHER = 4
 """Mistakes whose tests are run without them in one go."""
 
 
@@ -69,8 +69,9 @@ def main() -> int:
     for mutation in chosen:
         results.pop(mutation.name, None)
     load_libraries()
-    with tempfile.TemporaryDirectory(prefix="mutation-") as directory:
-        copy = Path(directory)
+    # Not a TemporaryDirectory, which every child would remove at its own end.
+    copy = Path(tempfile.mkdtemp(prefix="mutation-"))
+    try:
         copy_repository(copy)
         possible = [mutation for mutation in chosen if stale(mutation, copy, results) is None]
         passing: set[str] = set()
@@ -86,6 +87,8 @@ def main() -> int:
                 )
             results |= without_mistakes(found, copy, options.limit, passing)
             write(results, everything)
+    finally:
+        shutil.rmtree(copy)
     write(results, everything)
     unexpected = [m.name for m in chosen if results[m.name].outcome != (UNSEEN if m.unseen else SEEN)]
     print(f"{len(chosen) - len(unexpected)} of {len(chosen)} as expected")

@@ -8,11 +8,14 @@ import sys
 import zipfile
 from pathlib import Path
 
+import pytest
+
 from tests.support.launchers import REPOSITORY
 
 STRAY = (".env", "key.pem", "notes.txt", "data.npz", "checkpoint.pt", "settings.toml", "module.py.orig")
 
 
+@pytest.mark.turn(0)
 def test_a_wheel_has_the_package_and_its_licence_only(tmp_path: Path) -> None:
     """Catches a key, a data file or the tests in what is given to others."""
     checkout = tmp_path / "checkout"

@@ -343,7 +343,9 @@ def records(tmp_path: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     "start",
     [
-        ["local", "--engine", "deepspeed", "--ranks-per-node", "2", "--cpu"],
+        pytest.param(
+            ["local", "--engine", "deepspeed", "--ranks-per-node", "2", "--cpu"], marks=pytest.mark.turn(0)
+        ),
         ["local", "--engine", "horovod", "--ranks-per-node", "2", "--cpu"],
         ["horovodrun", "--hosts", "localhost:2"],
     ],

@@ -141,10 +141,10 @@ def run_as_batch_script(script: str, tmp_path: Path, launcher: str) -> list[str]
     ("target", "options", "launcher"),
     [
         ("slurm", [], "srun"),
-        ("slurm", ["--through", "mpirun"], "mpirun"),
+        pytest.param("slurm", ["--through", "mpirun"], "mpirun", marks=pytest.mark.turn(0)),
         ("slurm", ["--through", "horovodrun"], "horovodrun"),
-        ("pbs", [], "mpiexec"),
-        ("lsf", [], "mpirun"),
+        pytest.param("pbs", [], "mpiexec", marks=pytest.mark.turn(1)),
+        pytest.param("lsf", [], "mpirun", marks=pytest.mark.turn(2)),
         ("lsf", ["--through", "jsrun"], "jsrun"),
     ],
 )
@@ -384,7 +384,11 @@ def test_signals_reach_the_launcher(tmp_path: Path) -> None:
     assert process.returncode == 75
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.turn(2))],
+    ids=lambda number: number.name,
+)
 def test_ranks_are_told_to_stop_past_a_launcher_that_would_kill_them(
     number: signal.Signals, tmp_path: Path
 ) -> None:
@@ -487,7 +491,14 @@ def test_a_lost_host_is_a_failure_whatever_mpirun_says(
     assert ("error: mpirun exited with 0" in captured.err) == bool(code)
 
 
-@pytest.mark.parametrize("target", ["slurm --through mpirun", "lsf", "pbs"])
+@pytest.mark.parametrize(
+    "target",
+    [
+        pytest.param("slurm --through mpirun", marks=pytest.mark.turn(0)),
+        pytest.param("lsf", marks=pytest.mark.turn(1)),
+        "pbs",
+    ],
+)
 def test_a_lost_host_is_a_failure_of_a_batch_job(target: str, tmp_path: Path) -> None:
     """Catches a batch script that calls Open MPI 5 without the check, so that the scheduler counts the job as done."""
     fakes = {
@@ -522,7 +533,12 @@ def test_a_lost_host_is_a_failure_of_a_batch_job(target: str, tmp_path: Path) ->
     ("command", "rest", "code"),
     [
         ("watch sh -c", ["echo lost communication with a remote daemon >&2"], 1),
-        ("cli launch local --engine horovod --ranks-per-node 4 --dry-run --", PROGRAM, 0),
+        pytest.param(
+            "cli launch local --engine horovod --ranks-per-node 4 --dry-run --",
+            PROGRAM,
+            0,
+            marks=pytest.mark.turn(2),
+        ),
     ],
 )
 def test_names_in_scripts_written_before_still_run(command: str, rest: list[str], code: int) -> None:

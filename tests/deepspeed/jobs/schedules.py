@@ -1,6 +1,6 @@
-"""Job for one rank: trains under every schedule and ZeRO stage, and once more from a checkpoint in the middle.
+"""Job for one rank: trains under every schedule of a ZeRO stage, and once more from a checkpoint in the middle.
 
-usage: schedules.py OUTPUT_DIRECTORY [--local_rank=N]
+usage: schedules.py OUTPUT_DIRECTORY STAGE [--local_rank=N]
 """
 
 import sys
@@ -21,12 +21,14 @@ ACCUMULATION = 2
 
 
 def main() -> None:
-    output = Path(next(a for a in sys.argv[1:] if not a.startswith("--")))
+    directory, given = (a for a in sys.argv[1:] if not a.startswith("--"))
+    output, stage = Path(directory), int(given)
     with job(output / "results.pt") as results:
         for name, case in schedules.CASES.items():
-            for stage in case.stages:
-                results[f"{name}, zero{stage}"] = train(case, stage, output / f"{name}-{stage}")
-        results["refusals"] = refusals()
+            if stage in case.stages:
+                results[name] = train(case, stage, output / name)
+        if stage == 1:
+            results["refusals"] = refusals()
 
 
 def begin(

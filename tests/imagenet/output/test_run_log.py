@@ -40,7 +40,13 @@ def test_a_file_that_cannot_be_written_stays_as_it_was(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["config.yaml"]
 
 
-@pytest.mark.parametrize("name", RECORDS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "metrics.jsonl",
+        *(pytest.param(name, marks=pytest.mark.turn(turn)) for turn, name in enumerate(RECORDS[1:])),
+    ],
+)
 def test_a_resume_that_cannot_write_its_records_loses_none(
     name: str,
     recipe: list[str],
@@ -88,6 +94,7 @@ class FakeWandb:
         self.finished += 1
 
 
+@pytest.mark.turn(1)
 def test_weights_and_biases_gets_every_record_and_one_run_each(
     recipe: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -235,15 +235,31 @@ def test_ranks_stop_communicating_after_the_last_boost() -> None:
     assert len(reductions) == 2
 
 
-def test_state_is_plain_enough_for_safe_loading() -> None:
-    """Catches optimizers, closures or objects in the state, which torch.load(weights_only=True) refuses."""
-    for arguments in ({"milestones": [1]}, {"plateau": LossPlateau()}):
+@pytest.mark.parametrize("plateau", [False, True])
+def test_state_is_plain_enough_for_safe_loading(plateau: bool) -> None:
+    """Catches optimizers, closures or objects in the state, which torch.load(weights_only=True) refuses; and progress
+    that does not come through the file, so that what was boosted is boosted again."""
+    loss = 1.0 if plateau else None
+
+    def made() -> tuple[ARSG, ObservationBoost]:
         optimizer = arsg(lr=torch.tensor(0.1))
-        boost = ObservationBoost(optimizer, **arguments)
-        file = io.BytesIO()
-        torch.save(boost.state_dict(), file)
-        file.seek(0)
-        boost.load_state_dict(torch.load(file, weights_only=True))
+        how: dict[str, Any] = {"plateau": LossPlateau(patience=0)} if plateau else {"milestones": [2]}
+        return optimizer, ObservationBoost(optimizer, **how)
+
+    optimizer, boost = made()
+    for _ in range(2):
+        advance(optimizer, boost, loss)
+    assert boost.boosts == 1
+    file = io.BytesIO()
+    torch.save([optimizer.state_dict(), boost.state_dict()], file)
+    file.seek(0)
+    resumed, again = made()
+    for part, state in zip((resumed, again), torch.load(file, weights_only=True), strict=True):
+        part.load_state_dict(state)
+    after = advance(resumed, again, loss)
+    assert after == advance(optimizer, boost, loss)
+    assert after == (pytest.approx(0.1 * RATIO), pytest.approx(0.1))
+    assert again.boosts == 1
 
 
 def test_a_state_of_the_other_mode_is_refused() -> None:

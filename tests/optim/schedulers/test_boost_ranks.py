@@ -68,6 +68,7 @@ def test_ranks_with_different_losses_decide_alike(tmp_path: Path) -> None:
     assert run_two_ranks(tmp_path, "default") == [expected, expected]
 
 
+@pytest.mark.turn(0)
 @pytest.mark.ranks
 def test_without_reduction_the_same_losses_split_the_ranks(tmp_path: Path) -> None:
     """Shows that the losses of the test above do need the reduction."""
