@@ -3,7 +3,7 @@ SHELL := /bin/bash
 VENV  := $(CURDIR)/.venv
 export PATH := $(VENV)/bin:$(PATH)
 
-.PHONY: train test lint audit setup clean
+.PHONY: train test lint audit site setup clean
 
 train: setup            ## train a ResNet on real images: 2 ranks under deepspeed (ZeRO-1), then under Horovod
 	launch/quickstart.sh
@@ -16,6 +16,9 @@ lint: setup
 
 audit: setup            ## known vulnerabilities of the pinned versions; needs the network, not part of the tests
 	launch/audit.sh
+
+site: setup             ## the documents and the interfaces as a site, in build/site
+	NO_MKDOCS_2_WARNING=1 mkdocs build
 
 setup:
 	launch/setup.sh
