@@ -39,6 +39,8 @@ def main() -> None:
         "shard": shard_command,
     }
     usage = f"usage: arsg-imagenet {{{','.join(commands)}}} [--help] ..."
+    if "".join(sys.argv[1:2]).startswith("--local_rank="):  # the deepspeed launcher puts it in front
+        del sys.argv[1]
     if sys.argv[1:2] in (["--help"], ["-h"]):
         print(usage)  # noqa: T201
         sys.exit(0)

@@ -262,7 +262,8 @@ def report(task: Task, result: Evaluation, bad: int, world_size: int, output: Pa
     left_out = f", {bad} left out that could not be decoded" if bad else ""
     return printable(
         f"{task.config.model}, {task.trained.where}, {points[task.at]}: top-1 {result.top1:.3%}, top-5 "
-        f"{result.top5:.3%}, loss {result.loss:.4f}, {result.images:,} images{left_out}, {world_size} ranks",
+        f"{result.top5:.3%}, loss {result.loss:.4f}, {result.images:,} images{left_out}, "
+        f"{world_size} rank{'s' if world_size > 1 else ''}",
         limit=2000,
     )
 

@@ -31,10 +31,11 @@ def lightning_shards_on_cpus() -> None:
     if find_spec("lightning") is None:
         return
     from lightning.pytorch.accelerators import CPUAccelerator
-    from lightning.pytorch.strategies import DeepSpeedStrategy, deepspeed
+    from lightning.pytorch.strategies import deepspeed
 
-    deepspeed.CUDAAccelerator = CPUAccelerator
-    del DeepSpeedStrategy
+    vars(deepspeed).update(
+        CUDAAccelerator=CPUAccelerator, _validate_device_index_selection=lambda devices: None
+    )
 
 
 if __name__ == "__main__":
