@@ -14,7 +14,14 @@ from arsg_dist.engine import Communicator, JobError, Ranks, discover_ranks, end_
 from arsg_dist.engine.job import BAD_INPUT, DONE, FAILED
 from arsg_dist.imagenet.data.delivery import LoadingError
 from arsg_dist.imagenet.data.shard_writer import shard_command
-from arsg_dist.imagenet.evaluate import choose_connection, evaluate, parser_of_evaluation, read_task, report
+from arsg_dist.imagenet.evaluate import (
+    choose_connection,
+    evaluate,
+    locate,
+    parser_of_evaluation,
+    read_task,
+    report,
+)
 from arsg_dist.imagenet.formats import FORMATS, export_as
 from arsg_dist.imagenet.output import compare
 from arsg_dist.imagenet.output.export import CARD
@@ -152,7 +159,10 @@ def evaluate_command(arguments: list[str]) -> int:
         try:
             with communicator.fail_together():
                 options = parser_of_evaluation().parse_args(arguments)
-                task = read_task(options)
+                found = str(locate(options)) if ranks.rank == 0 else ""
+            path = Path(communicator.from_rank_0(found))
+            with communicator.fail_together():
+                task = read_task(options, path)
             result, bad = evaluate(task, ranks, communicator)
             with communicator.fail_together(OSError, ValueError):
                 if ranks.rank == 0:

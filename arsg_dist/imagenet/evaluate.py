@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from arsg_dist.engine import ENGINES, Communicator, Ranks, check_agreement
+from arsg_dist.engine.consistency import fingerprints
 from arsg_dist.imagenet.config import DataConfig, TrainConfig
 from arsg_dist.imagenet.data import dali
 from arsg_dist.imagenet.data.dataset import Batch, open_validation, processes_ended
@@ -20,7 +21,7 @@ from arsg_dist.imagenet.data.sampler import ValidationSampler
 from arsg_dist.imagenet.data.transforms import MEAN, STD, Channels, ValTransform
 from arsg_dist.imagenet.models import build_model, require_image_sizes
 from arsg_dist.imagenet.recipe import Parser, add_setting_flags, settings_from
-from arsg_dist.imagenet.trained import At, Trained, open_trained
+from arsg_dist.imagenet.trained import At, Trained, located, open_trained
 from arsg_dist.imagenet.training.engines import autocast
 from arsg_dist.imagenet.training.evaluation import measure, network_inputs, refuse_bad_images
 from arsg_dist.imagenet.training.metrics import Evaluation
@@ -131,8 +132,8 @@ def choose_connection(requested: str, ranks: Ranks) -> str:
     return requested
 
 
-def read_task(options: argparse.Namespace) -> Task:
-    """Open what the arguments name, and check them.
+def locate(options: argparse.Namespace) -> Path:
+    """Return the checkpoint or file that the arguments name: of a run that goes on its newest checkpoint changes.
 
     Raises:
         ValueError: something about them.
@@ -143,7 +144,21 @@ def read_task(options: argparse.Namespace) -> Task:
             "give one of RUN, CHECKPOINT or FILE and --weights FILE"
             + (": nothing says what to evaluate" if options.source is None else ", not both")
         )
-    trained = open_trained(options.source or options.weights)
+    return located(options.source or options.weights)
+
+
+def read_task(options: argparse.Namespace, path: Path) -> Task:
+    """Open the weights, and check the arguments.
+
+    Args:
+        options: of `parser_of_evaluation`.
+        path: of `locate`, rank 0's.
+
+    Raises:
+        ValueError: something about them.
+        OSError: a file cannot be read.
+    """
+    trained = open_trained(path)
     trained.require(options.at)
     config = settings_from(options, dict(trained.settings), f"the settings beside {trained.where}")
     if "model" not in trained.settings and not any(name in ("model", "config") for name, _ in options.given):
@@ -207,7 +222,8 @@ def evaluate(task: Task, ranks: Ranks, communicator: Communicator) -> tuple[Eval
         module = build_model(config.model, len(split.classes))
         require_image_sizes(module, config.model, train=(), batch_size=1, val=data.image_size)
         task.trained.load_into(module, task.at)
-    check_agreement(communicator, config=asdict(config), data=split.fingerprint(), seed=config.seed)
+    weights = fingerprints(module.state_dict().values())
+    check_agreement(communicator, config=asdict(config), data=split.fingerprint(), weights=weights)
     share_cores(communicator)
     device = _device(ranks)
     module.to(device)

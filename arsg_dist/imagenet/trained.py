@@ -38,6 +38,8 @@ _SAFE: Final = ".safetensors"
 _AVERAGE: Final = "ema"
 _WRAPPED: Final = {"state_dict": ("state_dict_ema",), "model": ("model_ema",)}
 """Where programs put the weights in a file of more (timm, torchvision's references), and their average."""
+_COUNTER: Final = "num_batches_tracked"
+"""Of batch norm, of which weights of earlier torch have none, and evaluation asks nothing."""
 _SHOWN: Final = 3
 
 
@@ -87,9 +89,9 @@ class Trained:
         _check(weights, module, self.where, buffers=self.saved is None)
         if self.saved is not None:
             weights |= mean_buffers(self.saved, _AVERAGE if at == "ema" else "model", module)
-            if absent := [name for name in module.state_dict() if name not in weights]:
-                raise ValueError(f"{self.where} lacks {_some(absent)}: it is of another model")
-        module.load_state_dict({name: weights[name] for name in module.state_dict()})
+            _check(weights, module, self.where, buffers=True)
+        own = module.state_dict()
+        module.load_state_dict({name: weights.get(name, own[name]) for name in own})
 
     def require(self, at: At) -> None:
         """Refuse a point at which there are no weights; raise ValueError."""
@@ -119,13 +121,23 @@ def open_trained(path: Path) -> Trained:
         ValueError: it is none of them, or damaged, or would have to be executed.
         OSError: it cannot be read.
     """
-    if not path.exists():
-        raise ValueError(f"there is no {path}: give a run, a checkpoint of one, or a file of weights")
+    path = located(path)
     if path.is_dir():
-        return _open_checkpoint(_checkpoint_in(path))
+        return _open_checkpoint(path)
     run = next((place for place in (path.parent, path.parent.parent) if (place / CONFIG).is_file()), None)
     weights, average = (_safetensors(path), None) if path.suffix == _SAFE else _pickled(path)
     return Trained(path, *_run(run), weights=weights, average=average)
+
+
+def located(path: Path) -> Path:
+    """Return the path of a checkpoint or of a file; of a run that of its newest checkpoint.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    if not path.exists():
+        raise ValueError(f"there is no {path}: give a run, a checkpoint of one, or a file of weights")
+    return _checkpoint_in(path) if path.is_dir() else path
 
 
 def _checkpoint_in(path: Path) -> Path:
@@ -221,7 +233,7 @@ def _check(weights: Mapping[str, Tensor], module: nn.Module, where: Path, *, buf
         buffers: whether they are among the weights.
     """
     wanted = module.state_dict() if buffers else dict(module.named_parameters(remove_duplicate=False))
-    missing = [name for name in wanted if name not in weights]
+    missing = [name for name in wanted if name not in weights and not name.endswith(_COUNTER)]
     unknown = [name for name in weights if name not in module.state_dict()]
     others = [
         f"{name} has shape {tuple(weights[name].shape)} and not {tuple(tensor.shape)}"
