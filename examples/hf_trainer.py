@@ -1,7 +1,7 @@
 """Hugging Face's Trainer: torchrun --nproc-per-node 2 examples/hf_trainer.py --output weights.safetensors
 
 Under DeepSpeed (--parallel deepspeed) the optimizer stands in its config; plain and under FSDP it is given by
-`optimizer_cls_and_kwargs`. Without GPUs FSDP is refused by accelerate.
+`optimizer_cls_and_kwargs`, and the Trainer leaves biases without weight decay. Without GPUs accelerate has no FSDP.
 """
 
 from typing import Any

@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from arsg_dist import ARSG, RemoteObservation
 
 UPDATES = 4
-SETTINGS = {"lr": 0.02, "mu": 0.2, "betas": (0.9, 0.99), "eps": 1e-3, "weight_decay": 0.01}
+SETTINGS: dict[str, Any] = {"lr": 0.02, "mu": 0.2, "betas": (0.9, 0.99), "eps": 1e-3, "weight_decay": 0.01}
 
 
 class Network(nn.Module):
@@ -77,10 +78,21 @@ def save(weights: dict[str, Tensor], output: Path) -> None:
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}, output)
 
 
-def train_alone(optimizer: str = "arsg") -> dict[str, Tensor]:
-    """Train in a single process: what every example must end with."""
+def train_alone(optimizer: str = "arsg", *, decay_biases: bool = True) -> dict[str, Tensor]:
+    """Train in a single process: what every example must end with.
+
+    Args:
+        optimizer: of `OPTIMIZERS`.
+        decay_biases: whether weight decay acts on them; in Hugging Face's Trainer it does not.
+    """
     network = Network()
-    made = OPTIMIZERS[optimizer](network.parameters())
+    parameters: list[Any] = [*network.parameters()]
+    if not decay_biases:
+        parameters = [
+            {"params": [parameter], "weight_decay": SETTINGS["weight_decay"] if parameter.dim() > 1 else 0.0}
+            for parameter in parameters
+        ]
+    made = OPTIMIZERS[optimizer](parameters)
     for _ in range(UPDATES):
         made.zero_grad()
         network(*samples())["loss"].backward()

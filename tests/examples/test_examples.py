@@ -50,6 +50,7 @@ class Row:
         arguments: of it.
         needs: packages beside those of the test extra.
         optimizer: of `examples/task.py`.
+        decay_biases: whether the framework leaves weight decay as it was given.
         turn: of CI's three in which it runs; None for each.
         variables: of its environment.
         pretend: its framework shards on accelerators only: see `jobs/as_on_accelerators.py`.
@@ -59,6 +60,7 @@ class Row:
     arguments: tuple[str, ...] = ()
     needs: tuple[str, ...] = ()
     optimizer: str = "arsg"
+    decay_biases: bool = True
     turn: int | None = None
     variables: dict[str, str] = field(default_factory=dict)
     pretend: bool = False
@@ -75,9 +77,9 @@ ROWS = {
     "accelerate": Row("accelerate_loop"),
     "accelerate, remote": Row("accelerate_loop", REMOTE, optimizer="remote", turn=0),
     "accelerate FSDP2": Row("accelerate_loop", variables=FSDP, pretend=True, turn=1),
-    "Trainer": Row("hf_trainer", turn=0),
+    "Trainer": Row("hf_trainer", decay_biases=False, turn=0),
     "Trainer, DeepSpeed": Row("hf_trainer", ("--parallel", "deepspeed"), turn=1),
-    "Trainer, FSDP2": Row("hf_trainer", ("--parallel", "fsdp"), pretend=True, turn=2),
+    "Trainer, FSDP2": Row("hf_trainer", ("--parallel", "fsdp"), decay_biases=False, pretend=True, turn=2),
     "Lightning": Row("lightning_trainer", needs=("lightning",), turn=0),
     "Lightning FSDP2": Row("lightning_trainer", ("--strategy", "fsdp2"), needs=("lightning",), turn=1),
     "Lightning DeepSpeed": Row(
@@ -87,8 +89,8 @@ ROWS = {
 
 
 @cache
-def alone(optimizer: str) -> dict[str, Tensor]:
-    weights: dict[str, Tensor] = module("task").train_alone(optimizer)
+def alone(optimizer: str, decay_biases: bool = True) -> dict[str, Tensor]:
+    weights: dict[str, Tensor] = module("task").train_alone(optimizer, decay_biases=decay_biases)
     return weights
 
 
@@ -129,7 +131,7 @@ def test_an_example_trains_as_one_process(name: str, tmp_path: Path) -> None:
         timeout=240,
     )
     assert job.code == 0, job.output[-6000:]
-    assert_same_weights(load_file(output), alone(row.optimizer), started_from=start())
+    assert_same_weights(load_file(output), alone(row.optimizer, row.decay_biases), started_from=start())
 
 
 def test_the_first_example_runs_as_its_docstring_says(tmp_path: Path) -> None:
