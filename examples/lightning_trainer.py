@@ -62,11 +62,10 @@ def main() -> None:
     )
     training = Training()
     trainer.fit(training, DataLoader(TensorDataset(*samples()), batch_size=6))
-    whole = get_model_state_dict(
-        training.network, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
-    )
+    everything = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    whole = get_model_state_dict(trainer.model, options=everything)
     if trainer.is_global_zero:
-        save(whole, chosen.output)
+        save({name.rpartition("network.")[2]: tensor for name, tensor in whole.items()}, chosen.output)
 
 
 if __name__ == "__main__":

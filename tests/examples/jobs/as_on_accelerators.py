@@ -10,6 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tests.support.warm_ranks import REPOSITORY
 
 
@@ -36,6 +38,9 @@ def lightning_shards_on_cpus() -> None:
     vars(deepspeed).update(
         CUDAAccelerator=CPUAccelerator, _validate_device_index_selection=lambda devices: None
     )
+    deepspeed.DeepSpeedStrategy.root_device = property(
+        lambda self: torch.device("cpu", 0)
+    )  # it wants a number
 
 
 if __name__ == "__main__":
