@@ -40,17 +40,26 @@ def export_saved(saved: SavedState, path: Path, at: Point = "x", dtype: torch.dt
         layout[name] = spec.dtype, spec.shape
     if at == "theta":
         _check_arsg(saved)
+    tensors = (tensor.to(layout[name][0]) for name, tensor in weights_of(saved, at))
+    write_safetensors(path, layout, tensors, metadata_of(at))
 
-    def tensors() -> Iterator[Tensor]:
-        for name in layout:
-            if name not in of:
-                yield saved.whole(BUFFER, name)
-            elif at == "theta":
-                yield _theta(saved, of[name]).to(dtype)
-            else:
-                yield saved.whole(PARAMETER, of[name]).to(dtype)
 
-    write_safetensors(path, layout, tensors(), metadata_of(at))
+def weights_of(saved: SavedState, at: Point = "x") -> Iterator[tuple[str, Tensor]]:
+    """Yield a saved run's parameters and buffers, by their names in the module's `state_dict`.
+
+    Args:
+        saved: the run.
+        at: as for `export_saved`.
+
+    Raises:
+        ValueError: a damaged file, or θ of another optimizer than ARSG.
+    """
+    if at == "theta":
+        _check_arsg(saved)
+    for name, source in ({name: name for name in saved.parameters} | saved.aliases).items():
+        yield name, _theta(saved, source) if at == "theta" else saved.whole(PARAMETER, source)
+    for name in saved.buffers:
+        yield name, saved.whole(BUFFER, name)
 
 
 def check_arguments(at: str, dtype: torch.dtype) -> None:

@@ -1,11 +1,11 @@
-"""Run `arsg-imagenet`: its commands `train`, `compare`, `export` and `shard`."""
+"""Run `arsg-imagenet`: its commands `train`, `evaluate`, `compare`, `export` and `shard`."""
 
 import argparse
 import sys
 import time
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,17 @@ from arsg_dist.engine import Communicator, JobError, Ranks, discover_ranks, end_
 from arsg_dist.engine.job import BAD_INPUT, DONE, FAILED
 from arsg_dist.imagenet.data.delivery import LoadingError
 from arsg_dist.imagenet.data.shard_writer import shard_command
+from arsg_dist.imagenet.evaluate import (
+    choose_connection,
+    evaluate,
+    locate,
+    parser_of_evaluation,
+    read_task,
+    report,
+)
+from arsg_dist.imagenet.formats import FORMATS, export_as
 from arsg_dist.imagenet.output import compare
-from arsg_dist.imagenet.output.export import CARD, export
+from arsg_dist.imagenet.output.export import CARD
 from arsg_dist.imagenet.output.weights import BEST, EMA, LAST
 from arsg_dist.imagenet.recipe import read_arguments, resolved
 from arsg_dist.imagenet.signals import StopRequest
@@ -31,11 +40,14 @@ def main() -> None:
     """Run the command that the arguments name; the entry point of `arsg-imagenet`."""
     commands = {
         "train": train_command,
+        "evaluate": evaluate_command,
         "compare": compare_command,
         "export": export_command,
         "shard": shard_command,
     }
     usage = f"usage: arsg-imagenet {{{','.join(commands)}}} [--help] ..."
+    if "".join(sys.argv[1:2]).startswith("--local_rank="):  # the deepspeed launcher puts it in front
+        del sys.argv[1]
     if sys.argv[1:2] in (["--help"], ["-h"]):
         print(usage)  # noqa: T201
         sys.exit(0)
@@ -91,10 +103,17 @@ def export_command(arguments: list[str]) -> int:
         default=BEST,
         help="best: of the epoch with the highest validation accuracy (default); last; ema: the moving average",
     )
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        default="safetensors",
+        help="besides model.safetensors: torchvision (model.pth), timm (config.json, for timm's local-dir:DIR) or onnx "
+        "(model.onnx); each is loaded back and compared",
+    )
     options = parser.parse_args(arguments)
     try:
-        path = export(options.run, options.output, options.weights)
-    except (ValueError, OSError) as error:
+        path = export_as(options.format, options.run, options.output, options.weights)
+    except (ValueError, OSError, ImportError) as error:
         _say_error(error)
         return BAD_INPUT
     print(f"weights in {path}, model card in {path.with_name(CARD)}")  # noqa: T201
@@ -118,13 +137,55 @@ def train_command(arguments: list[str]) -> int:
 
 
 def _train(arguments: list[str], stop: StopRequest) -> int:
+    chosen = _launch_options().parse_known_args(arguments)[0]
+    return _as_rank(
+        lambda ranks: choose_engine(chosen.engine, chosen.deepspeed_config, ranks),
+        lambda engine, ranks, communicator: _connected(arguments, engine, ranks, communicator, stop),
+    )
+
+
+def evaluate_command(arguments: list[str]) -> int:
+    """Measure trained weights as the arguments say, as one rank of a job.
+
+    Returns:
+        The exit code: 0 done, 1 failed, 2 bad input (said on rank 0).
+    """
+    if any(argument in ("-h", "--help") for argument in arguments):
+        print(parser_of_evaluation().format_help(), end="")  # noqa: T201
+        return DONE
+    chosen = _launch_options().parse_known_args(arguments)[0]
+
+    def evaluate_as(_: str, ranks: Ranks, communicator: Communicator) -> int:
+        try:
+            with communicator.fail_together():
+                options = parser_of_evaluation().parse_args(arguments)
+                found = str(locate(options)) if ranks.rank == 0 else ""
+            path = Path(communicator.from_rank_0(found))
+            with communicator.fail_together():
+                task = read_task(options, path)
+            result, bad = evaluate(task, ranks, communicator)
+            with communicator.fail_together(OSError, ValueError):
+                if ranks.rank == 0:
+                    print(report(task, result, bad, communicator.world_size, options.output))  # noqa: T201
+        except JobError as error:
+            if ranks.rank == 0:
+                _say_error(error)
+            communicator.close()
+            return BAD_INPUT
+        communicator.close()
+        return DONE
+
+    return _as_rank(lambda ranks: choose_connection(chosen.engine, ranks), evaluate_as)
+
+
+def _as_rank(choose: Callable[[Ranks], str], work: Callable[[str, Ranks, Communicator], int]) -> int:
+    """Connect this rank by the engine that is chosen and work; return the exit code."""
     rank = -1
     try:
         ranks = discover_ranks()
         rank = ranks.rank
         keep_compiled_code_private()
-        chosen = _launch_options().parse_known_args(arguments)[0]
-        engine = choose_engine(chosen.engine, chosen.deepspeed_config, ranks)
+        engine = choose(ranks)
         communicator = load_builder(engine).connect(ranks)
     except JobError as error:  # agreed on
         if rank == 0:
@@ -136,7 +197,7 @@ def _train(arguments: list[str], stop: StopRequest) -> int:
         return BAD_INPUT
     try:
         with _future_warnings_once(rank):
-            return _connected(arguments, engine, ranks, communicator, stop)
+            return work(engine, ranks, communicator)
     except LoadingError as error:  # of this rank alone: the others end as below
         _say_error(error, f" (rank {rank})" if ranks.world_size > 1 else "")
         end_process(FAILED)

@@ -105,8 +105,45 @@ _KEPT: dict[str, Callable[[Any, Any], bool]] = {
 }
 
 
-class _Parser(argparse.ArgumentParser):
+def add_setting_flags(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
+    """Declare `--config` and flags of a training's settings, for a program that needs some of them.
+
+    Args:
+        parser: to declare them on.
+        names: of the settings, with dots.
+    """
+    parser.set_defaults(given=[])
+    parser.add_argument(
+        "--config", action=_Give, help="recipe: a YAML file; what only training needs is left aside"
+    )
+    _add_flags(parser, TrainConfig, "", frozenset(names))
+
+
+def settings_from(options: argparse.Namespace, beneath: dict[Any, Any], where: str) -> TrainConfig:
+    """Make a training's settings of the flags of `add_setting_flags`, which win, and those of a run.
+
+    Args:
+        options: what was parsed.
+        beneath: settings of a run, from outside; other keys than a recipe's are of its start.
+        where: they are from, for messages.
+
+    Raises:
+        ValueError: as `read_arguments`.
+    """
+    settings: dict[str, Any] = {}
+    known = {name: value for name, value in beneath.items() if name in TrainConfig.__dataclass_fields__}
+    try:
+        _assign(settings, TrainConfig, known, "")
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    return _made(Settings, _given(options, settings)).training()
+
+
+class Parser(argparse.ArgumentParser):
+    """Parse a command's arguments; what is wrong with them is a ValueError."""
+
     def error(self, message: str) -> NoReturn:
+        """Raise ValueError."""
         raise ValueError(message)
 
 
@@ -121,7 +158,7 @@ _PARAMETER = "optimizer.params."
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = _Parser(
+    parser = Parser(
         prog="arsg-imagenet train",
         description="Trains an image classifier. Run it alone, under deepspeed, or under horovodrun or mpirun.",
     )
@@ -143,10 +180,12 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _add_flags(parser: argparse.ArgumentParser, section: type, prefix: str) -> None:
+def _add_flags(
+    parser: argparse.ArgumentParser, section: type, prefix: str, only: frozenset[str] | None = None
+) -> None:
     documentation = _documentation(section)
     group = parser.add_argument_group(documentation[""])
-    if prefix:
+    if prefix and only is None:
         group.add_argument(
             f"--{prefix[:-1]}", action=_Give, metavar="SETTINGS", help="a mapping, or a YAML file of it"
         )
@@ -154,6 +193,8 @@ def _add_flags(parser: argparse.ArgumentParser, section: type, prefix: str) -> N
     for name, kind in get_type_hints(section).items():
         if is_dataclass(kind):
             inner.append((kind, f"{prefix}{name}."))
+            continue
+        if only is not None and f"{prefix}{name}" not in only:
             continue
         default = getattr(section, name, None)
         flags = [f"--{prefix}{name}"] + ([f"--{prefix}{name}+"] if get_origin(kind) is list else [])
@@ -165,7 +206,8 @@ def _add_flags(parser: argparse.ArgumentParser, section: type, prefix: str) -> N
             metavar = f"{{{','.join(map(_word, get_args(kind)))}}}"
         group.add_argument(*flags, action=_Give, metavar=metavar, help=text.replace("%", "%%"), **options)
     for kind, inner_prefix in inner:
-        _add_flags(parser, kind, inner_prefix)
+        if only is None or any(name.startswith(inner_prefix) for name in only):
+            _add_flags(parser, kind, inner_prefix, only)
 
 
 @cache
@@ -187,9 +229,9 @@ def _documentation(section: type) -> dict[str, str]:
     return found
 
 
-def _given(options: argparse.Namespace) -> dict[str, Any]:
-    """Collect what recipes and flags say, typed and nested as the settings are."""
-    settings: dict[str, Any] = {}
+def _given(options: argparse.Namespace, beneath: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Collect what recipes and flags say, typed and nested as the settings are; they win over those beneath."""
+    settings: dict[str, Any] = beneath or {}
     for name, text in options.given:
         if name == "config":
             content = _read(Path("/dev/stdin" if text == "-" else text))

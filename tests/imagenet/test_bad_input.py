@@ -28,7 +28,7 @@ def test_the_command_says_what_it_can_do(
         main()
     assert end.value.code == code
     shown = capsys.readouterr()
-    assert "arsg-imagenet {train,compare,export,shard}" in (shown.err if code else shown.out)
+    assert "arsg-imagenet {train,evaluate,compare,export,shard}" in (shown.err if code else shown.out)
 
 
 def corrupt(tree: Path) -> Path:

@@ -12,6 +12,7 @@ from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.utils import groups
 from torch import Tensor
 
+from arsg_dist.checkpoint.pickles import RefusedPickleError
 from arsg_dist.deepspeed.checkpoint.engine_state import check_saved
 from arsg_dist.deepspeed.checkpoint.files import (
     ARSG_SECTION,
@@ -21,7 +22,7 @@ from arsg_dist.deepspeed.checkpoint.files import (
     reading,
     settings_of,
 )
-from arsg_dist.deepspeed.checkpoint.pickles import RefusedPickleError, look_into, trust_pickles
+from arsg_dist.deepspeed.checkpoint.pickles import look_into, trust_pickles
 from arsg_dist.deepspeed.checkpoint.reader import ShardedCheckpoint, UniversalCheckpoint, unsharded_state
 from arsg_dist.deepspeed.checkpoint.zero_state import (
     experts_apart,

@@ -1,6 +1,6 @@
 """Read DeepSpeed's checkpoint files, which are pickles, as data alone.
 
-Nothing that they name is run or imported. The only place of the project that calls `torch.load`. DeepSpeed 0.19.8
+Nothing that they name is run or imported (`arsg_dist.checkpoint.pickles`). DeepSpeed 0.19.8
 writes tensors, plain values and four classes of its own (stages 0 to 3, fp32, bf16 and fp16, any optimizer, mixtures of
 experts and pipelines). Objects of these classes become a `Record` here: the classes themselves can be harmed by what a
 file sets, as the members of an enumeration can.
@@ -10,7 +10,6 @@ import argparse
 import math
 import pickle
 import re
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -18,19 +17,14 @@ from pathlib import Path
 from typing import IO, Any, Final
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from arsg_dist.safe_io.files import MiB, open_regular
-from arsg_dist.safe_io.text import printable
+from arsg_dist.checkpoint.pickles import RefusedPickleError, read_pickle
+from arsg_dist.safe_io.files import open_regular
 
 Reader = Callable[[Path], Any]
 """What turns a file of a checkpoint into its content: `load`, or `look_into`."""
 
-_PICKLE_LIMIT: Final = 256 * MiB
 _NEVER_DATA: Final = ("nt", "os", "posix", "sys")
-_SHOWN: Final = 5
-_SMALL: Final = 64 * MiB
 
 _trusted: ContextVar[bool] = ContextVar("trusted", default=False)
 
@@ -144,24 +138,10 @@ _ALLOWED: Final[list[Any]] = [
     *[(_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")],
 ]
 
-
-class RefusedPickleError(ValueError):
-    """Report a file with more than data; `names` is what it would have executed."""
-
-    def __init__(self, path: Path, names: list[str], reason: str = "") -> None:
-        listed = ", ".join(printable(name, limit=100) for name in names[:_SHOWN])
-        more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-        what = (
-            f"names {listed}{more}, which loading it would execute"
-            if names
-            else "cannot be read as data alone"
-        )
-        super().__init__(
-            f"{path} is a pickle and {what}{reason and f' ({reason})'}: refused. If you trust its writer as you trust "
-            "a program of theirs, add --trust-pickle (in Python trust_pickle=True; around engine.load_checkpoint "
-            "arsg_dist.deepspeed.trust_pickles())"
-        )
-        self.names = names
+_ADVICE: Final = (
+    "If you trust its writer as you trust a program of theirs, add --trust-pickle (in Python trust_pickle=True; around "
+    "engine.load_checkpoint arsg_dist.deepspeed.trust_pickles())"
+)
 
 
 def load(path: Path, *, trust_pickle: bool = False) -> Any:
@@ -202,60 +182,4 @@ def look_into(path: Path) -> Any:
 
 
 def _load(file: IO[bytes], path: Path, *, trust_pickle: bool = False, known: list[Any] = _ALLOWED) -> Any:
-    size = _check_archive(file, path)
-    opened = f"/proc/self/fd/{file.fileno()}"  # torch maps files by their path only: this one is still the same file
-    with torch.serialization.safe_globals(known):
-        try:
-            names = [] if trust_pickle else torch.serialization.get_unsafe_globals_in_checkpoint(opened)
-            if names:
-                raise RefusedPickleError(path, sorted(names))
-            content = torch.load(opened, map_location="cpu", mmap=True, weights_only=not trust_pickle)
-        except RefusedPickleError:
-            raise
-        except pickle.UnpicklingError as error:
-            raise RefusedPickleError(path, [], _reason(error)) from error
-        except Exception as error:  # whatever damaged content makes torch raise
-            raise ValueError(
-                f"{path} cannot be read: it is damaged, or not torch.save's ({_reason(error)})"
-            ) from error
-    _check_tensors(content, path, max(size, _SMALL))
-    return content
-
-
-def _reason(error: Exception) -> str:
-    said = str(error).rpartition("WeightsUnpickler error: ")[2].strip()
-    return printable(said.splitlines()[0] if said else type(error).__name__, limit=200)
-
-
-def _check_archive(file: IO[bytes], path: Path) -> int:
-    """Refuse what unpacks to more than it is; return the file's bytes."""
-    try:
-        with zipfile.ZipFile(file) as archive:
-            members = archive.infolist()
-    except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError) as error:
-        raise ValueError(
-            f"{path} is damaged, or not in torch.save's format (a zip archive): {error}"
-        ) from error
-    for member in members:
-        large = member.filename.endswith("/data.pkl") and member.file_size > _PICKLE_LIMIT
-        if member.compress_type != zipfile.ZIP_STORED or large:
-            raise ValueError(
-                f"{path} is not as torch.save writes it: {printable(member.filename)} is packed or large"
-            )
-    return file.seek(0, 2)
-
-
-def _check_tensors(content: Any, path: Path, limit: int) -> None:
-    """Refuse tensors that show one element of the file again and again."""
-    waiting, seen = [content], set()
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, Tensor):
-            if value.layout == torch.strided and value.numel() * value.element_size() > limit:
-                raise ValueError(
-                    f"{path} is damaged: a tensor of shape {tuple(value.shape)} is larger than the file"
-                )
-        elif isinstance(value, dict | list | tuple | set | Record) and id(value) not in seen:
-            seen.add(id(value))
-            members = vars(value) if isinstance(value, Record) else value
-            waiting.extend(members.values() if isinstance(members, dict) else members)
+    return read_pickle(file, path, known=known, advice=_ADVICE, trust_pickle=trust_pickle, records=(Record,))

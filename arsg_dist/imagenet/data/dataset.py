@@ -152,14 +152,8 @@ def open_splits(root: Path, config: DataConfig, *, seed: int) -> tuple[Split, Sp
     """
     if config.source == "synthetic":
         return SyntheticSplit(config, train=True, seed=seed), SyntheticSplit(config, train=False, seed=seed)
-    kind = TarShards if config.source == "shards" else ImageTree
     train, val = (
-        ImageSplit(
-            kind(root / name, max_bytes=config.max_image_bytes),
-            transform,
-            seed=seed,
-            max_pixels=config.max_image_pixels,
-        )
+        _image_split(root / name, config, transform, seed=seed)
         for name, transform in (
             (config.train_split, TrainTransform(config)),
             (config.val_split, ValTransform(config)),
@@ -173,6 +167,28 @@ def open_splits(root: Path, config: DataConfig, *, seed: int) -> tuple[Split, Sp
             f"only in {config.train_split}: {_some(only_train)}; only in {config.val_split}: {_some(only_val)}"
         )
     return train, val
+
+
+def open_validation(root: Path, config: DataConfig, transform: ValTransform) -> Split:
+    """Open the validation split alone.
+
+    Args:
+        root: as for `open_splits`.
+        config: of the data.
+        transform: of its images; of no meaning for synthetic data.
+
+    Raises:
+        ValueError: it is missing or empty.
+    """
+    if config.source == "synthetic":
+        return SyntheticSplit(config, train=False, seed=0)
+    return _image_split(root / config.val_split, config, transform, seed=0)
+
+
+def _image_split(directory: Path, config: DataConfig, transform: Any, *, seed: int) -> ImageSplit:
+    kind = TarShards if config.source == "shards" else ImageTree
+    source = kind(directory, max_bytes=config.max_image_bytes)
+    return ImageSplit(source, transform, seed=seed, max_pixels=config.max_image_pixels)
 
 
 def _some(names: list[str]) -> str:

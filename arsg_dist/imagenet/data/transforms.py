@@ -13,25 +13,30 @@ from arsg_dist.imagenet.data.sampler import seeded
 from arsg_dist.imagenet.torchvision_compat import v2
 
 _MIXING = 1  # keeps these random numbers apart from those of the images
-MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 """Of ImageNet's channels, for values from 0 to 1."""
 
 
+Channels = tuple[tuple[float, ...], tuple[float, ...]]
+"""Mean and standard deviation of the three channels."""
+
+
 @cache
-def _constants(device: torch.device) -> tuple[Tensor, Tensor]:
-    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in (MEAN, STD))
+def _constants(device: torch.device, channels: Channels) -> tuple[Tensor, Tensor]:
+    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in channels)
     return mean, std
 
 
-def normalised(images: Tensor) -> Tensor:
-    """Normalise images to mean 0 and variance 1 of ImageNet's channels, float32.
+def normalised(images: Tensor, channels: Channels = (MEAN, STD)) -> Tensor:
+    """Normalise images to mean 0 and variance 1 of their channels, float32.
 
     Args:
         images: uint8, shape (batch, 3, height, width); floating ones are taken as normalised already.
+        channels: means and standard deviations for values from 0 to 1, those of ImageNet.
     """
     if images.is_floating_point():
         return images
-    mean, std = _constants(images.device)
+    mean, std = _constants(images.device, channels)
     values = images.float().mul_(1 / 255)
     if values.is_contiguous(memory_format=torch.channels_last):
         # A row of pixels at a time: on a CPU an operation over 3 values at a time takes nine times as long.
@@ -95,15 +100,22 @@ class TrainTransform:
 
 
 class ValTransform:
-    """Decode-to-tensor for validation; nothing in it is random."""
+    """Decode-to-tensor for validation; nothing in it is random.
 
-    def __init__(self, config: DataConfig) -> None:
+    Args:
+        config: sizes, and what is done.
+        resize: with augmentation "imagenet", the shorter side before the crop, pixels; 0: `val_resize` of the size.
+        bicubic: interpolate so, and not bilinearly.
+    """
+
+    def __init__(self, config: DataConfig, *, resize: int = 0, bicubic: bool = False) -> None:
         size = config.image_size
-        steps: list[Any] = [v2.Resize((size, size))]
+        how = v2.InterpolationMode.BICUBIC if bicubic else v2.InterpolationMode.BILINEAR
+        steps: list[Any] = [v2.Resize((size, size), how)]
         self._shorter, self._max_pixels = 0, config.max_image_pixels
         if config.augmentation == "imagenet":
-            self._shorter = val_resize(size)
-            steps = [v2.Resize(self._shorter), v2.CenterCrop(size)]
+            self._shorter = resize or val_resize(size)
+            steps = [v2.Resize(self._shorter, how), v2.CenterCrop(size)]
         self._transform = v2.Compose([*steps, v2.PILToTensor()])
 
     def __call__(self, image: Image.Image, epoch: int) -> Tensor:

@@ -7,6 +7,8 @@ stands in the card as text, not as Markdown or as code.
 import re
 import shlex
 import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +34,31 @@ EXPORTED = "model.safetensors"
 CARD = "README.md"
 
 
-def export(run: Path, output: Path, weights: str = BEST) -> Path:
+@dataclass(frozen=True)
+class Extra:
+    """A file that an export has besides.
+
+    Attributes:
+        name: of the file.
+        write: makes it, at a path.
+        loading: Python that loads it, for the card.
+    """
+
+    name: str
+    write: Callable[[Path], None]
+    loading: list[str]
+
+
+def export(
+    run: Path, output: Path, weights: str = BEST, besides: Callable[[Path], list[Extra]] | None = None
+) -> Path:
     """Copy a run's weights, with model card, settings and class names.
 
     Args:
         run: directory of a run with at least one finished epoch.
         output: directory to make; must not exist, or be empty.
         weights: "best" (highest validation accuracy), "last" or "ema".
+        besides: checks the run's file of weights, and says what else to make of it.
 
     Returns:
         Path of the weights.
@@ -59,11 +79,14 @@ def export(run: Path, output: Path, weights: str = BEST) -> Path:
         )
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"output {output} is not an empty directory; choose another one")
-    card = _card(run, {EXPORTED: source})
+    extras = besides(source) if besides else []
+    card = _card(run, {EXPORTED: source}, extras)
     copied = {name: read_text(run / name) for name in (CONFIG, CLASSES)}
     output.mkdir(parents=True, exist_ok=True)
     with open_regular(source) as original, writing(output / EXPORTED) as copy:
         shutil.copyfileobj(original, copy)
+    for extra in extras:
+        extra.write(output / extra.name)
     for name, text in {**copied, CARD: card}.items():
         write_text(output / name, text)
     return output / EXPORTED
@@ -88,7 +111,7 @@ def write_model_card(run: Path) -> Path:
     return directory / CARD
 
 
-def _card(run: Path, files: dict[str, Path]) -> str:
+def _card(run: Path, files: dict[str, Path], extras: Sequence[Extra] = ()) -> str:
     config = read_config(run)
     model = config["model"]
     if not _MODEL.fullmatch(model):
@@ -113,6 +136,7 @@ def _card(run: Path, files: dict[str, Path]) -> str:
         "",
         *_fenced("python", _loading(model, len(classes), first)),
         "",
+        *(line for extra in extras for line in (f"{extra.name}:", "", *_fenced("python", extra.loading), "")),
         "## Input",
         "",
         f"RGB, {config['data']['image_size']} × {config['data']['image_size']} pixels, scaled to 0 … 1, mean "

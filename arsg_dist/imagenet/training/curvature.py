@@ -73,7 +73,7 @@ def advise_recipe(
             ]
         ).sum()
 
-    loaded = setup._loader(
+    loaded = setup.split_loader(
         train_split,
         sampler,
         data=config.data,

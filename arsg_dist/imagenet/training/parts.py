@@ -13,10 +13,11 @@ from arsg_dist.engine import Communicator, Engine
 from arsg_dist.imagenet.config import TrainConfig
 from arsg_dist.imagenet.data.dataset import Batch
 from arsg_dist.imagenet.data.sampler import TrainingSampler
-from arsg_dist.imagenet.data.transforms import BatchMixing, normalised
+from arsg_dist.imagenet.data.transforms import BatchMixing
 from arsg_dist.imagenet.output.states import Resume
 from arsg_dist.imagenet.signals import StopRequest
 from arsg_dist.imagenet.training.ema import WeightAverage
+from arsg_dist.imagenet.training.evaluation import network_inputs
 from arsg_dist.imagenet.training.optimization import Schedules
 
 
@@ -125,8 +126,6 @@ class RunParts:
 
     def to_device(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Move a batch to the device, its images as the engine's module takes them."""
-        device = self.engine.device
-        layout = torch.channels_last if self.config.channels_last else torch.contiguous_format
-        images = normalised(batch.images.to(device, non_blocking=True))
-        labels = batch.labels.to(device, non_blocking=True)
-        return images.to(dtype=self.engine.input_dtype, memory_format=layout), labels
+        return network_inputs(
+            batch, self.engine.device, self.engine.input_dtype, channels_last=self.config.channels_last
+        )

@@ -92,6 +92,30 @@ def load_rank_state(
     return True
 
 
+def mean_buffers(saved: SavedRun, name: str, module: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the buffers of a saved network, of which every rank had its own, as validation averages them.
+
+    There are none of their own in a checkpoint that was made of another program's.
+
+    Args:
+        saved: the checkpoint.
+        name: of the network in it, see `RunParts.networks`.
+        module: of the same buffers.
+
+    Raises:
+        ValueError: the checkpoint does not have them, or a file is damaged.
+    """
+    ranks = range(saved.manifest.world_size)
+    found: dict[str, torch.Tensor] = {}
+    if not any(extra.startswith(_buffer(0, f"{name}.")) for extra in saved.extras):
+        return found
+    for what, buffer in module.named_buffers():
+        for rank in ranks:
+            saved.check_shape(EXTRA, _buffer(rank, f"{name}.{what}"), buffer.shape)
+        found[what] = _mean([saved.whole(EXTRA, _buffer(rank, f"{name}.{what}")) for rank in ranks])
+    return found
+
+
 def _load_random_state(saved: SavedRun, rank: int) -> None:
     def stored(what: str) -> torch.Tensor:
         spec = saved.spec(EXTRA, _random(rank, what))

@@ -90,7 +90,7 @@ def train(
             _require_room(config, communicator, hosts)
         average = WeightAverage(model, config.ema_decay) if config.ema_decay else None
         engine = build_engine(builder, model, config, communicator, ranks)
-        make_loader = partial(_loader, data=config.data, seed=config.seed, device=engine.device)
+        make_loader = partial(split_loader, data=config.data, seed=config.seed, device=engine.device)
         micro_batch_size = config.micro_batch_size(communicator.world_size)
         train_loader = make_loader(train_split, train_sampler, train=True, batch_size=micro_batch_size)
         val_loader = make_loader(val_split, val_sampler, train=False, batch_size=config.val_batch_size)
@@ -200,10 +200,13 @@ def _check(config: TrainConfig, start: Start, world_size: int) -> EngineBuilder:
 
 def _open_data(config: TrainConfig) -> tuple[Split, Split]:
     """Open both splits; for the root null those of the digits, made on first use."""
-    data = config.data
+    return open_splits(root_of(config.data), config.data, seed=config.seed)
+
+
+def root_of(data: DataConfig) -> Path:
+    """Return where the images are; for the root null the digits, made on first use."""
     use_digits = data.source == "folder" and data.root is None
-    root = digits_tree(DIGITS) if use_digits else Path(data.root or "")
-    return open_splits(root, data, seed=config.seed)
+    return digits_tree(DIGITS) if use_digits else Path(data.root or "")
 
 
 def _require_room(config: TrainConfig, communicator: Communicator, hosts: list[str]) -> None:
@@ -237,7 +240,7 @@ def _samplers(
     )
 
 
-def _loader(
+def split_loader(
     split: Split,
     sampler: TrainingSampler | ValidationSampler,
     *,
@@ -247,6 +250,7 @@ def _loader(
     seed: int,
     device: torch.device,
 ) -> Iterable[Batch]:
+    """Load one rank's batches of a split, with the loader that the settings name."""
     image_size = data.full_train_size if train else data.image_size
     if data.loader == "dali":
         assert isinstance(split, ImageSplit)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from arsg_dist.engine import JobError, copy_weights
+from arsg_dist.engine import copy_weights
 from arsg_dist.engine.job import PREEMPTED
 from arsg_dist.imagenet.data.builtin import DIGITS
 from arsg_dist.imagenet.data.dataset import Batch, batches
@@ -23,8 +23,9 @@ from arsg_dist.imagenet.output.states import keep_earlier_records
 from arsg_dist.imagenet.output.weights import EMA, LAST, WeightFiles
 from arsg_dist.imagenet.signals import MARKER, write_marker
 from arsg_dist.imagenet.training.checkpoint import Position, RunCheckpoints
+from arsg_dist.imagenet.training.evaluation import measure, refuse_bad_images
 from arsg_dist.imagenet.training.health import HealthMonitor, RankReport
-from arsg_dist.imagenet.training.metrics import Evaluation, Totals, average_buffers
+from arsg_dist.imagenet.training.metrics import Evaluation, average_buffers
 from arsg_dist.imagenet.training.optimization import shown_hyperparameters
 from arsg_dist.imagenet.training.parts import RunParts, Start
 from arsg_dist.imagenet.training.progress import Progress
@@ -339,15 +340,17 @@ class EpochLoop:
     def evaluate(self, module: nn.Module) -> Evaluation | None:
         """Measure over the validation split; None: a signal ended it. Collective."""
         parts = self._parts
-        module.eval()
-        totals, bad = Totals(parts.engine.device), list[str]()
-        with torch.no_grad():
-            for batch in batches(parts.val_loader):
-                inputs, labels = parts.to_device(batch)
-                bad += batch.bad
-                totals.add(parts.forward(module, inputs.to(next(module.parameters()).dtype)), labels)
-                if parts.stop.agreed():
-                    return None
+        measured = measure(
+            module,
+            parts.val_loader,
+            device=parts.engine.device,
+            to_device=parts.to_device,
+            forward=parts.forward,
+            stopped=parts.stop.agreed,
+        )
+        if measured is None:
+            return None
+        totals, bad = measured
         self._exchange(0.0, 0, bad)
         with parts.communicator.fail_together():
             return totals.over_all_ranks(parts.communicator)
@@ -359,10 +362,7 @@ class EpochLoop:
         of_ranks = self._parts.communicator.all_gather_object(mine)
         losses, counts, messages, waited, reports = zip(*of_ranks, strict=True)
         all_bad = [message for of_rank in messages for message in of_rank]
-        if all_bad and self._parts.config.data.on_bad_image == "error":
-            raise JobError(
-                "\n".join(all_bad) + "\n(--data.on_bad_image skip leaves such images out and counts them)"
-            )
+        refuse_bad_images(all_bad, self._parts.config.data)
         self._at.bad_images += len(all_bad)
         for message in [*all_bad, *self._health.judge([RankReport(*values) for values in reports])]:
             self._progress.say(message)

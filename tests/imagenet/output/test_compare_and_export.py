@@ -13,6 +13,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from arsg_dist.imagenet import formats
 from arsg_dist.imagenet.cli import compare_command, export_command, train_command
 from arsg_dist.imagenet.config import DataConfig
 from arsg_dist.imagenet.data.dataset import open_splits
@@ -205,3 +206,96 @@ def test_progress_measures_waiting_speed_and_time_left(monkeypatch: pytest.Monke
     assert progress.seconds_left(14) == 6 * 4.0
     speed = progress.end_epoch()
     assert speed == {"images_per_second": 2.0, "images_per_second_per_rank": 1.0, "data_wait_share": 0.25}
+
+
+@pytest.fixture(scope="module")
+def right_logits(run: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images, and what torchvision's network computes from the run's last weights."""
+    model = torchvision.models.resnet18(num_classes=2).eval()
+    model.load_state_dict(load_file(run / "weights" / "last.safetensors"))
+    images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        return images, model(images)
+
+
+def exported(run: Path, output: Path, format_: str) -> Path:
+    assert export_command([str(run), "--output", str(output), "--weights", "last", "--format", format_]) == 0
+    return output
+
+
+def test_an_export_for_torchvision_is_a_state_dict(
+    run: Path, right_logits: tuple[torch.Tensor, torch.Tensor], tmp_path: Path
+) -> None:
+    """Catches a file that torch loads only with its code, and other weights than those asked for."""
+    state = torch.load(exported(run, tmp_path / "out", "torchvision") / "model.pth", weights_only=True)
+    model = torchvision.models.get_model("resnet18", num_classes=2).eval()
+    model.load_state_dict(state)
+    images, right = right_logits
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), right, rtol=0, atol=0)
+    assert 'torch.load("model.pth", weights_only=True)' in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_an_export_for_timm_is_a_directory_that_it_loads(
+    run: Path, right_logits: tuple[torch.Tensor, torch.Tensor], tmp_path: Path
+) -> None:
+    """Catches a config that timm cannot read, or with another number of classes, names or preprocessing."""
+    timm = pytest.importorskip("timm")
+    output = exported(run, tmp_path / "out", "timm")
+    model = timm.create_model(f"local-dir:{output}", pretrained=True).eval()
+    images, right = right_logits
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), right, rtol=1e-5, atol=1e-5)
+    assert model.pretrained_cfg["label_names"] == ["0", "3"]
+    how = timm.data.resolve_data_config({}, model=model)
+    assert (tuple(how["input_size"]), how["crop_pct"]) == ((3, 32, 32), 1.0)
+    assert tuple(how["mean"]) == (0.485, 0.456, 0.406)
+    assert how["interpolation"] == "bilinear"
+
+
+def test_an_export_to_onnx_computes_the_same_for_any_number_of_images(
+    run: Path, right_logits: tuple[torch.Tensor, torch.Tensor], tmp_path: Path
+) -> None:
+    """Catches a file with a number of images built in, batch norm as in training, or weights beside it that get
+    lost."""
+    for package in ("onnx", "onnxscript"):
+        pytest.importorskip(package)
+    onnxruntime = pytest.importorskip("onnxruntime")
+    output = exported(run, tmp_path / "out", "onnx")
+    assert sorted(path.name for path in output.iterdir()) == [
+        "README.md",
+        "classes.txt",
+        "config.yaml",
+        "model.onnx",
+        "model.safetensors",
+    ]
+    session = onnxruntime.InferenceSession(str(output / "model.onnx"))
+    images, right = right_logits
+    (logits,) = session.run(["logits"], {"images": images.numpy()})
+    torch.testing.assert_close(torch.from_numpy(logits), right, rtol=1e-4, atol=1e-4)
+
+
+def test_a_format_that_cannot_be_is_refused_and_nothing_is_made(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a file that another program loads and computes something else with, and half an export."""
+    command = [str(run), "--output", str(tmp_path / "out"), "--format"]
+    monkeypatch.setattr(formats, "find_spec", lambda name: None)
+    assert export_command([*command, "onnx"]) == 2
+    assert "needs onnx, onnxscript, onnxruntime: pip install 'arsg-dist[onnx]'" in capsys.readouterr().err
+    real = formats.build_model
+
+    def other(name: str, num_classes: int) -> torch.nn.Module:
+        model = real(name.removeprefix("timm:"), num_classes)
+        if name.startswith("timm:"):  # the same tensors, but another network
+            model.maxpool = torch.nn.Identity()
+        return model
+
+    monkeypatch.setattr(formats, "build_model", other)
+    assert export_command([*command, "timm"]) == 2
+    assert "timm's resnet18 computes other logits" in capsys.readouterr().err
+    deeper = {"timm:resnet18": "resnet34"}
+    monkeypatch.setattr(formats, "build_model", lambda name, classes: real(deeper.get(name, name), classes))
+    assert export_command([*command, "timm"]) == 2
+    assert "with other tensors than resnet18" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -11,7 +11,7 @@ from torch import nn
 from arsg_dist.checkpoint import SavedRun
 from arsg_dist.checkpoint.writer import write_manifest, write_part
 from arsg_dist.engine import EngineState, SingleProcessCommunicator
-from arsg_dist.imagenet.training.rank_state import add_rank_state, load_rank_state, seed_rank
+from arsg_dist.imagenet.training.rank_state import add_rank_state, load_rank_state, mean_buffers, seed_rank
 
 
 class _Rank(SingleProcessCommunicator):
@@ -77,3 +77,12 @@ def test_on_another_number_of_ranks_statistics_are_the_mean_and_numbers_are_new(
     seed_rank(0, 0)
     seen.append(drawn())
     assert len({numbers[-1] for numbers in seen}) == 3
+
+
+def test_an_evaluation_takes_the_mean_of_all_ranks_statistics(tmp_path: Path) -> None:
+    """Catches statistics of rank 0, where validation takes their mean, and those of the average for the network's."""
+    run = saved(tmp_path / "run", 1.0, 2.0, 6.0)
+    found = mean_buffers(run, "model", norm(0.0))
+    assert found["running_mean"].tolist() == [3.0, 3.0]
+    assert found["num_batches_tracked"].item() == 1
+    assert mean_buffers(run, "ema", norm(0.0)) == {}  # the network's own stay
