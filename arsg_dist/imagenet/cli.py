@@ -1,4 +1,4 @@
-"""Run `arsg-imagenet`: its commands `train`, `compare`, `export` and `shard`."""
+"""Run `arsg-imagenet`: its commands `train`, `recipes`, `compare`, `export` and `shard`."""
 
 import argparse
 import sys
@@ -14,6 +14,7 @@ from arsg_dist.engine import Communicator, JobError, Ranks, discover_ranks, end_
 from arsg_dist.engine.job import BAD_INPUT, DONE, FAILED
 from arsg_dist.imagenet.data.delivery import LoadingError
 from arsg_dist.imagenet.data.shard_writer import shard_command
+from arsg_dist.imagenet.named_recipes import list_or_copy
 from arsg_dist.imagenet.output import compare
 from arsg_dist.imagenet.output.export import CARD, export
 from arsg_dist.imagenet.output.weights import BEST, EMA, LAST
@@ -31,6 +32,7 @@ def main() -> None:
     """Run the command that the arguments name; the entry point of `arsg-imagenet`."""
     commands = {
         "train": train_command,
+        "recipes": recipes_command,
         "compare": compare_command,
         "export": export_command,
         "shard": shard_command,
@@ -43,6 +45,20 @@ def main() -> None:
         print(usage, file=sys.stderr)  # noqa: T201
         sys.exit(BAD_INPUT)
     end_process(commands[sys.argv[1]](sys.argv[2:]))
+
+
+def recipes_command(arguments: list[str]) -> int:
+    """List the recipes that have names, or copy one.
+
+    Returns:
+        The exit code: 0 done, 2 bad input.
+    """
+    try:
+        print(list_or_copy(arguments))  # noqa: T201
+    except (ValueError, OSError) as error:
+        _say_error(error)
+        return BAD_INPUT
+    return DONE
 
 
 def compare_command(arguments: list[str]) -> int:
