@@ -10,7 +10,7 @@ OLDEST_TORCH = (2, 6)
 """What pyproject.toml asks for, for those who install without dependencies: FSDP2 is public from here on."""
 if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST_TORCH:
     raise ImportError(
-        f"arsg-dist needs torch 2.6 or newer, and this is torch {torch.__version__}: pip install 'torch>=2.6'"
+        f"arsg-dist needs torch 2.6 or newer, not {torch.__version__}: pip install 'torch>=2.6'"
     )
 
 from arsg_dist.optim import (  # noqa: E402

@@ -164,16 +164,14 @@ def _update(
     )  # fmt: skip
     assert known
     # As every in-place operation: autograd notices a stale graph.
-    for param in params:
-        if not param.is_inference():
-            torch.autograd.graph.increment_version(param)
+    torch.autograd.graph.increment_version([param for param in params if not param.is_inference()])
     return left
 
 
 def _same_memory(param: Tensor, tensors: tuple[Tensor, ...] | list[Tensor], dtype: torch.dtype) -> bool:
     """Say whether elements of all tensors lie in the order of the parameter's, without gaps; refuse other tensors."""
     shape, stride, contiguous = param.shape, param.stride(), param.is_contiguous()
-    same = contiguous or _is_dense(param)
+    same = contiguous or is_dense(param)
     for t in tensors:
         if t.dtype is not dtype or t.shape != shape or not t.is_cpu or t.layout is not torch.strided:
             raise ValueError(
@@ -184,7 +182,7 @@ def _same_memory(param: Tensor, tensors: tuple[Tensor, ...] | list[Tensor], dtyp
     return same
 
 
-def _is_dense(tensor: Tensor) -> bool:
+def is_dense(tensor: Tensor) -> bool:
     """Say whether a tensor's elements fill a piece of memory, each its own place."""
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
