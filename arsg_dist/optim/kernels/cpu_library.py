@@ -187,7 +187,7 @@ def is_dense(tensor: Tensor) -> bool:
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size != 1:
-            if stride != expected:
+            if stride != expected and tensor.numel():
                 return False
             expected *= size
     return True
