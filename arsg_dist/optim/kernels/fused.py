@@ -124,8 +124,8 @@ def cpu_kernel() -> Callable[..., list[int]] | None:
     except cpu_library.UnusableLibraryError as error:
         warnings.warn(
             f"ARSG runs without its CPU kernel, several times slower (foreach=True): {error}. Install arsg-dist's "
-            "wheel, or with a C++20 compiler (gcc 11 or newer): "
-            "pip install --force-reinstall --no-deps --no-binary arsg-dist arsg-dist",
+            "wheel, or build it where a C++20 compiler is (gcc 11 or newer): in its checkout, pip install "
+            "--force-reinstall --no-deps .",
             stacklevel=2,
         )
         return None
