@@ -3,9 +3,9 @@ SHELL := /bin/bash
 VENV  := $(CURDIR)/.venv
 export PATH := $(VENV)/bin:$(PATH)
 
-.PHONY: train test lint audit site setup clean
+.PHONY: train test lint audit site setup dist clean
 
-train: setup            ## train a ResNet on real images: 2 ranks under deepspeed (ZeRO-1), then under Horovod
+train:                  ## train a ResNet on real images: on torch alone, then 2 ranks under deepspeed (ZeRO-1) and Horovod
 	launch/quickstart.sh
 
 test: setup lint        ## lint, types, import direction and the tests; PYTEST=--everything adds the slow ones
@@ -22,6 +22,9 @@ site: setup             ## the documents and the interfaces as a site, in build/
 
 setup:
 	launch/setup.sh
+
+dist:                   ## wheel and source release into dist/; the wheel serves every supported torch and Python
+	launch/dist.sh
 
 clean:                  ## removes the environment; runs/ and data/ stay
 	rm -rf .venv build *.egg-info

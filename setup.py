@@ -1,53 +1,54 @@
-"""Version and the optional CPU kernel (everything else is declared in pyproject.toml)."""
+"""Version and the compiled kernels for CPUs (everything else is declared in pyproject.toml)."""
 
-import warnings
-from typing import Any
+from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
 
-BUILD_OPTIONS: dict[str, Any] = {}
-try:
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
-except ImportError:
-    warnings.warn(
-        "torch is not importable while building: arsg-dist is installed without its CPU kernel. "
-        "Install torch first, then `pip install --no-build-isolation`.",
-        stacklevel=1,
-    )
-else:
+CSRC = Path("arsg_dist/optim/kernels/csrc")
 
-    class OptionalBuildExtension(BuildExtension):
-        """Builds the CPU kernel, or installs without it: the optimizer then takes its foreach path."""
 
-        def run(self) -> None:
-            """Build all extensions; an error becomes a warning."""
-            try:
-                super().run()
-            except Exception as error:
-                warnings.warn(f"arsg-dist is installed without its CPU kernel: {error}", stacklevel=1)
+class PlainLibrary(build_ext):
+    """Builds a shared library that ctypes loads: it knows neither Python nor torch, so its name says neither."""
 
-    BUILD_OPTIONS = {
-        "ext_modules": [
-            CppExtension(
-                "arsg_dist._C",
-                ["arsg_dist/optim/kernels/csrc/fused_cpu.cpp"],
-                # No -march: the source is multi-versioned. No contraction: same bits on every CPU. OpenMP's
-                # runtime is not linked: torch has loaded the one that torch.set_num_threads governs.
-                extra_compile_args=[
-                    "-O3",
-                    "-std=c++20",
-                    "-fopenmp",
-                    "-fno-math-errno",
-                    "-fno-trapping-math",
-                    "-ffp-contract=off",
-                    "-fvisibility=hidden",
-                    "-g0",
-                ],
-                py_limited_api=True,
-            )
-        ],
-        "cmdclass": {"build_ext": OptionalBuildExtension.with_options(use_ninja=False)},
-        "options": {"bdist_wheel": {"py_limited_api": "cp311"}},
-    }
+    def get_ext_filename(self, fullname: str) -> str:
+        """Name the file."""
+        return str(Path(*fullname.split("."))) + ".so"
 
-setup(version="0.1.0", **BUILD_OPTIONS)
+
+class WheelForEveryPython(bdist_wheel):
+    """Names the wheel by its platform alone."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        """Name Python, its ABI and the platform."""
+        return ("py3", "none", super().get_tag()[2])
+
+
+kernels = Extension(
+    "arsg_dist.optim.kernels.arsg_cpu",
+    sorted(map(str, CSRC.glob("*.cpp"))),
+    depends=sorted(map(str, CSRC.glob("*.h"))),
+    # No -march: the sources are multi-versioned. No contraction: same bits on every CPU. No OpenMP: the threads are
+    # those of the runtime that torch has loaded (parallel.h). Nothing of C++'s library is used, so none is linked.
+    extra_compile_args=[
+        "-O3",
+        "-std=c++20",
+        "-fno-exceptions",
+        "-fno-rtti",
+        "-fno-math-errno",
+        "-fno-trapping-math",
+        "-ffp-contract=off",
+        "-fvisibility=hidden",
+        "-g0",
+    ],
+    extra_link_args=["-Wl,--as-needed"],
+    # Without a compiler the package is installed without its kernels: the optimizer takes its foreach path and says so.
+    optional=True,
+)
+
+setup(
+    version="0.1.0",
+    ext_modules=[kernels],
+    cmdclass={"build_ext": PlainLibrary, "bdist_wheel": WheelForEveryPython},
+)

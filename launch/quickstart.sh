@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Trains configs/digits.yaml on this machine twice: under the deepspeed launcher with ZeRO-1, then under Horovod.
+# Trains configs/digits.yaml on this machine three times: in one process on torch alone, as soon as that can run; then the
+# engines are set up, and it is trained by several ranks under the deepspeed launcher with ZeRO-1, and under Horovod.
 #
 #   launch/quickstart.sh [SETTING ...]     for example --epochs 3; RANKS=4 for another number of ranks
 #
@@ -7,10 +8,15 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 export PATH="$PWD/.venv/bin:$PATH"
+launch/setup.sh --first
 ranks=${RANKS:-$(python -c 'import torch; print(torch.cuda.device_count() or 2)')}
 runs=runs/quickstart-$(date +%Y%m%d-%H%M%S)
 as_root=(); [ "$(id -u)" = 0 ] && as_root=(--allow-run-as-root)
 
+echo "== one process, torch alone"
+python launch/train_imagenet.py --engine single --config configs/digits.yaml --output "$runs/single" "$@"
+
+launch/setup.sh
 echo "== deepspeed, ZeRO-1, $ranks ranks"
 deepspeed --num_accelerators "$ranks" launch/train_imagenet.py \
     --deepspeed_config configs/deepspeed/zero1.json \

@@ -2,6 +2,7 @@
 # Creates .venv in the checkout with everything pinned: torch, an MPI, DeepSpeed, Horovod, the tools.
 # Needs no root. Re-runnable: a finished set-up is recognised and skipped; a broken-off one goes on.
 #
+#   launch/setup.sh --first    only what arsg_dist needs on torch alone: nothing is compiled but its kernel
 #   launch/setup.sh            PYTHON=python3.11         interpreter to use
 #                              ARSG_CACHE_DIR=DIR        where built wheels are kept (default ~/.cache/arsg_dist)
 #                              ARSG_GPU=cuda             build Horovod with NCCL (docs/setup.md; not yet run)
@@ -25,8 +26,14 @@ inputs=(constraints.txt requirements.lock pyproject.toml setup.py launch/setup.s
 [ -d arsg_dist/optim/kernels/csrc ] && inputs+=(arsg_dist/optim/kernels/csrc/*)
 libaio=$([ -e /usr/include/libaio.h ] && echo yes || echo no)  # installed later, DeepSpeed is built anew with its operators for NVMe
 state="$(cat "${inputs[@]}" | sha256sum | cut -d' ' -f1) $("$PYTHON" -V 2>&1) gpu=${ARSG_GPU:-none} libaio=$libaio $PWD"
-stamp=.venv/.setup-complete
-if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$state" ]; then exit 0; fi
+stamp=.venv/.setup-complete first_stamp=.venv/.setup-first
+is_done() { [ -f "$1" ] && [ "$(cat "$1")" = "$state" ]; }
+case "${1:-}" in
+    "") ;;
+    --first) if is_done "$first_stamp"; then exit 0; fi ;;
+    *) die "$1 is not known; there is --first" ;;
+esac
+if is_done "$stamp"; then exit 0; fi
 
 # ---- Everything that can be missing is said here, before anything is created ----------------------
 is_311 "$PYTHON" ||
@@ -60,7 +67,6 @@ esac
 exec 9>.setup.lock
 flock -n 9 || { echo "setup: another set-up is running in this checkout, waiting for it"; flock 9; }
 
-echo "setup: environment in $PWD/.venv (the first time takes about ten minutes: Horovod and DeepSpeed are compiled)"
 rm -f "$stamp"
 if ! is_311 .venv/bin/python; then
     rm -rf .venv
@@ -69,17 +75,34 @@ fi
 export PATH="$PWD/.venv/bin:$PATH" PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_CONSTRAINT="$PWD/constraints.txt"
 pip() { .venv/bin/python -m pip --quiet "$@"; }
 wheels=$(mktemp -d); trap 'rm -rf "$wheels"' EXIT
-echo "setup: Open MPI, build tools and everything around arsg_dist, each file with the digest in requirements.lock"
-sed -n '/^pip==/,/[^\]$/p' requirements.lock > "$wheels/pip.txt"  # first, since it does not replace itself well midway
-pip install --require-hashes --no-deps -r "$wheels/pip.txt"
+
+# ---- First what is quick: the method on torch alone ------------------------------------------------
+# torch, torchvision and the extra `imagenet` with everything they need (tests/packaging/test_setup.py), and the build's tools.
+first=(
+    absl-py cloudpickle contourpy cycler filelock fonttools fsspec grpcio Jinja2 joblib kiwisolver Markdown MarkupSafe matplotlib mpmath
+    narwhals networkx numpy packaging pillow protobuf pyparsing python-dateutil PyYAML safetensors scikit-learn scipy
+    setuptools sympy tensorboard tensorboard-data-server threadpoolctl tqdm typing_extensions tzdata Werkzeug wheel
+)
+if ! is_done "$first_stamp"; then
+    echo "setup: torch and what arsg_dist needs, in $PWD/.venv, each file with the digest in requirements.lock"
+    sed -n '/^pip==/,/[^\]$/p' requirements.lock > "$wheels/pip.txt"  # first, since it does not replace itself well midway
+    pip install --require-hashes --no-deps -r "$wheels/pip.txt"
+    for name in "${first[@]}"; do sed -n "/^$name==/,/[^\\]$/p" requirements.lock; done > "$wheels/first.txt"
+    pip install --require-hashes --no-deps -r "$wheels/first.txt"
+    pip install torch==2.13.0 torchvision==0.28.0  # their builds for CPU and CUDA have one version and other digests
+    echo "setup: arsg_dist"
+    pip install --no-build-isolation --no-deps -e .
+    printf '%s\n' "$state" > "$first_stamp"
+fi
+if [ "${1:-}" = --first ]; then exit 0; fi
+
+# ---- Then the engines ------------------------------------------------------------------------------
+echo "setup: Open MPI, build tools and everything else, each file with the digest in requirements.lock"
 pip install --require-hashes --no-deps -r requirements.lock
-echo "setup: torch"  # its builds for CPU and CUDA have one version and other digests
-pip install torch==2.13.0 torchvision==0.28.0
+echo "setup: DeepSpeed and Horovod (the first time takes some minutes: they are compiled)"
 launch/build_engines.sh "$cache" "$wheels"
 # By name: pip would keep an engine of the same version that was built otherwise (without NCCL, without a patch).
 pip install --no-deps --force-reinstall "$wheels"/*.whl
-echo "setup: arsg_dist"
-pip install --no-build-isolation --no-deps -e .
 .venv/bin/python -m pip check
 .venv/bin/python -c 'import horovod.torch' > /dev/null || die "Horovod does not load: remove $cache and start again"
 printf '%s\n' "$state" > "$stamp"

@@ -1,4 +1,4 @@
-"""Run `arsg-imagenet`: its commands `train`, `evaluate`, `compare`, `export` and `shard`."""
+"""Run `arsg-imagenet`: its commands `train`, `recipes`, `evaluate`, `compare`, `export` and `shard`."""
 
 import argparse
 import sys
@@ -23,6 +23,7 @@ from arsg_dist.imagenet.evaluate import (
     report,
 )
 from arsg_dist.imagenet.formats import FORMATS, export_as
+from arsg_dist.imagenet.named_recipes import list_or_copy
 from arsg_dist.imagenet.output import compare
 from arsg_dist.imagenet.output.export import CARD
 from arsg_dist.imagenet.output.weights import BEST, EMA, LAST
@@ -40,6 +41,7 @@ def main() -> None:
     """Run the command that the arguments name; the entry point of `arsg-imagenet`."""
     commands = {
         "train": train_command,
+        "recipes": recipes_command,
         "evaluate": evaluate_command,
         "compare": compare_command,
         "export": export_command,
@@ -55,6 +57,20 @@ def main() -> None:
         print(usage, file=sys.stderr)  # noqa: T201
         sys.exit(BAD_INPUT)
     end_process(commands[sys.argv[1]](sys.argv[2:]))
+
+
+def recipes_command(arguments: list[str]) -> int:
+    """List the recipes that have names, or copy one.
+
+    Returns:
+        The exit code: 0 done, 2 bad input.
+    """
+    try:
+        print(list_or_copy(arguments))  # noqa: T201
+    except (ValueError, OSError) as error:
+        _say_error(error)
+        return BAD_INPUT
+    return DONE
 
 
 def compare_command(arguments: list[str]) -> int:

@@ -17,6 +17,7 @@ from types import UnionType
 from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 from arsg_dist.imagenet.config import Must, Section, TrainConfig, check_parameter
+from arsg_dist.imagenet.named_recipes import recipe_path
 from arsg_dist.safe_io.documents import dump_yaml, parse_yaml, read_yaml
 from arsg_dist.safe_io.text import printable
 
@@ -163,7 +164,12 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         description="Trains an image classifier. Run it alone, under deepspeed, or under horovodrun or mpirun.",
     )
     parser.set_defaults(given=[])
-    parser.add_argument("--config", action=_Give, help="recipe: a YAML file with any of the settings below")
+    parser.add_argument(
+        "--config",
+        action=_Give,
+        metavar="RECIPE",
+        help="a YAML file with any of the settings below, or the name of one that arsg-imagenet recipes lists",
+    )
     parser.add_argument(
         "--print-config",
         "--print_config",
@@ -234,7 +240,7 @@ def _given(options: argparse.Namespace, beneath: dict[str, Any] | None = None) -
     settings: dict[str, Any] = beneath or {}
     for name, text in options.given:
         if name == "config":
-            content = _read(Path("/dev/stdin" if text == "-" else text))
+            content = _read(Path("/dev/stdin") if text == "-" else recipe_path(text))
             try:
                 _require_recipe(content)
                 _assign(settings, Settings, content, "")

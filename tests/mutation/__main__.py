@@ -106,11 +106,11 @@ def copy_repository(copy: Path) -> None:
         capture_output=True,
         text=True,
     )
-    kernels = [str(path.relative_to(ROOT)) for path in ROOT.glob("arsg_dist/*.so")]
+    kernels = [str(path.relative_to(ROOT)) for path in ROOT.glob("arsg_dist/**/*.so")]
     for name in [*listed.stdout.split("\0"), *kernels]:
-        if name and (ROOT / name).is_file():
+        if name and ((ROOT / name).is_file() or (ROOT / name).is_symlink()):
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, copy / name)
+            shutil.copy2(ROOT / name, copy / name, follow_symlinks=False)
 
 
 def stale(mutation: Mutation, copy: Path, results: dict[str, Result]) -> Result | None:

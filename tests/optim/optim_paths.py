@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
+
+from arsg_dist.optim.kernels import cpu_library
 
 torch.set_num_threads(1)
 
@@ -28,8 +29,8 @@ FOREACH_CAPTURABLE = Path("foreach-capturable", {"foreach": True, "capturable": 
 
 def fused_missing() -> str | None:
     """Why the fused path cannot run here, or None."""
-    if importlib.util.find_spec("arsg_dist._C") is None:
-        return "the compiled kernel arsg_dist._C is not built"
+    if not cpu_library.PATH.exists():
+        return f"the compiled kernel {cpu_library.PATH} is not built"
     return None
 
 

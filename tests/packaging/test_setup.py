@@ -1,15 +1,20 @@
 """What cannot be installed is said in one line, before anything is made."""
 
+import importlib.metadata
 import importlib.util
 import os
 import re
 import shutil
 import subprocess
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from packaging.requirements import Requirement
 
+import arsg_dist
 from tests.support.launchers import REPOSITORY
 
 TOOLS = (
@@ -306,3 +311,46 @@ def test_a_kept_wheel_does_not_need_the_checkout_it_was_built_in(engine: str) ->
             Path(os.path.normpath(folder.replace("$ORIGIN", str(library.parent)))) for folder in folders
         ]
         assert any((place / "libtorch_cpu.so").is_file() for place in places), places
+
+
+def test_what_is_installed_first_needs_nothing_else() -> None:
+    """Catches a package of the first set-up that lacks one it imports: `make train` would end there."""
+    text = (REPOSITORY / "launch/setup.sh").read_text()
+    listed = re.search(r"^first=\((.*?)\)", text, re.MULTILINE | re.DOTALL)
+    assert listed
+    first = {plain(name) for name in listed[1].split()} | {"torch", "torchvision"}
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["imagenet"], "setuptools", "wheel"]
+    needed, todo = set[str](), [Requirement(line) for line in wanted]
+    while todo:
+        requirement = todo.pop()
+        if plain(requirement.name) in needed or (
+            requirement.marker and not requirement.marker.evaluate({"extra": ""})
+        ):
+            continue
+        needed.add(plain(requirement.name))
+        todo += map(Requirement, importlib.metadata.requires(requirement.name) or [])
+    assert needed - {name for name in needed if name.startswith(("nvidia-", "triton", "cuda-"))} == first
+    locked = re.findall(r"^([\w.-]+)==", (REPOSITORY / "requirements.lock").read_text(), re.MULTILINE)
+    assert set(listed[1].split()) <= set(locked), "in requirements.lock under another spelling"
+
+
+def test_only_the_two_commands_pin_versions() -> None:
+    """Catches a pinned torch in the package's metadata, by which pip replaces the one a user has."""
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    lines = [*project["dependencies"], *(line for extra in extras.values() for line in extra)]
+    assert [line for line in lines if "==" in line] == []
+    assert str(Requirement(project["dependencies"][0]).specifier) == ">=" + ".".join(
+        map(str, arsg_dist.OLDEST_TORCH)
+    )
+    assert torch.__version__.partition("+")[0] in constraints()["torch"]
+
+
+def plain(name: str) -> str:
+    return re.sub("[-_.]+", "-", name).lower()
+
+
+def constraints() -> dict[str, str]:
+    lines = (REPOSITORY / "constraints.txt").read_text().splitlines()
+    return dict(line.split("==") for line in lines if line and not line.startswith("#"))

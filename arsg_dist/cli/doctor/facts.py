@@ -1,6 +1,5 @@
 """Gather what a process knows of itself and its machine, in plain values."""
 
-import importlib.util
 import os
 import platform
 import shutil
@@ -13,6 +12,7 @@ import torch
 import arsg_dist
 from arsg_dist.engine import Ranks
 from arsg_dist.engine.consistency import installed_version
+from arsg_dist.optim.kernels import cpu_library
 
 _PACKAGES = ("torch", "deepspeed", "horovod", "mpi4py")
 
@@ -45,7 +45,7 @@ def gather(ranks: Ranks, device: torch.device) -> dict[str, Any]:
             "arsg_dist": arsg_dist.__version__,
             **{name: installed_version(name) for name in _PACKAGES},
         },
-        "cpu_kernel": "compiled" if importlib.util.find_spec("arsg_dist._C") else "",
+        "cpu_kernel": "compiled" if cpu_library.PATH.exists() else "",
         "horovod_backends": horovod_backends(),
         "mpi": mpi_library(),
         "nccl": ".".join(map(str, _nccl_version())) if torch.cuda.is_available() else "",

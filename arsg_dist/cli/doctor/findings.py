@@ -60,8 +60,8 @@ def _installation(first: dict[str, Any]) -> list[Finding]:
         findings.append(
             Finding(
                 "warning",
-                "arsg_dist's CPU kernel is not compiled and updates on CPU are slower: pip install "
-                "--no-build-isolation -e . in the checkout",
+                "arsg_dist's CPU kernel is not compiled and updates on CPU are slower: install its wheel, "
+                "or with a C++ compiler: pip install --no-deps -e . in the checkout",
             )
         )
     if first["horovod_backends"].startswith("cannot be loaded"):

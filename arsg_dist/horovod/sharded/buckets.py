@@ -15,6 +15,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from arsg_dist.optim.kernels.cpu_library import is_dense
+
 # Shards begin at multiples of 16 elements: 32 bytes or more, the width of a vector register.
 ALIGNMENT = 16
 
@@ -40,7 +42,7 @@ class ParameterSpec:
     @classmethod
     def of(cls, name: str, parameter: Tensor) -> "ParameterSpec":
         """Describe a parameter; one whose memory is not dense is laid out row by row."""
-        dense = torch._prims_common.is_non_overlapping_and_dense_or_false(parameter)
+        dense = is_dense(parameter)
         stride = parameter.stride() if dense else torch.empty(parameter.shape, device="meta").stride()
         return cls(name, tuple(parameter.shape), tuple(stride), parameter.dtype, parameter.device.type)
 

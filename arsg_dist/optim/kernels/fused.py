@@ -1,17 +1,18 @@
 """Update in one pass over memory: by a C++ kernel on CPU, a Triton kernel on GPUs.
 
-CPU tensors go to `torch.ops.arsg_dist.update_` (csrc/fused_cpu.cpp), built when the package is installed. Those on CUDA
-and ROCm go to the kernel of triton_kernel.py, and where that cannot run, as on other accelerators, to `foreach_step`
+CPU tensors go to `torch.ops.arsg_dist.update_` (cpu_library.py), compiled when the package is built. Those on CUDA and
+ROCm go to the kernel of triton_kernel.py, and where that cannot run, as on other accelerators, to `foreach_step`
 compiled by `torch.compile`. Where that is missing too `foreach_step` makes the update, and one warning per process says
 what to do.
 """
 
 from __future__ import annotations
 
-import importlib
+import inspect
 import os
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any, Final, cast
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from arsg_dist.optim.hyperparameters import Hyperparameters, Steps, compute_dtype
-from arsg_dist.optim.kernels import foreach
+from arsg_dist.optim.kernels import cpu_library, foreach
 from arsg_dist.optim.kernels.foreach import foreach_step
 from arsg_dist.optim.kernels.reference import reference_step
 from arsg_dist.safe_io.processes import is_private
@@ -28,7 +29,7 @@ from arsg_dist.safe_io.processes import is_private
 # One entry per combination of settings and tensor shapes: parameter groups, and ZeRO-3's sub-groups.
 _RECOMPILE_LIMIT = 64
 
-# What fused_cpu.cpp knows, in its order.
+# What the kernel knows, in its order (csrc/fused_cpu.cpp).
 _CPU_PRECONDITIONERS: Final = ("amsgrad", "adam", "none")
 _CPU_MODES: Final = (
     "decoupled_weight_decay",
@@ -117,18 +118,18 @@ def _cpu_step(
 
 @cache
 def cpu_kernel() -> Callable[..., list[int]] | None:
-    """Return the C++ kernel, or warn once and return None where it is not built."""
+    """Return the compiled kernel, or warn once and return None where there is none that can be used."""
     try:
-        importlib.import_module("arsg_dist._C")
-        return cast(Callable[..., list[int]], torch.ops.arsg_dist.update_.default)
-    except (ImportError, AttributeError) as error:
+        cpu_library.register()
+    except cpu_library.UnusableLibraryError as error:
         warnings.warn(
-            f"ARSG runs without its CPU kernel, several times slower ({error}). "
-            f"Reinstall arsg-dist beside torch {torch.__version__} and a C++20 compiler (gcc 12 or newer) "
-            "with pip install --no-build-isolation --force-reinstall --no-deps",
+            f"ARSG runs without its CPU kernel, several times slower (foreach=True): {error}. Install arsg-dist's "
+            "wheel, or build it where a C++20 compiler is (gcc 11 or newer): in its checkout, pip install "
+            "--force-reinstall --no-deps .",
             stacklevel=2,
         )
         return None
+    return cast(Callable[..., list[int]], torch.ops.arsg_dist.update_.default)
 
 
 def _gpu_step(
@@ -244,9 +245,28 @@ def _update(
     foreach_step(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, hyper=hyper)
 
 
-_compiled = torch.compile(  # type: ignore[call-overload]  # torch's annotations lack recompile_limit
-    _update, fullgraph=True, dynamic=False, recompile_limit=_RECOMPILE_LIMIT
-)
+def _compiled(*arguments: Any) -> None:
+    """Run `_update` compiled."""
+    compiled, limits = _compiler()
+    with limits():
+        compiled(*arguments)
+
+
+@cache
+def _compiler() -> tuple[Callable[..., None], Callable[[], AbstractContextManager[Any]]]:
+    """Return `_update` compiled, and the context to call it in.
+
+    Made at the first call: importing the compiler takes seconds, which nobody else should wait for.
+    """
+    options: dict[str, Any] = {"fullgraph": True, "dynamic": False}
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:
+        return cast(Any, torch.compile)(_update, **options, recompile_limit=_RECOMPILE_LIMIT), nullcontext
+    # Before torch 2.12 the limit was one for the whole process, and had another name before 2.7.
+    import torch._dynamo.config as config
+
+    name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
+    patch = cast(Any, config).patch
+    return torch.compile(_update, **options), lambda: patch(**{name: _RECOMPILE_LIMIT})
 
 
 def _needs_steps(exp_avgs: list[Tensor], hyper: Hyperparameters) -> bool:

@@ -323,22 +323,6 @@ def trained(**choice) -> torch.Tensor:
     return params[0].detach()
 
 
-def test_missing_kernel_falls_back_with_one_warning(monkeypatch) -> None:
-    """Catches an import error at the first step, silence, and a warning every step."""
-    monkeypatch.setitem(sys.modules, "arsg_dist._C", None)
-    fused.cpu_kernel.cache_clear()
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            results = [trained(fused=True) for _ in range(2)]
-    finally:
-        fused.cpu_kernel.cache_clear()
-    assert len([w for w in caught if issubclass(w.category, UserWarning)]) == 1
-    assert "pip install --no-build-isolation" in str(caught[0].message)
-    expected = trained(foreach=True)
-    assert all(torch.equal(result, expected) for result in results)
-
-
 def test_failing_compiler_falls_back_with_one_warning(monkeypatch) -> None:
     """Catches a job that dies where Triton or a compiler is missing, and a new attempt at every step."""
     attempts = []

@@ -1,0 +1,193 @@
+"""Load the compiled kernels for CPU tensors and register them as operators of torch.
+
+The library (csrc/) has a plain C interface on bare pointers and links against the C library only, so one build serves
+every torch and Python: what it needs of tensors is read here. Its threads are those of the OpenMP runtime that torch
+has loaded. A kernel that is added to csrc/ gets here its argument types in `_load`, and an operator in `register`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from functools import cache
+from pathlib import Path
+from typing import Final
+
+import torch
+from torch import Tensor
+
+PATH: Final = Path(__file__).with_name("arsg_cpu.so")
+"""Where the build puts the library; not there where it was built without a compiler."""
+
+_INTERFACE: Final = 1  # of csrc/library.cpp
+_TYPES: Final = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_STATE_TYPES: Final = (torch.float32, torch.float64, torch.bfloat16)
+_AMSGRAD, _ADAM, _NONE = range(3)
+_FIRST: Final = {_AMSGRAD: 3, _ADAM: 4, _NONE: _NONE}  # the modes with precondition_first
+_JOB: Final = struct.Struct("=5Q2d2q")  # csrc/fused_cpu.cpp
+
+
+class UnusableLibraryError(Exception):
+    """Say why the compiled kernels cannot be used."""
+
+
+@cache
+def register() -> None:
+    """Load the library and make its functions torch's operators `torch.ops.arsg_dist.*`.
+
+    Raises:
+        UnusableLibraryError: it is not there, cannot be loaded, or is not of this version of the package.
+    """
+    _load()
+    # The dispatcher keeps out what has no plain memory: fake, meta and distributed tensors, negated views.
+    global _registered
+    _registered = torch.library.Library("arsg_dist", "DEF")
+    _registered.define(
+        "update_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+        "Tensor(d!)[] max_exp_avg_sqs, int[] steps, *, int preconditioner, float lr, float beta1, float beta2, "
+        "float mu, float eps, float coupled_decay, float decoupled_decay, float opposed_decay, bool maximize, "
+        "bool corrects_first, bool corrects_second, bool precondition_first) -> int[]"
+    )
+    _registered.impl("update_", _update, "CPU")
+
+
+_registered: torch.library.Library | None = None  # its operators live as long as it does
+
+
+@cache
+def _load() -> ctypes.CDLL:
+    """Load the library and hand it torch's threads."""
+    if not PATH.exists():
+        raise UnusableLibraryError("it was not compiled")
+    try:
+        library = ctypes.CDLL(str(PATH))
+        interface = library.arsg_interface()
+    except (OSError, AttributeError) as error:
+        raise UnusableLibraryError(str(error)) from error
+    if interface != _INTERFACE:
+        raise UnusableLibraryError(f"{PATH} was compiled from another version")
+    try:
+        # Found through what torch itself is linked with, whichever runtime that is.
+        torchs = ctypes.CDLL(torch._C.__file__)
+        runtime = [
+            ctypes.cast(getattr(torchs, name), ctypes.c_void_p)
+            for name in ("GOMP_parallel", "omp_get_num_threads", "omp_get_thread_num")
+        ]
+    except (OSError, AttributeError) as error:
+        raise UnusableLibraryError(f"this torch has no OpenMP threads: {error}") from error
+    library.arsg_use_openmp.argtypes = [ctypes.c_void_p] * 3
+    library.arsg_use_openmp(*runtime)
+    library.arsg_update.argtypes = [
+        ctypes.c_char_p, ctypes.c_int64, *[ctypes.c_int] * 4, *[ctypes.c_double] * 8, ctypes.c_bool,
+    ]  # fmt: skip
+    library.arsg_update.restype = ctypes.c_bool
+    return library
+
+
+def _update(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    max_exp_avg_sqs: list[Tensor],
+    steps: list[int],
+    *,
+    preconditioner: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    mu: float,
+    eps: float,
+    coupled_decay: float,
+    decoupled_decay: float,
+    opposed_decay: float,
+    maximize: bool,
+    corrects_first: bool,
+    corrects_second: bool,
+    precondition_first: bool,
+) -> list[int]:
+    """Update all parameters in one pass over memory; return the indices of those that are left as they are.
+
+    Left, to the caller, are parameters with gaps or overlaps in memory, and those whose gradient or a moment is laid
+    out otherwise. The arguments are those of `StepFunction` and `Hyperparameters`; weight_decay is split into its kinds
+    (`opposed_decay` is what of the decoupled one acts also where the update moves x away from 0), bias_correction into
+    the two moments'.
+    """
+    count, is_adam = len(params), preconditioner == _ADAM
+    if preconditioner not in _FIRST:
+        raise ValueError(f"unknown preconditioner {preconditioner}")
+    if (corrects_first or corrects_second) and not is_adam:
+        raise ValueError("bias correction is for preconditioner adam")
+    if count == 0:
+        return []
+    if not exp_avgs:
+        raise ValueError("exp_avgs must have one entry per parameter")
+    param_type, state_type = params[0].dtype, exp_avgs[0].dtype
+    if param_type not in _TYPES:
+        raise ValueError(f"parameters must be float32, float64, bfloat16 or float16, not {param_type}")
+    if state_type not in _STATE_TYPES:
+        raise ValueError(f"state must be float32, float64 or bfloat16, not {state_type}")
+    has_steps = is_adam or state_type == torch.bfloat16
+    moments = [exp_avgs, exp_avg_sqs, max_exp_avg_sqs]
+    wanted = [count, 0 if preconditioner == _NONE else count, count if preconditioner == _AMSGRAD else 0]
+    if len(grads) != count or [len(m) for m in moments] != wanted or (has_steps and len(steps) != count):
+        raise ValueError(
+            "the lists that the preconditioner needs must have one entry per parameter, the others none"
+        )
+    moments = [m for m in moments if m]
+    nulls = [0] * (3 - len(moments))
+    left: list[int] = []
+    jobs: list[bytes] = []
+    for k, (param, grad) in enumerate(zip(params, grads, strict=True)):
+        state = [m[k] for m in moments]
+        fits = [_same_memory(param, (param, grad), param_type), _same_memory(param, state, state_type)]
+        if not all(fits):
+            left.append(k)
+            continue
+        step = steps[k] if has_steps else 0
+        jobs.append(
+            _JOB.pack(
+                param.data_ptr(),
+                *[moment.data_ptr() for moment in state],
+                *nulls,
+                grad.data_ptr(),
+                (1 - mu) / (1 - beta1**step) if corrects_first else 1 - mu,
+                1 - beta2**step if corrects_second else 1.0,
+                step,
+                param.numel(),
+            )
+        )
+    known = _load().arsg_update(
+        b"".join(jobs), len(jobs), torch.get_num_threads(),
+        _FIRST[preconditioner] if precondition_first else preconditioner, _TYPES[param_type], _TYPES[state_type],
+        lr, beta1, beta2, mu, eps, coupled_decay, decoupled_decay, opposed_decay, maximize,
+    )  # fmt: skip
+    assert known
+    # As every in-place operation: autograd notices a stale graph.
+    torch.autograd.graph.increment_version([param for param in params if not param.is_inference()])
+    return left
+
+
+def _same_memory(param: Tensor, tensors: tuple[Tensor, ...] | list[Tensor], dtype: torch.dtype) -> bool:
+    """Say whether elements of all tensors lie in the order of the parameter's, without gaps; refuse other tensors."""
+    shape, stride, contiguous = param.shape, param.stride(), param.is_contiguous()
+    same = contiguous or is_dense(param)
+    for t in tensors:
+        if t.dtype is not dtype or t.shape != shape or not t.is_cpu or t.layout is not torch.strided:
+            raise ValueError(
+                f"expected a strided CPU tensor of {dtype} and sizes {list(shape)}, "
+                f"not {t.dtype} {list(t.shape)} on {t.device}"
+            )
+        same = same and (t.is_contiguous() if contiguous else t.stride() == stride)
+    return same
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Say whether a tensor's elements fill a piece of memory, each its own place."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1:
+            if stride != expected and tensor.numel():
+                return False
+            expected *= size
+    return True
