@@ -376,6 +376,145 @@ std::vector<int64_t> update_(
   return left;
 }
 
+// The rule of arsg_dist/optim/kernels/remote.py: reads x, x₀ and d, writes x and d, 20 bytes per float32 element.
+template <typename A>
+struct MoveScalars {
+  A beta1, pull, reach, decay;
+};
+
+struct MoveJob {
+  void *param, *movement;
+  const void* before;
+  int64_t numel;
+};
+
+template <bool kDecays, bool kMoves, typename P, typename A>
+MULTIVERSION void move_on(
+    Storage<P>* __restrict param,
+    const Storage<P>* __restrict before,
+    A* __restrict movement,
+    const int64_t numel,
+    const MoveScalars<A> s) {
+  for (int64_t i = 0; i < numel; ++i) {
+    A x = load<P, A>(param[i]);
+    const A old = load<P, A>(before[i]);
+    if constexpr (kDecays) {
+      const A step = x - old;
+      const bool away = ((step > 0) & (old > 0)) | ((step < 0) & (old < 0));
+      x = x - (away ? A{0} : s.decay) * old;
+    }
+    if constexpr (kMoves) {
+      const A d = s.beta1 * movement[i] + s.pull * (x - old);
+      movement[i] = d;
+      x = x + s.reach * d;
+    }
+    param[i] = store<P>(x);
+  }
+}
+
+template <bool kDecays, bool kMoves, typename P, typename A>
+void move_all(const std::vector<MoveJob>& jobs, const MoveScalars<double>& s) {
+  const MoveScalars<A> scalars{
+      static_cast<A>(s.beta1), static_cast<A>(s.pull), static_cast<A>(s.reach), static_cast<A>(s.decay)};
+  std::vector<int64_t> first_block(jobs.size() + 1, 0);
+  for (size_t k = 0; k < jobs.size(); ++k) {
+    first_block[k + 1] = first_block[k] + (jobs[k].numel + kBlock - 1) / kBlock;
+  }
+  at::parallel_for(0, first_block.back(), kGrainBlocks, [&](const int64_t begin, const int64_t end) {
+    auto k = static_cast<size_t>(
+        std::upper_bound(first_block.begin(), first_block.end(), begin) - first_block.begin() - 1);
+    for (; k < jobs.size() && first_block[k] < end; ++k) {
+      const MoveJob& job = jobs[k];
+      const int64_t from = std::max<int64_t>(begin - first_block[k], 0) * kBlock;
+      const int64_t to = std::min((end - first_block[k]) * kBlock, job.numel);
+      if (from < to) {
+        move_on<kDecays, kMoves, P, A>(
+            static_cast<Storage<P>*>(job.param) + from,
+            static_cast<const Storage<P>*>(job.before) + from,
+            job.movement == nullptr ? nullptr : static_cast<A*>(job.movement) + from,
+            to - from,
+            scalars);
+      }
+    }
+  });
+}
+
+template <typename P>
+void dispatch_move(const std::vector<MoveJob>& jobs, const MoveScalars<double>& s, const bool moves) {
+  using A = std::conditional_t<std::is_same_v<P, double>, double, float>;
+  if (s.decay != 0.0 && moves) {
+    move_all<true, true, P, A>(jobs, s);
+  } else if (s.decay != 0.0) {
+    move_all<true, false, P, A>(jobs, s);
+  } else {
+    move_all<false, true, P, A>(jobs, s);
+  }
+}
+
+// The arguments are those of `move_on` and `Move` in remote.py. Returns the indices of the parameters left as they are
+// because they have gaps or overlaps in memory, or because x₀ or the movement is laid out otherwise.
+std::vector<int64_t> move_on_(
+    at::TensorList params,
+    at::TensorList before,
+    at::TensorList movements,
+    double beta1,
+    double pull,
+    double reach,
+    double decay) {
+  const size_t count = params.size();
+  const bool moves = !movements.empty();
+  std::vector<int64_t> left;
+  TORCH_CHECK_VALUE(
+      before.size() == count && (!moves || movements.size() == count), "the lists must have one entry per parameter");
+  if (count == 0 || (!moves && decay == 0.0)) {
+    return left;
+  }
+  const c10::ScalarType type = params[0].scalar_type();
+  const c10::ScalarType movement_type = type == c10::kDouble ? c10::kDouble : c10::kFloat;
+  std::vector<MoveJob> jobs;
+  jobs.reserve(count);
+  for (size_t k = 0; k < count; ++k) {
+    const at::Tensor& p = params[k];
+    bool direct = p.is_non_overlapping_and_dense();
+    const auto data_of = [&](const at::Tensor& t, const c10::ScalarType dtype) {
+      check_tensor(t, p, dtype);
+      direct = direct && t.strides() == p.strides();
+      return t.data_ptr();
+    };
+    const MoveJob job{
+        data_of(p, type), moves ? data_of(movements[k], movement_type) : nullptr, data_of(before[k], type),
+        p.numel()};
+    if (direct) {
+      jobs.push_back(job);
+    } else {
+      left.push_back(static_cast<int64_t>(k));
+    }
+  }
+  const MoveScalars<double> s{beta1, pull, reach, decay};
+  switch (type) {
+    case c10::kFloat:
+      dispatch_move<float>(jobs, s, moves);
+      break;
+    case c10::kDouble:
+      dispatch_move<double>(jobs, s, moves);
+      break;
+    case c10::kBFloat16:
+      dispatch_move<BFloat16Bits>(jobs, s, moves);
+      break;
+    case c10::kHalf:
+      dispatch_move<HalfBits>(jobs, s, moves);
+      break;
+    default:
+      TORCH_CHECK_VALUE(false, "parameters must be float32, float64, bfloat16 or float16, not ", type);
+  }
+  for (const at::Tensor& p : params) {
+    if (!p.is_inference()) {
+      p.unsafeGetTensorImpl()->bump_version();
+    }
+  }
+  return left;
+}
+
 } // namespace
 
 TORCH_LIBRARY(arsg_dist, library) {
@@ -384,10 +523,14 @@ TORCH_LIBRARY(arsg_dist, library) {
       "Tensor(d!)[] max_exp_avg_sqs, int[] steps, *, int preconditioner, float lr, float beta1, float beta2, "
       "float mu, float eps, float coupled_decay, float decoupled_decay, float opposed_decay, bool maximize, "
       "bool corrects_first, bool corrects_second, bool precondition_first) -> int[]");
+  library.def(
+      "move_on_(Tensor(a!)[] params, Tensor[] before, Tensor(b!)[] movements, *, float beta1, float pull, float reach, "
+      "float decay) -> int[]");
 }
 
 TORCH_LIBRARY_IMPL(arsg_dist, CPU, library) {
   library.impl("update_", &update_);
+  library.impl("move_on_", &move_on_);
 }
 
 // Importing the module registers the operator; the module itself is empty.
