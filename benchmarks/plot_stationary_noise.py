@@ -3,8 +3,8 @@
     python -m benchmarks.plot_stationary_noise [--beta B] [--tau T ...] [--steps N] [--out PNG]
 
 Above that of x, where the network is evaluated, below that of the base iterate θ, both in units of ασ²/2λ, which x has
-in flat directions whatever μ is. Lines are `theory.stationary_variance` and `theory.base_iterate_variance`; dots are runs
-of `ARSG(preconditioner="none")` on that quadratic, many coordinates at once.
+in flat directions whatever μ is. Lines are `theory.stationary_variance` and `theory.base_iterate_variance`; dots are
+runs of `ARSG(preconditioner="none")` on that quadratic, many coordinates at once.
 """
 
 from __future__ import annotations

@@ -154,7 +154,9 @@ class Schedules:
                 )
             ratio = new / old
             for group in groups:
-                for key in (name, f"initial_{name}"):
+                # A boost's own is that of the wrapper's μ, where there is one.
+                initial = "" if name == "mu" and "remote_mu" in group else name.removeprefix("remote_")
+                for key in (name, f"initial_{initial}"):
                     if key in group:
                         set_value(group, key, float(group[key]) * ratio)
             if name == "lr":
