@@ -592,12 +592,13 @@ def test_a_matrix_method_is_refused_on_flat_partitions_whoever_makes_it() -> Non
 
 def test_a_lost_movement_is_refused(tmp_path: Path) -> None:
     """Catches a run that goes on from θ, and calls it x."""
-    engine = sharded(1, AllUsed(), optimizer=REMOTE)
+    adam = {"type": "RemoteObservation", "params": {"inner": "Adam", "remote_mu": 0.5, "remote_beta1": 0.75}}
+    engine = sharded(1, AllUsed(), optimizer=adam)
     go(engine, (1.0, -2.0))
     for state in engine.optimizer.state.values():
         del state["movement"]
     with pytest.raises(RuntimeError, match=r"lacks \['movement'\]"), base_iterate(engine.engine):
         pass
-    kept, again = saved(engine, tmp_path), sharded(1, AllUsed(), optimizer=REMOTE)
+    kept, again = saved(engine, tmp_path), sharded(1, AllUsed(), optimizer=adam)
     with pytest.raises(ValueError, match=r"has lost \['movement'\]"):
         again.load_state(kept)

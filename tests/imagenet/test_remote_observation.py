@@ -25,7 +25,8 @@ ENGINES = [
         "warm deepspeed", ["--deepspeed_config", "configs/deepspeed/zero3.json"], marks=pytest.mark.turn(1)
     ),
 ]
-OPTIMIZER = "{inner: AdamW, lr: 0.004, betas: [0.0, 0.95], eps: 1.0e-3, weight_decay: 0.05, remote_mu: 0.2, remote_beta1: 0.9}"
+INNER = "inner: AdamW, lr: 0.004, betas: [0.0, 0.95], eps: 1.0e-3, weight_decay: 0.05"
+OPTIMIZER = f"{{{INNER}, remote_mu: 0.2, remote_beta1: 0.9}}"
 
 
 @pytest.mark.ranks
