@@ -600,5 +600,5 @@ def test_a_lost_movement_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"lacks \['movement'\]"), base_iterate(engine.engine):
         pass
     kept, again = saved(engine, tmp_path), sharded(1, AllUsed(), optimizer=adam)
-    with pytest.raises(ValueError, match=r"has lost \['movement'\]"):
+    with pytest.raises(JobError, match=r"has lost \['movement'\]"):
         again.load_state(kept)

@@ -182,7 +182,7 @@ def check_saved(engine: Any, saved: SavedState, with_optimizer: bool, *, strict:
         entries = saved.entries(representative(saved, names))
         for name in names:
             _check_entries(saved, index, name, representative(saved, names))
-        lost = needed_state(group) - entries if entries and "preconditioner" in group else set()
+        lost = needed_state(group) - entries if entries else set()
         if lost == {"max_exp_avg_sq"} and _restart_allowed.get():
             continue
         if lost:
