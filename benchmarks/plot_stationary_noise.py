@@ -16,6 +16,7 @@ import matplotlib as mpl
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
+import matplotlib.ticker
 import torch
 
 from arsg_dist import ARSG, theory
@@ -77,6 +78,9 @@ def main() -> None:
     for axes in both:
         axes.axvline(nesterov, color="0.5", linewidth=1.0, linestyle=":")
         axes.set(yscale="log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
+        axes.yaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1.0, 2.0, 3.0, 5.0)))
         axes.grid(which="major", alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     both[0].annotate(
@@ -90,7 +94,11 @@ def main() -> None:
     both[1].set(
         xlabel=r"observation factor $\mu$", ylabel=r"variance of $\theta$, in $\alpha\sigma^2/2\lambda$"
     )
-    both[1].legend(title=r"$\tau$ = learning rate $\times$ curvature", frameon=False, loc="lower left")
+    handles, labels = both[1].get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside lower center", ncols=len(labels), frameon=False,
+        title=r"$\tau$ = learning rate $\times$ curvature",
+    )  # fmt: skip
     options.out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(options.out, dpi=120)
     print(f"wrote {options.out}")
