@@ -119,6 +119,7 @@ PIPELINED = {"read": True, "write": True}
         (_remote(inner="Muon"), "around Muon at ZeRO stage 2: Muon needs whole tensors.*use stage 0, or ddp"),
         (_remote(1, inner="Adafactor"), "Adafactor needs whole tensors"),
         (_remote(3, inner="Adagrad"), "Adagrad makes its state before"),
+        (_remote(0, inner="NAdam"), "around NAdam: it keeps numbers beside its step count"),
         (_remote(inner="AdamX"), "'AdamX' is not known"),
         (_remote(inner="RemoteObservation"), "around another optimizer, once"),
         (_remote(inner="AdamW", mu=0.1), "around AdamW has no parameter mu .*remote_mu"),

@@ -182,14 +182,19 @@ def check_partitioned(inner: type[Optimizer], config: Mapping[str, Any], source:
         source: what messages call it.
 
     Raises:
-        ValueError: it looks at whole tensors, is not known to update each element by itself, or makes its state too
-            early.
+        ValueError: it looks at whole tensors, is not known to update each element by itself, makes its state too early,
+            or has state that is not read from DeepSpeed's files.
     """
+    name = inner.__name__
+    if inner in (torch.optim.ASGD, torch.optim.NAdam):
+        raise ValueError(
+            f"{source} has RemoteObservation around {name}: it keeps numbers beside its step count, which are not read "
+            "from DeepSpeed's checkpoints; use Adam or SGD inside, or another engine"
+        )
     zero = config.get("zero_optimization")
     stage = zero.get("stage", 0) if isinstance(zero, dict) else 0
     if not stage or stage == AUTO:
         return
-    name = inner.__name__
     if inner is torch.optim.Adagrad:
         raise ValueError(
             f"{source} has RemoteObservation around Adagrad at ZeRO stage {stage}: Adagrad makes its state before "
