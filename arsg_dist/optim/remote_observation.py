@@ -305,6 +305,16 @@ def _check_inner(optimizer: Any) -> None:
         )
     if isinstance(optimizer, RemoteObservation):
         raise ValueError("RemoteObservation around RemoteObservation: the optimizer is wrapped already")
+    if hasattr(optimizer, "skip_synchronize"):
+        raise TypeError(
+            f"RemoteObservation goes inside Horovod's wrapper, not around it ({name}): "
+            "DistributedOptimizer(RemoteObservation(optimizer, ...), ...), and so with ShardedOptimizer"
+        )
+    if any(UNIT in group for group in optimizer.param_groups):
+        raise ValueError(
+            f"this {name} is inside another RemoteObservation, whose settings and movements it keeps: use that one, or "
+            "make the inner optimizer anew"
+        )
     if (
         inspect.signature(optimizer.step).parameters.get("closure", _OPTIONAL).default
         is inspect.Parameter.empty
