@@ -87,7 +87,7 @@ CASES = {
         {},
         ("ddp", "fsdp", "horovod", "zero0"),
         matrices=True,
-        relative=2e-2,  # it computes in bfloat16
+        relative=8e-2,  # it computes in bfloat16, also what ranks add up
     ),
     # Settings of ARSG beside those that the other tests of engines have.
     "bias_correction": Case(
