@@ -11,16 +11,19 @@ before it, and the decay of cautious weight decay::
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import cast
+from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 from arsg_dist.optim.hyperparameters import compute_dtype
+
+Kernel: TypeAlias = Callable[..., Sequence[int]]
+"""Moves tensors, and returns the indices of those that it leaves as they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,35 +53,37 @@ def move_on(tensors: list[Tensor], before: list[Tensor], movements: list[Tensor]
         move: the numbers.
     """
     lists = (tensors, before, movements)
-    left = range(len(tensors))
-    if not torch.compiler.is_compiling() and not isinstance(move.decay, Tensor) and tensors:
-        if all(type(x) in (Tensor, Parameter) and x.is_cpu for x in tensors):
+    left: Sequence[int] = range(len(tensors))
+    plain = all(type(x) in (Tensor, Parameter) for x in tensors) and not isinstance(move.decay, Tensor)
+    if plain and tensors and not torch.compiler.is_compiling():
+        kernel = None
+        if all(x.is_cpu for x in tensors):
             kernel = cpu_kernel()
-            if kernel is not None:
-                left = kernel(*lists, beta1=move.beta1, pull=move.pull, reach=move.reach, decay=move.decay)
-        elif all(type(x) in (Tensor, Parameter) and x.is_cuda for x in tensors):
-            left = _by_triton(lists, move)
+        elif all(x.is_cuda for x in tensors):
+            kernel = _gpu_kernel()
+        if kernel is not None:
+            left = kernel(*lists, beta1=move.beta1, pull=move.pull, reach=move.reach, decay=move.decay)
     if left:
         _by_foreach(*([many[i] for i in left] if many else [] for many in lists), move)
 
 
 @cache
-def cpu_kernel() -> Callable[..., range] | None:
+def cpu_kernel() -> Kernel | None:
     """Return the C++ kernel, or None where it is not built; ARSG warns of that, whose step it slows down far more."""
     try:
         importlib.import_module("arsg_dist._C")
-        return cast(Callable[..., range], torch.ops.arsg_dist.move_on_.default)
+        return cast(Kernel, torch.ops.arsg_dist.move_on_.default)
     except (ImportError, AttributeError):
         return None
 
 
-def _by_triton(lists: tuple[list[Tensor], list[Tensor], list[Tensor]], move: Move) -> range | list[int]:
-    """Move those that the kernel takes, and return the indices of the others."""
+@cache
+def _gpu_kernel() -> Kernel | None:
     try:
         from arsg_dist.optim.kernels.remote_triton import triton_move_on
     except ImportError:  # torch for GPUs brings Triton along, other builds may not
-        return range(len(lists[0]))
-    return triton_move_on(*lists, move)
+        return None
+    return triton_move_on
 
 
 def _by_foreach(tensors: list[Tensor], before: list[Tensor], movements: list[Tensor], move: Move) -> None:

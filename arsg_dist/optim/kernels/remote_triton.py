@@ -16,7 +16,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from arsg_dist.optim.kernels.remote import Move
 from arsg_dist.optim.kernels.triton_kernel import (
     CHUNK,
     ELEMENTS,
@@ -35,9 +34,25 @@ _failed = False
 
 
 def triton_move_on(
-    tensors: list[Tensor], before: list[Tensor], movements: list[Tensor], move: Move
+    tensors: list[Tensor],
+    before: list[Tensor],
+    movements: list[Tensor],
+    *,
+    beta1: float,
+    pull: float,
+    reach: float,
+    decay: float,
 ) -> list[int]:
     """Change parameters and movements in one launch, without synchronising with the device.
+
+    Args:
+        tensors: see `remote.move_on`.
+        before: likewise.
+        movements: likewise.
+        beta1: of `remote.Move`.
+        pull: likewise.
+        reach: likewise.
+        decay: likewise.
 
     Returns:
         The indices of those that are left as they are: float64, those with gaps or overlaps in memory, or whose
@@ -53,7 +68,7 @@ def triton_move_on(
     taken = [row for row, fits in zip(rows, direct, strict=True) if fits and row[0].numel()]
     try:
         if taken:
-            _launch(taken, move, moves=bool(movements))
+            _launch(taken, (beta1, pull, reach, decay), moves=bool(movements))
     except (
         Exception
     ) as error:  # of Triton, its backend, the C compiler or the driver: they have nothing in common
@@ -68,7 +83,9 @@ def triton_move_on(
     return [index for index, fits in enumerate(direct) if not fits]
 
 
-def _launch(rows: list[tuple[Tensor, Tensor, Tensor]], move: Move, *, moves: bool) -> None:
+def _launch(
+    rows: list[tuple[Tensor, Tensor, Tensor]], numbers: tuple[float, float, float, float], *, moves: bool
+) -> None:
     param = rows[0][0]
     device = param.device
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
@@ -84,12 +101,9 @@ def _launch(rows: list[tuple[Tensor, Tensor, Tensor]], move: Move, *, moves: boo
             sizes,
             chunks,
             total,
-            move.beta1,
-            move.pull,
-            move.reach,
-            move.decay,
+            *numbers,
             P=ELEMENTS[param.dtype],
-            DECAYS=move.decay != 0,
+            DECAYS=numbers[-1] != 0,
             MOVES=moves,
             SIZE=CHUNK,
             num_warps=WARPS,

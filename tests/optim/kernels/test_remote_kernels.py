@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from types import ModuleType
 
 import pytest
@@ -111,7 +112,7 @@ def test_the_gpu_kernels_bits_are_those_of_the_cpu_kernel(
     """Catches an operation in another order or contracted, a wrong chunk, mask or row of the table."""
     move = MOVES[name]
     ours, theirs = (problem(dtype, moves=move.reach > 0) for _ in range(2))
-    assert interpreted.triton_move_on(*ours, move) == []
+    assert interpreted.triton_move_on(*ours, **asdict(move)) == []
     move_on(*theirs, move)
     for actual, expected in zip((*ours[0], *ours[2]), (*theirs[0], *theirs[2]), strict=True):
         assert torch.equal(actual.nan_to_num(7.0), expected.nan_to_num(7.0)), f"{name} {actual.shape}"
@@ -119,6 +120,6 @@ def test_the_gpu_kernels_bits_are_those_of_the_cpu_kernel(
 
 def test_the_gpu_kernel_leaves_float64_and_gaps_to_foreach(interpreted: ModuleType) -> None:
     """Catches memory read as if it were dense, or as float32."""
-    move = MOVES["both"]
-    assert interpreted.triton_move_on(*problem(torch.float64, moves=True), move) == [*range(len(SHAPES))]
-    assert interpreted.triton_move_on(*problem(torch.float32, moves=True, gaps=True), move) == [1]
+    move = asdict(MOVES["both"])
+    assert interpreted.triton_move_on(*problem(torch.float64, moves=True), **move) == [*range(len(SHAPES))]
+    assert interpreted.triton_move_on(*problem(torch.float32, moves=True, gaps=True), **move) == [1]
