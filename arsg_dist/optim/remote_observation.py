@@ -241,9 +241,8 @@ class RemoteObservation(Optimizer):
             decay=group["lr"] * decay if decay else 0.0,
         )
         for alike in _alike(tensors):
-            move_on(
-                *([many[i] for i in alike] if many else [] for many in (tensors, before, movements)), move
-            )
+            x, x0, d = ([many[i] for i in alike] if many else [] for many in (tensors, before, movements))
+            move_on(x, x0, d, move)
 
     @contextmanager
     def base_iterate(self) -> Iterator[None]:

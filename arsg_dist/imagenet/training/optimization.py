@@ -242,5 +242,5 @@ def lr_factor(config: TrainConfig, updates_per_epoch: float, update: int) -> flo
 def shown_hyperparameters(optimizer: torch.optim.Optimizer) -> dict[str, float]:
     """Return the first group's learning rate and, if it has one, μ, to be shown."""
     group: dict[str, Any] = optimizer.param_groups[0]
-    shown = {key: float(group[key]) for key in ("lr", "mu") if key in group}
+    shown: dict[str, float] = {key: float(group[key]) for key in ("lr", "mu") if key in group}
     return shown | ({"mu": float(group["remote_mu"])} if "remote_mu" in group else {})

@@ -64,7 +64,8 @@ def move_on(tensors: list[Tensor], before: list[Tensor], movements: list[Tensor]
         if kernel is not None:
             left = kernel(*lists, beta1=move.beta1, pull=move.pull, reach=move.reach, decay=move.decay)
     if left:
-        _by_foreach(*([many[i] for i in left] if many else [] for many in lists), move)
+        x, x0, d = ([many[i] for i in left] if many else [] for many in lists)
+        _by_foreach(x, x0, d, move)
 
 
 @cache
