@@ -10,7 +10,7 @@ from torch import Tensor
 from arsg_dist.checkpoint.safetensors_file import write_safetensors
 from arsg_dist.engine.saved_state import SavedState
 from arsg_dist.engine.state import BUFFER, PARAMETER, TensorSpec
-from arsg_dist.optim.base_iterate import base_iterate_point
+from arsg_dist.optim.base_iterate import base_iterate_point, has_base_iterate
 
 Point = Literal["x", "theta"]
 Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -29,7 +29,7 @@ def export_saved(saved: SavedState, path: Path, at: Point = "x", dtype: torch.dt
         dtype: of parameters; buffers keep theirs.
 
     Raises:
-        ValueError: an argument, a damaged file, or θ of another optimizer than ARSG.
+        ValueError: an argument, a damaged file, or θ of an optimizer that has none.
         OSError: the file cannot be written.
     """
     check_arguments(at, dtype)
@@ -39,7 +39,7 @@ def export_saved(saved: SavedState, path: Path, at: Point = "x", dtype: torch.dt
         spec = _spec(saved, BUFFER, name)
         layout[name] = spec.dtype, spec.shape
     if at == "theta":
-        _check_arsg(saved)
+        _check_has_theta(saved)
     tensors = (tensor.to(layout[name][0]) for name, tensor in weights_of(saved, at))
     write_safetensors(path, layout, tensors, metadata_of(at))
 
@@ -55,7 +55,7 @@ def weights_of(saved: SavedState, at: Point = "x") -> Iterator[tuple[str, Tensor
         ValueError: a damaged file, or θ of another optimizer than ARSG.
     """
     if at == "theta":
-        _check_arsg(saved)
+        _check_has_theta(saved)
     for name, source in ({name: name for name in saved.parameters} | saved.aliases).items():
         yield name, _theta(saved, source) if at == "theta" else saved.whole(PARAMETER, source)
     for name in saved.buffers:
@@ -75,12 +75,13 @@ def metadata_of(at: Point) -> dict[str, str]:
     return {"format": "pt", "arsg_point": at}
 
 
-def _check_arsg(saved: SavedState) -> None:
+def _check_has_theta(saved: SavedState) -> None:
     if saved.group_of is None:
         raise ValueError(f"{saved.where} does not tell the settings of each parameter: export at='x'")
-    if any("base_iterate_scale" not in group for group in saved.groups):
+    if not all(map(has_base_iterate, saved.groups)):
         raise ValueError(
-            f"{saved.where} was not trained by ARSG, which alone has a base iterate: export at='x'"
+            f"{saved.where} was trained neither by ARSG nor by RemoteObservation, which alone have a base iterate: "
+            "export at='x'"
         )
 
 

@@ -15,7 +15,7 @@ from arsg_dist.deepspeed.checkpoint.zero_state import (
     release_whole_parameters,
     shards_of,
 )
-from arsg_dist.optim import ARSG
+from arsg_dist.optim import ARSG, RemoteObservation
 from arsg_dist.optim.base_iterate import base_iterate_point
 
 _CHUNK: Final = 1 << 24
@@ -85,7 +85,7 @@ def base_iterate(engine: Any) -> Iterator[None]:
         optimizer._at_base_iterate = False
 
 
-def _refusal(optimizer: ARSG, called: str) -> Callable[..., None]:
+def _refusal(optimizer: ARSG | RemoteObservation, called: str) -> Callable[..., None]:
     def refuse(*args: Any, **kwargs: Any) -> None:
         optimizer._refuse_at_base_iterate(called)
 

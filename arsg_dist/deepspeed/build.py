@@ -9,6 +9,7 @@ from arsg_dist.deepspeed.config.resolve import resolve_config
 from arsg_dist.deepspeed.config.side_effects import side_effects
 from arsg_dist.deepspeed.engine import DeepSpeedEngine, capabilities_at, connect
 from arsg_dist.engine import Communicator, Engine, EngineBuilder, Ranks, TrainingSettings
+from arsg_dist.optim.by_name import NAMES
 
 _NUMERIC: Final = (
     "communication_data_type",
@@ -47,7 +48,7 @@ class DeepSpeedBuilder(EngineBuilder):
         settle_precision(self.config, settings.precision, settings.config_file)
         stage = (self.config.get("zero_optimization") or {}).get("stage", 0)
         half = _precision_on(self.config)
-        if not stage and settings.optimizer_type != "ARSG" and half:
+        if not stage and settings.optimizer_type not in NAMES and half:
             raise ValueError(
                 f"optimizer.type {settings.optimizer_type} does not work with ZeRO stage 0 in {half}, where "
                 "DeepSpeed makes an update before the first batch: use stage 1, 2 or 3, or fp32"
@@ -77,8 +78,8 @@ class DeepSpeedBuilder(EngineBuilder):
             self.config,
             communicator,
             parameter_groups=settings.parameter_groups(module),
-            # ARSG is left to its name in the config, as in any script with DeepSpeed.
-            optimizer=None if settings.optimizer_type == "ARSG" else settings.build_optimizer,
+            # Ours are left to their names in the config, as in any script with DeepSpeed.
+            optimizer=None if settings.optimizer_type in NAMES else settings.build_optimizer,
             skip_nonfinite=settings.skip_nonfinite,
         )
 

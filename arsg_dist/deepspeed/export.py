@@ -48,7 +48,7 @@ def export(
     Raises:
         ValueError: another value of `at`, a dtype that is not floating, or a directory without such a checkpoint, or
             one that names something to execute, or was saved without the frozen parameters.
-        TypeError: neither an engine with ARSG nor a directory.
+        TypeError: neither an engine with ARSG or RemoteObservation nor a directory.
         OSError: rank 0 cannot write; from an engine, JobError on every rank.
         RuntimeError: θ is asked for and the optimizer's state is incomplete, or inside `base_iterate`.
     """

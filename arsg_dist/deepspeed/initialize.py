@@ -1,4 +1,4 @@
-"""Call `deepspeed.initialize` with ARSG as an object instead of by its name."""
+"""Call `deepspeed.initialize` with ARSG or RemoteObservation as an object instead of by its name."""
 
 import copy
 from collections.abc import Callable
@@ -10,9 +10,9 @@ from deepspeed.constants import TORCH_DISTRIBUTED_DEFAULT_PORT
 from torch.optim import Optimizer
 
 from arsg_dist.deepspeed.config.resolve import check_config
-from arsg_dist.deepspeed.registration import arsg_factory, makes_arsg
+from arsg_dist.deepspeed.registration import factory_of, makes_ours
 from arsg_dist.deepspeed.versions import load_config
-from arsg_dist.optim import ARSG
+from arsg_dist.optim.by_name import NAMES, OURS
 
 
 def initialize(
@@ -30,18 +30,19 @@ def initialize(
     mesh_param: Any = None,
     config_params: str | Path | dict[str, Any] | None = None,
 ) -> tuple[Any, Any, Any, Any]:
-    """Call `deepspeed.initialize` for ARSG, without its look-up of the type "ARSG".
+    """Call `deepspeed.initialize` for ARSG or RemoteObservation, without its look-up of the type.
 
-    Builds the ARSG that the config's optimizer section describes, or takes the one you pass, and hands it to DeepSpeed.
-    Same arguments and results as `deepspeed.initialize` (see there), except:
+    Builds the optimizer that the config's optimizer section describes, or takes the one you pass, and hands it to
+    DeepSpeed. Same arguments and results as `deepspeed.initialize` (see there), except:
 
     Args:
         args: may have `deepspeed_config`, the path of the config.
         model: a module.
-        optimizer: an ARSG, or a callable that takes parameters or groups and returns one. Default: from the config.
+        optimizer: an ARSG or RemoteObservation, or a callable that takes parameters or groups and returns one. Default:
+            from the config.
         model_parameters: parameters, or groups of them with settings of their own (lr, betas, mu, ...).
         training_data: see DeepSpeed.
-        lr_scheduler: see DeepSpeed; a callable gets the ARSG.
+        lr_scheduler: see DeepSpeed; a callable gets the optimizer.
         distributed_port: see DeepSpeed.
         mpu: see DeepSpeed.
         dist_init_required: see DeepSpeed.
@@ -54,8 +55,9 @@ def initialize(
         engine, optimizer (as DeepSpeed wrapped it), data loader or None, scheduler or None.
 
     Raises:
-        TypeError: the optimizer is not an ARSG, nor makes one.
-        ValueError: no config; no ARSG in it although no optimizer is passed; both; or what `check_config` refuses.
+        TypeError: the optimizer is none of these, nor makes one.
+        ValueError: no config; none of these in it although no optimizer is passed; both; or what `check_config`
+            refuses.
     """
     named = getattr(args, "deepspeed_config", None)
     given = [value for value in (config, config_params, named) if value is not None]
@@ -72,13 +74,14 @@ def initialize(
             "there is an optimizer in the DeepSpeed config and another one as an argument: remove one"
         )
     if optimizer is None:
-        if not section or section.get("type") != "ARSG":
+        if not section or section.get("type") not in NAMES:
             raise ValueError(
                 f"the DeepSpeed config has optimizer {section!r}: arsg_dist.deepspeed.initialize needs "
-                '{"type": "ARSG", ...} or optimizer=...; for other optimizers use deepspeed.initialize'
+                '{"type": "ARSG", ...}, {"type": "RemoteObservation", ...} or optimizer=...; for other optimizers use '
+                "deepspeed.initialize"
             )
-        optimizer = arsg_factory(section.get("params"), "the DeepSpeed config")
-    optimizer = _only_arsg(optimizer)
+        optimizer = factory_of(section["type"], section.get("params"), "the DeepSpeed config")
+    optimizer = _only_ours(optimizer)
     if named is not None:
         args.deepspeed_config = None  # DeepSpeed wants to be told once only
     try:
@@ -102,25 +105,25 @@ def initialize(
     return result
 
 
-def _only_arsg(optimizer: Any) -> Any:
-    """Return the optimizer; wrap a callable to refuse what is not an ARSG."""
-    if isinstance(optimizer, ARSG) or makes_arsg(optimizer):
+def _only_ours(optimizer: Any) -> Any:
+    """Return the optimizer; wrap a callable to refuse what is not ours."""
+    if isinstance(optimizer, OURS) or makes_ours(optimizer):
         return optimizer
     if isinstance(optimizer, type | Optimizer) or not callable(optimizer):
-        raise _not_arsg(optimizer)
+        raise _not_ours(optimizer)
 
-    def make(parameters: Any) -> ARSG:
+    def make(parameters: Any) -> Optimizer:
         made = optimizer(parameters)
-        if not isinstance(made, ARSG):
-            raise _not_arsg(made)
+        if not isinstance(made, OURS):
+            raise _not_ours(made)
         return made
 
     return make
 
 
-def _not_arsg(optimizer: Any) -> TypeError:
+def _not_ours(optimizer: Any) -> TypeError:
     name = optimizer.__name__ if isinstance(optimizer, type) else type(optimizer).__name__
     return TypeError(
-        f"arsg_dist.deepspeed.initialize takes an ARSG or a callable that makes one, not {name}: for other optimizers "
-        "use deepspeed.initialize"
+        f"arsg_dist.deepspeed.initialize takes an ARSG or RemoteObservation, or a callable that makes one, not {name}: "
+        "for other optimizers use deepspeed.initialize"
     )

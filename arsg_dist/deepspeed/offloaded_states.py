@@ -15,7 +15,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
 from arsg_dist.deepspeed.patching import Method, wrap_once
 from arsg_dist.deepspeed.versions import taken_for_fused_adam
-from arsg_dist.optim import ARSG
+from arsg_dist.optim.by_name import OURS
 
 _OURS = (OffloadStateTypeEnum.hp_params, OffloadStateTypeEnum.optim_states)
 
@@ -39,7 +39,7 @@ def _with_state_of_arsg_moved(method: Method) -> Method:
         non_blocking: bool = False,
     ) -> None:
         options = {"device": device, "pin_memory": pin_memory, "non_blocking": non_blocking}
-        if not isinstance(zero.optimizer, ARSG):
+        if not isinstance(zero.optimizer, OURS):
             method(zero, include=include, **options)
             return
         asked = list(OffloadStateTypeEnum) if include is None else list(include)
@@ -76,7 +76,7 @@ def _move_masters(zero: Any, device: str, *, pin_memory: bool, non_blocking: boo
 
 def _with_state_of_arsg_moved_back(method: Method) -> Method:
     def reload_states(zero: Any, non_blocking: bool = False) -> None:
-        mine = isinstance(zero.optimizer, ARSG) and OffloadStateTypeEnum.optim_states in zero.offloaded_states
+        mine = isinstance(zero.optimizer, OURS) and OffloadStateTypeEnum.optim_states in zero.offloaded_states
         if mine:
             zero.offloaded_states.remove(OffloadStateTypeEnum.optim_states)
             # DeepSpeed waits for the copies only where it is asked to make them without waiting.

@@ -13,7 +13,7 @@ from packaging.version import Version
 from torch.optim import Optimizer
 
 from arsg_dist.deepspeed.known_sources import KNOWN_SOURCES
-from arsg_dist.optim import ARSG
+from arsg_dist.optim.by_name import OURS
 
 Method = Callable[..., Any]
 
@@ -148,4 +148,4 @@ def repair(optimizers: Iterable[type[Optimizer]] = ()) -> None:
 
 def is_repaired(optimizer: Any) -> bool:
     """Tell whether engines of an optimizer are corrected."""
-    return isinstance(optimizer, (ARSG, *_others))
+    return isinstance(optimizer, (*OURS, *_others))

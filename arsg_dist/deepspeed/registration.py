@@ -1,4 +1,4 @@
-"""Register the optimizer type "ARSG" with DeepSpeed."""
+"""Register the optimizer types "ARSG" and "RemoteObservation" with DeepSpeed."""
 
 import functools
 import warnings
@@ -13,10 +13,11 @@ from deepspeed.runtime.engine import DeepSpeedEngine as _Engine
 from deepspeed.runtime.fp16.fused_optimizer import FP16_Optimizer
 from deepspeed.runtime.pipe.engine import PipelineEngine
 from deepspeed.runtime.zero import utils as zero_utils
+from torch.optim import Optimizer
 
 from arsg_dist.deepspeed.checkpoint.zero_state import experts_apart
-from arsg_dist.deepspeed.config.resolve import check_config
-from arsg_dist.deepspeed.config.rules import AUTO
+from arsg_dist.deepspeed.config.resolve import check_config, is_ours
+from arsg_dist.deepspeed.config.rules import AUTO, check_partitioned
 from arsg_dist.deepspeed.config.schedules import check_scheduler, with_schedules_for_arsg
 from arsg_dist.deepspeed.config.side_effects import check_swap_directory
 from arsg_dist.deepspeed.offloaded_states import support_offloaded_states
@@ -26,11 +27,12 @@ from arsg_dist.deepspeed.patches.training_step import patch_training_step
 from arsg_dist.deepspeed.patching import Method, check_known, is_repaired, wrap_once
 from arsg_dist.deepspeed.update_checks import check_updates
 from arsg_dist.deepspeed.versions import is_optimized_parameter
-from arsg_dist.optim import ARSG
+from arsg_dist.optim import ARSG, RemoteObservation
+from arsg_dist.optim.by_name import NAMES, OURS, make_optimizer
 
 
 def register() -> None:
-    """Register `arsg_dist.ARSG` as `"type": "ARSG"` of DeepSpeed configs.
+    """Register `arsg_dist.ARSG` and `RemoteObservation` as types of optimizers in DeepSpeed configs.
 
     DeepSpeed has no registry: it looks a type it does not know itself up in `torch.optim`, and ZeRO accepts an
     optimizer by its exact class. Here DeepSpeed's look-up is wrapped, so that torch stays as it is. More of its methods
@@ -41,8 +43,9 @@ def register() -> None:
     Raises:
         RuntimeError: this DeepSpeed is built differently.
     """
-    if ARSG not in zero_utils.ZERO_SUPPORTED_OPTIMIZERS:
-        zero_utils.ZERO_SUPPORTED_OPTIMIZERS.append(ARSG)
+    for kind in OURS:
+        if kind not in zero_utils.ZERO_SUPPORTED_OPTIMIZERS:
+            zero_utils.ZERO_SUPPORTED_OPTIMIZERS.append(kind)
     wrap_once(DeepSpeedConfig, "_initialize_params", _with_params_looked_at)
     wrap_once(_Engine, "_is_supported_optimizer", _with_arsg_known)
     wrap_once(_Engine, "_configure_basic_optimizer", _with_arsg_built)
@@ -57,11 +60,12 @@ def register() -> None:
     support_offloaded_states()
 
 
-def arsg_factory(params: Any, source: str) -> "functools.partial[ARSG]":
-    """Return what makes an ARSG from parameters or groups, with a config's settings.
+def factory_of(name: str, params: Any, source: str) -> "functools.partial[Any]":
+    """Return what makes an optimizer of ours from parameters or groups, with a config's settings.
 
     Args:
-        params: `optimizer.params` of a DeepSpeed config; None for ARSG's defaults.
+        name: of `NAMES`.
+        params: `optimizer.params` of a DeepSpeed config; None for the defaults.
         source: what messages call the config.
 
     Raises:
@@ -74,9 +78,12 @@ def arsg_factory(params: Any, source: str) -> "functools.partial[ARSG]":
     if left:
         raise ValueError(
             f'{source} has "auto" for {", ".join(left)}, which nothing has filled in (Hugging Face fills lr, betas, '
-            "eps and weight_decay, arsg-imagenet all of them): write a value, or leave it out for ARSG's default"
+            "eps and weight_decay, arsg-imagenet all of them): write a value, or leave it out for the optimizer's "
+            "default"
         )
-    return functools.partial(ARSG, **params)
+    if name == ARSG.__name__:
+        return functools.partial(ARSG, **params)
+    return functools.partial(make_optimizer, name, params, where=f"{source}'s optimizer")
 
 
 def _with_params_looked_at(method: Method) -> Method:
@@ -89,8 +96,8 @@ def _with_params_looked_at(method: Method) -> Method:
                 'the DeepSpeed config has optimizer.type = "auto", which nothing has filled in (arsg-imagenet does, '
                 'from its recipe): write "ARSG" and its params'
             )
-        if section.get("type") == "ARSG" and not isinstance(section.get("params"), dict):
-            arsg_factory(section.get("params"), "the DeepSpeed config")
+        if section.get("type") in NAMES and not isinstance(section.get("params"), dict):
+            factory_of(section["type"], section.get("params"), "the DeepSpeed config")
         method(config, param_dict)
 
     return _initialize_params
@@ -98,16 +105,17 @@ def _with_params_looked_at(method: Method) -> Method:
 
 def _with_arsg_known(method: Method) -> Method:
     def _is_supported_optimizer(engine: Any, name: str) -> Any:
-        return name == "ARSG" or method(engine, name)
+        return name in NAMES or method(engine, name)
 
     return _is_supported_optimizer
 
 
 def _with_arsg_built(method: Method) -> Method:
     def _configure_basic_optimizer(engine: Any, model_parameters: Iterable[Any]) -> Any:
-        if engine.optimizer_name() != "ARSG":
+        name = engine.optimizer_name()
+        if name not in NAMES:
             return method(engine, model_parameters)
-        return arsg_factory(engine.optimizer_params(), "the DeepSpeed config")(model_parameters)
+        return factory_of(name, engine.optimizer_params(), "the DeepSpeed config")(model_parameters)
 
     return _configure_basic_optimizer
 
@@ -115,9 +123,9 @@ def _with_arsg_built(method: Method) -> Method:
 def _with_arsg_check(method: Method) -> Method:
     def check(engine: Any) -> None:
         client = engine.client_optimizer
-        if isinstance(client, ARSG) or makes_arsg(client):
+        if isinstance(client, OURS) or makes_ours(client):
             _check(engine, from_config=False)
-        elif not client and str(engine.optimizer_name()).lower() == "arsg":
+        elif not client and is_ours(engine.optimizer_name()):
             _check(engine, from_config=True)
         method(engine)
 
@@ -129,11 +137,14 @@ def _with_built_arsg_check(method: Method) -> Method:
 
     def check(engine: Any, basic_optimizer: Any) -> Any:
         client = engine.client_optimizer
-        known = client is None or isinstance(client, ARSG) or makes_arsg(client)
-        if isinstance(basic_optimizer, ARSG) and not known:
+        known = client is None or isinstance(client, OURS) or makes_ours(client)
+        if isinstance(basic_optimizer, OURS) and not known:
             _check(engine, from_config=False)
+        if isinstance(basic_optimizer, RemoteObservation):
+            config: dict[str, Any] = engine._config._param_dict
+            check_partitioned(type(basic_optimizer.optimizer), config, "the DeepSpeed config")
         wrapper = method(engine, basic_optimizer)
-        if isinstance(basic_optimizer, ARSG):
+        if isinstance(basic_optimizer, OURS):
             _tell_what_will_not_work(engine, wrapper)
             if wrapper is not None:  # None: stage 0 in fp32
                 _drop_frozen_groups(basic_optimizer)
@@ -181,7 +192,7 @@ def _with_fused_refused(method: Method) -> Method:
     return _configure_fp16_optimizer
 
 
-def _drop_frozen_groups(optimizer: ARSG) -> None:
+def _drop_frozen_groups(optimizer: Optimizer) -> None:
     """Drop groups whose parameters are all frozen, as DeepSpeed drops empty ones.
 
     Stages 1 and 2 fail on them with an IndexError. They are dropped at every stage and precision where DeepSpeed makes
@@ -194,19 +205,23 @@ def _drop_frozen_groups(optimizer: ARSG) -> None:
     groups[:] = trained
 
 
-def makes_arsg(client: Any) -> bool:
-    """Tell whether a callable shows, without being called, that it makes an ARSG."""
-    return client is ARSG or (isinstance(client, functools.partial) and client.func is ARSG)
+def makes_ours(client: Any) -> bool:
+    """Tell whether a callable shows, without being called, that it makes an optimizer of ours."""
+    if not isinstance(client, functools.partial):
+        return client is ARSG
+    return client.func is ARSG or (client.func is make_optimizer and client.args[0] in NAMES)
 
 
 def _check(engine: Any, *, from_config: bool) -> None:
     check_known()
     config: dict[str, Any] = dict(engine._config._param_dict)
-    if from_config and getattr(torch.optim, "ARSG", ARSG) is not ARSG:
-        raise ValueError(
-            f'torch.optim.ARSG is {torch.optim.ARSG!r}: "type": "ARSG" could mean that one or arsg_dist\'s; '  # type: ignore[attr-defined]
-            "remove it, or pass optimizer=... to deepspeed.initialize"
-        )
+    for own in OURS if from_config else ():
+        name = own.__name__
+        if getattr(torch.optim, name, own) is not own and engine.optimizer_name() == name:
+            raise ValueError(
+                f'torch.optim.{name} is {getattr(torch.optim, name)!r}: "type": "{name}" could mean that one or '
+                "arsg_dist's; remove it, or pass optimizer=... to deepspeed.initialize"
+            )
     if not from_config:
         config.pop("optimizer", None)  # DeepSpeed takes no notice of it then
     if engine.client_lr_scheduler:

@@ -23,7 +23,7 @@ from arsg_dist.deepspeed.versions import fails_after_last
 from arsg_dist.engine import Communicator, JobError, SingleProcessCommunicator, TorchCommunicator
 from arsg_dist.engine.consistency import fingerprint
 from arsg_dist.engine.settings import start_comparison
-from arsg_dist.optim import ARSG
+from arsg_dist.optim.by_name import OURS
 
 _LOOKED_AT: Final = 4096
 """Elements of this rank's shards that are looked at before each update."""
@@ -50,7 +50,7 @@ def _with_frozen_noted(method: Method) -> Method:
 
     def _check_for_duplicates(engine: Any, optimizer: Any) -> None:
         method(engine, optimizer)
-        if isinstance(optimizer, ARSG):
+        if isinstance(optimizer, OURS):
             engine._frozen_at_start = [
                 parameter
                 for group in optimizer.param_groups
@@ -64,7 +64,7 @@ def _with_frozen_noted(method: Method) -> Method:
 def _with_checks(method: Method) -> Method:
     def initialize(engine: Any, *args: Any, **kwargs: Any) -> None:
         method(engine, *args, **kwargs)
-        if isinstance(getattr(engine, "basic_optimizer", None), ARSG):
+        if isinstance(getattr(engine, "basic_optimizer", None), OURS):
             engine._update_checks = engine.optimizer._update_checks = UpdateChecks(engine)
 
     return initialize

@@ -151,7 +151,7 @@ class Engine(ABC):
         RuntimeError inside, and so does nested use. See `arsg_dist.ARSG.base_iterate`.
 
         Raises:
-            TypeError: the optimizer is not ARSG.
+            TypeError: the optimizer is neither ARSG nor RemoteObservation.
             NotImplementedError: an engine that cannot do it.
         """
         raise NotImplementedError(f"{type(self).__name__} cannot evaluate at the base iterate")

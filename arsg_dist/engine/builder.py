@@ -26,7 +26,7 @@ class TrainingSettings:
         precision: "fp32", "bf16" or "fp16"; "auto" leaves it to the engine's own config, else fp32.
         skip_nonfinite: leave out updates whose gradient is not finite.
         channels_last: memory layout of the network, where the engine can train in it.
-        optimizer_type: "ARSG", or the name of a class of torch.optim.
+        optimizer_type: name of the optimizer, see `arsg_dist.optim.by_name`.
         optimizer_params: its settings.
         parameter_groups: makes the optimizer's parameter groups from the network.
         build_optimizer: makes the optimizer from them.

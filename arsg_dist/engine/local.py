@@ -168,7 +168,9 @@ class LocalEngine(Engine):
         """Move the parameters to θ and back."""
         base_iterate = getattr(self.optimizer, "base_iterate", None)
         if base_iterate is None:
-            raise TypeError(f"the base iterate is ARSG's; this optimizer is {type(self.optimizer).__name__}")
+            raise TypeError(
+                f"ARSG and RemoteObservation have a base iterate; this optimizer is {type(self.optimizer).__name__}"
+            )
         self._refuse_at_base_iterate("base_iterate")
         with base_iterate():
             self._at_base_iterate = True

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from arsg_dist.horovod.comm.process_groups import Group
 from arsg_dist.horovod.leaving import join, shutdown
 from arsg_dist.horovod.replicated.optimizer import ReplicatedOptimizer
-from arsg_dist.optim import ARSG
+from arsg_dist.optim.by_name import OURS
 
 _horovod_parameters: Callable[..., None] = functions.broadcast_parameters
 _horovod_state: Callable[..., None] = functions.broadcast_optimizer_state
@@ -70,7 +70,7 @@ def broadcast_parameters(params: Any, root_rank: int = 0) -> None:
 def broadcast_optimizer_state(optimizer: Optimizer, root_rank: int = 0, model: Any = None) -> None:
     """Broadcast one rank's optimizer settings and state. Collective.
 
-    That is learning rates, moments, maxima, step counts. For `ARSG` and for optimizers wrapped by
+    That is learning rates, moments, maxima, step counts. For `ARSG`, `RemoteObservation` and optimizers wrapped by
     `arsg_dist.horovod.DistributedOptimizer`; others go Horovod's way. Nothing is stepped: state that `root_rank` does
     not have is dropped elsewhere, state that others lack is created.
 
@@ -83,7 +83,7 @@ def broadcast_optimizer_state(optimizer: Optimizer, root_rank: int = 0, model: A
         ValueError: the ranks' optimizers have other groups or numbers of parameters (on every rank alike).
         TypeError: on every rank: a setting or an entry of the state is of a kind that `engine.messages` does not send.
     """
-    if not isinstance(optimizer, (ARSG, ReplicatedOptimizer)):
+    if not isinstance(optimizer, (*OURS, ReplicatedOptimizer)):
         _horovod_state(optimizer, root_rank, model)
         return
     shapes = [[tuple(p.shape) for p in group["params"]] for group in optimizer.param_groups]

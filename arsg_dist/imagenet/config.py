@@ -259,10 +259,12 @@ class OptimizerConfig(Section):
     prefix = "optimizer."
 
     type: str = "ARSG"
-    """"ARSG", or a class of `torch.optim` ("SGD", "Adam", ...) for baselines."""
+    """"ARSG"; "RemoteObservation" around another optimizer; "Lion" or a class of `torch.optim` ("SGD", "Adam", ...) for
+    baselines."""
     params: dict[str, Parameter] = field(default_factory=dict)
     """keyword arguments of that class, numbers, booleans, text, null and lists of these; a key it does not have is an
-    error."""
+    error. Of RemoteObservation: `inner`, the name of the optimizer inside, whose own settings stand beside it, and
+    `remote_mu`, `remote_beta1`, `remote_cautious_weight_decay`."""
     decay_norm_and_bias: bool = True
     """whether weight decay also acts on parameters with one dimension (batch norm and biases), as in the paper; if not,
     they are a parameter group of their own."""
@@ -358,7 +360,8 @@ class TrainConfig(Section):
     ema_decay: Share = 0.0
     """decay per update of a moving average of the weights, validated and exported besides; 0 for none."""
     evaluate_at: Literal["x", "theta"] = "x"
-    """"x": validate the weights as they are, at ARSG's observation point; "theta": at its base iterate."""
+    """"x": validate the weights as they are, at the observation point; "theta": at the base iterate of ARSG or
+    RemoteObservation."""
     epochs: Count = 90
     """passes over the training split."""
     batch_size: Count = 256
@@ -425,8 +428,8 @@ class TrainConfig(Section):
             (self.evaluate_at == "theta", "evaluate_at: theta"),
         ):
             _require(
-                not wanted or self.optimizer.type == "ARSG",
-                f"{name} is for the optimizer ARSG, not {self.optimizer.type}",
+                not wanted or self.optimizer.type in ("ARSG", "RemoteObservation"),
+                f"{name} is for the optimizers ARSG and RemoteObservation, not {self.optimizer.type}",
             )
 
     def micro_batch_size(self, world_size: int) -> int:

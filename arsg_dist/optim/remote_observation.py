@@ -11,14 +11,21 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from arsg_dist.optim.base_iterate import moved_to_base_iterate, refuse_at_base_iterate
+from arsg_dist.optim.base_iterate import (
+    MOVEMENT,
+    UNIT,
+    base_iterate_point,
+    moved_to_base_iterate,
+    refuse_at_base_iterate,
+)
 from arsg_dist.optim.hyperparameters import compute_dtype, number
+from arsg_dist.optim.kernels.remote import Move, move_on
 from arsg_dist.optim.state import local, real, shield_dtypes, unshielded
 
-MOVEMENT: Final = "movement"
-"""Key of d in the state of a parameter, beside what the inner optimizer keeps."""
 SETTINGS: Final = ("remote_mu", "remote_beta1", "remote_cautious_weight_decay")
 """Keys of the settings in a group, beside what the inner optimizer keeps."""
+ABSENT: Final = {"remote_cautious_weight_decay": 0.0, UNIT: 1.0}
+"""What groups have that were pickled before there was such a setting."""
 
 
 class RemoteObservation(Optimizer):
@@ -70,27 +77,43 @@ class RemoteObservation(Optimizer):
         cautious_weight_decay: float = 0.0,
     ) -> None:
         _check_inner(optimizer)
-        self.optimizer = optimizer
         settings = _validated(
             dict(zip(SETTINGS, (mu, beta1, cautious_weight_decay), strict=True)) | {"lr": None}
         )
         for group in optimizer.param_groups:
             group.update(_validated({**settings, **group}))
+            group.setdefault(UNIT, 1.0)
+        self.optimizer: Optimizer = _Beginning()  # type: ignore[assignment]  # takes what torch sets at first
         super().__init__(optimizer.param_groups, {**optimizer.defaults, **settings})
-        self._share()
+        self.optimizer = optimizer
 
-    def _share(self) -> None:
-        self.param_groups, self.state = self.optimizer.param_groups, self.optimizer.state
+    # Not shared by reference: engines put other groups in the place of these, and mean those that `step` updates.
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """Parameter groups of the inner optimizer."""
+        return self.optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.optimizer.param_groups = groups
+
+    @property
+    def state(self) -> Any:  # type: ignore[override]
+        """State of the inner optimizer, the movements among it."""
+        return self.optimizer.state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self.optimizer.state = state
 
     def __getstate__(self) -> dict[str, Any]:
         return {"optimizer": self.optimizer, "defaults": self.defaults}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # torch restores the hooks' dictionaries, which are not pickled.
-        super().__setstate__({**state, "param_groups": state["optimizer"].param_groups})
+        super().__setstate__(state)  # restores the hooks' dictionaries, which are not pickled
         for group in state["optimizer"].param_groups:
-            group.setdefault("remote_cautious_weight_decay", 0.0)  # pickled before there was one
-        self._share()
+            for name, absent in ABSENT.items():
+                group.setdefault(name, absent)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__} around {self.optimizer!r}"
@@ -106,13 +129,14 @@ class RemoteObservation(Optimizer):
             TypeError: a setting of the wrong kind.
             ValueError: a setting out of range, and what the inner optimizer raises.
         """
-        if any(param_group is group for group in self.optimizer.param_groups):
+        if isinstance(self.optimizer, _Beginning):
             super().add_param_group(param_group)  # of those that the inner optimizer was made with
             return
         self._refuse_at_base_iterate("add_param_group")
         own = {name: self.defaults[name] for name in SETTINGS}
         if isinstance(param_group, dict):
             param_group.update(_validated({**self.optimizer.defaults, **own, **param_group}))
+            param_group.setdefault(UNIT, 1.0)
         self.optimizer.add_param_group(param_group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -127,7 +151,7 @@ class RemoteObservation(Optimizer):
         """
         self._refuse_at_base_iterate("load_state_dict")
         groups = [
-            {**{name: own[name] for name in SETTINGS}, **loaded}
+            {**{name: own[name] for name in SETTINGS}, UNIT: 1.0, **loaded}
             for own, loaded in zip(self.param_groups, state_dict["param_groups"], strict=False)
         ]
         for group in groups:
@@ -140,7 +164,6 @@ class RemoteObservation(Optimizer):
             self.optimizer.load_state_dict(complete)
         finally:
             handle.remove()
-        self._share()
         for group in self.param_groups:
             for param in group["params"]:
                 if MOVEMENT in self.state.get(param, {}):
@@ -202,22 +225,24 @@ class RemoteObservation(Optimizer):
     def _move_on(
         self, group: dict[str, Any], params: list[Tensor], tensors: list[Tensor], before: list[Tensor]
     ) -> None:
-        mu = group["remote_mu"]
-        if group["remote_cautious_weight_decay"] > 0:
-            _decay_cautiously(group, tensors, before)
-        if mu == 1:
-            return
-        for param in params:
-            if MOVEMENT not in self.state[param]:
-                self.state[param][MOVEMENT] = torch.zeros_like(param, dtype=_dtype(param))
-        movements = [real(local(self.state[param][MOVEMENT])) for param in params]
-        wide = [old.to(d.dtype) for old, d in zip(before, movements, strict=True)]
-        after = [x.to(d.dtype) for x, d in zip(tensors, movements, strict=True)]
-        torch._foreach_sub_(wide, after)  # −Δ
-        torch._foreach_mul_(movements, group["remote_beta1"])  # γ + (1−γ)(1−μ) = β1
-        torch._foreach_add_(movements, wide, alpha=-(1 - group["remote_beta1"]) / mu)  # 1−γ
-        moved = torch._foreach_add(after, movements, alpha=1 - mu)
-        torch._foreach_copy_(tensors, moved)
+        mu, beta1, unit = group["remote_mu"], group["remote_beta1"], group[UNIT]
+        decay = group["remote_cautious_weight_decay"]
+        movements: list[Tensor] = []
+        if mu < 1:
+            for param in params:
+                if MOVEMENT not in self.state[param]:
+                    self.state[param][MOVEMENT] = torch.zeros_like(param, dtype=_dtype(param))
+            movements = [real(local(self.state[param][MOVEMENT])) for param in params]
+        # With γ = 1 − (1−β1)/μ: γ + (1−γ)(1−μ) = β1, and 1−γ is what Δ is weighted with.
+        move = Move(
+            beta1=beta1,
+            pull=(1 - beta1) / (mu * unit),
+            reach=(1 - mu) * unit,
+            decay=group["lr"] * decay if decay else 0.0,
+        )
+        for alike in _alike(tensors):
+            x, x0, d = ([many[i] for i in alike] if many else [] for many in (tensors, before, movements))
+            move_on(x, x0, d, move)
 
     @contextmanager
     def base_iterate(self) -> Iterator[None]:
@@ -231,10 +256,8 @@ class RemoteObservation(Optimizer):
         """
 
         def point(param: Tensor, group: dict[str, Any]) -> Tensor | None:
-            if MOVEMENT not in self.state.get(param, {}):
-                return None
-            x, d = real(local(param)), real(local(self.state[param][MOVEMENT]))
-            return x.to(d.dtype).sub(d, alpha=1 - group["remote_mu"])
+            held = self.state.get(param, {})
+            return base_iterate_point(local(param), held, group) if MOVEMENT in held else None
 
         with moved_to_base_iterate(self, point):
             yield
@@ -243,18 +266,24 @@ class RemoteObservation(Optimizer):
         refuse_at_base_iterate(self._at_base_iterate, what)
 
 
+class _Beginning:
+    """Stand for the inner optimizer while torch sets groups and state to nothing."""
+
+    param_groups: list[dict[str, Any]]
+    state: Any
+
+
 def _acts(group: dict[str, Any]) -> bool:
     """Say whether there is anything to do after the inner optimizer's step."""
     return bool(group["remote_mu"] < 1 or group["remote_cautious_weight_decay"] > 0)
 
 
-def _decay_cautiously(group: dict[str, Any], tensors: list[Tensor], before: list[Tensor]) -> None:
-    """Let decay those elements that the inner optimizer's step did not move away from 0."""
-    for x, old in zip(tensors, before, strict=True):
-        dtype = compute_dtype(x.dtype)
-        after, start = x.to(dtype), old.to(dtype)
-        decayed = after - (group["lr"] * group["remote_cautious_weight_decay"]) * start
-        x.copy_(torch.where((after - start).sign() * start.sign() <= 0, decayed, after))
+def _alike(tensors: list[Tensor]) -> list[list[int]]:
+    """Return the places of tensors of one dtype and device each."""
+    places: dict[Any, list[int]] = {}
+    for place, tensor in enumerate(tensors):
+        places.setdefault((tensor.dtype, tensor.device), []).append(place)
+    return list(places.values())
 
 
 def _tensors(params: list[Tensor]) -> list[Tensor]:
@@ -275,6 +304,16 @@ def _check_inner(optimizer: Any) -> None:
         )
     if isinstance(optimizer, RemoteObservation):
         raise ValueError("RemoteObservation around RemoteObservation: the optimizer is wrapped already")
+    if hasattr(optimizer, "skip_synchronize"):
+        raise TypeError(
+            f"RemoteObservation goes inside Horovod's wrapper, not around it ({name}): "
+            "DistributedOptimizer(RemoteObservation(optimizer, ...), ...), and so with ShardedOptimizer"
+        )
+    if any(UNIT in group for group in optimizer.param_groups):
+        raise ValueError(
+            f"this {name} is inside another RemoteObservation, whose settings and movements it keeps: use that one, or "
+            "make the inner optimizer anew"
+        )
     if (
         inspect.signature(optimizer.step).parameters.get("closure", _OPTIONAL).default
         is inspect.Parameter.empty

@@ -77,6 +77,13 @@ def _config(offload: dict[str, Any], stage: int = 3, **params: Any) -> dict[str,
     }
 
 
+def _remote(stage: int = 2, **params: Any) -> dict[str, Any]:
+    return {
+        "optimizer": {"type": "RemoteObservation", "params": params},
+        "zero_optimization": {"stage": stage},
+    }
+
+
 def _nvme(buffers: int | None = None, *, read: bool = False, write: bool = False) -> dict[str, Any]:
     count = {} if buffers is None else {"buffer_count": buffers}
     return {"device": "nvme", "nvme_path": "/nvme", "pipeline_read": read, "pipeline_write": write, **count}
@@ -107,6 +114,18 @@ PIPELINED = {"read": True, "write": True}
         (
             {"optimizer": {"type": "ARSG", "params": {"nu": 0.1}}},
             "nu, which ARSG does not have; it has .*'mu'",
+        ),
+        ({"optimizer": {"type": "remoteobservation"}}, "write 'RemoteObservation'"),
+        (_remote(inner="Muon"), "around Muon at ZeRO stage 2: Muon needs whole tensors.*use stage 0, or ddp"),
+        (_remote(1, inner="Adafactor"), "Adafactor needs whole tensors"),
+        (_remote(3, inner="Adagrad"), "Adagrad makes its state before"),
+        (_remote(0, inner="NAdam"), "around NAdam: it keeps numbers beside its step count"),
+        (_remote(inner="AdamX"), "'AdamX' is not known"),
+        (_remote(inner="RemoteObservation"), "around another optimizer, once"),
+        (_remote(inner="AdamW", mu=0.1), "around AdamW has no parameter mu .*remote_mu"),
+        (
+            {**_config(_nvme(9)), "optimizer": {"type": "RemoteObservation", "params": {"inner": "SGD"}}},
+            "NVMe, which does not work with RemoteObservation",
         ),
         (_config(_nvme(9), stage=1), "'nvme'.*stages 1 and 2 DeepSpeed keeps the state in CPU memory"),
         (_config(_nvme(9), stage=2), "'nvme'.*stages 1 and 2 DeepSpeed keeps the state in CPU memory"),

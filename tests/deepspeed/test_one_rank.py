@@ -12,9 +12,10 @@ from typing import Any
 import deepspeed
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from arsg_dist import ARSG, theory
+from arsg_dist import ARSG, ObservationBoost, RemoteObservation, theory
 from arsg_dist.checkpoint import CheckpointStore, SavedRun, save_run
 from arsg_dist.deepspeed import DeepSpeedEngine, base_iterate, export, restart_lost_maximum
 from arsg_dist.deepspeed.checkpoint.engine_state import dynamic_scaler
@@ -498,3 +499,106 @@ def test_modes_of_the_update_come_from_json_and_go_on_from_one_process(stage: in
     assert weights(engine) == pytest.approx([x for x, _ in expected], rel=1e-5)
     with base_iterate(engine.engine):
         assert weights(engine) == pytest.approx([theta for _, theta in expected], rel=1e-5)
+
+
+REMOTE: dict[str, Any] = {
+    "type": "RemoteObservation",
+    "params": {"inner": "SGD", "lr": 0.1, "remote_mu": 0.5, "remote_beta1": 0.75},
+}
+
+
+def remote_by_hand(*gradients: float, lr: float, boosted_after: int = 0) -> tuple[float, float]:
+    """x after updates with these gradients from 1, and its base iterate."""
+    x, d, mu, beta1 = 1.0, 0.0, 0.5, 0.75
+    for update, gradient in enumerate(gradients, 1):
+        step = -lr * gradient
+        d = beta1 * d + (1 - beta1) / mu * step
+        x += step + (1 - mu) * d
+        if update == boosted_after:  # lr is αμ; the movement is that of the old α
+            ratio = theory.boost_ratio(beta1, mu, 1.5 * mu)
+            lr, mu, d = lr * ratio * 1.5, mu * 1.5, d * ratio
+    return x, x - (1 - mu) * d
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_remote_observation_goes_through_deepspeeds_own_checkpoints(stage: int, tmp_path: Path) -> None:
+    """Catches a movement that DeepSpeed's loaders or the universal layout leave out, a θ without it, and state of an
+    inner optimizer made before the first batch."""
+    engine = sharded(stage, AllUsed(), optimizer=REMOTE)
+    assert not engine.optimizer.state
+    go(engine, (1.0, -2.0), (0.5, 1.0))
+    engine.engine.save_checkpoint(str(tmp_path), tag="two")
+    _, theta = remote_by_hand(1.0, 0.5, lr=0.1)
+    _, theta_of_last = remote_by_hand(-2.0, 1.0, lr=0.5)
+    for source in (engine.engine, tmp_path / "two"):
+        export(source, tmp_path / "theta.safetensors", at="theta")
+        exported = load_file(tmp_path / "theta.safetensors")
+        assert exported["first"][0].item() == pytest.approx(theta, rel=1e-5)
+        assert exported["last"][0].item() == pytest.approx(theta_of_last, rel=1e-5)
+    with base_iterate(engine.engine):
+        assert weights(engine) == pytest.approx([theta, theta, theta_of_last], rel=1e-5)
+    convert(tmp_path / "two", tmp_path / "universal")
+    first, last = remote_by_hand(1.0, 0.5, 2.0, lr=0.1)[0], remote_by_hand(-2.0, 1.0, 3.0, lr=0.5)[0]
+    for other, more in ((stage, {}), ((stage + 1) % 4, {"checkpoint": {"load_universal": True}})):
+        again = sharded(other, AllUsed(), optimizer=REMOTE, **more)
+        again.engine.load_checkpoint(str(tmp_path), tag="universal" if more else "two")
+        go(again, (2.0, 3.0))
+        assert weights(again) == pytest.approx([first, first, last], rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_boost_of_remote_observation_reaches_every_movement(stage: int, tmp_path: Path) -> None:
+    """Catches movements of before the boost that keep their size where an engine keeps them out of the groups, as stage
+    3 does between updates; and a boost that a checkpoint forgets."""
+    engine = sharded(stage, AllUsed(), optimizer=REMOTE)
+    boost = ObservationBoost(engine.optimizer, milestones=[1], factor=1.5)
+    go(engine, (1.0, -2.0))
+    boost.step()
+    state = saved(engine, tmp_path)
+    go(engine, (2.0, 3.0))
+    first = remote_by_hand(1.0, 2.0, lr=0.1, boosted_after=1)[0]
+    expected = [first, first, remote_by_hand(-2.0, 3.0, lr=0.5, boosted_after=1)[0]]
+    assert weights(engine) == pytest.approx(expected, rel=1e-5)
+    again = sharded((stage + 1) % 4, AllUsed(), optimizer=REMOTE)
+    again.load_state(state)
+    go(again, (2.0, 3.0))
+    assert weights(again) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_matrix_method_is_refused_on_flat_partitions_whoever_makes_it() -> None:
+    """Catches a Muon that is handed to DeepSpeed as a callable and orthogonalises a flat vector; and one at stage 0,
+    which has whole tensors, that is refused."""
+
+    def make(parameters: Any) -> RemoteObservation:
+        return RemoteObservation(torch.optim.Muon(parameters, lr=0.1), mu=0.5, beta1=0.75)
+
+    for stage in STAGES:
+        config = {
+            "train_batch_size": 1,
+            "gradient_clipping": 0.0,
+            "zero_optimization": {"stage": stage, "reduce_bucket_size": 1000},
+        }
+        module = nn.Linear(3, 2, bias=False)
+        if stage:
+            with pytest.raises(ValueError, match=r"Muon needs whole tensors.*use stage 0"):
+                deepspeed.initialize(
+                    model=module, model_parameters=[*module.parameters()], optimizer=make, config=config
+                )
+        else:
+            deepspeed.initialize(
+                model=module, model_parameters=[*module.parameters()], optimizer=make, config=config
+            )
+
+
+def test_a_lost_movement_is_refused(tmp_path: Path) -> None:
+    """Catches a run that goes on from θ, and calls it x."""
+    adam = {"type": "RemoteObservation", "params": {"inner": "Adam", "remote_mu": 0.5, "remote_beta1": 0.75}}
+    engine = sharded(1, AllUsed(), optimizer=adam)
+    go(engine, (1.0, -2.0))
+    for state in engine.optimizer.state.values():
+        del state["movement"]
+    with pytest.raises(RuntimeError, match=r"lacks \['movement'\]"), base_iterate(engine.engine):
+        pass
+    kept, again = saved(engine, tmp_path), sharded(1, AllUsed(), optimizer=adam)
+    with pytest.raises(JobError, match=r"has lost \['movement'\]"):
+        again.load_state(kept)

@@ -251,6 +251,19 @@ def test_parameters_on_nvme_keep_a_part_and_buffers_in_memory() -> None:
     assert said["parameter buffers", "cpu"] == 3 * 2 * 1024
 
 
+def test_remote_observation_keeps_a_movement_beside_what_its_inner_optimizer_keeps() -> None:
+    """Catches memory that is counted as ARSG's, or without the movement."""
+    movement = "d (average movement)"
+    adamw = {"inner": "AdamW", "lr": "auto", "betas": [0.0, 0.9]}, ["exp_avg", "exp_avg_sq", movement]
+    sgd = {"inner": "SGD", "lr": "auto"}, [movement]
+    for params, kept in (adamw, sgd):
+        section = {"type": "RemoteObservation", "params": {**params, "remote_mu": 0.2, "remote_beta1": 0.9}}
+        config = _arsg() | {"optimizer": section, "zero_optimization": {"stage": 1}}
+        said = {entry.what: entry.bytes for entry in explain(config, parameters=[100], world_size=2).memory}
+        assert {name: said[name] for name in kept} == dict.fromkeys(kept, 4 * 50)
+        assert not {"m", "v", "v̂"} & said.keys()
+
+
 @pytest.mark.parametrize(
     ("sizes", "steps"),
     [

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from arsg_dist.horovod.sharded.arguments import ELEMENT_WISE
+from arsg_dist import RemoteObservation
+from arsg_dist.optim.by_name import ELEMENT_WISE
 from tests.horovod.jobs.process_sets_job import CHECKS
 from tests.horovod.jobs.sharded_cases import CASES, OPTIMIZERS, OTHER_OPTIMIZERS
 from tests.support.launchers import launch
@@ -19,7 +20,15 @@ MPI_AND_GLOO = [  # every turn has both
     pytest.param("mpirun", 4, marks=pytest.mark.turn(2)),
     pytest.param("horovodrun", 4, marks=pytest.mark.turn(0)),
 ]
-CORE = ("groups", "adamw", "sgd with momentum", "bf16 in groups", "grad scaler and clipping", "clipping")
+CORE = (
+    "groups",
+    "remote observation, boosted",
+    "adamw",
+    "sgd with momentum",
+    "bf16 in groups",
+    "grad scaler and clipping",
+    "clipping",
+)
 
 
 def check(launcher: str, ranks: int, *names: str, shard_group: str = "") -> None:
@@ -50,7 +59,7 @@ def test_every_configuration_equals_one_process(launcher: str, ranks: int) -> No
 def test_every_optimizer_that_is_accepted_equals_one_process() -> None:
     """Catches an optimizer called element-wise that is not, or state of its own that is cut or gathered wrongly."""
     tested = {type(make([torch.zeros(1, requires_grad=True)])) for make in OPTIMIZERS.values()}
-    assert tested == set(ELEMENT_WISE)
+    assert tested == {*ELEMENT_WISE, RemoteObservation}
     check("mpirun", 3, *(case.name for case in OTHER_OPTIMIZERS))
 
 

@@ -49,6 +49,30 @@ CASES: dict[str, tuple[list[str], str]] = {
         ["--optimizer.params", "{lr: 0.1, momentum: 0.9}"],
         "ARSG has no parameter momentum",
     ),
+    "nothing inside": (
+        ["--optimizer.type", "RemoteObservation", "--optimizer.params", "{lr: 0.1}"],
+        "name it by optimizer.params.inner",
+    ),
+    "wrapped twice": (
+        ["--optimizer.type", "RemoteObservation", "--optimizer.params", "{inner: RemoteObservation}"],
+        "goes around another optimizer, once",
+    ),
+    "wrapper's setting without its prefix": (
+        ["--optimizer.type", "RemoteObservation", "--optimizer.params", "{inner: AdamW, mu: 0.1}"],
+        "RemoteObservation around AdamW has no parameter mu",
+    ),
+    "remote mu too small": (
+        ["--optimizer.type", "RemoteObservation", "--optimizer.params", "{inner: SGD, remote_mu: 0.0001}"],
+        "mu = 0.0001 needs beta1 of at least 0.9999",
+    ),
+    "an inner optimizer that wants a closure": (
+        ["--optimizer.type", "RemoteObservation", "--optimizer.params", "{inner: LBFGS}"],
+        "LBFGS calls a closure several times",
+    ),
+    "theta of a baseline": (
+        ["--optimizer.type", "SGD", "--evaluate_at", "theta"],
+        "for the optimizers ARSG and",
+    ),
     "mu out of range": (["--optimizer.params", "{mu: 1.0}"], "mu"),
     "unknown optimizer": (["--optimizer.type", "Shampoo2"], "'Shampoo2' is not known"),
     "unknown key": (["--learning_rate", "0.1"], "learning_rate"),

@@ -308,6 +308,13 @@ def test_base_iterate_gives_x_back_bit_for_bit_and_refuses_steps() -> None:
     assert torch.equal(x, before)
 
 
+class Exchanging(SGD):
+    """As Horovod's wrappers are told apart."""
+
+    def skip_synchronize(self) -> None:
+        """Of its own."""
+
+
 class ReplacesData(SGD):
     def step(self, closure: Any = None) -> Any:
         for group in self.param_groups:
@@ -321,6 +328,12 @@ def test_what_it_cannot_go_around_is_refused_by_name() -> None:
     refusals: list[tuple[Callable[[], Any], type[Exception], str]] = [
         (lambda: RemoteObservation(AdamW), TypeError, "made over the parameters"),  # type: ignore[arg-type]
         (lambda: RemoteObservation(RemoteObservation(SGD([x], lr=1))), ValueError, "wrapped already"),
+        (
+            lambda: RemoteObservation(RemoteObservation(SGD([x], lr=1)).optimizer, mu=0.3),
+            ValueError,
+            "inside another",
+        ),
+        (lambda: RemoteObservation(Exchanging([x], lr=1)), TypeError, "goes inside Horovod's wrapper"),
         (lambda: RemoteObservation(torch.optim.LBFGS([x])), TypeError, "LBFGS calls a closure several times"),
         (lambda: RemoteObservation(Adam([x], differentiable=True)), ValueError, "not differentiable"),
         (lambda: RemoteObservation(SGD([x], lr=1), mu=0.1, beta1=0.5), ValueError, "beta1 of at least 0.9"),

@@ -44,6 +44,8 @@ from arsg_dist.engine.state import (
     state_tensors,
 )
 from arsg_dist.optim import ARSG
+from arsg_dist.optim.base_iterate import MOVEMENT
+from arsg_dist.optim.by_name import inner_of
 from arsg_dist.optim.state import MOMENTS, restore_loaded
 
 LOSS_SCALER: Final = "DeepSpeed"
@@ -180,7 +182,7 @@ def check_saved(engine: Any, saved: SavedState, with_optimizer: bool, *, strict:
         entries = saved.entries(representative(saved, names))
         for name in names:
             _check_entries(saved, index, name, representative(saved, names))
-        lost = needed_state(group) - entries if entries and "preconditioner" in group else set()
+        lost = needed_state(group) - entries if entries else set()
         if lost == {"max_exp_avg_sq"} and _restart_allowed.get():
             continue
         if lost:
@@ -222,7 +224,7 @@ def representative(saved: SavedState, names: list[str]) -> str:
 def _check_entries(saved: SavedState, index: int, name: str, standard: str) -> None:
     """Refuse a parameter whose state cannot be in one flat state with its group's."""
     entries, wanted = saved.entries(name), saved.entries(standard)
-    if not entries and wanted <= set(MOMENTS["amsgrad"]):
+    if not entries and wanted <= {*MOMENTS["amsgrad"], MOVEMENT}:
         return  # never had a gradient: its moments are zero
     steps = (
         {float(saved.number(n, "step")) for n in (name, standard)} if "step" in entries & wanted else set()
@@ -305,7 +307,7 @@ def _load_state(optimizer: Any, shard: Shard, saved: SavedState, standard: str) 
             continue
         state[entry] = torch.zeros_like(shard.master, dtype=spec.dtype, requires_grad=False)
         _fill(state[entry], shard.pieces, saved, entry)
-    arsg = isinstance(optimizer, ARSG)
+    arsg = isinstance(inner_of(optimizer), ARSG)
     restarted = arsg and bool(entries) and "max_exp_avg_sq" in needed_state(shard.group) - entries
     if restarted:
         state["max_exp_avg_sq"] = state["exp_avg_sq"].clone()
@@ -313,6 +315,8 @@ def _load_state(optimizer: Any, shard: Shard, saved: SavedState, standard: str) 
     if state:
         if arsg:
             restore_loaded(state, shard.master, shard.group)
+        elif isinstance(state.get("step"), int):  # of a universal checkpoint; torch adds to a tensor in place
+            state["step"] = torch.tensor(float(state["step"]))
         optimizer.state[shard.master] = state
     return restarted
 

@@ -16,6 +16,7 @@ import deepspeed
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine as _Engine
 from torch import Tensor
+from torch.optim import Optimizer
 
 from arsg_dist.deepspeed.checkpoint.engine_state import fill, link_fragments, publish
 from arsg_dist.deepspeed.checkpoint.files import ARSG_SECTION, model_files
@@ -35,7 +36,7 @@ from arsg_dist.engine import TorchCommunicator
 from arsg_dist.engine.replicated_state import aliases_of
 from arsg_dist.engine.saved_state import SavedState
 from arsg_dist.engine.state import BUFFER, PARAMETER, restore_settings
-from arsg_dist.optim import ARSG
+from arsg_dist.optim.by_name import OURS
 
 
 def guard_checkpoints() -> None:
@@ -54,7 +55,7 @@ def guard_checkpoints() -> None:
 
 
 def _has_arsg(engine: Any) -> bool:
-    return isinstance(getattr(engine, "basic_optimizer", None), ARSG)
+    return isinstance(getattr(engine, "basic_optimizer", None), OURS)
 
 
 def _with_arsg_section(method: Method) -> Method:
@@ -232,7 +233,7 @@ def _state_dict(saved: SavedState) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _begin_slow_weights(optimizer: ARSG) -> None:
+def _begin_slow_weights(optimizer: Optimizer) -> None:
     """Begin lookahead's slow weights at the loaded ones, which they would pull back to those of before."""
     for master, state in optimizer.state.items():
         if "slow_param" in state:

@@ -18,7 +18,8 @@ from torch import Tensor
 from arsg_dist.deepspeed.checkpoint.partitioning import Piece, pieces_of_each, pieces_of_range
 from arsg_dist.deepspeed.config.rules import place_of
 from arsg_dist.deepspeed.versions import flat_offsets, is_optimized_parameter, ranks_of_sub_group
-from arsg_dist.optim import ARSG
+from arsg_dist.optim import ARSG, RemoteObservation
+from arsg_dist.optim.base_iterate import MOVEMENT
 from arsg_dist.optim.state import MOMENTS, needs_step
 
 
@@ -45,7 +46,12 @@ class Shard:
 
 def needed_state(group: dict[str, Any]) -> set[str]:
     """Name the state entries without which a parameter of the group cannot go on."""
-    needed = set(MOMENTS[group["preconditioner"]])
+    needed = set[str]()
+    if group.get("remote_mu", 1.0) < 1:
+        needed.add(MOVEMENT)
+    if "preconditioner" not in group:  # an inner optimizer of torch, whose state torch itself asks for
+        return needed
+    needed |= set(MOMENTS[group["preconditioner"]])
     if needs_step(group):
         needed.add("step")
     if group["lookahead_k"] > 0:
@@ -53,8 +59,8 @@ def needed_state(group: dict[str, Any]) -> set[str]:
     return needed
 
 
-def optimizer_of(engine: Any) -> ARSG:
-    """Return the ARSG inside a DeepSpeed engine.
+def optimizer_of(engine: Any) -> ARSG | RemoteObservation:
+    """Return the ARSG or RemoteObservation inside a DeepSpeed engine.
 
     Raises:
         TypeError: not a DeepSpeed engine, or one with another optimizer.
@@ -62,8 +68,10 @@ def optimizer_of(engine: Any) -> ARSG:
     if not isinstance(engine, deepspeed.DeepSpeedEngine):
         raise TypeError(f"expected the engine that deepspeed.initialize returns, got {type(engine).__name__}")
     optimizer = getattr(engine, "basic_optimizer", None)
-    if not isinstance(optimizer, ARSG):
-        raise TypeError(f"the engine's optimizer is {type(optimizer).__name__}, not ARSG")
+    if not isinstance(optimizer, ARSG | RemoteObservation):
+        raise TypeError(
+            f"the engine's optimizer is {type(optimizer).__name__}, neither ARSG nor RemoteObservation"
+        )
     return optimizer
 
 
@@ -101,7 +109,7 @@ def shards_of(engine: Any) -> Iterator[Shard]:
     if isinstance(wrapper, FP16_Optimizer):
         raise ValueError(
             f"DeepSpeed's stage 0 keeps the fp32 masters of {type(optimizer).__name__} in a way that is not read here: "
-            "use stage 1, or ARSG"
+            "use stage 1, or ARSG or RemoteObservation"
         )
 
     def shard(

@@ -16,7 +16,9 @@ from arsg_dist.deepspeed.config.footprint import FP32, PRECISIONS, Memory, Plan,
 from arsg_dist.deepspeed.config.resolve import check_config
 from arsg_dist.deepspeed.config.rules import AUTO
 from arsg_dist.deepspeed.config.side_effects import check_overwritten, side_effects
-from arsg_dist.optim import ARSG
+from arsg_dist.optim import ARSG, RemoteObservation
+from arsg_dist.optim.base_iterate import MOVEMENT
+from arsg_dist.optim.by_name import NAMES, make_optimizer
 from arsg_dist.optim.hyperparameters import STATE_DTYPES
 from arsg_dist.optim.state import MOMENTS
 from arsg_dist.safe_io.text import printable
@@ -141,6 +143,8 @@ def _message(
 def _state_bytes(config: dict[str, Any]) -> dict[str, int]:
     """Count bytes per element of m, v, v̂ and slow weights, as the settings need them."""
     section = config.get("optimizer") or {}
+    if section.get("type") == RemoteObservation.__name__:
+        return _bytes_after_a_step(_without_auto(section.get("params") or {}))
     params = section.get("params") or {} if section.get("type") in ("ARSG", AUTO) else {}
     params = {} if params == AUTO else _without_auto(params)
     settings = ARSG([torch.zeros(1)], **params).defaults  # refuses what ARSG refuses
@@ -149,6 +153,22 @@ def _state_bytes(config: dict[str, Any]) -> dict[str, int]:
     names = {"exp_avg": "m", "exp_avg_sq": "v", "max_exp_avg_sq": "v̂"}
     kept = {names[key]: size for key in MOMENTS[settings["preconditioner"]]}
     return kept | ({"slow weights (lookahead)": FP32} if settings["lookahead_k"] else {})
+
+
+def _bytes_after_a_step(params: dict[str, Any]) -> dict[str, int]:
+    """Count what a RemoteObservation and its inner optimizer keep per element, by a step of two elements."""
+    probe = torch.nn.Parameter(torch.zeros(2))
+    probe.grad = torch.ones(2)
+    optimizer = make_optimizer(
+        RemoteObservation.__name__, params, [probe], where="the DeepSpeed config's optimizer"
+    )
+    optimizer.step()
+    names = {MOVEMENT: "d (average movement)"}
+    return {
+        names.get(entry, entry): value.element_size()
+        for entry, value in optimizer.state[probe].items()
+        if isinstance(value, torch.Tensor) and value.shape == probe.shape
+    }
 
 
 def _without_auto(section: dict[str, Any]) -> dict[str, Any]:
@@ -177,14 +197,15 @@ def notes_on(config: dict[str, Any], plan: Plan) -> Iterator[str]:
     elif clip != AUTO:
         yield f"the gradient is clipped at norm {printable(clip)}" if clip else "the gradient is not clipped"
     section = config.get("optimizer") or {}
-    if section.get("type") not in ("ARSG", AUTO):
+    if section.get("type") not in (*NAMES, AUTO):
         yield (
             f"the optimizer is {printable(section['type'])}, not ARSG: the bytes below are ARSG's"
             if "type" in section
             else "there is no optimizer section: the program has to pass an ARSG"
         )
     params = section.get("params") or {}
-    betas = params.get("betas") if isinstance(params, dict) else None
+    arsg = isinstance(params, dict) and section.get("type") != RemoteObservation.__name__
+    betas = params.get("betas") if arsg else None
     if betas == AUTO:
         yield (
             "betas are \"auto\": Hugging Face's Trainer then writes Adam's (0.9, 0.999); leave betas out for ARSG's "

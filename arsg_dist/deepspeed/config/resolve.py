@@ -4,7 +4,13 @@ import inspect
 from pathlib import Path
 from typing import Any, Final
 
-from arsg_dist.deepspeed.config.rules import AUTO, check_nvme, check_sections, require_object
+from arsg_dist.deepspeed.config.rules import (
+    AUTO,
+    check_nvme,
+    check_partitioned,
+    check_sections,
+    require_object,
+)
 from arsg_dist.deepspeed.config.schedules import check_scheduler
 from arsg_dist.deepspeed.config.side_effects import (
     check_imported,
@@ -12,7 +18,8 @@ from arsg_dist.deepspeed.config.side_effects import (
     check_overwritten,
     check_swap_directory,
 )
-from arsg_dist.optim import ARSG
+from arsg_dist.optim import ARSG, RemoteObservation
+from arsg_dist.optim.by_name import INNER, NAMES, class_of, settings_of
 from arsg_dist.safe_io.documents import read_json
 
 _ADAM_ONLY: Final = {
@@ -31,7 +38,7 @@ _ADAM_ONLY: Final = {
 
 
 def check_config(config: dict[str, Any], source: str = "the DeepSpeed config") -> None:
-    """Refuse what DeepSpeed 0.19.8 cannot do with ARSG, or would silently leave out.
+    """Refuse what DeepSpeed 0.19.8 cannot do with ARSG or RemoteObservation, or would silently leave out.
 
     Args:
         config: content of a DeepSpeed config, complete or not.
@@ -50,24 +57,38 @@ def check_config(config: dict[str, Any], source: str = "the DeepSpeed config") -
     name = section.get("type")
     check_sections(config, source)
     check_names(config, source)
-    if isinstance(name, str) and name.lower() == "arsg":
-        _check_optimizer(section, source)
+    if is_ours(name):
+        _check_optimizer(section, config, source)
         check_scheduler(config.get("scheduler"), source)
         zero, params = config.get("zero_optimization"), section.get("params") or {}
         if isinstance(zero, dict) and isinstance(params, dict):
             check_nvme(zero, [params], source)
 
 
-def _check_optimizer(section: dict[str, Any], source: str) -> None:
-    if section["type"] != "ARSG":
+def is_ours(name: Any) -> bool:
+    """Tell whether the type in an optimizer section means one of ours, however it is spelled."""
+    return str(name).lower() in {own.lower() for own in NAMES}
+
+
+def _check_optimizer(section: dict[str, Any], config: dict[str, Any], source: str) -> None:
+    name = section["type"]
+    if name not in NAMES:
+        meant = next(own for own in NAMES if own.lower() == name.lower())
         raise ValueError(
-            f"{source} has optimizer.type = {section['type']!r}: write 'ARSG' (DeepSpeed minds the case)"
+            f"{source} has optimizer.type = {name!r}: write {meant!r} (DeepSpeed minds the case)"
         )
     if section.get("legacy_fusion"):
         raise ValueError(
-            f"{source} sets optimizer.legacy_fusion, which does not work with ARSG: DeepSpeed has it for FusedAdam only"
+            f"{source} sets optimizer.legacy_fusion, which does not work with {name}: DeepSpeed has it for FusedAdam "
+            "only"
         )
     params = section.get("params") or {}
+    if name == RemoteObservation.__name__:
+        if isinstance(params, dict) and params.get(INNER, AUTO) != AUTO:
+            settings_of(name, params, where=f"{source}'s optimizer")
+            inner = class_of(params[INNER], where=f"{source}'s optimizer.params.{INNER}")
+            check_partitioned(inner, config, source)
+        return
     for key in params if isinstance(params, dict) else ():
         if key in _ADAM_ONLY:
             raise ValueError(

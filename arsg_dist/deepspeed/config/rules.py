@@ -6,7 +6,9 @@ from typing import Any, Final
 import torch
 from deepspeed.runtime.config import DtypeEnum
 from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
+from torch.optim import Optimizer
 
+from arsg_dist.optim.by_name import ELEMENT_WISE, INNER
 from arsg_dist.optim.state import MOMENTS
 
 AUTO: Final = "auto"
@@ -167,6 +169,52 @@ def _of_precision(config: dict[str, Any]) -> dict[str, tuple[bool, str]]:
     }
 
 
+_WHOLE_TENSORS: Final = ("Adafactor", "LAMB", "LBFGS", "Lamb", "Muon", "MuonWithAuxAdam", "SOAP", "Shampoo")
+"""Names of methods that look at whole tensors, wherever their classes come from."""
+
+
+def check_partitioned(inner: type[Optimizer], config: Mapping[str, Any], source: str) -> None:
+    """Refuse an optimizer inside a RemoteObservation that ZeRO's flat partitions would change.
+
+    Args:
+        inner: its class.
+        config: content of a DeepSpeed config.
+        source: what messages call it.
+
+    Raises:
+        ValueError: it looks at whole tensors, is not known to update each element by itself, makes its state too early,
+            or has state that is not read from DeepSpeed's files.
+    """
+    name = inner.__name__
+    if inner in (torch.optim.ASGD, torch.optim.NAdam):
+        raise ValueError(
+            f"{source} has RemoteObservation around {name}: it keeps numbers beside its step count, which are not read "
+            "from DeepSpeed's checkpoints; use Adam or SGD inside, or another engine"
+        )
+    zero = config.get("zero_optimization")
+    stage = zero.get("stage", 0) if isinstance(zero, dict) else 0
+    if not stage or stage == AUTO:
+        return
+    if inner is torch.optim.Adagrad:
+        raise ValueError(
+            f"{source} has RemoteObservation around Adagrad at ZeRO stage {stage}: Adagrad makes its state before "
+            "DeepSpeed divides the parameters; use RMSprop or Adam inside, or the engine horovod-sharded"
+        )
+    if inner in ELEMENT_WISE:
+        return
+    if name not in _WHOLE_TENSORS and config.get("zero_allow_untested_optimizer") is True:
+        return
+    at_all = (
+        "needs whole tensors" if name in _WHOLE_TENSORS else "is not known to update each element by itself"
+    )
+    untested = "" if name in _WHOLE_TENSORS else '; if it does, write "zero_allow_untested_optimizer": true'
+    raise ValueError(
+        f"{source} has RemoteObservation around {name} at ZeRO stage {stage}: {name} {at_all}, and ZeRO gives it flat "
+        f"partitions; use stage 0, or ddp, fsdp or Horovod's DistributedOptimizer, or an optimizer such as AdamW, SGD, "
+        f"Lion or ARSG inside{untested}"
+    )
+
+
 def check_nvme(zero: Mapping[str, Any], groups: Iterable[Mapping[str, Any]], source: str) -> None:
     """Refuse an optimizer that does not fit the buffers for swapping to NVMe.
 
@@ -176,7 +224,7 @@ def check_nvme(zero: Mapping[str, Any], groups: Iterable[Mapping[str, Any]], sou
 
     Args:
         zero: the section zero_optimization of a DeepSpeed config.
-        groups: settings of ARSG, of every parameter group; those left out have their defaults.
+        groups: settings of the optimizer, of every parameter group; those left out have their defaults.
         source: what messages call the config.
 
     Raises:
@@ -187,6 +235,11 @@ def check_nvme(zero: Mapping[str, Any], groups: Iterable[Mapping[str, Any]], sou
         return
     tensors = 0
     for group in groups:
+        if INNER in group or "remote_mu" in group:
+            raise ValueError(
+                f"{source} offloads the optimizer to NVMe, which does not work with RemoteObservation: offload to the "
+                "CPU ('offload_optimizer': {'device': 'cpu'})"
+            )
         if str(group.get("state_dtype")).removeprefix("torch.") == "bfloat16":
             raise ValueError(
                 f"{source} offloads the optimizer to NVMe, which does not work with ARSG's state_dtype 'bfloat16': "

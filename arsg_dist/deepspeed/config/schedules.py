@@ -17,8 +17,9 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from arsg_dist.deepspeed.config.rules import AUTO
 from arsg_dist.deepspeed.patching import Method
 from arsg_dist.engine.state import restore_settings
-from arsg_dist.optim import ARSG, Beta1Warmup, LossPlateau, ObservationBoost
-from arsg_dist.optim.schedulers.base import GroupScheduler, set_value
+from arsg_dist.optim import Beta1Warmup, LossPlateau, ObservationBoost
+from arsg_dist.optim.by_name import OURS
+from arsg_dist.optim.schedulers.base import GroupScheduler, mu_name, set_value
 
 
 class DeepSpeedSchedule(GroupScheduler):
@@ -28,7 +29,7 @@ class DeepSpeedSchedule(GroupScheduler):
     first; an `ObservationBoost` that knows of this schedule scales them, as it does with those of torch's schedulers.
 
     Args:
-        optimizer: an ARSG.
+        optimizer: an ARSG or RemoteObservation.
         kind: a class of `deepspeed.runtime.lr_schedules`.
         params: its arguments.
     """
@@ -69,7 +70,7 @@ class PlateauBoost(ObservationBoost):
     """Boost on a plateau, stepped once per update but observing less often.
 
     Args:
-        optimizer: an ARSG.
+        optimizer: an ARSG or RemoteObservation.
         plateau: the arguments of a `LossPlateau`.
         observe_every: updates per observation, ≥ 1: the mean of their losses is one observation.
         settings: of `ObservationBoost`: factor, max_boosts, rescale.
@@ -215,7 +216,7 @@ def with_schedules_for_arsg(method: Method) -> Method:
 
     def _scheduler_from_config(engine: Any, optimizer: Any) -> Any:
         basic = engine.basic_optimizer
-        if not isinstance(basic, ARSG) or engine.scheduler_name() is None:
+        if not isinstance(basic, OURS) or engine.scheduler_name() is None:
             return method(engine, optimizer)
         section = {"type": engine.scheduler_name(), "params": engine.scheduler_params() or {}}
         check_scheduler(section, "the DeepSpeed config")
@@ -228,7 +229,7 @@ def with_schedules_for_arsg(method: Method) -> Method:
     return _scheduler_from_config
 
 
-def build_scheduler(section: dict[str, Any], optimizer: ARSG) -> Any:
+def build_scheduler(section: dict[str, Any], optimizer: Optimizer) -> Any:
     """Build the scheduler that a checked section describes.
 
     Args:
@@ -244,7 +245,7 @@ def build_scheduler(section: dict[str, Any], optimizer: ARSG) -> Any:
     return _build(section, optimizer, siblings=None)
 
 
-def _build(section: dict[str, Any], optimizer: ARSG, siblings: list[Any] | None) -> Any:
+def _build(section: dict[str, Any], optimizer: Optimizer, siblings: list[Any] | None) -> Any:
     name, params = section["type"], dict(section.get("params") or {})
     if AUTO in [value for value in params.values() if isinstance(value, str)]:
         raise ValueError(f'"auto" in the params of the scheduler {name}, which nothing has filled in')
@@ -266,7 +267,7 @@ def _build(section: dict[str, Any], optimizer: ARSG, siblings: list[Any] | None)
         raise ValueError(f"the scheduler {name} does not take {params}: {error}") from None
 
 
-def _container(kind: Any, params: dict[str, Any], optimizer: ARSG) -> Any:
+def _container(kind: Any, params: dict[str, Any], optimizer: Optimizer) -> Any:
     sections = params.pop("schedulers")
     members: list[Any] = [None] * len(sections)
     order = sorted(range(len(sections)), key=lambda i: sections[i]["type"] == "ObservationBoost")
@@ -277,7 +278,7 @@ def _container(kind: Any, params: dict[str, Any], optimizer: ARSG) -> Any:
     return kind(optimizer, members, **params)
 
 
-def _refuse_one_lr_for_different_groups(name: str, params: dict[str, Any], optimizer: ARSG) -> None:
+def _refuse_one_lr_for_different_groups(name: str, params: dict[str, Any], optimizer: Optimizer) -> None:
     argument = _LR_FOR_ALL_GROUPS.get(name)
     lrs = [float(group["lr"]) for group in optimizer.param_groups]
     if argument is None or isinstance(params.get(argument), list):
@@ -336,11 +337,17 @@ def scheduled_settings(engine: Any) -> list[dict[str, Any]]:
     keys = ["lr", "initial_lr"]
     for scheduler in _flat(engine.lr_scheduler):
         if isinstance(scheduler, ObservationBoost):
-            keys += ["mu", "initial_mu"]
+            keys += ["mu", "remote_mu", "initial_mu"]
         if isinstance(scheduler, Beta1Warmup):
-            keys += ["betas", "initial_beta1"]
+            keys += ["betas", "remote_beta1", "initial_beta1"]
     return [
-        {key: group[key] for key in keys if key in group} for group in engine.basic_optimizer.param_groups
+        # Under a RemoteObservation "mu" and "betas" are the inner optimizer's, which no schedule sets.
+        {
+            key: group[key]
+            for key in keys
+            if key in group and not (key in ("mu", "betas") and "remote_mu" in group)
+        }
+        for group in engine.basic_optimizer.param_groups
     ]
 
 
@@ -358,4 +365,4 @@ def follow_schedule(engine: Any) -> None:
     for member in _flat(scheduler):
         if isinstance(member, ObservationBoost):
             for group in groups:
-                restore_settings(group, {"mu": group["initial_mu"] * member.factor**member.boosts})
+                restore_settings(group, {mu_name(group): group["initial_mu"] * member.factor**member.boosts})

@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from arsg_dist.deepspeed.config.rules import check_nvme
 from arsg_dist.deepspeed.patching import Method, is_repaired, repair_once, wrap_once
-from arsg_dist.optim import ARSG
+from arsg_dist.optim.by_name import OURS
 
 
 def patch_offload() -> None:
@@ -38,7 +38,7 @@ def _with_own_arsg_accepted(method: Method) -> Method:
             if client_optimizer is not None and not isinstance(client_optimizer, Optimizer):
                 made = client_optimizer(model_parameters)
                 client_optimizer = lambda _: made  # noqa: E731
-            if isinstance(made, ARSG):
+            if isinstance(made, OURS):
                 engine._config.zero_force_ds_cpu_optimizer = False
         return method(engine, client_optimizer, model_parameters)
 
@@ -49,7 +49,7 @@ def _with_groups_checked(method: Method) -> Method:
     """Check every parameter group as `check_config` does the JSON config (NVMe)."""
 
     def configure(engine: Any, optimizer: Any) -> Any:
-        if isinstance(optimizer, ARSG):
+        if isinstance(optimizer, OURS):
             zero = engine._config._param_dict.get("zero_optimization")
             if isinstance(zero, dict):
                 check_nvme(zero, optimizer.param_groups, "the DeepSpeed config")

@@ -400,8 +400,8 @@ def _send_sparse(
 
 def _refuse_sparse(parameter: Tensor, name: str) -> Any:
     raise RuntimeError(
-        f"{name} has a sparse gradient, and ARSG needs dense ones: pass sparse_as_dense=True, or build the "
-        "embedding without sparse=True"
+        f"{name} has a sparse gradient, and ARSG and RemoteObservation need dense ones: pass sparse_as_dense=True, or "
+        "build the embedding without sparse=True"
     )
 
 

@@ -15,7 +15,7 @@ from arsg_dist.horovod.comm.environment import check_world_size
 from arsg_dist.horovod.comm.interface import HorovodOptimizer, check_passes
 from arsg_dist.horovod.comm.settings_check import same_settings
 from arsg_dist.horovod.replicated.exchange import Exchange, ExchangeSettings, build_exchange
-from arsg_dist.optim import ARSG
+from arsg_dist.optim.by_name import OURS
 
 _PICKLED = "_horovod_exchange"
 
@@ -39,7 +39,7 @@ def DistributedOptimizer(  # noqa: N802  # the name Horovod's users know
     same parameters has ended then.
 
     Args:
-        optimizer: `ARSG`, or any of torch's.
+        optimizer: `ARSG`, `RemoteObservation`, or any of torch's.
         named_parameters: (name, parameter) of at least the optimizer's parameters, usually
             `model.named_parameters()`; the names must be the same on every rank. None: numbered.
         compression: of the gradients on their way, e.g. `hvd.Compression.fp16`. bfloat16 gradients that it leaves as
@@ -49,7 +49,7 @@ def DistributedOptimizer(  # noqa: N802  # the name Horovod's users know
         gradient_predivide_factor: with Average, divide by it before the sum and multiply by it afterwards.
         num_groups: older name of `groups` as a number.
         groups: gradients that travel together: how many groups to make, or lists of parameters.
-        sparse_as_dense: send sparse gradients as dense ones; ARSG also gets them dense.
+        sparse_as_dense: send sparse gradients as dense ones; ARSG and RemoteObservation also get them dense.
         process_set: ranks that work together.
 
     Returns:
@@ -106,7 +106,7 @@ class ReplicatedOptimizer(HorovodOptimizer):
     def _join(self, settings: ExchangeSettings, names: dict[Tensor, str]) -> None:
         self._settings = settings
         self._passes = settings.backward_passes_per_step
-        self._exchange = build_exchange(settings, dense_only=isinstance(self, ARSG))
+        self._exchange = build_exchange(settings, dense_only=isinstance(self, OURS))
         self._names = names
         self._connected = set()
         self._connect_new()

@@ -12,23 +12,8 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from arsg_dist.horovod.comm.interface import check_passes, check_predivide_factor
-from arsg_dist.optim import ARSG
+from arsg_dist.optim.by_name import ELEMENT_WISE, inner_of
 
-# Every element of the update depends on that element's parameter, gradient and state, and on numbers, only.
-ELEMENT_WISE = (
-    ARSG,
-    torch.optim.ASGD,
-    torch.optim.Adadelta,
-    torch.optim.Adagrad,
-    torch.optim.Adam,
-    torch.optim.AdamW,
-    torch.optim.Adamax,
-    torch.optim.NAdam,
-    torch.optim.RAdam,
-    torch.optim.RMSprop,
-    torch.optim.Rprop,
-    torch.optim.SGD,
-)
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 sharded_by: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -46,10 +31,12 @@ def check_optimizer(optimizer: Any, element_wise: bool) -> None:
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
     if hasattr(optimizer, "_handles") or hasattr(optimizer, "_allreduce_delay"):
         raise TypeError("optimizer is already distributed: give the one inside hvd.DistributedOptimizer")
-    if type(optimizer) not in ELEMENT_WISE and not element_wise:
+    inner = inner_of(optimizer)
+    if type(inner) not in ELEMENT_WISE and not element_wise:
         raise TypeError(
-            f"{type(optimizer).__name__} is not known to update every element of a parameter by itself, as a shard "
-            "must be (LBFGS, Adafactor, LAMB, Muon look at whole parameters); if it does, give element_wise=True. "
+            f"{type(inner).__name__} is not known to update every element of a parameter by itself, as a shard "
+            "must be (LBFGS, Adafactor, LAMB, Muon look at whole parameters): use DistributedOptimizer, under which "
+            "every rank holds them; if it does, give element_wise=True. "
             f"Known are {', '.join(kind.__name__ for kind in ELEMENT_WISE)}"
         )
     for group in optimizer.param_groups:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from arsg_dist.horovod.sharded.partition import Partition
+from arsg_dist.optim import RemoteObservation
 
 NUMBERS = frozenset({"step", "mu_product", "eta", "mu"})
 """State entries that are one number per parameter though they are tensors: torch.optim's."""
@@ -67,6 +68,10 @@ class InnerOptimizer:
         self.optimizer: Optimizer = object.__new__(type(optimizer))
         # A scheduler made from the given optimizer has put a step of its own into the instance.
         self.optimizer.__dict__.update({key: v for key, v in optimizer.__dict__.items() if key != "step"})
+        if isinstance(self.optimizer, RemoteObservation):  # which keeps groups and state in the one inside
+            inside = self.optimizer.optimizer
+            self.optimizer.optimizer = object.__new__(type(inside))
+            self.optimizer.optimizer.__dict__.update(inside.__dict__)
         for name in list(self.optimizer.__dict__):
             if name.startswith("_optimizer_") and name.endswith("_hooks"):
                 setattr(outer, name, getattr(optimizer, name))

@@ -68,7 +68,10 @@ _RULES: Final = {
     "deepspeed.": _Rule("DeepSpeed would compute otherwise", "engine_settings"),
 }
 """Key of the record, or how it begins → what is wrong with a difference."""
-_NUMBERS: Final = ("lr", "mu", "betas", "eps", "weight_decay", "alpha", "dampening", "lookahead_alpha")
+_NUMBERS: Final = (
+    *("lr", "mu", "betas", "eps", "weight_decay", "alpha", "dampening", "lookahead_alpha"),
+    *("remote_mu", "remote_beta1", "remote_cautious_weight_decay"),
+)
 _FILES: Final = {"train_files": "training", "val_files": "validation"}
 
 

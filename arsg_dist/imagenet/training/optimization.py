@@ -1,6 +1,5 @@
 """Build the optimizer, parameter groups and schedules that a recipe names."""
 
-import inspect
 import math
 from collections.abc import Iterable
 from functools import partial
@@ -12,7 +11,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from arsg_dist.engine import Communicator
 from arsg_dist.imagenet.config import OptimizerConfig, TrainConfig
-from arsg_dist.optim import ARSG, LossPlateau, ObservationBoost
+from arsg_dist.optim import LossPlateau, ObservationBoost, RemoteObservation
+from arsg_dist.optim.by_name import INNER, make_optimizer, settings_of
 from arsg_dist.optim.schedulers.base import set_value
 from arsg_dist.safe_io.text import printable
 
@@ -25,22 +25,9 @@ def build_optimizer(
     Raises:
         ValueError: no such optimizer, a key it does not have, or a value it refuses.
     """
-    kind = ARSG if config.type == "ARSG" else getattr(torch.optim, config.type, None)
-    if not (
-        isinstance(kind, type)
-        and issubclass(kind, torch.optim.Optimizer)
-        and kind is not torch.optim.Optimizer
-    ):
-        raise ValueError(f"optimizer.type {config.type!r} is not known; use ARSG or a class of torch.optim")
-    known = list(inspect.signature(kind).parameters)[1:]
-    unknown = sorted(set(config.params) - set(known))
-    if unknown:
-        raise ValueError(
-            f"{config.type} has no parameter {', '.join(unknown)} (in optimizer.params); it has {', '.join(known)}"
-        )
-    options: dict[str, Any] = {**config.params}
+    settings_of(config.type, config.params)
     try:
-        return kind(parameters, **options)
+        return make_optimizer(config.type, config.params, parameters)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"optimizer.params {config.params}: {error}") from None
 
@@ -61,8 +48,9 @@ def optimizer_settings(config: OptimizerConfig) -> dict[str, Any]:
         ValueError: as `build_optimizer`.
     """
     optimizer = build_optimizer(config, [nn.Parameter(torch.zeros(1))])
-    known = set(inspect.signature(type(optimizer)).parameters) - set(_HOW_TO_COMPUTE)
-    return {
+    known = set(settings_of(config.type, config.params)) - set(_HOW_TO_COMPUTE)
+    named = {INNER: config.params[INNER]} if INNER in config.params else {}
+    return named | {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in optimizer.defaults.items()
         if name in known and isinstance(value, _PLAIN)
@@ -78,9 +66,12 @@ def parameter_groups(module: nn.Module, config: OptimizerConfig) -> list[dict[st
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     if config.decay_norm_and_bias:
         return [{"params": parameters}]
+    decays = {"weight_decay": 0.0}
+    if config.type == RemoteObservation.__name__:
+        decays["remote_cautious_weight_decay"] = 0.0
     groups: list[dict[str, Any]] = [
         {"params": [parameter for parameter in parameters if parameter.dim() > 1]},
-        {"params": [parameter for parameter in parameters if parameter.dim() <= 1], "weight_decay": 0.0},
+        {"params": [parameter for parameter in parameters if parameter.dim() <= 1], **decays},
     ]
     return [group for group in groups if group["params"]]
 
@@ -139,7 +130,7 @@ class Schedules:
     def change_optimizer(self, before: dict[str, Any], now: dict[str, Any]) -> None:
         """Go on with other settings of the optimizer than the loaded ones.
 
-        lr and mu are multiplied, so that a schedule and boosts stay on them; another setting is replaced where a group
+        lr and μ are multiplied, so that a schedule and boosts stay on them; another setting is replaced where a group
         does not have one of its own.
 
         Args:
@@ -152,7 +143,7 @@ class Schedules:
         groups = self._optimizer.param_groups
         for name, new in now.items():
             old = before[name]
-            if name not in ("lr", "mu") or (name == "mu" and not old):
+            if name not in ("lr", "mu", "remote_mu") or (name == "mu" and not old):
                 for group in groups:
                     if name in group and _plain(group[name]) == _plain(old):
                         group[name] = tuple(new) if isinstance(group[name], tuple) else new
@@ -163,7 +154,9 @@ class Schedules:
                 )
             ratio = new / old
             for group in groups:
-                for key in (name, f"initial_{name}"):
+                # A boost's own is that of the wrapper's μ, where there is one.
+                initial = "" if name == "mu" and "remote_mu" in group else name.removeprefix("remote_")
+                for key in (name, f"initial_{initial}"):
                     if key in group:
                         set_value(group, key, float(group[key]) * ratio)
             if name == "lr":
@@ -249,4 +242,5 @@ def lr_factor(config: TrainConfig, updates_per_epoch: float, update: int) -> flo
 def shown_hyperparameters(optimizer: torch.optim.Optimizer) -> dict[str, float]:
     """Return the first group's learning rate and, if it has one, μ, to be shown."""
     group: dict[str, Any] = optimizer.param_groups[0]
-    return {key: float(group[key]) for key in ("lr", "mu") if key in group}
+    shown: dict[str, float] = {key: float(group[key]) for key in ("lr", "mu") if key in group}
+    return shown | ({"mu": float(group["remote_mu"])} if "remote_mu" in group else {})

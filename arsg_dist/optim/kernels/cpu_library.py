@@ -19,12 +19,13 @@ from torch import Tensor
 PATH: Final = Path(__file__).with_name("arsg_cpu.so")
 """Where the build puts the library; not there where it was built without a compiler."""
 
-_INTERFACE: Final = 1  # of csrc/library.cpp
+_INTERFACE: Final = 2  # of csrc/library.cpp
 _TYPES: Final = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _STATE_TYPES: Final = (torch.float32, torch.float64, torch.bfloat16)
 _AMSGRAD, _ADAM, _NONE = range(3)
 _FIRST: Final = {_AMSGRAD: 3, _ADAM: 4, _NONE: _NONE}  # the modes with precondition_first
 _JOB: Final = struct.Struct("=5Q2d2q")  # csrc/fused_cpu.cpp
+_MOVE_JOB: Final = struct.Struct("=3Qq")  # csrc/remote_cpu.cpp
 
 
 class UnusableLibraryError(Exception):
@@ -49,6 +50,11 @@ def register() -> None:
         "bool corrects_first, bool corrects_second, bool precondition_first) -> int[]"
     )
     _registered.impl("update_", _update, "CPU")
+    _registered.define(
+        "move_on_(Tensor(a!)[] params, Tensor[] before, Tensor(b!)[] movements, *, float beta1, float pull, "
+        "float reach, float decay) -> int[]"
+    )
+    _registered.impl("move_on_", _move_on, "CPU")
 
 
 _registered: torch.library.Library | None = None  # its operators live as long as it does
@@ -81,6 +87,10 @@ def _load() -> ctypes.CDLL:
         ctypes.c_char_p, ctypes.c_int64, *[ctypes.c_int] * 4, *[ctypes.c_double] * 8, ctypes.c_bool,
     ]  # fmt: skip
     library.arsg_update.restype = ctypes.c_bool
+    library.arsg_move_on.argtypes = [
+        ctypes.c_char_p, ctypes.c_int64, *[ctypes.c_int] * 2, ctypes.c_bool, *[ctypes.c_double] * 4,
+    ]  # fmt: skip
+    library.arsg_move_on.restype = ctypes.c_bool
     return library
 
 
@@ -122,9 +132,7 @@ def _update(
         return []
     if not exp_avgs:
         raise ValueError("exp_avgs must have one entry per parameter")
-    param_type, state_type = params[0].dtype, exp_avgs[0].dtype
-    if param_type not in _TYPES:
-        raise ValueError(f"parameters must be float32, float64, bfloat16 or float16, not {param_type}")
+    param_type, state_type = _known(params[0].dtype), exp_avgs[0].dtype
     if state_type not in _STATE_TYPES:
         raise ValueError(f"state must be float32, float64 or bfloat16, not {state_type}")
     has_steps = is_adam or state_type == torch.bfloat16
@@ -163,9 +171,59 @@ def _update(
         lr, beta1, beta2, mu, eps, coupled_decay, decoupled_decay, opposed_decay, maximize,
     )  # fmt: skip
     assert known
-    # As every in-place operation: autograd notices a stale graph.
-    torch.autograd.graph.increment_version([param for param in params if not param.is_inference()])
+    _announce_change(params)
     return left
+
+
+def _move_on(
+    params: list[Tensor],
+    before: list[Tensor],
+    movements: list[Tensor],
+    *,
+    beta1: float,
+    pull: float,
+    reach: float,
+    decay: float,
+) -> list[int]:
+    """Move all parameters on in one pass over memory; return the indices of those that are left as they are.
+
+    Left, to the caller, are parameters with gaps or overlaps in memory, and those whose x₀ or movement is laid out
+    otherwise. The arguments are those of `remote.move_on` and `remote.Move`.
+    """
+    count, moves = len(params), bool(movements)
+    if len(before) != count or (moves and len(movements) != count):
+        raise ValueError("the lists must have one entry per parameter")
+    if count == 0 or (not moves and decay == 0.0):
+        return []
+    param_type = _known(params[0].dtype)
+    movement_type = torch.float64 if param_type == torch.float64 else torch.float32
+    left: list[int] = []
+    jobs: list[bytes] = []
+    for k, (param, start) in enumerate(zip(params, before, strict=True)):
+        movement = movements[k : k + 1]
+        fits = [_same_memory(param, (param, start), param_type), _same_memory(param, movement, movement_type)]
+        if not all(fits):
+            left.append(k)
+            continue
+        there = movement[0].data_ptr() if moves else 0
+        jobs.append(_MOVE_JOB.pack(param.data_ptr(), there, start.data_ptr(), param.numel()))
+    known = _load().arsg_move_on(
+        b"".join(jobs), len(jobs), torch.get_num_threads(), _TYPES[param_type], moves, beta1, pull, reach, decay
+    )
+    assert known
+    _announce_change(params)
+    return left
+
+
+def _known(dtype: torch.dtype) -> torch.dtype:
+    if dtype not in _TYPES:
+        raise ValueError(f"parameters must be float32, float64, bfloat16 or float16, not {dtype}")
+    return dtype
+
+
+def _announce_change(params: list[Tensor]) -> None:
+    """Let autograd notice a stale graph, as after every in-place operation."""
+    torch.autograd.graph.increment_version([param for param in params if not param.is_inference()])
 
 
 def _same_memory(param: Tensor, tensors: tuple[Tensor, ...] | list[Tensor], dtype: torch.dtype) -> bool:

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from arsg_dist import theory
-from arsg_dist.optim.remote_observation import MOVEMENT
+from arsg_dist.optim.base_iterate import UNIT
 from arsg_dist.optim.schedulers.base import GroupScheduler, beta1_of, mu_name, set_value, torch_optimizer
 from arsg_dist.optim.schedulers.loss_plateau import LossPlateau, LossSum
 
@@ -193,7 +193,7 @@ class ObservationBoost(GroupScheduler):
         ]
         for index, group in enumerate(groups):
             if mu_name(group) == "remote_mu":
-                self._scale_movement(group, ratios[index])
+                group[UNIT] *= ratios[index]  # of every movement, wherever an engine keeps it
                 ratios[index] *= self.factor  # lr is αμ
         for group, mu, ratio in zip(groups, mus, ratios, strict=True):
             for key in ("lr", *_BASE_LRS_IN_GROUP):
@@ -207,12 +207,6 @@ class ObservationBoost(GroupScheduler):
                     setattr(scheduler, name, [lr * ratio for lr, ratio in zip(lrs, ratios, strict=False)])
         self.boosts += 1
         self._last_ratios = ratios
-
-    @torch.no_grad()
-    def _scale_movement(self, group: dict[str, Any], ratio: float) -> None:
-        for param in group["params"]:
-            if MOVEMENT in self.optimizer.state.get(param, {}):
-                self.optimizer.state[param][MOVEMENT].mul_(ratio)
 
     def _warn_if_undone(self) -> None:
         # A scheduler that recomputes lr from a base value we do not know brings the old lr back at one

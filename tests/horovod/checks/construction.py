@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from arsg_dist import ARSG
+from arsg_dist import ARSG, RemoteObservation
 from arsg_dist.engine import JobError
 from arsg_dist.horovod import ShardedOptimizer
 from arsg_dist.horovod.comm.collectives import (
@@ -34,6 +34,9 @@ def check_refusals() -> None:
         make(torch.optim.Adafactor(model.parameters()))
     with refused(TypeError, "element_wise=True"):
         make(torch.optim.LBFGS(model.parameters()))
+    matrices = torch.optim.Muon([model[0].weight])
+    with refused(TypeError, "Muon is not known to update every element"):
+        make(RemoteObservation(matrices))
     with refused(TypeError, "must be a torch.optim.Optimizer"):
         make(model)
     with refused(TypeError, "already distributed"):

@@ -14,7 +14,7 @@ import torch
 from horovod.torch import functions
 from torch import Tensor, nn
 
-from arsg_dist import ARSG
+from arsg_dist import ARSG, RemoteObservation
 from arsg_dist.horovod import DistributedOptimizer, ShardedOptimizer, broadcast
 
 RANKS = 2
@@ -135,8 +135,13 @@ def taken(kind: Any, options: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name in inspect.signature(kind).parameters}
 
 
+def remote(parameters: Any, lr: float) -> RemoteObservation:
+    inner = torch.optim.AdamW(parameters, lr=lr, betas=(0.0, 0.9), eps=1e-2)
+    return RemoteObservation(inner, mu=0.2, beta1=0.9)
+
+
 def made(place: Place, model: nn.Module, name: str, options: dict[str, Any]) -> Any:
-    kind = OPTIMIZERS[name]
+    kind: Any = OPTIMIZERS.get(name, remote)
     return place.wrapped(kind(model.parameters(), **taken(kind, options)), model.named_parameters())
 
 
@@ -515,6 +520,11 @@ CASES: dict[str, Case] = {
         )
         for name in OPTIMIZERS
     },
+    "RemoteObservation, resumed": Case(
+        resumed_by_rank_0,
+        {"optimizer": "RemoteObservation", "options": "lr"},
+        {"horovod": "RemoteObservation goes around an optimizer"},  # its wrapper makes the class anew
+    ),
     "stepped twice": Case(stepped_twice, {}, {"sharded": "and cannot serve another step()"}),
     "LBFGS, resumed": Case(
         lbfgs_resumed, {}, {"horovod": "cannot broadcast torch.optim.LBFGS state", **NO_SHARDS}, 1e-3

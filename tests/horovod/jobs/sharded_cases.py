@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from arsg_dist import ARSG
+from arsg_dist import ARSG, Lion, RemoteObservation
 from arsg_dist.optim import ObservationBoost
 from tests.support import toy
 
@@ -30,6 +30,10 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "rprop": lambda parameters: torch.optim.Rprop(parameters, lr=0.01),
     "adadelta": lambda parameters: torch.optim.Adadelta(parameters, lr=1.0, eps=1e-3),
     "asgd": lambda parameters: torch.optim.ASGD(parameters, lr=1e-3, t0=2.0),
+    "lion": lambda parameters: Lion(parameters, lr=1e-3, weight_decay=1e-2),
+    "remote": lambda parameters: RemoteObservation(
+        torch.optim.AdamW(parameters, lr=0.002, betas=(0.0, 0.9), eps=1e-2), mu=0.2, beta1=0.9
+    ),
 }
 
 
@@ -98,12 +102,16 @@ CASES = (
     Case("grad scaler and clipping", scaler=True, clip=0.5, clip_idiom="horovod"),
     Case("boost and schedule", boost=True, groups=True),
     Case("closure", closure=True),
+    Case("remote observation", optimizer="remote", groups=True, clip=0.5, passes=2),
+    Case("remote observation in bf16", optimizer="remote", dtype=torch.bfloat16, relative=1e-3),
+    Case("remote observation, boosted", optimizer="remote", boost=True),
     # The reference rounds as well: a compression that is not applied would differ by a thousand times more.
     Case("compression", compression="fp16", passes=2),
 )
 
 OTHER_OPTIMIZERS = tuple(
-    Case(name, optimizer=name) for name in ("adam", "adamax", "radam", "rmsprop", "rprop", "adadelta", "asgd")
+    Case(name, optimizer=name)
+    for name in ("adam", "adamax", "radam", "rmsprop", "rprop", "adadelta", "asgd", "lion")
 )
 """The rest of what is taken to update each element by itself."""
 

@@ -24,6 +24,9 @@
 
 namespace {
 
+// As cpu_library.py numbers them.
+enum Type : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
+
 // bfloat16 and float16 are handled as bits: compilers do not vectorise loads and stores of class types.
 struct BFloat16Bits {};
 struct HalfBits {};

@@ -153,9 +153,6 @@ void dispatch_compute(const Jobs& jobs, const Scalars<double>& s) {
   }
 }
 
-// As cpu_library.py numbers them.
-enum Type : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
-
 template <Mode kMode, typename P>
 bool dispatch_state(const int state, const Jobs& jobs, const Scalars<double>& s) {
   switch (state) {
