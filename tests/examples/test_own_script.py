@@ -61,7 +61,7 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     "engine", [pytest.param(name, marks=pytest.mark.turn(n % 3)) for n, name in enumerate(LAUNCHERS)]
 )
 def test_it_trains_as_one_process_and_resumes(engine: str, one_process, tmp_path: Path) -> None:
-    """Catches an engine's lines in the example that train something else, lose the schedule or the state at a resume."""
+    """Catches lines for an engine that train something else, or lose the schedule or the state at a resume."""
     expected, said = one_process
     arguments = ["--engine", engine, "--output", tmp_path, "--checkpoint_every", 10]
     stopped = launch(LAUNCHERS[engine], 2, SCRIPT, *arguments, "--updates", 10)

@@ -208,7 +208,15 @@ def _move_on(
         there = movement[0].data_ptr() if moves else 0
         jobs.append(_MOVE_JOB.pack(param.data_ptr(), there, start.data_ptr(), param.numel()))
     known = _load().arsg_move_on(
-        b"".join(jobs), len(jobs), torch.get_num_threads(), _TYPES[param_type], moves, beta1, pull, reach, decay
+        b"".join(jobs),
+        len(jobs),
+        torch.get_num_threads(),
+        _TYPES[param_type],
+        moves,
+        beta1,
+        pull,
+        reach,
+        decay,
     )
     assert known
     _announce_change(params)
