@@ -46,6 +46,15 @@ def test_replicas_of_shards_resume_with_the_same_bits() -> None:
 
 
 @pytest.mark.ranks
+def test_a_script_with_torchs_own_checkpoints_goes_on_with_the_same_bits() -> None:
+    """Catches shards put together at another place, and state or settings that torch's load does not find in what
+    `to_dcp` wrote."""
+    assert result("differences") == []
+    for name, tensor in result("resumed").items():
+        assert torch.equal(result("through torch's format")[name], tensor), name
+
+
+@pytest.mark.ranks
 def test_one_ranks_bad_gradient_leaves_the_update_out_everywhere() -> None:
     """Catches ranks that decide alone, of which one then waits for the others."""
     assert result("skipped") == 1

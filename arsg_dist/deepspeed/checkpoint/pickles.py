@@ -1,16 +1,15 @@
 """Read DeepSpeed's checkpoint files, which are pickles, as data alone.
 
-Nothing that they name is run or imported. The only place of the project that calls `torch.load`. DeepSpeed 0.19.8
-writes tensors, plain values and four classes of its own (stages 0 to 3, fp32, bf16 and fp16, any optimizer, mixtures of
-experts and pipelines). Objects of these classes become a `Record` here: the classes themselves can be harmed by what a
-file sets, as the members of an enumeration can.
+Nothing that they name is run or imported. `torch.load` is called here and in `arsg_dist/checkpoint/pickles.py` only.
+DeepSpeed 0.19.8 writes tensors, plain values and four classes of its own (stages 0 to 3, fp32, bf16 and fp16, any
+optimizer, mixtures of experts and pipelines). Objects of these classes become a `Record` here: the classes themselves
+can be harmed by what a file sets, as the members of an enumeration can.
 """
 
 import argparse
 import math
 import pickle
 import re
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -21,13 +20,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from arsg_dist.checkpoint.pickles import check_archive
 from arsg_dist.safe_io.files import MiB, open_regular
 from arsg_dist.safe_io.text import printable
 
 Reader = Callable[[Path], Any]
 """What turns a file of a checkpoint into its content: `load`, or `look_into`."""
 
-_PICKLE_LIMIT: Final = 256 * MiB
 _NEVER_DATA: Final = ("nt", "os", "posix", "sys")
 _SHOWN: Final = 5
 _SMALL: Final = 64 * MiB
@@ -202,7 +201,7 @@ def look_into(path: Path) -> Any:
 
 
 def _load(file: IO[bytes], path: Path, *, trust_pickle: bool = False, known: list[Any] = _ALLOWED) -> Any:
-    size = _check_archive(file, path)
+    size = check_archive(file, path)
     opened = f"/proc/self/fd/{file.fileno()}"  # torch maps files by their path only: this one is still the same file
     with torch.serialization.safe_globals(known):
         try:
@@ -225,24 +224,6 @@ def _load(file: IO[bytes], path: Path, *, trust_pickle: bool = False, known: lis
 def _reason(error: Exception) -> str:
     said = str(error).rpartition("WeightsUnpickler error: ")[2].strip()
     return printable(said.splitlines()[0] if said else type(error).__name__, limit=200)
-
-
-def _check_archive(file: IO[bytes], path: Path) -> int:
-    """Refuse what unpacks to more than it is; return the file's bytes."""
-    try:
-        with zipfile.ZipFile(file) as archive:
-            members = archive.infolist()
-    except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError) as error:
-        raise ValueError(
-            f"{path} is damaged, or not in torch.save's format (a zip archive): {error}"
-        ) from error
-    for member in members:
-        large = member.filename.endswith("/data.pkl") and member.file_size > _PICKLE_LIMIT
-        if member.compress_type != zipfile.ZIP_STORED or large:
-            raise ValueError(
-                f"{path} is not as torch.save writes it: {printable(member.filename)} is packed or large"
-            )
-    return file.seek(0, 2)
 
 
 def _check_tensors(content: Any, path: Path, limit: int) -> None:

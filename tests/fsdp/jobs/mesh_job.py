@@ -7,14 +7,34 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 
 from arsg_dist import ARSG
 from arsg_dist.checkpoint import CheckpointStore, SavedRun, save_run
+from arsg_dist.checkpoint.dcp import DCPCheckpoint, to_dcp
 from arsg_dist.engine import Communicator, discover_ranks, end_process
+from arsg_dist.engine.state import PARAMETER
 from arsg_dist.fsdp import FSDPEngine, connect, shard
 from tests.support import toy
+
+
+def differences(ours: SavedRun, theirs: DCPCheckpoint) -> list[str]:
+    """What the same run, saved in two formats, has in one of them only, or with other bits."""
+    found = [name for name in ours.parameters if ours.entries(name) != theirs.entries(name)]
+    for name in ours.parameters:
+        for entry in {PARAMETER} | ours.entries(name):
+            if not torch.equal(ours.whole(entry, name), theirs.whole(entry, name)):
+                found.append(f"{entry} of {name}")
+    return found + sorted({*ours.parameters} ^ {*theirs.parameters})
+
+
+def state_of(engine: FSDPEngine) -> dict[str, object]:
+    model, optimizer = get_state_dict(engine.module, engine.optimizer)
+    return {"model": model, "optim": optimizer}
 
 
 def build(communicator: Communicator) -> tuple[nn.Module, FSDPEngine]:
@@ -46,13 +66,28 @@ def main() -> None:
     _, resumed = build(communicator)
     resumed.load_state(SavedRun(path))
 
+    # As a script without this project saves and loads: shards by every rank, replicas once.
+    dcp.save(state_of(resumed), checkpoint_id=directory / "theirs")
+    if communicator.rank == 0:
+        to_dcp(SavedRun(path), directory / "ours")
+    dist.barrier()
+    _, script = build(communicator)
+    state = state_of(script)
+    dcp.load(state, checkpoint_id=directory / "ours")
+    set_state_dict(
+        script.module, script.optimizer, model_state_dict=state["model"], optim_state_dict=state["optim"]
+    )
+
     loss = engine.module(toy.batch(0)[0]).sum()  # one rank's gradient is not finite: no rank makes the update
     engine.backward(loss * (torch.nan if communicator.rank == 3 else 1.0))
     engine.step()
     train(engine, 2, toy.UPDATES)
     train(resumed, 2, toy.UPDATES)
+    train(script, 2, toy.UPDATES)
     results = {"skipped": engine.skipped_updates, "trained": engine.whole_weights()}
     results["resumed"] = resumed.whole_weights()
+    results["through torch's format"] = script.whole_weights()
+    results["differences"] = differences(SavedRun(path), DCPCheckpoint(directory / "theirs"))
     with engine.base_iterate():
         results["theta"] = engine.whole_weights()
         results["logits at theta"] = engine.module(toy.batch(0)[0]).detach()
