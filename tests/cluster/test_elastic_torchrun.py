@@ -1,5 +1,6 @@
 """`arsg-dist launch torchrun`: a rank killed, a host lost, a host added; nothing is lost but what no checkpoint has."""
 
+import itertools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -80,7 +81,7 @@ def test_what_is_lost_is_what_the_last_checkpoint_lacks(cluster: Cluster, tmp_pa
     finally:
         restart(cluster, dict(enumerate(jobs)), ["node2"])  # type: ignore[arg-type]
     made = updates(tmp_path)
-    for (last, _), (first, _) in zip(made, made[1:], strict=False):
+    for (last, _), (first, _) in itertools.pairwise(made):
         assert first == last + 1 or 0 <= last - (first - 1) <= SAVED_EVERY, made
     results = torch.load(tmp_path / "weights.pt", weights_only=True)
     model = toy.build_model()

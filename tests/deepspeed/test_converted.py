@@ -31,7 +31,7 @@ class Network(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.layer, self.norm, self.last = nn.Linear(5, 7), nn.BatchNorm1d(7), nn.Linear(7, 3)
+        self.layer, self.norm, self.last = nn.Linear(5, 7, bias=False), nn.BatchNorm1d(7), nn.Linear(7, 3)
         self.kept = nn.Parameter(torch.arange(5.0), requires_grad=False)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
@@ -68,6 +68,7 @@ def saved(directory: Path, kind: str) -> tuple[SingleProcessEngine, Path]:
 
 CONFIG = {
     "train_batch_size": 1,
+    "gradient_clipping": 0.0,
     "zero_allow_untested_optimizer": True,
     "zero_force_ds_cpu_optimizer": False,
     "checkpoint": {"load_universal": True},
@@ -114,7 +115,7 @@ def test_a_run_of_one_process_goes_on_under_deepspeeds_own_loading(
     kind: str, stage: int, tmp_path: Path
 ) -> None:
     """Catches moments or steps that DeepSpeed does not find, settings of the new optimizer left in place, and buffers
-    or frozen parameters left at their start."""
+    or frozen parameters left at their start; and a way back that knows ARSG's checkpoints only."""
     engine, _ = saved(tmp_path, "adamw" if kind == "cpu adam" else kind)
     target = started(kind, stage)
     path, _ = target.load_checkpoint(tmp_path, tag="universal")
@@ -130,6 +131,20 @@ def test_a_run_of_one_process_goes_on_under_deepspeeds_own_loading(
     for name, tensor in engine.module.state_dict().items():
         if name in names - {"kept"} or kind == "arsg":
             torch.testing.assert_close(loaded[name], tensor, rtol=1e-5, atol=1e-6)
+
+    target.save_checkpoint(tmp_path, tag="own")
+    assert command("convert", tmp_path / "own", tmp_path / "back") == 0
+    back = SavedRun(tmp_path / "back")
+    parameters = dict(engine.module.named_parameters())
+    assert set(back.trained) == names - {"kept"}
+    for name in back.trained:
+        held = engine.optimizer.state[parameters[name]]
+        assert set(held) == back.entries(name)
+        for entry, value in held.items():
+            if entry == "step":
+                assert back.number(name, entry) == 4
+            else:
+                torch.testing.assert_close(back.whole(entry, name), value, rtol=1e-4, atol=1e-7)
 
 
 def test_the_converted_run_is_read_back_by_our_own_reader(tmp_path: Path) -> None:

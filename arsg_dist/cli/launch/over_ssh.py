@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -41,8 +42,7 @@ def script(directory: str, command: list[str], variables: Mapping[str, str]) -> 
 
 def main(path: str) -> int:
     """Run the job; return 0, or the code of the first host that failed."""
-    with open(path, encoding="utf-8") as file:  # noqa: TID251 - which the launch has just written
-        job: dict[str, Any] = json.load(file)  # noqa: TID251
+    job: dict[str, Any] = json.loads(Path(path).read_text())  # noqa: TID251 - which the launch has just written
     variables = {name: os.environ[name] for name in job["variables"] if name in os.environ}
     stopped: list[int] = []
 

@@ -1,4 +1,4 @@
-"""Job for one rank of a training that torchrun starts again, with another number of ranks where a host has come or gone.
+"""Job for one rank of a training that torchrun starts again, on as many ranks as there are then.
 
 usage: elastic_training.py DIRECTORY      until DIRECTORY/stop exists; a line of DIRECTORY/log for each update
 """
