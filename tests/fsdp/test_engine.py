@@ -16,6 +16,7 @@ from arsg_dist.fsdp import FSDPEngine, shard, units_of
 from arsg_dist.fsdp.state import place_of
 from arsg_dist.imagenet.models import build_model
 from tests.engines.test_registry import settings
+from tests.fsdp.jobs.mesh_job import HIDDEN, OPTIMIZERS
 from tests.support import toy
 from tests.support.compare import assert_same_weights
 from tests.support.results import results_of
@@ -52,6 +53,24 @@ def test_a_script_with_torchs_own_checkpoints_goes_on_with_the_same_bits() -> No
     assert result("differences") == []
     for name, tensor in result("resumed").items():
         assert torch.equal(result("through torch's format")[name], tensor), name
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("name", list(OPTIMIZERS))
+def test_the_optimizer_alone_on_tensor_parallel_parameters_equals_one_process(name: str) -> None:
+    """Catches an update of a layer cut by columns that takes its state for one cut by rows, whole parameters beside cut
+    ones, and two meshes in one optimizer."""
+    model = toy.build_model(*HIDDEN)
+    started = {key: tensor.detach().clone() for key, tensor in model.state_dict().items()}
+    settings: Any = {**toy.HYPERPARAMETERS, **OPTIMIZERS[name], "foreach": False, "fused": False}
+    optimizer = ARSG(model.parameters(), **settings)
+    for update in range(toy.UPDATES):
+        optimizer.zero_grad()
+        inputs, targets = toy.batch(update)
+        toy.loss_of(model(inputs), targets).backward()
+        optimizer.step()
+    for mesh in ("row and column", "two dimensions"):
+        assert_same_weights(result(f"{mesh}, {name}"), dict(model.state_dict()), started_from=started)
 
 
 @pytest.mark.ranks

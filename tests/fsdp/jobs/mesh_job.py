@@ -12,6 +12,9 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from arsg_dist import ARSG
 from arsg_dist.checkpoint import CheckpointStore, SavedRun, save_run
@@ -20,6 +23,14 @@ from arsg_dist.engine import Communicator, discover_ranks, end_process
 from arsg_dist.engine.state import PARAMETER
 from arsg_dist.fsdp import FSDPEngine, connect, shard
 from tests.support import toy
+
+
+HIDDEN = (12, 8)
+OPTIMIZERS: dict[str, dict[str, object]] = {
+    "reference": {"foreach": False},
+    "foreach": {"foreach": True, "preconditioner": "adam"},
+    "fused": {"fused": True},
+}
 
 
 def differences(ours: SavedRun, theirs: DCPCheckpoint) -> list[str]:
@@ -54,6 +65,25 @@ def train(engine: FSDPEngine, first: int, last: int) -> None:
         inputs, targets = toy.batch(update)
         engine.backward(toy.loss_of(engine.module(inputs[part]), targets[part]))
         engine.step()
+
+
+def tensor_parallel(shards: int, settings: dict[str, object]) -> dict[str, torch.Tensor]:
+    """Train a network with a layer cut by columns and one by rows, and the rest of the ranks as FSDP."""
+    model = toy.build_model(*HIDDEN)
+    mesh = init_device_mesh("cpu", (shards, 4 // shards), mesh_dim_names=("shard", "tensor"))
+    parallelize_module(model, mesh["tensor"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    if shards > 1:
+        fully_shard(model, mesh=mesh["shard"])
+    optimizer = ARSG(model.parameters(), **toy.HYPERPARAMETERS, **settings)
+    size = toy.BATCH // shards
+    part = slice(mesh["shard"].get_local_rank() * size, (mesh["shard"].get_local_rank() + 1) * size)
+    for update in range(toy.UPDATES):
+        optimizer.zero_grad()
+        inputs, targets = toy.batch(update)
+        toy.loss_of(model(inputs[part]), targets[part]).backward()
+        optimizer.step()
+    weights = model.state_dict()
+    return {name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in weights.items()}
 
 
 def main() -> None:
@@ -92,6 +122,9 @@ def main() -> None:
         results["theta"] = engine.whole_weights()
         results["logits at theta"] = engine.module(toy.batch(0)[0]).detach()
     results["after"] = engine.whole_weights()
+    for name, settings in OPTIMIZERS.items():
+        results[f"row and column, {name}"] = tensor_parallel(1, settings)
+        results[f"two dimensions, {name}"] = tensor_parallel(2, settings)
     if communicator.rank == 0:
         torch.save(results, directory / "results.pt")
     communicator.close()
