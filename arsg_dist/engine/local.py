@@ -210,7 +210,7 @@ class LocalBuilder(EngineBuilder):
             module = module.cuda()
         if settings.channels_last and self._channels_last:
             module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._distribute(module)
+        self._distribute(module, communicator)
         return self._engine(
             module,
             settings.build_optimizer(settings.parameter_groups(module)),
@@ -219,10 +219,15 @@ class LocalBuilder(EngineBuilder):
             clip_grad_norm=settings.clip_grad_norm,
             loss_scaling=self.precision == "fp16",
             skip_nonfinite=settings.skip_nonfinite,
+            **self._engine_options(),
         )
 
-    def _distribute(self, module: nn.Module) -> None:
-        """Change the network's parameters, before an optimizer is made over them."""
+    def _distribute(self, module: nn.Module, communicator: Communicator) -> None:
+        """Change the network's parameters, before an optimizer is made over them. Collective."""
+
+    def _engine_options(self) -> dict[str, Any]:
+        """Return further arguments of the engine."""
+        return {}
 
 
 class SingleProcessBuilder(LocalBuilder):

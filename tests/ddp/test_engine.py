@@ -11,7 +11,8 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 
 from arsg_dist import ARSG
 from arsg_dist.ddp import DDPEngine, connect
-from arsg_dist.engine import Communicator, Ranks, discover_ranks
+from arsg_dist.engine import Communicator, Ranks, discover_ranks, load_builder
+from tests.engines.test_registry import settings
 
 ALONE = Ranks(rank=0, world_size=1, local_rank=0, launcher="deepspeed or torchrun")
 
@@ -74,6 +75,26 @@ def test_the_base_iterate_is_reached_and_left(communicator: Communicator) -> Non
             engine.backward(torch.zeros((), requires_grad=True))
     assert torch.equal(module.weight, before)
     assert not torch.equal(expected, before)
+
+
+def test_parameters_that_the_loss_leaves_out_are_found_where_it_is_asked_for(
+    communicator: Communicator,
+) -> None:
+    """Catches an option that is lost on its way: torch ends the run in the next forward pass."""
+    for find in (True, False):
+        builder = load_builder("ddp")(settings(engine_options={"find_unused_parameters": find}), world_size=1)
+        module = nn.ModuleDict({"used": nn.Linear(3, 2), "unused": nn.Linear(3, 2)})
+        module.forward = module["used"].forward  # type: ignore[method-assign]
+        engine = builder.build(module, communicator, ALONE)
+        before = module["used"].weight.detach().clone()
+        engine.backward(engine.module(torch.ones(4, 3)).sum())
+        engine.step()
+        assert not torch.equal(module["used"].weight, before)
+        if find:
+            engine.module(torch.ones(4, 3))
+        else:
+            with pytest.raises(RuntimeError, match="find_unused_parameters"):
+                engine.module(torch.ones(4, 3))
 
 
 @pytest.mark.parametrize("environment", [{}, {"HOROVOD_RANK": "0", "HOROVOD_SIZE": "2"}])

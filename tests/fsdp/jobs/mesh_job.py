@@ -24,7 +24,6 @@ from arsg_dist.engine.state import PARAMETER
 from arsg_dist.fsdp import FSDPEngine, connect, shard
 from tests.support import toy
 
-
 HIDDEN = (12, 8)
 OPTIMIZERS: dict[str, dict[str, object]] = {
     "reference": {"foreach": False},
