@@ -81,12 +81,7 @@ class FSDPEngine(LocalEngine):
 
     def _clip(self) -> None:
         if self.loss_scaling:
-            self._grad_scaler.unscale_(self.optimizer)
-            # The scaler looks at this rank's shards: an overflow in any of them is one of all ranks.
-            found = self._grad_scaler._found_inf_per_device(self.optimizer)
-            overflow = self.communicator.start_any(any(bool(value) for value in found.values()))()
-            for value in found.values():
-                value.fill_(overflow)
+            self._unscale_shards()
         if self._clip_grad_norm:
             torch.nn.utils.clip_grad_norm_(self._network.parameters(), self._clip_grad_norm)
 

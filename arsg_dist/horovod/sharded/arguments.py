@@ -11,24 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from arsg_dist.engine.element_wise import ELEMENT_WISE
 from arsg_dist.horovod.comm.interface import check_passes, check_predivide_factor
-from arsg_dist.optim import ARSG
 
-# Every element of the update depends on that element's parameter, gradient and state, and on numbers, only.
-ELEMENT_WISE = (
-    ARSG,
-    torch.optim.ASGD,
-    torch.optim.Adadelta,
-    torch.optim.Adagrad,
-    torch.optim.Adam,
-    torch.optim.AdamW,
-    torch.optim.Adamax,
-    torch.optim.NAdam,
-    torch.optim.RAdam,
-    torch.optim.RMSprop,
-    torch.optim.Rprop,
-    torch.optim.SGD,
-)
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 sharded_by: WeakIdKeyDictionary = WeakIdKeyDictionary()
