@@ -91,6 +91,11 @@ class EngineBuilder(ABC):
                 shown = ", ".join(str(choice).lower() for choice in allowed)
                 raise ValueError(f"engine_options.{option} must be one of {shown}, not {value!r}")
 
+    @staticmethod
+    def units(module: nn.Module) -> list[str]:
+        """Name the parts of a network that ranks gather one by one; none where no such parts are known beforehand."""
+        return []
+
     def numeric_settings(self) -> dict[str, Any]:
         """Return what the engine computes with, beside the rest of the training's settings; nothing that only rounds.
 

@@ -8,7 +8,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from arsg_dist.engine import Communicator, LocalBuilder, connect_torch
 from arsg_dist.engine.hosts import this_host
 from arsg_dist.fsdp.engine import CAPABILITIES, FSDPEngine
-from arsg_dist.fsdp.units import recompute_activations, replicas_of_shards, shard
+from arsg_dist.fsdp.units import recompute_activations, replicas_of_shards, shard, units_of
 
 
 class FSDPBuilder(LocalBuilder):
@@ -26,6 +26,11 @@ class FSDPBuilder(LocalBuilder):
         "reshard_after_forward": (True, False),
         "shard_group": ("job", "node"),
     }
+
+    @staticmethod
+    def units(module: nn.Module) -> list[str]:
+        """Name the blocks."""
+        return [name for name, _ in units_of(module)]
 
     def _distribute(self, module: nn.Module, communicator: Communicator) -> None:
         chosen = self._settings.engine_options

@@ -16,7 +16,9 @@ from arsg_dist.engine import SingleProcessCommunicator, SingleProcessEngine, dis
 from arsg_dist.fsdp import FSDPEngine, shard, units_of
 from arsg_dist.fsdp.state import place_of
 from arsg_dist.fsdp.units import recompute_activations, replicas_of_shards
+from arsg_dist.imagenet.cli import train_command
 from arsg_dist.imagenet.models import build_model
+from arsg_dist.imagenet.recipe import read_arguments
 from tests.engines.test_registry import settings
 from tests.fsdp.jobs.mesh_job import HIDDEN, OPTIMIZERS
 from tests.support import toy
@@ -195,6 +197,23 @@ def test_activations_are_computed_again_and_the_gradient_is_the_same() -> None:
     first, second = (engine.whole_weights() for engine in engines)
     assert first.keys() == second.keys() == plain.state_dict().keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_plan_of_a_recipe_names_what_is_gathered(capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a plan that starts a training, or sums up other parameters than the network has; and an option that is
+    read as text."""
+    arguments = ["--engine", "fsdp", "--model", "resnet20", "--print-plan"]
+    assert train_command([*arguments, "--engine_options.reshard_after_forward", "false"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "gathers 9 parts of resnet20" in lines[0]
+    numbers = [int(line.split()[0].replace(",", "")) for line in lines[1:]]
+    assert sum(numbers) == sum(x.numel() for x in build_model("resnet20", 1000).parameters())
+    options = read_arguments(
+        [*arguments[:4], "--engine_options.reshard_after_forward", "false"]
+    ).engine_options
+    load_builder("fsdp").check_options("fsdp", options)
+    assert train_command(["--engine", "single", "--model", "resnet20", "--print-plan"]) == 0
+    assert "gathers no parts" in capsys.readouterr().out
 
 
 def test_networks_that_cannot_be_computed_twice_are_refused() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from arsg_dist.cli.launch import over_ssh
+from arsg_dist.cli.launch.targets import local
 from tests.cli.launch.test_targets import HOSTILE, plan, texts
 
 HOST = """#!/bin/bash
@@ -121,6 +122,19 @@ def test_restarts_are_started_with_what_they_need() -> None:
     joined = json.loads(texts(plan("torchrun", *join, program=program)))
     assert "is_host=1" not in str(joined)
     assert all("--rdzv-endpoint=first:29500" in command for command in joined["hosts"].values())
+
+
+def test_one_machine_needs_no_deepspeed_for_an_engine_that_needs_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Catches a start of torch's own engines by a launcher that is not installed."""
+    monkeypatch.setattr(local, "find_spec", lambda name: None)
+    for engine in ("ddp", "fsdp"):
+        command = plan("local", engine=engine).command
+        assert command[3:6] == ("torch.distributed.run", "--nproc-per-node", "4")
+        assert command[-3:] == ("train.py", "--lr", "0.1")
+    for engine in ("deepspeed", "horovod"):
+        assert "torch.distributed.run" not in plan("local", engine=engine).command
 
 
 @pytest.mark.parametrize(
