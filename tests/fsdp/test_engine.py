@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from torch.distributed.tensor import Replicate, Shard
 
 from arsg_dist import ARSG
@@ -197,6 +198,36 @@ def test_activations_are_computed_again_and_the_gradient_is_the_same() -> None:
     first, second = (engine.whole_weights() for engine in engines)
     assert first.keys() == second.keys() == plain.state_dict().keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.usefixtures("_alone")
+@pytest.mark.parametrize("half", [True, False], ids=["bf16 by policy", "offloaded"])
+def test_policies_of_fully_shard_reach_it(half: bool) -> None:
+    """Catches a policy that is dropped, masters in half precision, and a clipping of other gradients."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
+    sharded, inputs = copy.deepcopy(plain), torch.randn(4, 5)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    shard(
+        sharded, **({"mp_policy": policy} if half else {"offload_policy": CPUOffloadPolicy(pin_memory=False)})
+    )
+    engine = FSDPEngine(
+        sharded, ARSG(sharded.parameters(), lr=0.1), SingleProcessCommunicator(), clip_grad_norm=0.5
+    )
+    optimizer = ARSG(plain.parameters(), lr=0.1)
+    for _ in range(2):
+        engine.backward(engine.module(inputs).float().square().mean())
+        engine.step()
+        computed = copy.deepcopy(plain).bfloat16() if half else plain
+        computed(inputs.bfloat16() if half else inputs).float().square().mean().backward()
+        for parameter, copied in zip(plain.parameters(), computed.parameters(), strict=True):
+            parameter.grad = copied.grad.float()  # type: ignore[union-attr]
+        nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, tensor in engine.whole_weights().items():
+        assert torch.equal(tensor, plain.state_dict()[name])
+    assert engine.state().tensors["exp_avg:0.weight"].dtype == torch.float32
 
 
 def test_the_plan_of_a_recipe_names_what_is_gathered(capsys: pytest.CaptureFixture[str]) -> None:
