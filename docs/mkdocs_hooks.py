@@ -1,4 +1,4 @@
-"""Build the site: the README is its first page, and files beside docs/ that pages link to are in it, with every interface.
+"""Build the site: the README is its first page; files that pages link to and every interface are on it, too.
 
 MkDocs calls the functions `on_...`. In a page, links are as they work in the repository.
 """

@@ -7,7 +7,6 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from arsg_dist.checkpoint.saved_run import SavedRun
 from arsg_dist.checkpoint.writer import write_manifest, write_part
 from arsg_dist.engine.saved_state import SavedState
 from arsg_dist.engine.state import (
@@ -42,18 +41,14 @@ def to_portable(saved: SavedState, target: Path, engine: str, progress: dict[str
         ValueError: the target exists, or the run lacks something.
         OSError: it cannot be written.
     """
-    _check_new(target)
-    if saved.group_of is None:
-        raise ValueError(f"{saved.where} does not tell the settings of each parameter: convert the original")
+    check_new(target)
+    members = members_of(saved)
     state = EngineState(
         engine, aliases=saved.aliases, loss_scale=saved.loss_scale, counters=dict(saved.counters)
     )
     if state.loss_scale is not None and "kind" not in state.loss_scale:
         scale = float(state.loss_scale["cur_scale"])
         state.loss_scale = {"kind": "DeepSpeed", "scale": scale, **state.loss_scale}
-    members: list[list[str]] = [[] for _ in saved.groups]
-    for name, index in saved.group_of.items():
-        members[index].append(name)
     state.groups = [
         Group(plain_settings(group), names) for group, names in zip(saved.groups, members, strict=True)
     ]
@@ -74,7 +69,7 @@ def to_portable(saved: SavedState, target: Path, engine: str, progress: dict[str
         write_manifest(partial, 1, state, progress)
 
 
-def to_torch(saved: SavedRun, target: Path) -> None:
+def to_torch(saved: SavedState, target: Path) -> None:
     """Write one file for ``torch.load(target, weights_only=True)``; the whole run is in memory.
 
     Its keys: "model", a state dict with tied parameters under each name; "optimizer", a state dict whose parameters are
@@ -88,24 +83,35 @@ def to_torch(saved: SavedRun, target: Path) -> None:
         ValueError: the target exists, or a file of the run is damaged.
         OSError: it cannot be written.
     """
-    _check_new(target)
+    check_new(target)
     model = {name: saved.whole(PARAMETER, name) for name in saved.parameters}
     model |= {alias: model[name] for alias, name in saved.aliases.items()}
     model |= {name: saved.whole(BUFFER, name) for name in saved.buffers}
-    names = [name for group in saved.manifest.groups for name in group.parameters]
+    members = members_of(saved)
+    names = [name for group in members for name in group]
     number = {name: index for index, name in enumerate(names)}
     optimizer = {
         "state": {
-            number[name]: {entry: _entry(saved, entry, name) for entry in sorted(saved.entries(name))}
+            number[name]: {
+                entry: saved.whole(entry, name)
+                if saved.spec(entry, name)
+                else number_or_tensor(saved, name, entry)
+                for entry in sorted(saved.entries(name))
+            }
             for name in names
             if saved.entries(name)
         },
         "param_groups": [
-            {**_for_torch(group.settings), "params": [number[name] for name in group.parameters]}
-            for group in saved.manifest.groups
+            {**_for_torch(settings), "params": [number[name] for name in group]}
+            for settings, group in zip(saved.groups, members, strict=True)
         ],
     }
-    content = {"model": model, "optimizer": optimizer, "parameters": names, "progress": saved.progress}
+    content = {
+        "model": model,
+        "optimizer": optimizer,
+        "parameters": names,
+        "progress": getattr(saved, "progress", {}),
+    }
     try:
         with writing(target) as file:
             torch.save(content, file)
@@ -117,11 +123,31 @@ def _for_torch(settings: dict[str, Any]) -> dict[str, Any]:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
 
 
-def _entry(saved: SavedRun, entry: str, name: str) -> Tensor | Any:
-    return saved.number(name, entry) if saved.spec(entry, name) is None else saved.whole(entry, name)
+def members_of(saved: SavedState) -> list[list[str]]:
+    """List the names of each group's parameters.
+
+    Raises:
+        ValueError: the run does not tell.
+    """
+    if saved.group_of is None:
+        raise ValueError(f"{saved.where} does not tell the settings of each parameter: convert the original")
+    members: list[list[str]] = [[] for _ in saved.groups]
+    for name, index in saved.group_of.items():
+        members[index].append(name)
+    return members
 
 
-def _check_new(target: Path) -> None:
+def number_or_tensor(saved: SavedState, name: str, entry: str) -> Any:
+    """Return a number of a parameter as its optimizer keeps it: torch's count their steps in tensors, ARSG does not."""
+    value = saved.number(name, entry)
+    assert saved.group_of is not None
+    if entry == "step" and not isinstance(value, Tensor) and "mu" not in saved.groups[saved.group_of[name]]:
+        return torch.tensor(float(value))
+    return value
+
+
+def check_new(target: Path) -> None:
+    """Raise ValueError unless something new can be made there."""
     if os.path.lexists(target):
         raise ValueError(f"{target} exists already: choose another name or remove it")
     if not target.parent.is_dir():

@@ -4,6 +4,7 @@ The only place of the project that calls `torch.load`. Nothing that a file names
 that the caller lists.
 """
 
+import io
 import pickle
 import zipfile
 from pathlib import Path
@@ -65,7 +66,7 @@ def read_pickle(
         RefusedPickleError: it names something that would be executed.
         ValueError: it is damaged, or none of torch's.
     """
-    size = _check_archive(file, path)
+    size = check_archive(file, path)
     opened = f"/proc/self/fd/{file.fileno()}"  # torch maps files by their path only: this one is still the same file
     with torch.serialization.safe_globals(known):
         try:
@@ -85,25 +86,50 @@ def read_pickle(
     return content
 
 
+def read_value(content: bytes, what: str) -> Any:
+    """Read a tensor or plain values from what `torch.save` wrote.
+
+    Args:
+        content: of the file, or of the part of a file.
+        what: what messages call it.
+
+    Raises:
+        ValueError: it is damaged, or more than data.
+    """
+    file = io.BytesIO(content)
+    check_archive(file, what)
+    file.seek(0)
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{what} is a pickle of more than tensors and plain values: refused") from error
+    except Exception as error:  # whatever damaged content makes torch raise
+        raise ValueError(f"{what} is damaged ({printable(type(error).__name__)})") from error
+
+
 def _reason(error: Exception) -> str:
     said = str(error).rpartition("WeightsUnpickler error: ")[2].strip()
     return printable(said.splitlines()[0] if said else type(error).__name__, limit=200)
 
 
-def _check_archive(file: IO[bytes], path: Path) -> int:
-    """Refuse what unpacks to more than it is; return the file's bytes."""
+def check_archive(file: IO[bytes], what: str | Path) -> int:
+    """Refuse what unpacks to more than it is; return the file's bytes.
+
+    Raises:
+        ValueError: it is packed, or no archive of `torch.save`.
+    """
     try:
         with zipfile.ZipFile(file) as archive:
             members = archive.infolist()
     except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError) as error:
         raise ValueError(
-            f"{path} is damaged, or not in torch.save's format (a zip archive): {error}"
+            f"{what} is damaged, or not in torch.save's format (a zip archive): {error}"
         ) from error
     for member in members:
         large = member.filename.endswith("/data.pkl") and member.file_size > _PICKLE_LIMIT
         if member.compress_type != zipfile.ZIP_STORED or large:
             raise ValueError(
-                f"{path} is not as torch.save writes it: {printable(member.filename)} is packed or large"
+                f"{what} is not as torch.save writes it: {printable(member.filename)} is packed or large"
             )
     return file.seek(0, 2)
 

@@ -12,6 +12,8 @@ from arsg_dist.safe_io.text import printable, printable_lines
 
 SUMMARY = "Shows, verifies, converts and exports the checkpoint of a run."
 _LINE = 4000  # characters of a line that are shown
+_NAMES = 20  # of tensors in a line
+_TARGETS = ("portable", "torch", "dcp", "torchtitan", "deepspeed")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,17 +30,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("verify", "Reads everything and compares the digests; exit code 1 if something is damaged.")
     convert = add(
         "convert",
-        "From DeepSpeed's own checkpoints to this format, or from this one to torch's. DeepSpeed's files are pickles: "
-        "data alone is taken from them, and nothing that they name is executed unless you add --trust-pickle.",
-        "checkpoint, or what DeepSpeed's save_checkpoint wrote",
+        "From this format, DeepSpeed's own checkpoints or those of torch.distributed.checkpoint to any of them. Theirs "
+        "are pickles: data alone is taken from them, and nothing that they name is executed unless you add "
+        "--trust-pickle.",
+        "checkpoint, or what DeepSpeed's save_checkpoint or torch.distributed.checkpoint.save wrote",
     )
     convert.add_argument("output", type=Path, metavar="OUTPUT", help="directory or file to make")
     convert.add_argument(
         "--to",
-        choices=["portable", "torch"],
+        choices=list(_TARGETS),
         default="portable",
-        help="portable: a checkpoint directory; torch: one file of state dicts for torch.load(weights_only=True)",
+        help="portable: a checkpoint directory; torch: one file of state dicts for torch.load(weights_only=True); dcp: "
+        'a directory for torch.distributed.checkpoint.load, {"model": ..., "optim": ...} of get_state_dict; '
+        "torchtitan: the same in torchtitan's layout; deepspeed: a universal checkpoint for DeepSpeed's load_universal",
     )
+    for name, what in (("buffers", "buffers"), ("frozen", "frozen parameters")):
+        convert.add_argument(
+            f"--{name}",
+            type=lambda text: [part for part in text.split(",") if part],
+            default=[],
+            metavar="NAMES",
+            help=f"from torch.distributed.checkpoint, which does not tell them: names of {what}, or patterns with *, "
+            "separated by commas",
+        )
     convert.add_argument(
         "--trust-pickle",
         action="store_true",
@@ -112,23 +126,74 @@ def _verify(options: argparse.Namespace) -> int:
 
 def _convert(options: argparse.Namespace) -> int:
     from arsg_dist.checkpoint import SavedRun
-    from arsg_dist.checkpoint.convert import to_portable, to_torch
+    from arsg_dist.checkpoint.dcp import INDEX
 
-    if options.to == "torch":
-        to_torch(SavedRun(options.path), options.output)
-    else:
-        if (options.path / "manifest.json").is_file():
+    portable, index = (options.path / name for name in ("manifest.json", INDEX))
+    if (options.buffers or options.frozen) and (portable.is_file() or not index.is_file()):
+        raise ValueError(
+            f"--buffers and --frozen are for checkpoints of torch.distributed.checkpoint: {options.path} tells them"
+        )
+    if portable.is_file():
+        if options.to == "portable":
             raise ValueError(
-                f"{options.path} is a portable checkpoint already; for torch's format add --to torch"
+                f"{options.path} is a portable checkpoint already; for another format add --to "
+                f"{', '.join(name for name in _TARGETS if name != 'portable')}"
             )
-        from arsg_dist.deepspeed.checkpoint.files import reading
-        from arsg_dist.deepspeed.checkpoint.reader import read_checkpoint
-
-        saved = read_checkpoint(options.path, trust_pickle=options.trust_pickle)
-        with reading(saved.where):
-            to_portable(saved, options.output, "deepspeed", {})
+        saved = SavedRun(options.path)
+        _write(options, saved, saved.manifest.engine)
+    elif index.is_file():
+        _write(options, _read_dcp(options), "torch.distributed.checkpoint")
+    else:
+        _from_deepspeed(options)
     print(f"wrote {options.output}")  # noqa: T201
     return 0
+
+
+def _read_dcp(options: argparse.Namespace) -> Any:
+    from arsg_dist.checkpoint.dcp import DCPCheckpoint
+
+    saved = DCPCheckpoint(options.path, buffers=options.buffers, frozen=options.frozen)
+    said = {
+        "buffers": saved.buffers,
+        "further names of parameters": [f"{alias} = {name}" for alias, name in saved.aliases.items()],
+        "frozen": [name for name in saved.parameters if name not in set(saved.trained)],
+        "left out": saved.left_out,
+    }
+    for what, names in said.items():
+        if names:
+            shown = ", ".join(names[:_NAMES]) + (f" and {len(names) - _NAMES} more" if names[_NAMES:] else "")
+            print(f"{what}: {printable(shown, limit=_LINE)}")  # noqa: T201
+    return saved
+
+
+def _from_deepspeed(options: argparse.Namespace) -> None:
+    from arsg_dist.deepspeed.checkpoint.files import reading
+    from arsg_dist.deepspeed.checkpoint.reader import read_checkpoint
+
+    if options.to == "deepspeed":
+        from arsg_dist.deepspeed.universal import convert
+
+        convert(options.path, options.output, trust_pickle=options.trust_pickle)
+        return
+    saved = read_checkpoint(options.path, trust_pickle=options.trust_pickle, of_arsg=False)
+    with reading(saved.where):
+        _write(options, saved, "deepspeed")
+
+
+def _write(options: argparse.Namespace, saved: Any, engine: str) -> None:
+    from arsg_dist.checkpoint import convert, dcp
+
+    if options.to == "portable":
+        convert.to_portable(saved, options.output, engine, {})
+    elif options.to == "torch":
+        convert.to_torch(saved, options.output)
+    elif options.to == "deepspeed":
+        from arsg_dist.deepspeed.universal import convert_saved
+
+        convert.check_new(options.output)
+        convert_saved(saved, options.output)
+    else:
+        dcp.to_dcp(saved, options.output, titan=options.to == "torchtitan")
 
 
 def _export(options: argparse.Namespace) -> int:

@@ -1,6 +1,12 @@
 """Build the engine `ddp` for a training."""
 
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
 from arsg_dist.ddp.engine import DDPEngine
+from arsg_dist.ddp.shards import Shards
 from arsg_dist.engine import LocalBuilder, connect_torch
 
 
@@ -8,4 +14,18 @@ class DDPBuilder(LocalBuilder):
     """Build a `DDPEngine`."""
 
     _engine = DDPEngine
+    _shards: Shards | None = None
     connect = staticmethod(connect_torch)
+    options: ClassVar = {"find_unused_parameters": (True, False), "shard_update": (True, False)}
+
+    def _optimizer(self, module: nn.Module) -> torch.optim.Optimizer:
+        settings = self._settings
+        groups = settings.parameter_groups(module)
+        if settings.engine_options.get("shard_update"):
+            self._shards = Shards(groups)
+            groups = self._shards.groups
+        return settings.build_optimizer(groups)
+
+    def _engine_options(self) -> dict[str, Any]:
+        chosen = {key: value for key, value in self._settings.engine_options.items() if key != "shard_update"}
+        return {"shards": self._shards, **chosen}

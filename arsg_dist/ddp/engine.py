@@ -1,12 +1,16 @@
 """Put torch's DistributedDataParallel behind the `Engine` interface."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from arsg_dist.engine import Communicator, LocalEngine
+from arsg_dist.ddp.shards import Shards, load_sharded, sharded_state
+from arsg_dist.engine import Communicator, EngineState, LocalEngine, SavedState
+from arsg_dist.optim.by_name import ELEMENT_WISE
 
 
 class DDPEngine(LocalEngine):
@@ -21,8 +25,12 @@ class DDPEngine(LocalEngine):
         clip_grad_norm: the averaged gradient is scaled down to this norm if it is larger; 0 for never.
         loss_scaling: scale the loss dynamically, as fp16 autocast needs; updates whose gradients overflow are skipped.
         skip_nonfinite: leave out updates whose gradient is not finite; under loss scaling they are in any case.
+        shards: divide the update and the optimizer's state among the ranks; the optimizer is over their `groups`.
         distribution: further keyword arguments of `DistributedDataParallel`, such as `bucket_cap_mb` or
             `find_unused_parameters`.
+
+    Raises:
+        TypeError: the update is to be divided, and the optimizer is not known to update each element by itself.
     """
 
     kind = "ddp"
@@ -37,6 +45,7 @@ class DDPEngine(LocalEngine):
         clip_grad_norm: float = 0.0,
         loss_scaling: bool = False,
         skip_nonfinite: bool = False,
+        shards: Shards | None = None,
         **distribution: Any,
     ) -> None:
         super().__init__(
@@ -48,6 +57,13 @@ class DDPEngine(LocalEngine):
             loss_scaling=loss_scaling,
             skip_nonfinite=skip_nonfinite,
         )
+        self._shards = shards
+        if shards is not None and type(optimizer) not in ELEMENT_WISE:
+            raise TypeError(
+                f"{type(optimizer).__name__} is not known to update each element of a parameter by itself, so its "
+                "update cannot be divided among the ranks: leave shards (shard_update) out, or take one of "
+                f"{', '.join(kind.__name__ for kind in ELEMENT_WISE)}"
+            )
         on_gpu = [self.device] if self.device.type == "cuda" else None
         distribution = {"gradient_as_bucket_view": True, **distribution}
         self._parallel = DistributedDataParallel(
@@ -59,3 +75,63 @@ class DDPEngine(LocalEngine):
     def _announce_micro_batch(self) -> None:
         """Exchange gradients in the last micro-batch only."""
         self._parallel.require_backward_grad_sync = self._ends_update
+
+    def _update(self) -> None:
+        if self._shards is not None:
+            self._shards.take_gradients()
+        super()._update()
+        if self._shards is not None:
+            self._network.zero_grad()
+
+    def _clip(self) -> None:
+        if self._shards is None:
+            super()._clip()
+            return
+        parts = [piece.part.grad for piece in self._shards.pieces if piece.part.grad is not None]
+        if self.loss_scaling:
+            self._unscale_shards()
+        if self._clip_grad_norm:
+            norms = [norm.float() for norm in torch._foreach_norm(parts)] if parts else []
+            own = torch.stack(norms).square().sum() if norms else torch.zeros((), device=self.device)
+            norm = self.communicator.all_reduce_sum(own).sqrt()
+            torch._foreach_mul_(parts, (self._clip_grad_norm / (norm + 1e-6)).clamp(max=1.0))
+
+    def _step(self) -> None:
+        super()._step()
+        if self._shards is not None:
+            self._shards.gather()
+
+    def _own_state(self) -> EngineState:
+        if self._shards is None:
+            return super()._own_state()
+        rank, world_size = self.communicator.rank, self.communicator.world_size
+        return sharded_state(self.kind, self._network, self.optimizer, self._shards, rank, world_size)
+
+    def load_state(self, saved: SavedState) -> None:
+        """Load what this rank holds, and bring the parts together. Collective."""
+        super().load_state(saved)
+        if self._shards is not None:
+            self._shards.gather()
+
+    def _load_own_state(self, saved: SavedState) -> None:
+        if self._shards is None:
+            super()._load_own_state(saved)
+        else:
+            load_sharded(self._network, self.optimizer, self._shards, saved)
+
+    def replicated_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield parameters, and the optimizer's state where it is not divided."""
+        if self._shards is None:
+            yield from super().replicated_tensors()
+        else:
+            yield from self._network.named_parameters()
+
+    @contextmanager
+    def base_iterate(self) -> Iterator[None]:
+        """Move the parameters to θ and back. Collective where the update is divided."""
+        with super().base_iterate():
+            if self._shards is not None:
+                self._shards.gather()
+            yield
+        if self._shards is not None:
+            self._shards.gather()

@@ -13,14 +13,14 @@ import os
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
+import deepspeed
 import torch
 
-from arsg_dist.checkpoint.convert import TRUST_HELP
+from arsg_dist.checkpoint.convert import TRUST_HELP, members_of, number_or_tensor
 from arsg_dist.deepspeed.checkpoint.files import (
     ARSG_SECTION,
-    SavedCheckpoint,
     check_state_is_there,
     reading,
     resolve_tag,
@@ -28,9 +28,13 @@ from arsg_dist.deepspeed.checkpoint.files import (
 )
 from arsg_dist.deepspeed.checkpoint.pickles import load
 from arsg_dist.deepspeed.checkpoint.reader import ShardedCheckpoint
+from arsg_dist.engine.saved_state import SavedState
+from arsg_dist.engine.state import BUFFER, PARAMETER
 from arsg_dist.safe_io.files import inside, make_directory, new_directory, write_text, writing
 
 FORMAT_VERSION = 1
+
+_MASTER: Final = "fp32"
 
 
 def convert(source: str | Path, target: str | Path, *, trust_pickle: bool = False) -> Path:
@@ -55,55 +59,106 @@ def convert(source: str | Path, target: str | Path, *, trust_pickle: bool = Fals
             something to execute, or the target exists.
         OSError: the target cannot be written.
     """
-    target = Path(target).absolute()
-    if os.path.lexists(target):
-        raise ValueError(f"{target} exists already; choose another output directory or remove it")
+    target = _new(target)
     where = resolve_tag(Path(source))
     with reading(where):
         saved = ShardedCheckpoint(where, partial(load, trust_pickle=trust_pickle))
         check_state_is_there(where, saved.counters, found=any(map(saved.entries, saved.trained)))
-    with new_directory(target) as directory:
-        for name in saved.trained:
-            _write_parameter(make_directory(directory, "zero", *steps_of(name, where)), saved, name)
-        zero = make_directory(directory, "zero")
-        _write(zero / "optimizer_state.pt", _optimizer_state(saved))
-        # Stages 0 to 2 look for the first name, stage 3 for the other.
-        _write(directory / "mp_rank_00_model_states.pt", _model_state(saved))
-        os.link(
-            directory / "mp_rank_00_model_states.pt", directory / "zero_pp_rank_0_mp_rank_00_model_states.pt"
-        )
-    write_text(target.parent / "latest_universal", target.name)
-    return target
-
-
-def _write_parameter(directory: Path, saved: SavedCheckpoint, name: str) -> None:
-    for key in ("fp32", *sorted(saved.entries(name))):
-        with reading(saved.where):
-            value = saved.master(name) if key == "fp32" else saved.state(name, key)
-        _write(inside(directory, f"{key}.pt"), value if key == "step" else {"param": value, "cat_dim": 0})
-
-
-def _optimizer_state(saved: SavedCheckpoint) -> dict[str, Any]:
-    assert saved.group_of is not None
-    names: list[list[str]] = [[] for _ in saved.groups]
-    for name, index in saved.group_of.items():
-        names[index].append(name)
-    groups = [{**group, "params": [index]} for index, group in enumerate(saved.groups)]
-    return {
-        "param_groups": groups,
-        "ds_version": saved.module.common.get("ds_version"),
-        ARSG_SECTION: {"version": FORMAT_VERSION, "groups": names, "loss_scale": saved.loss_scale},
-    }
-
-
-def _model_state(saved: SavedCheckpoint) -> dict[str, Any]:
     module = saved.module
-    return {
+    model = {
         **module.common,
         "module": {name: tensor.clone() for name, tensor in {**module.buffers, **module.frozen}.items()},
         "buffer_names": list(module.buffers),
         ARSG_SECTION: {"aliases": module.aliases, "frozen": [*module.frozen, *module.absent]},
     }
+    _write_all(target, saved, model, module.common.get("ds_version"))
+    return target
+
+
+def convert_saved(saved: SavedState, target: str | Path) -> Path:
+    """Write a universal checkpoint of a run that no engine of DeepSpeed saved; see `convert`.
+
+    It has no schedule: load it with ``load_lr_scheduler_states=False``, or without a scheduler in the config.
+
+    Args:
+        saved: any run that tells the group of each parameter; of ARSG, or of an optimizer that DeepSpeed itself loads.
+        target: as in `convert`.
+
+    Returns:
+        The target's path.
+
+    Raises:
+        ValueError: the target exists, or the run lacks something or is damaged.
+        OSError: the target cannot be written.
+    """
+    target = _new(target)
+    members_of(saved)
+    steps = [int(saved.number(name, "step")) for name in saved.trained if "step" in saved.entries(name)]
+    made = max([0, *steps, int(getattr(saved, "progress", {}).get("update", 0))])
+    frozen = [name for name in saved.parameters if name not in set(saved.trained)]
+    tensors = {name: (BUFFER, name) for name in saved.buffers} | {name: (PARAMETER, name) for name in frozen}
+    model = {
+        "dp_world_size": 1,
+        "mp_world_size": 1,
+        "global_steps": made,
+        "global_samples": 0,
+        "skipped_steps": 0,
+        **saved.counters,
+        "ds_version": deepspeed.__version__,
+        "module": {name: saved.whole(*source).clone() for name, source in tensors.items()},
+        "buffer_names": saved.buffers,
+        ARSG_SECTION: {"aliases": saved.aliases, "frozen": frozen},
+    }
+    _write_all(target, saved, model, deepspeed.__version__)
+    return target
+
+
+def _new(target: str | Path) -> Path:
+    target = Path(target).absolute()
+    if os.path.lexists(target):
+        raise ValueError(f"{target} exists already; choose another output directory or remove it")
+    return target
+
+
+def _write_all(target: Path, saved: SavedState, model: dict[str, Any], version: Any) -> None:
+    with new_directory(target) as directory:
+        for name in saved.trained:
+            _write_parameter(make_directory(directory, "zero", *steps_of(name, saved.where)), saved, name)
+        zero = make_directory(directory, "zero")
+        _write(zero / "optimizer_state.pt", _optimizer_state(saved, version))
+        # Stages 0 to 2 look for the first name, stage 3 for the other.
+        _write(directory / "mp_rank_00_model_states.pt", model)
+        os.link(
+            directory / "mp_rank_00_model_states.pt", directory / "zero_pp_rank_0_mp_rank_00_model_states.pt"
+        )
+    write_text(target.parent / "latest_universal", target.name)
+
+
+def _write_parameter(directory: Path, saved: SavedState, name: str) -> None:
+    for key in (_MASTER, *sorted(saved.entries(name))):
+        entry = PARAMETER if key == _MASTER else key
+        with reading(saved.where):
+            whole = saved.spec(entry, name) is not None
+            value = saved.whole(entry, name) if whole else number_or_tensor(saved, name, entry)
+        _write(inside(directory, f"{key}.pt"), {"param": value, "cat_dim": 0} if whole else value)
+
+
+def _optimizer_state(saved: SavedState, version: Any) -> dict[str, Any]:
+    names = members_of(saved)
+    groups = [{**_as_torch_has_them(group), "params": [index]} for index, group in enumerate(saved.groups)]
+    counted = next((name for name in saved.trained if "step" in saved.entries(name)), None)
+    step = {} if counted is None else {"step": number_or_tensor(saved, counted, "step")}
+    return {
+        "param_groups": groups,
+        # Where DeepSpeed's stage 3 looks for the settings and the step, of other optimizers than ARSG.
+        "optimizer_state_dict": {"state": {0: step}, "param_groups": groups},
+        "ds_version": version,
+        ARSG_SECTION: {"version": FORMAT_VERSION, "groups": names, "loss_scale": saved.loss_scale},
+    }
+
+
+def _as_torch_has_them(settings: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
 
 
 def _write(path: Path, content: Any) -> None:

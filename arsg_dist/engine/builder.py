@@ -2,9 +2,9 @@
 
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -31,6 +31,7 @@ class TrainingSettings:
         parameter_groups: makes the optimizer's parameter groups from the network.
         build_optimizer: makes the optimizer from them.
         config_file: path of the engine's own config, for engines that have one.
+        engine_options: of this engine alone, by the names of its builder's `options`.
     """
 
     batch_size: int
@@ -44,6 +45,7 @@ class TrainingSettings:
     parameter_groups: Callable[[nn.Module], list[dict[str, Any]]]
     build_optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
     config_file: str | None = None
+    engine_options: Mapping[str, Any] = field(default_factory=dict)
 
 
 class EngineBuilder(ABC):
@@ -59,13 +61,40 @@ class EngineBuilder(ABC):
     Attributes:
         capabilities: of the engine that will be built.
         precision: of autocast around forward passes: "fp32" for none, and for an engine that casts the network itself.
+        options: name → values of what `TrainingSettings.engine_options` may have.
     """
 
     capabilities: Capabilities
     precision: str
+    options: ClassVar[Mapping[str, tuple[bool | str, ...]]] = {}
 
     @abstractmethod
     def __init__(self, settings: TrainingSettings, world_size: int) -> None: ...
+
+    @classmethod
+    def check_options(cls, name: str, given: Mapping[str, Any]) -> None:
+        """Refuse options that the engine does not have.
+
+        Args:
+            name: of the engine.
+            given: `TrainingSettings.engine_options`.
+
+        Raises:
+            ValueError: one is not known, or has another value than it may have.
+        """
+        for option, value in given.items():
+            if option not in cls.options:
+                known = f"it has {', '.join(cls.options)}" if cls.options else "it has none"
+                raise ValueError(f"engine_options.{option} is no option of the engine {name}: {known}")
+            allowed = cls.options[option]
+            if not any(type(value) is type(choice) and value == choice for choice in allowed):
+                shown = ", ".join(str(choice).lower() for choice in allowed)
+                raise ValueError(f"engine_options.{option} must be one of {shown}, not {value!r}")
+
+    @staticmethod
+    def units(module: nn.Module) -> list[str]:
+        """Name the parts of a network that ranks gather one by one; none where no such parts are known beforehand."""
+        return []
 
     def numeric_settings(self) -> dict[str, Any]:
         """Return what the engine computes with, beside the rest of the training's settings; nothing that only rounds.

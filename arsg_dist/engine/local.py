@@ -102,6 +102,14 @@ class LocalEngine(Engine):
             self._grad_scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(self._network.parameters(), self._clip_grad_norm)
 
+    def _unscale_shards(self) -> None:
+        """Unscale where each rank has a part of the gradient: an overflow in any of them is one of all ranks."""
+        self._grad_scaler.unscale_(self.optimizer)
+        found = self._grad_scaler._found_inf_per_device(self.optimizer)
+        overflow = self.communicator.start_any(any(bool(value) for value in found.values()))()
+        for value in found.values():
+            value.fill_(overflow)
+
     def _step(self) -> None:
         self._grad_scaler.step(self.optimizer)
         self._grad_scaler.update()
@@ -212,19 +220,27 @@ class LocalBuilder(EngineBuilder):
             module = module.cuda()
         if settings.channels_last and self._channels_last:
             module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self._distribute(module)
+        self._distribute(module, communicator)
         return self._engine(
             module,
-            settings.build_optimizer(settings.parameter_groups(module)),
+            self._optimizer(module),
             communicator,
             accumulation_steps=settings.accumulation_steps,
             clip_grad_norm=settings.clip_grad_norm,
             loss_scaling=self.precision == "fp16",
             skip_nonfinite=settings.skip_nonfinite,
+            **self._engine_options(),
         )
 
-    def _distribute(self, module: nn.Module) -> None:
-        """Change the network's parameters, before an optimizer is made over them."""
+    def _distribute(self, module: nn.Module, communicator: Communicator) -> None:
+        """Change the network's parameters, before an optimizer is made over them. Collective."""
+
+    def _optimizer(self, module: nn.Module) -> torch.optim.Optimizer:
+        return self._settings.build_optimizer(self._settings.parameter_groups(module))
+
+    def _engine_options(self) -> dict[str, Any]:
+        """Return further arguments of the engine."""
+        return {}
 
 
 class SingleProcessBuilder(LocalBuilder):

@@ -227,7 +227,9 @@ def meet(environ: Mapping[str, str], label: str, timeout: timedelta) -> Any:
         if leads and "EADDRINUSE" in str(error):
             raise ValueError(_port_is_taken(address, port)) from None
         raise
-    attempt = environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    # An agent's store has the places of the start before. Another one is new at each start, of which torchrun's agents
+    # do not count alike: those whose ranks did not fail count nothing.
+    attempt = environ.get("TORCHELASTIC_RESTART_COUNT", "0") if of_agent else "0"
     store = PrefixStore(f"{_SCHEME} {label} {attempt}", store)
     expected = store.compare_set("world size", "", str(world_size)).decode()
     if expected != str(world_size):

@@ -1,13 +1,14 @@
 """Build the engine `fsdp` for a training."""
 
-from typing import Any
+from typing import ClassVar
 
-import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
-from arsg_dist.engine import Communicator, LocalBuilder, TrainingSettings, connect_torch
+from arsg_dist.engine import Communicator, LocalBuilder, connect_torch
+from arsg_dist.engine.hosts import this_host
 from arsg_dist.fsdp.engine import CAPABILITIES, FSDPEngine
-from arsg_dist.fsdp.units import shard
+from arsg_dist.fsdp.units import recompute_activations, replicas_of_shards, shard, units_of
 
 
 class FSDPBuilder(LocalBuilder):
@@ -19,25 +20,28 @@ class FSDPBuilder(LocalBuilder):
         False  # there are no shards of such parameters; images may be in that layout all the same
     )
 
-    def __init__(self, settings: TrainingSettings, world_size: int) -> None:
-        if settings.precision == "fp16":
-            raise ValueError(
-                "precision: fp16 does not work with the engine fsdp, which has no loss scaling: use bf16, or the "
-                "engine ddp"
-            )
-        super().__init__(settings, world_size)
-
-    def _distribute(self, module: nn.Module) -> None:
-        shard(module)
+    _engine = FSDPEngine
+    options: ClassVar = {
+        "activation_checkpointing": (True, False),
+        "reshard_after_forward": (True, False),
+        "shard_group": ("job", "node"),
+    }
 
     @staticmethod
-    def _engine(
-        module: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        communicator: Communicator,
-        *,
-        loss_scaling: bool,
-        **options: Any,
-    ) -> FSDPEngine:
-        assert not loss_scaling, "fp16 was refused"
-        return FSDPEngine(module, optimizer, communicator, **options)
+    def units(module: nn.Module) -> list[str]:
+        """Name the blocks."""
+        return [name for name, _ in units_of(module)]
+
+    def _distribute(self, module: nn.Module, communicator: Communicator) -> None:
+        chosen = self._settings.engine_options
+        mesh = None
+        with communicator.fail_together():
+            if chosen.get("activation_checkpointing"):
+                recompute_activations(module)
+        if chosen.get("shard_group") == "node":
+            of_ranks = communicator.all_gather_object(this_host())
+            with communicator.fail_together():
+                nodes, ranks = replicas_of_shards(of_ranks)
+            device = next(module.parameters()).device.type
+            mesh = init_device_mesh(device, (nodes, ranks), mesh_dim_names=("replica", "shard"))
+        shard(module, mesh, reshard_after_forward=chosen.get("reshard_after_forward", True))

@@ -35,7 +35,8 @@ class FSDPEngine(LocalEngine):
         accumulation_steps: micro-batches per update and rank; gradients travel in the last of them only, and are kept
             whole until then.
         clip_grad_norm: the averaged gradient is scaled down to this norm if it is larger; 0 for never.
-        skip_nonfinite: leave out updates whose gradient is not finite.
+        loss_scaling: scale the loss dynamically, as fp16 autocast needs; updates whose gradients overflow are skipped.
+        skip_nonfinite: leave out updates whose gradient is not finite; under loss scaling they are in any case.
 
     Raises:
         ValueError: the model was not sharded.
@@ -52,6 +53,7 @@ class FSDPEngine(LocalEngine):
         *,
         accumulation_steps: int = 1,
         clip_grad_norm: float = 0.0,
+        loss_scaling: bool = False,
         skip_nonfinite: bool = False,
     ) -> None:
         if not isinstance(module, FSDPModule):
@@ -64,6 +66,7 @@ class FSDPEngine(LocalEngine):
             communicator,
             accumulation_steps=accumulation_steps,
             clip_grad_norm=clip_grad_norm,
+            loss_scaling=loss_scaling,
             skip_nonfinite=skip_nonfinite,
         )
         self._sharded = module
@@ -75,6 +78,12 @@ class FSDPEngine(LocalEngine):
     def _gradient_is_finite(self) -> bool:
         gradients: Any = (p.grad for p in self._network.parameters() if p.grad is not None)
         return not self.communicator.start_any(not all_finite(g.to_local() for g in gradients))()
+
+    def _clip(self) -> None:
+        if self.loss_scaling:
+            self._unscale_shards()
+        if self._clip_grad_norm:
+            torch.nn.utils.clip_grad_norm_(self._network.parameters(), self._clip_grad_norm)
 
     def local_parameters(self) -> Iterator[torch.Tensor]:
         """Yield this rank's shards."""

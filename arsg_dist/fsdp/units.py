@@ -1,10 +1,12 @@
 """Choose which parts of a network `fully_shard` gathers together."""
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import torch.distributed as dist
 from torch import nn
+from torch.distributed._composable.checkpoint_activation import checkpoint
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -35,6 +37,57 @@ def units_of(module: nn.Module) -> list[tuple[str, nn.Module]]:
         if often[type(child)] > 1 and not isinstance(child, nn.Sequential | nn.ModuleList) and not inside:
             units.append((name, child))
     return units
+
+
+def recompute_activations(module: nn.Module) -> None:
+    """Keep no activations inside units: each is computed again in the backward pass. To be called before `shard`.
+
+    Raises:
+        ValueError: the network has no units, or some in which a second forward pass counts twice.
+    """
+    units = units_of(module)
+    if not units:
+        raise ValueError(
+            "activation checkpointing needs a network with blocks (equal modules in an nn.Sequential or "
+            f"nn.ModuleList), and none was found in {type(module).__name__}: leave it out"
+        )
+    for name, unit in units:
+        counting = [
+            inner for inner, part in unit.named_modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)
+        ]
+        if counting:
+            raise ValueError(
+                f"activation checkpointing computes {name} twice in each update, and the running statistics of its "
+                f"{counting[0]} (batch norm) would count every batch twice: leave it out for this network"
+            )
+    for _, unit in units:
+        checkpoint(unit)
+
+
+def replicas_of_shards(hosts: Sequence[str]) -> tuple[int, int]:
+    """Return the mesh in which each host's ranks share the network: hosts, ranks of each.
+
+    Args:
+        hosts: of every rank, in their order.
+
+    Raises:
+        ValueError: hosts have different numbers of ranks, ranks of one host do not follow one another, or a host has
+            one rank only.
+    """
+    names = list(dict.fromkeys(hosts))
+    each = len(hosts) // len(names)
+    if each * len(names) != len(hosts) or list(hosts) != [name for name in names for _ in range(each)]:
+        shown = ", ".join(f"{name.partition(' ')[0]} {hosts.count(name)}" for name in names[:8])
+        raise ValueError(
+            f"shard_group: node needs as many ranks on each host, one host's after the other's; there are {shown}: "
+            "start as many on each, or leave it out"
+        )
+    if each == 1:
+        raise ValueError(
+            "shard_group: node shards over the ranks of one host, and each host has one rank: leave it out, or use the "
+            "engine ddp"
+        )
+    return len(names), each
 
 
 def shard(

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from arsg_dist.engine import Communicator, JobError, Ranks, discover_ranks, end_process, load_builder
 from arsg_dist.engine.job import BAD_INPUT, DONE, FAILED
 from arsg_dist.imagenet.data.delivery import LoadingError
@@ -23,6 +25,7 @@ from arsg_dist.imagenet.evaluate import (
     report,
 )
 from arsg_dist.imagenet.formats import FORMATS, export_as
+from arsg_dist.imagenet.models import build_model
 from arsg_dist.imagenet.named_recipes import list_or_copy
 from arsg_dist.imagenet.output import compare
 from arsg_dist.imagenet.output.export import CARD
@@ -35,6 +38,9 @@ from arsg_dist.imagenet.training.parts import Start
 from arsg_dist.imagenet.training.setup import train
 from arsg_dist.safe_io.processes import keep_compiled_code_private
 from arsg_dist.safe_io.text import printable_lines
+
+_SHOWING = ("--print_config", "--print-config", "--print_plan", "--print-plan")
+_CLASSES = 1000  # of the network that --print-plan shows, for which no data is opened
 
 
 def main() -> None:
@@ -142,10 +148,7 @@ def train_command(arguments: list[str]) -> int:
     Returns:
         The exit code: 0 done, 1 failed, 2 bad input (said on rank 0), 75 saved on a signal and to be resumed.
     """
-    if any(
-        argument.partition("=")[0] in ("-h", "--help", "--print_config", "--print-config")
-        for argument in arguments
-    ):
+    if any(argument.partition("=")[0] in ("-h", "--help", *_SHOWING) for argument in arguments):
         return _show(arguments)
     stop = StopRequest()
     with stop.installed():  # until the process ends
@@ -251,14 +254,40 @@ def _future_warnings_once(rank: int) -> Iterator[None]:
 
 def _show(arguments: list[str]) -> int:
     """Show help or the resolved settings, for which no ranks are connected."""
+    planned = any(argument in ("--print-plan", "--print_plan") for argument in arguments)
     try:
-        print(resolved(arguments), end="")  # noqa: T201
-    except ValueError as error:
+        print(_plan(arguments) if planned else resolved(arguments), end="")  # noqa: T201
+    except (ValueError, ImportError) as error:
         _say_error(error)
         return BAD_INPUT
     except SystemExit as end:
         return int(end.code or 0)
     return DONE
+
+
+def _plan(arguments: list[str]) -> str:
+    """Say which parts of the network the engine gathers one by one; nothing is made of it but its shapes."""
+    config = read_arguments(arguments)
+    name = choose_engine(config.engine, config.deepspeed_config, discover_ranks({}))
+    with torch.device("meta"):
+        module = build_model(config.model, _CLASSES)
+    units = load_builder(name).units(module)
+    whole = sum(parameter.numel() for parameter in module.parameters())
+    if not units:
+        return f"the engine {name} gathers no parts of {config.model}: {whole:,} parameters with {_CLASSES} classes\n"
+    sizes = {unit: sum(x.numel() for x in module.get_submodule(unit).parameters()) for unit in units}
+    lines = [
+        f"{size:>15,}  {unit} ({type(module.get_submodule(unit)).__name__})" for unit, size in sizes.items()
+    ]
+    rest = whole - sum(sizes.values())
+    return "\n".join(
+        [
+            f"the engine {name} gathers {len(units)} parts of {config.model} one by one, and the rest together:",
+            *lines,
+            f"{rest:>15,}  the rest, with {_CLASSES} classes",
+            "",
+        ]
+    )
 
 
 def _say_error(error: Exception, suffix: str = "") -> None:

@@ -155,7 +155,8 @@ class _Give(argparse.Action):
         namespace.given.append(((option_string or "").removeprefix("--"), values))
 
 
-_PARAMETER = "optimizer.params."
+_PARAMETERS = ("optimizer.params.", "engine_options.")
+"""Beginnings of flags of which another knows the names."""
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -178,10 +179,17 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
         metavar=",".join(_KEPT),
         help="show the settings that all arguments make and end",
     )
+    parser.add_argument(
+        "--print-plan",
+        "--print_plan",
+        action="store_true",
+        help="show which parts of the network the engine gathers one by one, and end",
+    )
     _add_flags(parser, StartConfig, "")
     _add_flags(parser, TrainConfig, "")
-    named = {argument.partition("=")[0] for argument in arguments if argument.startswith(f"--{_PARAMETER}")}
-    for flag in sorted(named):  # any name: the optimizer knows its own
+    open_ended = tuple(f"--{name}" for name in _PARAMETERS)
+    named = {argument.partition("=")[0] for argument in arguments if argument.startswith(open_ended)}
+    for flag in sorted(named):  # any name: the optimizer and the engine know their own
         parser.add_argument(flag, action=_Give, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
@@ -269,7 +277,7 @@ def _read(path: Path) -> Any:
 
 def _value_of_flag(name: str, text: str) -> Any:
     """Read a section's flag, a mapping or a file with one; leave others as text."""
-    if name.startswith(_PARAMETER):
+    if name.startswith(_PARAMETERS):
         return parse_yaml(text, f"--{name}")
     kind: Any = Settings
     for step in name.rstrip("+").split("."):

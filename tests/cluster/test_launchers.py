@@ -45,6 +45,7 @@ def assert_weights_of_one_process(output: Path, log: str) -> None:
             (0, "mpirun", "horovod", ["--hosts", FOUR, "--engine", "horovod"]),
             (1, "horovodrun", "horovod", ["--hosts", TWO]),
             (2, "horovodrun-elastic", "horovod", ["--hosts", TWO]),
+            (0, "torchrun", "ddp", ["--hosts", "node1:2,node2:1"]),
         ]
     ],
     ids=lambda value: value if isinstance(value, str) else "",

@@ -1,6 +1,7 @@
 """The engine `ddp` in one process; what several ranks do is in tests/engines, tests/imagenet and tests/checkpoint."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,8 +11,14 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from arsg_dist import ARSG
-from arsg_dist.ddp import DDPEngine, connect
-from arsg_dist.engine import Communicator, Ranks, discover_ranks
+from arsg_dist.checkpoint import CheckpointStore, SavedRun, save_run
+from arsg_dist.ddp import DDPEngine, Shards, connect
+from arsg_dist.engine import Communicator, Ranks, SingleProcessEngine, discover_ranks, load_builder
+from tests.ddp.jobs.shards_job import groups
+from tests.engines.test_registry import settings
+from tests.support import toy
+from tests.support.compare import assert_same_weights
+from tests.support.results import results_of
 
 ALONE = Ranks(rank=0, world_size=1, local_rank=0, launcher="deepspeed or torchrun")
 
@@ -74,6 +81,110 @@ def test_the_base_iterate_is_reached_and_left(communicator: Communicator) -> Non
             engine.backward(torch.zeros((), requires_grad=True))
     assert torch.equal(module.weight, before)
     assert not torch.equal(expected, before)
+
+
+def test_parameters_that_the_loss_leaves_out_are_found_where_it_is_asked_for(
+    communicator: Communicator,
+) -> None:
+    """Catches an option that is lost on its way: torch ends the run in the next forward pass."""
+    for find in (True, False):
+        builder = load_builder("ddp")(settings(engine_options={"find_unused_parameters": find}), world_size=1)
+        module = nn.ModuleDict({"used": nn.Linear(3, 2), "unused": nn.Linear(3, 2)})
+        module.forward = module["used"].forward  # type: ignore[method-assign]
+        engine = builder.build(module, communicator, ALONE)
+        before = module["used"].weight.detach().clone()
+        engine.backward(engine.module(torch.ones(4, 3)).sum())
+        engine.step()
+        assert not torch.equal(module["used"].weight, before)
+        if find:
+            engine.module(torch.ones(4, 3))
+        else:
+            with pytest.raises(RuntimeError, match="find_unused_parameters"):
+                engine.module(torch.ones(4, 3))
+
+
+def divided(name: str) -> Any:
+    return results_of("warm torchrun", 2, "ddp/jobs/shards_job")[name]
+
+
+def alone(clip_grad_norm: float = 0.0) -> SingleProcessEngine:
+    model = toy.build_model()
+    engine = SingleProcessEngine(
+        model, ARSG(groups(model), **toy.HYPERPARAMETERS), clip_grad_norm=clip_grad_norm
+    )
+    for update in range(toy.UPDATES):
+        inputs, targets = toy.batch(update)
+        engine.backward(toy.loss_of(model(inputs), targets))
+        engine.step()
+    return engine
+
+
+@pytest.mark.ranks
+def test_a_divided_update_equals_one_process() -> None:
+    """Catches elements that no rank updates or two do, a part of the gradient's norm, the first group's settings for
+    all, parameters of other ranks that stay as they were, and a rank that leaves an update out alone."""
+    start = {name: tensor.detach().clone() for name, tensor in toy.build_model().state_dict().items()}
+    for name, norm in (("fp32", 0.0), ("clipped", 0.5), ("skipping", 0.0)):
+        weights, expected = divided(name), dict(alone(norm).module.state_dict())
+        assert torch.equal(weights.pop("0.bias"), expected.pop("0.bias"))  # which no group has
+        assert_same_weights(weights, expected, started_from=start)
+    assert divided("skipping: skipped") == 1
+    assert divided("fp32: skipped") == 0
+
+
+@pytest.mark.ranks
+def test_each_rank_holds_its_part_of_the_state_and_no_more() -> None:
+    """Catches state of whole parameters, and parts that differ by more than the padding to whole numbers."""
+    trained = sum(x.numel() for group in groups(toy.build_model()) for x in group["params"])
+    held = divided("held")
+    assert sum(held) == 3 * trained
+    assert max(held) == 3 * -(-trained // 2)
+
+
+@pytest.mark.ranks
+def test_divided_and_whole_updates_go_on_from_each_others_checkpoints() -> None:
+    """Catches parts written at another place, settings of the new optimizer left in place, and θ of a part."""
+    for before in (True, False):
+        for after in (True, False):
+            for name, tensor in divided("fp32").items():
+                assert torch.equal(divided(f"divided {before} to {after}")[name], tensor), name
+    engine = alone()
+    with engine.base_iterate():
+        for name, tensor in divided("theta").items():
+            torch.testing.assert_close(tensor, engine.module.state_dict()[name], rtol=1e-4, atol=1e-5)
+    for name, tensor in divided("skipping").items():
+        assert torch.equal(divided("after")[name], tensor)
+        assert name == "0.bias" or not torch.equal(divided("theta")[name], tensor)
+
+
+def test_shards_keep_the_layout_of_their_parameters(communicator: Communicator, tmp_path: Path) -> None:
+    """Catches elements in another order than their gradients and checkpoints, and fp16 whose gradient stays scaled."""
+    made = []
+    for options in ({"shard_update": True}, {"shard_update": False}):
+        torch.manual_seed(0)
+        module = nn.Sequential(nn.Conv2d(3, 4, 2), nn.Flatten(), nn.Linear(4, 2))
+        wanted = settings(channels_last=True, precision="fp16", engine_options=options, clip_grad_norm=0.5)
+        engine: Any = load_builder("ddp")(wanted, world_size=1).build(module, communicator, ALONE)
+        assert module[0].weight.is_contiguous(memory_format=torch.channels_last)
+        engine.backward(engine.module(torch.randn(5, 3, 2, 2)).square().sum())
+        engine.step()
+        made.append(engine)
+    for name, tensor in made[1].whole_weights().items():
+        torch.testing.assert_close(made[0].whole_weights()[name], tensor, rtol=1e-6, atol=1e-7)
+    path = save_run(CheckpointStore(tmp_path, communicator), 1, made[0].state(), {}, communicator)
+    for name, tensor in made[0].whole_weights().items():
+        assert torch.equal(SavedRun(path).whole("parameter", name), tensor)
+
+
+def test_an_update_that_looks_across_elements_is_not_divided(communicator: Communicator) -> None:
+    """Catches an optimizer of whole matrices that is given pieces of them, and a parameter in two places."""
+    module = nn.Linear(3, 2)
+    shards = Shards(module.parameters())
+    optimizer = torch.optim.Adafactor(shards.groups)
+    with pytest.raises(TypeError, match="Adafactor is not known to update each element"):
+        DDPEngine(module, optimizer, communicator, shards=shards)
+    with pytest.raises(ValueError, match="in two groups, or twice"):
+        Shards([module.weight, module.weight])
 
 
 @pytest.mark.parametrize("environment", [{}, {"HOROVOD_RANK": "0", "HOROVOD_SIZE": "2"}])

@@ -1,5 +1,6 @@
 """The engine `fsdp`; what it shares with others is in tests/engines, tests/imagenet and tests/checkpoint."""
 
+import copy
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -8,14 +9,19 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from torch.distributed.tensor import Replicate, Shard
 
 from arsg_dist import ARSG
-from arsg_dist.engine import SingleProcessCommunicator, SingleProcessEngine, load_builder
+from arsg_dist.engine import SingleProcessCommunicator, SingleProcessEngine, discover_ranks, load_builder
 from arsg_dist.fsdp import FSDPEngine, shard, units_of
 from arsg_dist.fsdp.state import place_of
+from arsg_dist.fsdp.units import recompute_activations, replicas_of_shards
+from arsg_dist.imagenet.cli import train_command
 from arsg_dist.imagenet.models import build_model
+from arsg_dist.imagenet.recipe import read_arguments
 from tests.engines.test_registry import settings
+from tests.fsdp.jobs.mesh_job import HIDDEN, OPTIMIZERS
 from tests.support import toy
 from tests.support.compare import assert_same_weights
 from tests.support.results import results_of
@@ -43,6 +49,33 @@ def test_replicas_of_shards_resume_with_the_same_bits() -> None:
     """Catches shards that are written by both replicas, or read at another place."""
     for name, tensor in result("trained").items():
         assert torch.equal(result("resumed")[name], tensor), name
+
+
+@pytest.mark.ranks
+def test_a_script_with_torchs_own_checkpoints_goes_on_with_the_same_bits() -> None:
+    """Catches shards put together at another place, and state or settings that torch's load does not find in what
+    `to_dcp` wrote."""
+    assert result("differences") == []
+    for name, tensor in result("resumed").items():
+        assert torch.equal(result("through torch's format")[name], tensor), name
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("name", list(OPTIMIZERS))
+def test_the_optimizer_alone_on_tensor_parallel_parameters_equals_one_process(name: str) -> None:
+    """Catches an update of a layer cut by columns that takes its state for one cut by rows, whole parameters beside cut
+    ones, and two meshes in one optimizer."""
+    model = toy.build_model(*HIDDEN)
+    started = {key: tensor.detach().clone() for key, tensor in model.state_dict().items()}
+    settings: Any = {**toy.HYPERPARAMETERS, **OPTIMIZERS[name], "foreach": False, "fused": False}
+    optimizer = ARSG(model.parameters(), **settings)
+    for update in range(toy.UPDATES):
+        optimizer.zero_grad()
+        inputs, targets = toy.batch(update)
+        toy.loss_of(model(inputs), targets).backward()
+        optimizer.step()
+    for mesh in ("row and column", "two dimensions"):
+        assert_same_weights(result(f"{mesh}, {name}"), dict(model.state_dict()), started_from=started)
 
 
 @pytest.mark.ranks
@@ -114,6 +147,129 @@ def test_a_bad_shard_of_any_rank_leaves_the_update_out() -> None:
     assert communicator.said == [False, True, False]
 
 
+@pytest.mark.usefixtures("_alone")
+def test_an_overflow_in_any_shard_lowers_the_scale_and_leaves_the_update_out() -> None:
+    """Catches ranks that scale and update on their own: the scaler of each looks at its own shards."""
+    ranks = discover_ranks({})
+    wanted = settings(precision="fp16", clip_grad_norm=0.5)
+    communicator = AnotherIsBad()
+    engine: Any = load_builder("fsdp")(wanted, world_size=1).build(nn.Linear(2, 2), communicator, ranks)
+    assert engine.loss_scaling
+    for other, scale in ((False, 65536.0), (True, 32768.0), (False, 32768.0)):
+        communicator.other = other
+        before = [parameter.clone() for parameter in engine.local_parameters()]
+        engine.backward(engine.module(torch.ones(1, 2)).sum())
+        engine.step()
+        moved = [(x - y).norm() for x, y in zip(before, engine.local_parameters(), strict=True)]
+        assert engine.state().loss_scale["scale"] == scale
+        expected = 0.0 if other else 0.5 * 0.1  # the gradient's norm times the learning rate of SGD
+        torch.testing.assert_close(torch.stack(moved).norm(), torch.tensor(expected))
+
+
+class Block(nn.Module):
+    """Counts its forward passes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.passes = nn.Linear(3, 3), 0
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        self.passes += 1
+        return self.layer(inputs).tanh()
+
+
+@pytest.mark.usefixtures("_alone")
+def test_activations_are_computed_again_and_the_gradient_is_the_same() -> None:
+    """Catches an option that does nothing, and names that checkpoints of other engines do not have."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(Block(), Block())
+    engines = []
+    for again in (False, True):
+        module = copy.deepcopy(plain)
+        wanted = settings(
+            engine_options={"activation_checkpointing": again, "reshard_after_forward": not again}
+        )
+        builder = load_builder("fsdp")(wanted, world_size=1)
+        engine: Any = builder.build(module, SingleProcessCommunicator(), discover_ranks({}))
+        engine.backward(engine.module(torch.ones(2, 3)).sum())
+        assert [block.passes for block in module] == [2 if again else 1] * 2
+        engine.step()
+        engines.append(engine)
+    first, second = (engine.whole_weights() for engine in engines)
+    assert first.keys() == second.keys() == plain.state_dict().keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.usefixtures("_alone")
+@pytest.mark.parametrize("half", [True, False], ids=["bf16 by policy", "offloaded"])
+def test_policies_of_fully_shard_reach_it(half: bool) -> None:
+    """Catches a policy that is dropped, masters in half precision, and a clipping of other gradients."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
+    sharded, inputs = copy.deepcopy(plain), torch.randn(4, 5)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    shard(
+        sharded, **({"mp_policy": policy} if half else {"offload_policy": CPUOffloadPolicy(pin_memory=False)})
+    )
+    engine = FSDPEngine(
+        sharded, ARSG(sharded.parameters(), lr=0.1), SingleProcessCommunicator(), clip_grad_norm=0.5
+    )
+    optimizer = ARSG(plain.parameters(), lr=0.1)
+    for _ in range(2):
+        engine.backward(engine.module(inputs).float().square().mean())
+        engine.step()
+        computed = copy.deepcopy(plain).bfloat16() if half else plain
+        computed(inputs.bfloat16() if half else inputs).float().square().mean().backward()
+        for parameter, copied in zip(plain.parameters(), computed.parameters(), strict=True):
+            parameter.grad = copied.grad.float()  # type: ignore[union-attr]
+        nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, tensor in engine.whole_weights().items():
+        assert torch.equal(tensor, plain.state_dict()[name])
+    assert engine.state().tensors["exp_avg:0.weight"].dtype == torch.float32
+
+
+def test_the_plan_of_a_recipe_names_what_is_gathered(capsys: pytest.CaptureFixture[str]) -> None:
+    """Catches a plan that starts a training, or sums up other parameters than the network has; and an option that is
+    read as text."""
+    arguments = ["--engine", "fsdp", "--model", "resnet20", "--print-plan"]
+    assert train_command([*arguments, "--engine_options.reshard_after_forward", "false"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "gathers 9 parts of resnet20" in lines[0]
+    numbers = [int(line.split()[0].replace(",", "")) for line in lines[1:]]
+    assert sum(numbers) == sum(x.numel() for x in build_model("resnet20", 1000).parameters())
+    options = read_arguments(
+        [*arguments[:4], "--engine_options.reshard_after_forward", "false"]
+    ).engine_options
+    load_builder("fsdp").check_options("fsdp", options)
+    assert train_command(["--engine", "single", "--model", "resnet20", "--print-plan"]) == 0
+    assert "gathers no parts" in capsys.readouterr().out
+
+
+def test_networks_that_cannot_be_computed_twice_are_refused() -> None:
+    """Catches batch norm's statistics that count each batch twice, and an option without an effect."""
+    with pytest.raises(
+        ValueError, match=r"statistics of its bn1 \(batch norm\) would count every batch twice"
+    ):
+        recompute_activations(build_model("resnet18", 10))
+    with pytest.raises(ValueError, match="needs a network with blocks"):
+        recompute_activations(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("hosts", "mesh"),
+    [("aabb", (2, 2)), ("aaa", (1, 3)), ("aab", None), ("abab", None), ("ab", None), ("aabbb", None)],
+)
+def test_shards_within_a_host_need_as_many_ranks_on_each(hosts: str, mesh: tuple[int, int] | None) -> None:
+    """Catches shards spread over hosts, and replicas that are no replicas."""
+    if mesh:
+        assert replicas_of_shards([*hosts]) == mesh
+    else:
+        with pytest.raises(ValueError, match="shard_group: node"):
+            replicas_of_shards([*hosts])
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 @pytest.mark.parametrize("rows", [1, 2, 5, 9])
 def test_the_place_of_a_shard_is_where_torch_has_cut_it(rows: int, ranks: int) -> None:
@@ -170,9 +326,19 @@ def test_units_are_the_blocks(module: nn.Module, expected: list[str]) -> None:
 
 
 def test_what_does_not_work_is_refused_before_training() -> None:
-    """Catches fp16 that underflows without loss scaling, whole parameters under an engine of shards, and scalars."""
-    with pytest.raises(ValueError, match="fp16 does not work with the engine fsdp"):
-        load_builder("fsdp")(settings(precision="fp16"), world_size=2)
+    """Catches whole parameters under an engine of shards, scalars, and options that another engine has."""
+    for options, message in (
+        (
+            {"find_unused_parameters": True},
+            "is no option of the engine fsdp: it has activation_checkpointing",
+        ),
+        ({"shard_group": "rack"}, "must be one of job, node, not 'rack'"),
+        ({"reshard_after_forward": 1}, "must be one of true, false, not 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_builder("fsdp").check_options("fsdp", options)
+    with pytest.raises(ValueError, match="engine horovod: it has none"):
+        load_builder("horovod").check_options("horovod", {"reshard_after_forward": True})
     module = nn.Linear(2, 2)
     with pytest.raises(ValueError, match=r"call arsg_dist\.fsdp\.shard"):
         FSDPEngine(module, ARSG(module.parameters()), SingleProcessCommunicator())

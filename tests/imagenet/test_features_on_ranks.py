@@ -24,8 +24,11 @@ FEATURES = [
 ENGINES = {
     "zero1": ("warm deepspeed", ["--deepspeed_config", "configs/deepspeed/zero1.json", "--ema_decay", "0.9"]),
     "zero3": ("warm deepspeed", ["--deepspeed_config", "configs/deepspeed/zero3.json"]),
-    "ddp": ("warm torchrun", ["--engine", "ddp", "--ema_decay", "0.9"]),
-    "fsdp": ("warm torchrun", ["--engine", "fsdp"]),
+    "ddp": (
+        "warm torchrun",
+        ["--engine", "ddp", "--ema_decay", "0.9", "--engine_options.find_unused_parameters", "true"],
+    ),
+    "fsdp": ("warm torchrun", ["--engine", "fsdp", "--engine_options", "{reshard_after_forward: false}"]),
     "horovod": ("warm horovodrun", ["--engine", "horovod", "--ema_decay", "0.9"]),
     "horovod-sharded": ("warm horovodrun", ["--engine", "horovod-sharded", "--ema_decay", "0.9"]),
 }
@@ -53,6 +56,7 @@ def parameters(path: Path) -> dict[str, torch.Tensor]:
         ),
         pytest.param("horovod", FP16, marks=pytest.mark.turn(0)),
         pytest.param("ddp", FP16, marks=pytest.mark.turn(2)),
+        pytest.param("fsdp", FP16, marks=pytest.mark.turn(1)),
     ],
 )
 def test_two_ranks_train_as_one_process_does(

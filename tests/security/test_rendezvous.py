@@ -106,6 +106,26 @@ def test_torchs_own_store_is_used_under_torchrun() -> None:
     assert any("rank 0" in key for key in agent.list_keys())
 
 
+def test_ranks_whose_agents_count_starts_differently_meet() -> None:
+    """Catches ranks that wait for each other for ever: where all are started again, those of torchrun's agents whose
+    ranks did not fail count nothing."""
+    port = _free_port()
+    environs = [_environ(rank, 2, port) | {"TORCHELASTIC_RESTART_COUNT": str(rank)} for rank in range(2)]
+    stores = _together(*environs)
+    stores[0].set("key", "value")
+    assert stores[1].get("key") == b"value"
+    # An agent's own store stays: what the ranks of the start before wrote there is not that of this one.
+    port = _free_port()
+    agent = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    for start in ("0", "1"):
+        agents = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": start}
+        assert not any(
+            isinstance(store, ValueError)
+            for store in _together(*(_environ(rank, 2, port) | agents for rank in range(2)))
+        )
+    assert agent.list_keys()
+
+
 def test_a_job_of_one_rank_listens_on_no_interface(monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a single process that strangers can join."""
     environ: dict[str, str] = {}

@@ -266,14 +266,18 @@ def module_tensors(models: list[dict[str, Any]], trained: Any) -> ModuleTensors:
     )
 
 
-def settings_of(groups: list[dict[str, Any]], directory: Path) -> list[dict[str, Any]]:
+def settings_of(
+    groups: list[dict[str, Any]], directory: Path, *, of_arsg: bool = True
+) -> list[dict[str, Any]]:
     """Return the settings of saved parameter groups.
 
     Raises:
-        ValueError: of another optimizer.
+        ValueError: of another optimizer, where it must be of ARSG.
     """
     settings = [{k: v for k, v in group.items() if k not in ("params", "param_names")} for group in groups]
-    if not all("remote_mu" in group or {"mu", "preconditioner"} <= group.keys() for group in settings):
+    if of_arsg and not all(
+        "remote_mu" in group or {"mu", "preconditioner"} <= group.keys() for group in settings
+    ):
         raise ValueError(
             f"{directory} was written neither by ARSG nor by RemoteObservation: its parameter groups have "
             f"{sorted(settings[0])}. Load the weights only (load_checkpoint with load_module_only=True), or "

@@ -59,13 +59,16 @@ class ShardedCheckpoint(SavedCheckpoint):
         directory: with the tag, as ``checkpoints/global_step100``.
         read: of each file.
         weights_only: read parameters and buffers, whatever the optimizer was, and neither its settings nor its state.
+        of_arsg: refuse checkpoints of other optimizers.
 
     Raises:
         ValueError: no such checkpoint, an incomplete one, one of another optimizer, or one of a kind not read here.
     """
 
-    def __init__(self, directory: Path, read: Reader = load, *, weights_only: bool = False) -> None:
-        self.where, self._weights_only = directory, weights_only
+    def __init__(
+        self, directory: Path, read: Reader = load, *, weights_only: bool = False, of_arsg: bool = True
+    ) -> None:
+        self.where, self._weights_only, self._of_arsg = directory, weights_only, of_arsg
         shards = sorted(
             (int(match[1]), path)
             for path in directory.glob("*_optim_states.pt")
@@ -183,7 +186,7 @@ class ShardedCheckpoint(SavedCheckpoint):
             self._flats.append(_Flat(group, masters, states, pieces))
 
     def _settings(self, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        return [] if self._weights_only else settings_of(groups, self.where)
+        return [] if self._weights_only else settings_of(groups, self.where, of_arsg=self._of_arsg)
 
     def _read_unsharded(self, model: dict[str, Any]) -> None:
         saved, section = model["optimizer"], model.get(ARSG_SECTION)
@@ -233,19 +236,22 @@ class UniversalCheckpoint(SavedCheckpoint):
         directory: with the tag.
         read: of each file.
         weights_only: read parameters and buffers, whatever the optimizer was, and neither its settings nor its state.
+        of_arsg: refuse checkpoints of other optimizers.
 
     Raises:
         ValueError: not such a directory, or one of another optimizer.
     """
 
-    def __init__(self, directory: Path, read: Reader = load, *, weights_only: bool = False) -> None:
+    def __init__(
+        self, directory: Path, read: Reader = load, *, weights_only: bool = False, of_arsg: bool = True
+    ) -> None:
         self.where, self._read_file = directory, read
         path = directory / "zero" / "optimizer_state.pt"
         if not path.is_file():
             raise ValueError(f"{directory} is not in the universal layout: {path} does not exist")
         saved = read(path)
         section = saved.get(ARSG_SECTION)
-        self.groups = [] if weights_only else settings_of(saved["param_groups"], directory)
+        self.groups = [] if weights_only else settings_of(saved["param_groups"], directory, of_arsg=of_arsg)
         self.group_of = None
         self.loss_scale = None
         if not weights_only:
@@ -287,7 +293,9 @@ class UniversalCheckpoint(SavedCheckpoint):
         return value["param"] if isinstance(value, dict) else value
 
 
-def read_checkpoint(directory: str | Path, *, trust_pickle: bool = False) -> SavedCheckpoint:
+def read_checkpoint(
+    directory: str | Path, *, trust_pickle: bool = False, of_arsg: bool = True
+) -> SavedCheckpoint:
     """Open a checkpoint directory of either kind.
 
     Its files are pickles, from which data alone is taken.
@@ -296,6 +304,7 @@ def read_checkpoint(directory: str | Path, *, trust_pickle: bool = False) -> Sav
         directory: with the tag; or the one above it, whose file `latest` names the tag.
         trust_pickle: execute what its files name besides data, which is refused otherwise: only where you trust their
             writer.
+        of_arsg: refuse checkpoints of other optimizers.
 
     Raises:
         ValueError: no checkpoint of an engine with ARSG, or one that names something to execute.
@@ -304,5 +313,5 @@ def read_checkpoint(directory: str | Path, *, trust_pickle: bool = False) -> Sav
     read = partial(load, trust_pickle=trust_pickle)
     with reading(directory):
         if (directory / "zero" / "optimizer_state.pt").is_file():
-            return UniversalCheckpoint(directory, read)
-        return ShardedCheckpoint(directory, read)
+            return UniversalCheckpoint(directory, read, of_arsg=of_arsg)
+        return ShardedCheckpoint(directory, read, of_arsg=of_arsg)

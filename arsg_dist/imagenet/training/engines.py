@@ -77,7 +77,9 @@ def prepare(name: str, config: TrainConfig, config_file: str | None, world_size:
         ImportError: the engine is not installed; the message says how to install it.
         ValueError: the engine cannot do what the run asks for, or its config file says something else.
     """
-    builder = load_builder(name)(_settings(config, config_file), world_size)
+    kind = load_builder(name)
+    kind.check_options(name, config.engine_options)
+    builder = kind(_settings(config, config_file), world_size)
     for wanted, setting in (
         (config.ema_decay > 0, "ema_decay"),
         (config.compile, "compile"),
@@ -101,6 +103,7 @@ def _settings(config: TrainConfig, config_file: str | None) -> TrainingSettings:
         parameter_groups=partial(parameter_groups, config=config.optimizer),
         build_optimizer=partial(build_optimizer, config.optimizer),
         config_file=config_file,
+        engine_options=config.engine_options,
     )
 
 

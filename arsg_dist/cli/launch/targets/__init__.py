@@ -9,6 +9,7 @@ from arsg_dist.cli.launch.targets.lsf import Lsf
 from arsg_dist.cli.launch.targets.mpirun import Mpirun
 from arsg_dist.cli.launch.targets.pbs import Pbs
 from arsg_dist.cli.launch.targets.slurm import Slurm
+from arsg_dist.cli.launch.targets.torchrun import Torchrun
 
 TARGETS: dict[str, type[Target]] = {
     target.name: target
@@ -17,6 +18,7 @@ TARGETS: dict[str, type[Target]] = {
         Pdsh,
         OpenMpiRunner,
         PerNode,
+        Torchrun,
         Mpirun,
         Horovodrun,
         ElasticHorovodrun,

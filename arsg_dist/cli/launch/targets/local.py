@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from importlib.util import find_spec
 from typing import ClassVar
 
 from arsg_dist.cli.launch import safe_path
@@ -15,10 +16,11 @@ from arsg_dist.cli.launch.targets.mpirun import (
     master_port,
     mpirun_options,
 )
+from arsg_dist.engine.registry import ENGINES
 
 
 class Local(Target):
-    """All ranks on this machine: the deepspeed launcher, or mpirun for Horovod."""
+    """All ranks on this machine: the deepspeed launcher, torchrun where there is none, or mpirun for Horovod."""
 
     name = "local"
     summary = "this machine"
@@ -30,9 +32,22 @@ class Local(Target):
         add_master_port(parser)
 
     def plan(self, job: Job, profile: Profile, options: argparse.Namespace) -> Plan:
-        """Plan `deepspeed --num_accelerators N` or `mpirun -np N`."""
-        environment, port = job.environment, 0
-        if job.rendezvous == "torch":
+        """Plan `deepspeed --num_accelerators N`, `torchrun --nproc-per-node N` or `mpirun -np N`."""
+        environment, port, notes = job.environment, 0, tuple[str, ...]()
+        if _without_deepspeed(options.engine):
+            environment |= safe_path.launcher_environment(job)
+            command = [
+                *job.python_module,
+                "torch.distributed.run",
+                "--nproc-per-node",
+                str(job.ranks_per_node),
+            ]
+            port = int(master_port(job, options))
+            command += ["--master-port", str(port), *safe_path.script_and_arguments(job)]
+            notes = (
+                "torchrun starts the ranks, since DeepSpeed is not installed: its exit code for a failure is 1",
+            )
+        elif job.rendezvous == "torch":
             environment |= safe_path.launcher_environment(job)
             command = [*job.deepspeed_command, "--num_accelerators", str(job.ranks_per_node)]
             port = int(master_port(job, options))
@@ -49,4 +64,12 @@ class Local(Target):
             command += ["-np", str(job.ranks_per_node), *job.rank_command]
         # On Ctrl-C mpirun kills ranks at once. Where it starts them over ssh it may ask the terminal something.
         own_group = job.rendezvous == "horovod"
-        return Plan(command=tuple(command), environment=environment, own_group=own_group, port=port)
+        return Plan(
+            command=tuple(command), environment=environment, notes=notes, own_group=own_group, port=port
+        )
+
+
+def _without_deepspeed(engine: str) -> bool:
+    """Say whether this engine's ranks meet through torch, need no DeepSpeed, and none is there to start them."""
+    entry = ENGINES[engine]
+    return entry.rendezvous == "torch" and not entry.config_file and find_spec("deepspeed") is None
