@@ -1,7 +1,7 @@
 """Read the index of a checkpoint of `torch.distributed.checkpoint`, which is a pickle, as data alone.
 
-Nothing that it names is run or imported: it is taken apart into `Record`s, whatever classes it names, and must name those
-of torch's own format only. The tensors beside it are read by `pickles.read_value`.
+Nothing that it names is run or imported: it is taken apart into `Record`s, whatever classes it names, and must name
+those of torch's own format only. The tensors beside it are read by `pickles.read_value`.
 """
 
 import io
