@@ -26,9 +26,9 @@ CAPTURABLE = Path("capturable", {"foreach": False, "capturable": True})
 FOREACH_CAPTURABLE = Path("foreach-capturable", {"foreach": True, "capturable": True})
 
 
-def fused_missing() -> str | None:
-    """Why the fused path cannot run here, or None."""
-    if importlib.util.find_spec("arsg_dist._C") is None:
+def fused_missing(device: str = "cpu") -> str | None:
+    """Why the fused path cannot run here on a kind of device, or None; on a GPU it is another kernel."""
+    if device == "cpu" and importlib.util.find_spec("arsg_dist._C") is None:
         return "the compiled kernel arsg_dist._C is not built"
     return None
 

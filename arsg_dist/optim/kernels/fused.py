@@ -9,9 +9,11 @@ what to do.
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Final, cast
@@ -74,6 +76,7 @@ def fused_step(
     if torch.compiler.is_compiling():
         foreach_step(*lists, steps, hyper=hyper)
     elif params[0].is_cpu:
+        assert hyper.found_inf is None, "a host can read it"
         _cpu_step(*lists, steps, hyper=hyper)
     else:
         _gpu_step(*lists, steps, hyper=hyper)
@@ -105,7 +108,7 @@ def _cpu_step(
         coupled_decay=0.0 if hyper.decoupled_weight_decay else hyper.weight_decay,
         decoupled_decay=hyper.weight_decay if hyper.decoupled_weight_decay else 0.0,
         opposed_decay=hyper.opposed_decay,
-        maximize=hyper.maximize,
+        gradient_factor=-float(hyper.gradient_factor) if hyper.maximize else float(hyper.gradient_factor),
         corrects_first=hyper.corrects_first,
         corrects_second=hyper.corrects_second,
         precondition_first=hyper.precondition_first,
@@ -155,6 +158,10 @@ def _gpu_step(
             except KernelUnavailableError as error:
                 _kernel_failed = True
                 warnings.warn(f"ARSG runs without its GPU kernel: {error}", stacklevel=2)
+    if hyper.found_inf is not None:
+        if bool(hyper.found_inf):
+            return
+        hyper = replace(hyper, found_inf=None)
     compiled_step(*lists, steps, hyper=hyper)
 
 
@@ -182,17 +189,20 @@ def compiled_step(
     counters = _counters(steps, device, dtype) if _needs_steps(exp_avgs, hyper) else None
     lr, mu = _on_device(hyper.lr, device, dtype), _on_device(hyper.mu, device, dtype)
     settings = {name: getattr(hyper, name) for name in hyper.__slots__ if name not in ("lr", "mu")}
+    if isinstance(hyper.gradient_factor, Tensor) or hyper.gradient_factor != 1:
+        settings["gradient_factor"] = _on_device(hyper.gradient_factor, device, dtype)
     reason = _cache_of_others()
     if not reason:
         try:
-            _compiled(*lists, counters, lr, mu, settings)
+            _compiled_update()(*lists, counters, lr, mu, settings)
             return
-        except Exception as error:
+        except _compiler_errors() as error:
             reason = (
                 f"torch.compile failed ({type(error).__name__}: {str(error).partition(chr(10))[0]}). It needs "
                 "Triton and a C compiler on the compute nodes; TORCH_LOGS=dynamo tells more."
             )
-    # Compiling comes before any tensor is touched, so the step can still be made another way.
+    # Compiling comes before any tensor is touched, so the step can still be made another way; what fails later, such
+    # as memory that is used up, has perhaps made a part of it.
     _compiling_failed = True
     warnings.warn(
         f"ARSG(fused=True) runs as foreach=True on {device.type}, in several passes over memory: {reason}",
@@ -244,9 +254,28 @@ def _update(
     foreach_step(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, hyper=hyper)
 
 
-_compiled = torch.compile(  # type: ignore[call-overload]  # torch's annotations lack recompile_limit
-    _update, fullgraph=True, dynamic=False, recompile_limit=_RECOMPILE_LIMIT
-)
+@cache
+def _compiled_update() -> Callable[..., None]:
+    """Return `_update` compiled, with room for `_RECOMPILE_LIMIT` kinds of groups."""
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:
+        limit: dict[str, Any] = {"recompile_limit": _RECOMPILE_LIMIT}
+        return cast(Callable[..., None], torch.compile(_update, fullgraph=True, dynamic=False, **limit))
+    compiled = torch.compile(_update, fullgraph=True, dynamic=False)  # torch before 2.13
+
+    def limited(*arguments: Any) -> None:
+        with torch._dynamo.config.patch(recompile_limit=_RECOMPILE_LIMIT):
+            compiled(*arguments)
+
+    return limited
+
+
+@cache
+def _compiler_errors() -> tuple[type[Exception], ...]:
+    """Return what is raised while code is compiled, and not when it runs."""
+    from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
+    from torch._inductor.exc import InductorError
+
+    return (TorchDynamoException, FailOnRecompileLimitHit, InductorError)
 
 
 def _needs_steps(exp_avgs: list[Tensor], hyper: Hyperparameters) -> bool:

@@ -50,12 +50,12 @@ def test_default_path_on_accelerators_is_foreach_unless_a_tensor_must_be_read(mo
 
 
 @pytest.mark.gpu
-def test_default_path_on_cuda_is_foreach() -> None:
-    """Catches the slow path as the default where launches are what costs."""
+def test_default_path_on_cuda_is_the_kernel() -> None:
+    """Catches foreach or the loop as the default where the kernel can run, and a value read on the host."""
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     x = torch.nn.Parameter(torch.ones(2, device="cuda"))
-    assert chosen([x]) is foreach_step
+    assert chosen([x]) is fused_step
     assert chosen([x], lr=torch.tensor(0.1)) is reference_step
 
 

@@ -304,7 +304,7 @@ std::vector<int64_t> update_(
     double coupled_decay,
     double decoupled_decay,
     double opposed_decay,
-    bool maximize,
+    double gradient_factor,
     bool corrects_first,
     bool corrects_second,
     bool precondition_first) {
@@ -355,7 +355,7 @@ std::vector<int64_t> update_(
     }
   }
   const Scalars<double> s{
-      lr, beta1, 1.0 - beta1, beta2, 1.0 - beta2, mu, eps, 0.0, maximize ? -1.0 : 1.0, coupled_decay,
+      lr, beta1, 1.0 - beta1, beta2, 1.0 - beta2, mu, eps, 0.0, gradient_factor, coupled_decay,
       1.0 - lr * decoupled_decay, 1.0 - lr * opposed_decay};
   if (has_max && precondition_first) {
     dispatch_param<kAMSGradFirst>(param_type, state_type, jobs, s);
@@ -382,7 +382,7 @@ TORCH_LIBRARY(arsg_dist, library) {
   library.def(
       "update_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
       "Tensor(d!)[] max_exp_avg_sqs, int[] steps, *, int preconditioner, float lr, float beta1, float beta2, "
-      "float mu, float eps, float coupled_decay, float decoupled_decay, float opposed_decay, bool maximize, "
+      "float mu, float eps, float coupled_decay, float decoupled_decay, float opposed_decay, float gradient_factor, "
       "bool corrects_first, bool corrects_second, bool precondition_first) -> int[]");
 }
 
