@@ -177,9 +177,11 @@ def end_descendants() -> None:
     for process in below - {os.getpid()}:
         with suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
-    with suppress(ChildProcessError):
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
+    deadline = time.monotonic() + _GRACE
+    with suppress(ChildProcessError):  # when there are no more
+        while time.monotonic() < deadline:
+            if not os.waitpid(-1, os.WNOHANG)[0]:
+                time.sleep(0.01)
 
 
 def say(**values: Any) -> None:

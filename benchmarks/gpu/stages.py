@@ -105,7 +105,7 @@ def stages(setting: Setting) -> list[Stage]:
             size = ["--model", "resnet20", "--batch", "2", "--side", "32", "--steps", "1", "--rounds", "1"]
         kind = "".join(option.replace("--", "_") for option in options if option.startswith("--c"))
         command = module("throughput", "--device", device, "--precision", "bf16", *size, *options)
-        return Task(f"resnet50{kind}", [*command, "--output", str(output / f"throughput{kind}.md")], 60)
+        return Task(f"resnet50{kind}", [*command, "--output", str(output / f"throughput{kind}.md")], 100)
 
     flat, many = ("small", "small") if dry else ("resnet50-flat", "resnet50")
     kernel = module("gpu.kernel", "--device", device)
@@ -171,11 +171,7 @@ def stages(setting: Setting) -> list[Stage]:
                 )
             ],
         ),
-        Stage(
-            "resnet50",
-            100,
-            [throughput("--channels-last"), *([] if short else [throughput("--channels-last", "--compile")])],
-        ),
+        Stage("resnet50", 80, [throughput("--channels-last")]),
         Stage(
             "horovod",
             80,
@@ -224,6 +220,7 @@ def stages(setting: Setting) -> list[Stage]:
                         *("--workloads", "resnet50", "--output", output / "checkpoint_save.md"),
                     ),
                     60,
+                    {SAVING: "one process, saved in the background and loaded"},
                 )
             ],
         ),
@@ -242,6 +239,11 @@ def stages(setting: Setting) -> list[Stage]:
                 ),
                 Task("ncu", ["ncu", "--set", "basic", "-k", "kernel", "-c", "2", *kernel], 40, {}, alone),
             ],
+        ),
+        Stage(
+            "compile",
+            100,
+            [] if short else [throughput("--channels-last", "--compile", "--only", "ARSG", "AdamW")],
         ),
     ]
     return found

@@ -33,9 +33,9 @@ def fused_missing(device: str = "cpu") -> str | None:
     return None
 
 
-def params_of(*paths: Path) -> list[Any]:
+def params_of(*paths: Path, device: str = "cpu") -> list[Any]:
     """Paths as pytest parameters, each skipped with a reason where it cannot run."""
-    reasons = {FUSED.name: fused_missing()}
+    reasons = {FUSED.name: fused_missing(device)}
     return [
         pytest.param(path, id=path.name, marks=pytest.mark.skip(reason=reason) if reason else ())
         for path in paths
@@ -46,6 +46,7 @@ def params_of(*paths: Path) -> list[Any]:
 PATHS = params_of(REFERENCE, FOREACH, FUSED)
 FAST_PATHS = params_of(FOREACH, FUSED)
 ALL_PATHS = params_of(REFERENCE, FOREACH, FUSED, CAPTURABLE, FOREACH_CAPTURABLE)
+CUDA_PATHS = params_of(REFERENCE, FOREACH, FUSED, CAPTURABLE, FOREACH_CAPTURABLE, device="cuda")
 MODES = ("amsgrad", "adam", "none")
 
 

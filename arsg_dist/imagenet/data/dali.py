@@ -227,7 +227,8 @@ class DaliLoader:
         copied: torch.cuda.Event | None = None
         while True:
             if copied is not None:
-                copied.synchronize()  # `run` gives the memory of the last batch back to DALI, which writes there
+                # `run` gives the memory of the last batch back to DALI, which writes there.
+                copied.synchronize()  # type: ignore[no-untyped-call]
             try:
                 (images,) = self._pipeline.run()
             except StopIteration:
