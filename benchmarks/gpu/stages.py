@@ -80,7 +80,15 @@ def stages(setting: Setting) -> list[Stage]:
 
     def tests(*arguments: str, workers: int = 1) -> list[str]:
         several = ["-n", str(workers)] if workers > 1 else []
-        return [python, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--tb=short", *several, *arguments]
+        options = [
+            "-v",
+            "-p",
+            "no:cacheprovider",
+            "--tb=short",
+            "--turn",
+            "0",
+        ]  # else git would have to be there
+        return [python, "-m", "pytest", *options, *several, *arguments]
 
     def steps(workload: str, *only: str) -> Task:
         rounds = 1 if short else 2 if dry else 15
