@@ -54,6 +54,9 @@ def parsed() -> argparse.Namespace:
     shape = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=shape)
     parser.add_argument("--workloads", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], default="cpu", help="of the model, with one rank"
+    )
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2])
     parser.add_argument("--engine", choices=SHARDED, default=SHARDED[0], help="of several ranks")
     parser.add_argument("--rounds", type=int, default=3, help="how often each way saves")
@@ -63,14 +66,17 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--directory", type=Path, help="where to write (default: the temporary directory)")
     parser.add_argument("--output", type=Path, help="default: results/MACHINE/checkpoint_save_CONDITION.md")
     parser.add_argument("--job", type=Path, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.device == "cuda" and options.ranks != [1]:
+        parser.error("--device cuda needs --ranks 1")
+    return options
 
 
-def make_engine(workload: str, kind: str) -> Engine:
+def make_engine(workload: str, kind: str, device: str) -> Engine:
     """An engine that has made one update, without a pass through the model where the engine can be had without."""
     ranks = discover_ranks()
     torch.manual_seed(0)
-    model = WORKLOADS[workload].model()
+    model = WORKLOADS[workload].model().to(device)
     engine: Engine
     if ranks.world_size > 1 and kind == "fsdp":
         from arsg_dist import fsdp
@@ -233,7 +239,7 @@ def job(options: argparse.Namespace) -> None:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // max(1, ranks.world_size)))
     results: dict[str, Any] = {"disk": disk_of(options.job)}
     for workload in options.workloads:
-        engine = make_engine(workload, options.engine)
+        engine = make_engine(workload, options.engine, options.device)
         if not dist.is_initialized():
             announce_to_torch(ranks)
             dist.init_process_group("gloo")
@@ -267,7 +273,7 @@ def table(results: dict[int, dict[str, Any]], options: argparse.Namespace, said:
     lines = [
         f"# Saving a checkpoint, condition {options.condition}",
         "",
-        f"- device: {device_name('cpu')}",
+        f"- device: {device_name(options.device)}",
         f"- disk: {next(iter(results.values()))['disk']}; one file written in order and synced, before and after: "
         f"{speeds[0]:.0f} to {speeds[-1]:.0f} MB/s",
         f"- condition: {said}",
@@ -316,7 +322,7 @@ def main() -> None:
             results[ranks] = json.loads((own / "results.json").read_text())
         finally:
             shutil.rmtree(own)
-    output = options.output or machine_results("cpu") / f"checkpoint_save_{options.condition}.md"
+    output = options.output or machine_results(options.device) / f"checkpoint_save_{options.condition}.md"
     write_report(output, table(results, options, said))
 
 

@@ -16,7 +16,6 @@ import os
 import platform
 import random
 import statistics
-import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -28,7 +27,7 @@ import torch
 from arsg_dist import ARSG
 from arsg_dist.optim.kernels import fused
 from benchmarks.common.kept_results import machine_results, median_ratio, this_command
-from benchmarks.common.machine import PeakMemory, device_name, state_bytes
+from benchmarks.common.machine import PeakMemory, device_ms, device_name, state_bytes, wall_ms
 from benchmarks.common.workloads import WORKLOADS
 
 Params = list[torch.nn.Parameter]
@@ -58,7 +57,10 @@ CASES: dict[str, tuple[str, Callable[[], list[tuple[int, ...]]]]] = {
         "148 tensors of a transformer (GPT-2 small), 124.4 M parameters",
         lambda: shapes_of("transformer"),
     ),
+    "eighth-of-7b": ("an eighth of 7 billion parameters as one flat tensor", lambda: [(875_000_000,)]),
+    "small": ("300 tensors, 0.1 M parameters, for a rehearsal", lambda: [(k + 1, 2) for k in range(300)]),
 }
+COMMON_CASES = ("resnet50", "resnet50-flat", "transformer")
 
 
 @dataclass
@@ -123,21 +125,6 @@ PEERS = [
 ]
 
 
-def timed(step: Callable[[], object], device: str) -> float:
-    """Milliseconds of one call, all device work included."""
-    if device == "cuda":
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda.synchronize()
-        start.record()
-        step()
-        end.record()
-        torch.cuda.synchronize()
-        return start.elapsed_time(end)
-    begin = time.perf_counter()
-    step()
-    return 1e3 * (time.perf_counter() - begin)
-
-
 def set_up(shapes: list[tuple[int, ...]], arguments: argparse.Namespace) -> tuple[list[Running], list[str]]:
     """All peers on one workload, warmed up, and why others are missing."""
     params = [torch.nn.Parameter(torch.randn(shape, device=arguments.device)) for shape in shapes]
@@ -159,13 +146,13 @@ def set_up(shapes: list[tuple[int, ...]], arguments: argparse.Namespace) -> tupl
             with warnings.catch_warnings():
                 warnings.simplefilter("error", UserWarning)  # a fall-back must not pass for the real thing
                 optimizer = peer.make(params)
-                first_ms = timed(optimizer.step, arguments.device)
+                first_ms = wall_ms(optimizer.step, arguments.device)
         except Exception as error:
             skipped.append(f"{peer.name}: {type(error).__name__}: {str(error).partition(chr(10))[0][:200]}")
             continue
         running.append(Running(peer.name, peer.bytes_per_element * size, optimizer.step, optimizer, first_ms))
     for one in running:
-        timed(one.step, arguments.device)
+        device_ms(one.step, arguments.device)
     return running, skipped
 
 
@@ -174,7 +161,7 @@ def measure(running: list[Running], arguments: argparse.Namespace) -> None:
     order = random.Random(0)
     for _ in range(arguments.rounds):
         for one in order.sample(running, len(running)):
-            one.ms.append(timed(one.step, arguments.device))
+            one.ms.append(device_ms(one.step, arguments.device))
 
 
 def table(running: list[Running]) -> list[str]:
@@ -231,7 +218,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, help="torch's threads on CPU (default: torch's own choice)")
     parser.add_argument("--rounds", type=int, default=15, help="measurements of every peer (default: 15)")
-    parser.add_argument("--workloads", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--workloads", nargs="+", choices=list(CASES), default=COMMON_CASES)
     parser.add_argument("--only", nargs="+", help="only peers whose name contains one of these words")
     parser.add_argument("--compiled", action="store_true", help="also torch.compile on CPU (slow to compile)")
     parser.add_argument("--output", type=Path, help="Markdown file (default: benchmarks/results/...)")
@@ -247,6 +234,7 @@ def main() -> None:
         torch.set_num_threads(arguments.threads)
     threads = torch.get_num_threads()
     load_before = os.getloadavg()[0]
+    cuda = f", CUDA {torch.version.cuda}" if arguments.device == "cuda" else ""
     report: list[str] = []
     for name in arguments.workloads:
         title, make_shapes = CASES[name]
@@ -265,7 +253,7 @@ def main() -> None:
         f"# Optimizer step on {arguments.device}",
         "",
         f"- device: {device_name(arguments.device)}",
-        f"- torch {torch.__version__}, Python {platform.python_version()}, {threads} CPU thread(s)",
+        f"- torch {torch.__version__}{cuda}, Python {platform.python_version()}, {threads} CPU thread(s)",
         f"- {arguments.rounds} rounds; ratios and percentages are medians over rounds",
         f"- load average {load_before:.1f} before, {os.getloadavg()[0]:.1f} after (own threads included)",
         f"- command: `{this_command()}`",

@@ -60,6 +60,9 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], help="only optimizers whose name begins with one of these"
+    )
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--side", type=int, default=64, help="of the images the network sees, pixels")
     parser.add_argument("--workers", type=int, default=1)
@@ -67,7 +70,12 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--loading-batches", type=int, default=25, help="timed batches per loader and round")
     parser.add_argument("--steps", type=int, default=5, help="timed steps per optimizer and round")
     parser.add_argument("--output", type=Path, help="Markdown file (default: benchmarks/results/...)")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    for name in [name for name in OPTIMIZERS if not name.startswith(tuple(arguments.only))]:
+        del OPTIMIZERS[name]
+    if not OPTIMIZERS:
+        parser.error(f"--only {' '.join(arguments.only)} leaves no optimizer")
+    return arguments
 
 
 # Loading -------------------------------------------------------------------------------------------------------------

@@ -45,6 +45,12 @@ if [ "$gpu" = cuda ]; then
     export HOROVOD_NCCL_HOME="${HOROVOD_NCCL_HOME:-$(python -c 'import nvidia.nccl as n; print(list(n.__path__)[0])' 2>/dev/null || true)}"
     [ -e "$HOROVOD_NCCL_HOME/include/nccl.h" ] ||
         die "no NCCL headers in '${HOROVOD_NCCL_HOME:-the Python package nvidia.nccl}': set HOROVOD_NCCL_HOME to an NCCL with include/nccl.h"
+    # Horovod looks for libnccl.so, and the Python package has libnccl.so.2 alone. A link beside it, and no folder of
+    # links elsewhere: Horovod's library looks for NCCL where it was linked.
+    if ! compgen -G "$HOROVOD_NCCL_HOME/lib*/libnccl.so" >/dev/null && [ -e "$HOROVOD_NCCL_HOME/lib/libnccl.so.2" ]; then
+        ln -s libnccl.so.2 "$HOROVOD_NCCL_HOME/lib/libnccl.so" ||
+            die "$HOROVOD_NCCL_HOME/lib has libnccl.so.2 and no libnccl.so, which Horovod looks for, and cannot be written: set HOROVOD_NCCL_HOME to an NCCL that has both"
+    fi
     export HOROVOD_GPU=CUDA
     # Horovod refuses HOROVOD_GPU_OPERATIONS beside the variables for single operations.
     compgen -e | grep -q '^HOROVOD_GPU_\(ALLREDUCE\|ALLGATHER\|BROADCAST\|ALLTOALL\|REDUCESCATTER\)$' ||
@@ -55,7 +61,8 @@ if [ "$gpu" = cuda ]; then
     fi
 fi
 
-nvme=0
+nvme=0 cpu=1
+[ "$gpu" = none ] || cpu=0  # with a GPU nothing here uses them, and they would be compiled against CUDA
 if [ "$gpu" = none ] && printf '#include <libaio.h>\nint main() { return io_queue_init(1, 0); }' |
     g++ -x c++ - -laio -o /dev/null 2>/dev/null; then
     nvme=1
@@ -128,10 +135,10 @@ build_deepspeed() {
     sed -i 's/^\( *\)extra_compile_args=compile_args)/\1extra_compile_args=compile_args,\n\1extra_link_args=self.strip_empty_entries(self.extra_ldflags()))/' \
         op_builder/cpu/builder.py
     grep -q 'extra_link_args' op_builder/cpu/builder.py || return
-    DS_BUILD_OPS=0 DS_BUILD_SHM_COMM=1 DS_BUILD_CPU_ADAM=1 DS_BUILD_AIO=$nvme DS_BUILD_PIN_MEMORY=$nvme \
+    DS_BUILD_OPS=0 DS_BUILD_SHM_COMM=$cpu DS_BUILD_CPU_ADAM=$cpu DS_BUILD_AIO=$nvme DS_BUILD_PIN_MEMORY=$nvme \
         DS_ENABLE_NINJA=1 MAX_JOBS=$(nproc) python -m pip wheel --no-build-isolation --no-deps --wheel-dir "$1" .
 }
 
 cached horovod build_horovod & horovod_build=$!   # side by side: each has parts that run on one core
-cached deepspeed build_deepspeed nvme=$nvme & deepspeed_build=$!
+cached deepspeed build_deepspeed "nvme=$nvme cpu=$cpu" & deepspeed_build=$!
 wait "$horovod_build" && wait "$deepspeed_build"

@@ -45,11 +45,15 @@ def connect(ranks: Ranks) -> Communicator:
             "start it with 'deepspeed SCRIPT ...', without GPUs 'deepspeed --num_accelerators 2 SCRIPT ...'"
         )
     announce_to_torch(ranks)
+    # Before the first collective, which would take device 0 on every rank. LOCAL_RANK is DeepSpeed's, too; with one GPU
+    # per task every rank sees its own as device 0, whatever its number on the host.
+    device = int(os.environ["LOCAL_RANK"])
+    get_accelerator().set_device(device)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     timeout = collective_timeout()
     options = {"timeout": timeout} if timeout else {}
     deepspeed.init_distributed(verbose=False, init_method=init_method(), **options)
-    communicator = torch_communicator(ranks, _device(ranks))
+    communicator = torch_communicator(ranks, torch.device(get_accelerator().device_name(device)))
     release_shared_memory()
     return communicator
 
@@ -80,10 +84,6 @@ def forget_name(rank: int | str) -> None:
     address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
     name = f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{rank}"
     (Path("/dev/shm") / name).unlink(missing_ok=True)
-
-
-def _device(ranks: Ranks) -> torch.device:
-    return torch.device(get_accelerator().device_name(ranks.local_rank))
 
 
 class DeepSpeedEngine(Engine):

@@ -357,6 +357,10 @@ class TrainConfig(Section):
     prefer."""
     compile: bool = False
     """torch.compile the network."""
+    deterministic: bool = False
+    """on a GPU, take only algorithms that round alike in every run, which are slower; an operation that has none is an
+    error. Without it two runs, or an interrupted one and one that was not, are equal to rounding there. A CPU needs no
+    such choice."""
     ema_decay: Share = 0.0
     """decay per update of a moving average of the weights, validated and exported besides; 0 for none."""
     evaluate_at: Literal["x", "theta"] = "x"

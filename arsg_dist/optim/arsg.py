@@ -6,6 +6,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Self, overload
 
 import torch
@@ -21,7 +22,8 @@ from arsg_dist.optim.hyperparameters import (
     Preconditioner,
     compute_dtype,
 )
-from arsg_dist.optim.kernels.dispatch import step_function
+from arsg_dist.optim.kernels.dispatch import has_triton, step_function
+from arsg_dist.optim.kernels.fused import fused_step
 from arsg_dist.optim.state import (
     TensorLists,
     count_step,
@@ -76,6 +78,8 @@ class ARSG(Optimizer):
         TypeError: a setting of the wrong kind.
     """
 
+    _step_supports_amp_scaling = True
+    """torch's GradScaler leaves unscaling, and skipping what overflowed, to `step`: `grad_scale` and `found_inf`."""
     _at_base_iterate = False
     _warned_of_lookahead = False
 
@@ -165,6 +169,10 @@ class ARSG(Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Perform one step on every parameter that has a gradient.
 
+        Attributes that torch's GradScaler sets meanwhile, and others may: the gradients are divided by `grad_scale`
+        and stay as they are, and where `found_inf` is not 0 nothing changes. Neither synchronises with a GPU where
+        Triton is there and no steps are counted on the host (preconditioner "adam", bfloat16 state, lookahead).
+
         Args:
             closure: reevaluates the model and returns the loss.
 
@@ -181,11 +189,19 @@ class ARSG(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        grad_scale: Tensor | None = getattr(self, "grad_scale", None)
+        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        if found_inf is not None and not all(_skips_on_device(group) for group in self.param_groups):
+            if found_inf.item():
+                return loss
+            found_inf = None
         for group in self.param_groups:
-            self._step_group(group)
+            self._step_group(group, grad_scale, found_inf)
         return loss
 
-    def _step_group(self, group: dict[str, Any]) -> None:
+    def _step_group(
+        self, group: dict[str, Any], grad_scale: Tensor | None = None, found_inf: Tensor | None = None
+    ) -> None:
         hyper = Hyperparameters.of_group(group)
         lists_of: dict[tuple[Any, ...], TensorLists] = {}
         stepped = []
@@ -216,8 +232,10 @@ class ARSG(Optimizer):
                 lists.exp_avg_sqs,
                 lists.max_exp_avg_sqs,
                 lists.steps,
-                hyper=hyper,
+                hyper=_with_scale(hyper, grad_scale, found_inf, lists.params[0].device),
             )
+            if found_inf is not None and lists.steps:
+                torch._foreach_sub_(lists.steps, (found_inf != 0).to(torch.float32))
         if group["lookahead_k"] > 0:
             for param, state in stepped:
                 lookahead_(
@@ -455,6 +473,32 @@ _CLASS_DEFAULTS = {
     "base_iterate_scale": 0.0,
 }
 """What a group holds; also what one saved before a setting existed is taken to mean."""
+
+
+def _skips_on_device(group: dict[str, Any]) -> bool:
+    """Say whether a group's update can be left out by the device alone: by the GPU's kernel, and without a count."""
+    params = [real(local(param)) for param in group["params"] if param.grad is not None]
+    if not params:
+        return True
+    counted = needs_step(group) and not group["capturable"]
+    if counted or group["lookahead_k"] > 0 or not all(param.is_cuda for param in params):
+        return False
+    return has_triton() and step_function(group, Hyperparameters.of_group(group), params) is fused_step
+
+
+def _with_scale(
+    hyper: Hyperparameters, grad_scale: Tensor | None, found_inf: Tensor | None, device: torch.device
+) -> Hyperparameters:
+    """Add what a GradScaler asks of a step."""
+    if grad_scale is None and found_inf is None:
+        return hyper
+    factor: float | Tensor = 1.0
+    if grad_scale is not None:
+        inverse = grad_scale.double().reciprocal().float()  # as GradScaler's own unscaling
+        factor = inverse.item() if device.type == "cpu" else inverse.to(device, non_blocking=True)
+    if found_inf is not None:
+        found_inf = found_inf.to(device, dtype=torch.float32, non_blocking=True)
+    return replace(hyper, gradient_factor=factor, found_inf=found_inf)
 
 
 def _record(group: dict[str, Any], base_iterate_scale: float | Tensor) -> None:

@@ -63,6 +63,11 @@ class Hyperparameters:
     """m averages preconditioned gradients (LaProp's order), instead of gradients."""
     capturable: bool = False
     """`steps` are 0-dim float32 tensors on the parameters' device and nothing may synchronise."""
+    gradient_factor: float | Tensor = 1.0
+    """g is multiplied by it before everything else: what undoes a loss scale, and clips. No setting of a group; a 0-dim
+    float32 tensor on the parameters' device, or a float."""
+    found_inf: Tensor | None = None
+    """Where it is not 0, nothing changes. Likewise; given to `fused_step` only."""
 
     @staticmethod
     def validated(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -178,7 +183,9 @@ class Hyperparameters:
 
 
 MODES: Final[dict[str, Any]] = {
-    field.name: field.default for field in fields(Hyperparameters) if field.default is not MISSING
+    field.name: field.default
+    for field in fields(Hyperparameters)
+    if field.default is not MISSING and field.name not in ("gradient_factor", "found_inf")
 }
 """Settings that switch something on, with the value that is off."""
 

@@ -7,6 +7,8 @@ import gc
 import os
 import platform
 import re
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -38,6 +40,39 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
         for value in state.values()
         if isinstance(value, torch.Tensor)
     )
+
+
+def wall_ms(step: Callable[[], object], device: str) -> float:
+    """Return milliseconds that a call takes on the host, with all work on the device."""
+    begin = time.perf_counter()
+    step()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return 1e3 * (time.perf_counter() - begin)
+
+
+def device_ms(step: Callable[[], object], device: str) -> float:
+    """Return milliseconds of a call's work on the device, without what the host takes to ask for it.
+
+    On a GPU the call is queued behind a pause: an idle GPU would wait for every launch, and its time would be the
+    host's. Where the pause was over before all was queued it is made longer, but not for ever: a call of very many
+    launches, or one that waits for the device, is timed with what it takes on the host.
+    """
+    if device != "cuda":
+        return wall_ms(step, device)
+    cycles = 1_000_000  # half a millisecond or so
+    while True:
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize()
+        torch.cuda._sleep(cycles)
+        start.record()
+        step()
+        end.record()
+        waited = not start.query()
+        torch.cuda.synchronize()
+        if waited or cycles >= 64_000_000:
+            return start.elapsed_time(end)
+        cycles *= 4
 
 
 def mpirun(ranks: int) -> list[str]:

@@ -138,11 +138,24 @@ def engine_config(peer: str, stage: int, arguments: Namespace) -> dict[str, Any]
     named: dict[str, dict[str, Any]] = {
         "ARSG": {"type": "ARSG", "params": {"lr": 1e-6}},
         "ARSG, plain torch": {"type": "ARSG", "params": {"lr": 1e-6, "foreach": False}},
-        DeepSpeed.baseline: {"type": "Adam", "params": {"lr": 1e-6}},
+        DeepSpeed.baseline: {
+            "type": "Adam",
+            "params": {"lr": 1e-6, "torch_adam": not has_fused_adam(arguments.device)},
+        },
     }
     if peer in named:
         config["optimizer"] = named[peer]
     return config
+
+
+def has_fused_adam(device: str) -> bool:
+    """Say whether DeepSpeed has its own Adam for a device at hand: for GPUs it would be compiled here, in minutes.
+
+    Where it is not built, "Adam" is torch's, and the table says so behind its name.
+    """
+    from deepspeed.git_version_info import installed_ops
+
+    return device != "cuda" or bool(installed_ops.get("fused_adam"))
 
 
 def client_optimizer(peer: str, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer | None:

@@ -31,7 +31,9 @@ def add_options(parser: argparse.ArgumentParser, engine: StepBenchmark) -> None:
         "--workloads", **several, choices=list(engine.workloads), default=list(engine.workloads)
     )
     parser.add_argument("--peers", **several, choices=engine.peers, default=list(engine.peers))
-    parser.add_argument("--ranks", **several, type=int, default=[1, 2, 3, 4])
+    parser.add_argument(
+        "--ranks", **several, type=int, help="default: 1 to 4, as far as there are GPUs with cuda"
+    )
     kind, values = type(engine.variants[0]), list(engine.variants)
     parser.add_argument(
         f"--{engine.variant}s", dest="variants", **several, type=kind, choices=values, default=values
@@ -53,7 +55,7 @@ def run_job(engine: StepBenchmark, arguments: argparse.Namespace) -> None:
 
     ranks = discover_ranks()
     if arguments.device == "cuda":
-        torch.cuda.set_device(ranks.local_rank)
+        torch.cuda.set_device(ranks.local_rank % torch.cuda.device_count())
     else:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks.world_size))
     results: dict[str, dict[str, list[dict[str, Any]]]] = {}
@@ -76,6 +78,7 @@ def run_job(engine: StepBenchmark, arguments: argparse.Namespace) -> None:
 
 def measure_jobs(engine: StepBenchmark, arguments: argparse.Namespace) -> None:
     """Start the jobs, add what they measured to earlier results and write the report."""
+    arguments.ranks = arguments.ranks or default_ranks(arguments.device)
     output = arguments.output or machine_results(arguments.device) / f"step/{engine.table_name(arguments)}.md"
     settings = {key: getattr(arguments, key) for key in (*SETTINGS, *engine.settings)}
     kept = KeptResults(
@@ -93,6 +96,14 @@ def measure_jobs(engine: StepBenchmark, arguments: argparse.Namespace) -> None:
                 new = json.loads(measured.read_text())
             kept.add({f"{row}/{ranks}": peers for row, peers in new.items()})
     write_report(output, report_of(engine, kept))
+
+
+def default_ranks(device: str) -> list[int]:
+    """Return the numbers of ranks to measure where none are asked for: a GPU for each."""
+    most = torch.cuda.device_count() if device == "cuda" else 4
+    if not most:
+        sys.exit("--device cuda: torch sees no CUDA device")
+    return list(range(1, min(most, 4) + 1))
 
 
 def report_of(engine: StepBenchmark, kept: KeptResults) -> str:

@@ -83,7 +83,11 @@ class Horovod(StepBenchmark):
         memory = PeakMemory(arguments.device)
         torch.manual_seed(0)
         held = memory.start()
-        device = torch.device(arguments.device, hvd.local_rank() if arguments.device == "cuda" else None)
+        device = (
+            torch.device("cuda", torch.cuda.current_device())
+            if arguments.device == "cuda"
+            else torch.device("cpu")
+        )
         model = self.workloads[workload].model().to(device)
         optimizer = make(peer, model)
         batch = self.workloads[workload].batch(arguments.batch, arguments.side)

@@ -3,15 +3,19 @@
 import json
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from PIL import Image
 
 from benchmarks.common.kept_results import RESULTS, KeptResults
 from benchmarks.common.machine import short_name
 from benchmarks.step.__main__ import ENGINES
-from benchmarks.step.driver import report_of
+from benchmarks.step.deepspeed import DeepSpeed, engine_config
+from benchmarks.step.driver import default_ranks, report_of
 from benchmarks.step.engine import ratio
 from benchmarks.step.horovod import hidden
 from tests.support.launchers import REPOSITORY
@@ -58,6 +62,31 @@ def test_published_tables_are_those_of_their_measurements(path: Path) -> None:
     kept = KeptResults(path, json.loads(path.read_text())["settings"])
     assert report_of(ENGINES[path.stem.partition("_")[0]](), kept) == path.with_suffix(".md").read_text()
     assert short_name(kept.settings["machine"]) == path.parts[-3]
+
+
+def test_there_is_a_gpu_for_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches ranks that share a GPU unasked, whose times say nothing."""
+    assert default_ranks("cpu") == [1, 2, 3, 4]
+    for gpus, ranks in ((1, [1]), (3, [1, 2, 3]), (8, [1, 2, 3, 4])):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
+        assert default_ranks("cuda") == ranks
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(SystemExit, match="no CUDA device"):
+        default_ranks("cuda")
+
+
+@pytest.mark.parametrize(
+    ("device", "built", "torchs"), [("cuda", False, True), ("cuda", True, False), ("cpu", False, False)]
+)
+def test_deepspeeds_adam_is_torchs_where_it_would_have_to_be_compiled_first(
+    device: str, built: bool, torchs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a benchmark that compiles for minutes on a GPU machine, or ends where there is no compiler."""
+    for name in ("deepspeed", "deepspeed.git_version_info"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(installed_ops={"fused_adam": built}))
+    arguments = Namespace(device=device, batch=1, precision="fp32", offload=False)
+    adam = engine_config(DeepSpeed.baseline, 1, arguments)["optimizer"]
+    assert adam == {"type": "Adam", "params": {"lr": 1e-6, "torch_adam": torchs}}
 
 
 @pytest.mark.turn(1)

@@ -1,8 +1,11 @@
 """The comparison of what every rank must hold alike."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from arsg_dist.engine import JobError, SingleProcessCommunicator, check_replicas
 from arsg_dist.engine.consistency import fingerprint, fingerprints
@@ -72,3 +75,18 @@ def test_half_of_the_ranks_is_no_majority_and_every_tensor_is_named() -> None:
         JobError, match=r"rank 1, 3 differs from the 3 others, which agree; in 2 of 3.*: w, c\."
     ):
         check_replicas(_Ranks(one, good, other, good), iter(good.items()))
+
+
+def test_a_gpu_is_not_asked_for_thousands_of_small_sums() -> None:
+    """Catches chunks as small as a cache on a device where each is a few launches; "meta" stands for it."""
+    operations = []
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            operations.append(func)
+            return func(*args, **(kwargs or {}))
+
+    tensor = torch.empty(2**25 + 1, device="meta")
+    with Count():
+        fingerprint(tensor)
+    assert len(operations) < 40

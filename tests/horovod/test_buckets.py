@@ -51,13 +51,35 @@ def test_buckets_are_padded_to_equal_aligned_shards_and_no_larger_than_asked() -
     assert len(plan_.buckets) > 3
     for bucket in plan_.buckets:
         assert bucket.numel == 3 * bucket.shard_numel
-        assert bucket.shard_numel % ALIGNMENT == 0
+        assert bucket.shard_numel * 4 % ALIGNMENT == 0
         assert bucket.numel * 4 <= 5_000
     for (_, _, numel), (arena, buckets) in zip(
         plan_.arenas, itertools.groupby(plan_.buckets, key=lambda bucket: bucket.arena), strict=True
     ):
         assert numel == sum(bucket.numel for bucket in buckets)
         assert arena == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_parameters_and_pieces_begin_where_a_gpu_reads_128_bits_at_once(dtype: torch.dtype) -> None:
+    """Catches pieces that the kernels can only read element by element, which is what follows an odd bias."""
+    shapes = [(7,), (0,), (33, 5), (1,), (64,), (1000,)]
+    specs = [ParameterSpec.of(str(i), torch.empty(shape, dtype=dtype)) for i, shape in enumerate(shapes)]
+    plan_ = plan(specs, 3, 3000)
+    assert all(offset * dtype.itemsize % ALIGNMENT == 0 for offset in plan_.offsets)
+    for rank in range(3):
+        assert all(piece.start * dtype.itemsize % ALIGNMENT == 0 for piece in plan_.pieces(rank))
+    assert len(plan_.buckets) > 1
+    for bucket in plan_.buckets:
+        held = torch.zeros(bucket.numel, dtype=torch.int64)
+        for segment in plan_.segments:
+            if segment.bucket == bucket.index:
+                held[segment.start : segment.start + segment.numel] += 1
+        for begin, end in plan_.gaps(bucket.index):
+            assert begin < end
+            held[begin:end] += 1
+        assert (held == 1).all()
+    assert sum(spec.numel for spec in specs) == sum(segment.numel for segment in plan_.segments)
 
 
 def test_memory_order_survives_the_way_through_flat_memory() -> None:

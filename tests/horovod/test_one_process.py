@@ -15,6 +15,7 @@ from arsg_dist.horovod.comm import collectives
 from arsg_dist.horovod.comm.collectives import AllToAllReduceScatter, BufferPool
 from arsg_dist.horovod.comm.verification import CheckedReduceScatter
 from arsg_dist.horovod.replicated.in_flight import InFlight
+from arsg_dist.horovod.sharded.state_dict import _alike
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -187,3 +188,24 @@ def test_the_state_is_that_of_the_rank_that_is_asked_for(root: int, monkeypatch:
         for name, value in expected.items():
             assert torch.equal(torch.as_tensor(held[name]), torch.as_tensor(value)), name
     assert len([parameter for parameter in own if other.state.get(parameter)]) == 2 - root
+
+
+def test_states_are_alike_by_their_values_wherever_those_lie() -> None:
+    """Catches states that differ in the fifth digit of a learning rate on a device, which its text does not show, and
+    equal ones that differ in what the text says beside the value."""
+    lr = torch.tensor(0.1)
+    outline = (
+        [{"lr": lr, "betas": (0.9, 0.99), "mu": float("nan")}],
+        {0: {"step": ("number", torch.tensor(3.0))}},
+    )
+    same = [{"lr": lr.clone().requires_grad_(), "betas": (0.9, 0.99), "mu": float("nan")}], outline[1]
+    assert _alike(outline, same)
+    for other in (
+        ([{**outline[0][0], "lr": lr + 1e-7}], outline[1]),
+        ([{**outline[0][0], "lr": lr.double()}], outline[1]),
+        ([{**outline[0][0], "mu": 0.0}], outline[1]),
+        ([{**outline[0][0], "betas": [0.9, 0.99]}], outline[1]),
+        (outline[0], {0: {"step": ("number", 3.0)}}),
+        (outline[0], {1: outline[1][0]}),
+    ):
+        assert not _alike(outline, other)

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -372,6 +373,30 @@ def test_cudnn_tries_its_kernels_out_where_images_have_one_size(
     single = prepare("single", config, None, 1)
     build_engine(single, build_model("resnet20", 3), config, SingleProcessCommunicator(), discover_ranks())
     assert torch.backends.cudnn.benchmark is expected
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_deterministic_run_takes_no_algorithm_that_rounds_otherwise_next_time(
+    wanted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a GPU whose cuDNN, cuBLAS or atomic sums choose freely though the run is to repeat itself, and a choice
+    of the user's own program that is taken back."""
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", wanted)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    config = TrainConfig(deterministic=wanted)
+    single = prepare("single", config, None, 1)
+    calls: list[bool] = []
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", calls.append)
+    build_engine(single, build_model("resnet20", 3), config, SingleProcessCommunicator(), discover_ranks())
+    assert calls == [True] * wanted
+    assert torch.backends.cudnn.benchmark is not wanted
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
+    if wanted:
+        monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+        build_engine(
+            single, build_model("resnet20", 3), config, SingleProcessCommunicator(), discover_ranks()
+        )
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
 
 def test_loss_scaling_skips_an_overflow_and_changes_nothing_else() -> None:

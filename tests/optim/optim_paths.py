@@ -27,16 +27,16 @@ CAPTURABLE = Path("capturable", {"foreach": False, "capturable": True})
 FOREACH_CAPTURABLE = Path("foreach-capturable", {"foreach": True, "capturable": True})
 
 
-def fused_missing() -> str | None:
-    """Why the fused path cannot run here, or None."""
-    if not cpu_library.PATH.exists():
+def fused_missing(device: str = "cpu") -> str | None:
+    """Why the fused path cannot run here on a kind of device, or None; on a GPU it is another kernel."""
+    if device == "cpu" and not cpu_library.PATH.exists():
         return f"the compiled kernel {cpu_library.PATH} is not built"
     return None
 
 
-def params_of(*paths: Path) -> list[Any]:
+def params_of(*paths: Path, device: str = "cpu") -> list[Any]:
     """Paths as pytest parameters, each skipped with a reason where it cannot run."""
-    reasons = {FUSED.name: fused_missing()}
+    reasons = {FUSED.name: fused_missing(device)}
     return [
         pytest.param(path, id=path.name, marks=pytest.mark.skip(reason=reason) if reason else ())
         for path in paths
@@ -47,6 +47,7 @@ def params_of(*paths: Path) -> list[Any]:
 PATHS = params_of(REFERENCE, FOREACH, FUSED)
 FAST_PATHS = params_of(FOREACH, FUSED)
 ALL_PATHS = params_of(REFERENCE, FOREACH, FUSED, CAPTURABLE, FOREACH_CAPTURABLE)
+CUDA_PATHS = params_of(REFERENCE, FOREACH, FUSED, CAPTURABLE, FOREACH_CAPTURABLE, device="cuda")
 MODES = ("amsgrad", "adam", "none")
 
 

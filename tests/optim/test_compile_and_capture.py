@@ -135,11 +135,12 @@ def test_a_captured_step_replays_with_new_gradients_and_lr(path: Path, mode: str
             x.grad.copy_(grad)
 
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for grads in steps[:2]:
             hand_over(grads)
             captured.step()
-    torch.cuda.synchronize()
+    torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured.step()

@@ -236,6 +236,35 @@ def test_a_cache_that_others_may_write_to_is_refused(machine: tuple[Path, Path])
     assert not (machine[0] / ".venv").exists()
 
 
+def test_horovod_finds_the_nccl_of_torchs_wheels(tmp_path: Path) -> None:
+    """Catches the name that Horovod's build looks for and the wheel does not have: every CUDA build would end there."""
+    nccl, binaries = tmp_path / "nccl", tmp_path / "bin"
+    for folder in (nccl / "include", nccl / "lib", binaries):
+        folder.mkdir(parents=True)
+    (nccl / "include/nccl.h").touch()
+    (nccl / "lib/libnccl.so.2").touch()
+    for name, body in (
+        ("python", "exit 1"),
+        ("nvcc", "exit 0"),
+        ("mpirun", "exit 0"),
+        ("nvidia-smi", "exit 1"),
+    ):
+        script(binaries / name, body)
+    environ = {
+        **os.environ,
+        "ARSG_GPU": "cuda",
+        "HOROVOD_NCCL_HOME": str(nccl),
+        "HOROVOD_CUDA_HOME": str(tmp_path),
+    }
+    environ["PATH"] = f"{binaries}:{environ['PATH']}"
+    arguments = ["bash", REPOSITORY / "launch/build_engines.sh", tmp_path / "cache", tmp_path / "wheels"]
+    for _ in range(2):  # and again, when the link is there
+        ended = subprocess.run(arguments, env=environ, capture_output=True, text=True)
+        assert ended.returncode, "this python builds nothing"
+        assert "libnccl" not in ended.stderr
+        assert os.readlink(nccl / "lib/libnccl.so") == "libnccl.so.2"
+
+
 def test_every_requirement_is_pinned() -> None:
     """Catches a dependency left out of constraints.txt: a new release of it could break a fresh set-up."""
     import tomllib

@@ -1,10 +1,10 @@
 """Plan the flat memory of parameters and its partition (torch only).
 
 Parameters of one dtype and device lie one after another in one flat tensor, an *arena*, in the reverse of the order
-they are named in, which is about the order in which a backward pass finishes their gradients. An arena is cut into
-*buckets* of equal size, and each bucket into `world_size` *shards* of equal size, of which rank r owns the r-th. Cuts
-fall anywhere, also inside a parameter: the *segment* of a parameter is its part in one bucket, a *piece* its part in
-one shard.
+they are named in, which is about the order in which a backward pass finishes their gradients; between them are gaps, so
+that each begins aligned. An arena is cut into *buckets* of equal size, and each bucket into `world_size` *shards* of
+equal size, of which rank r owns the r-th. Cuts fall anywhere, also inside a parameter: the *segment* of a parameter is
+its part in one bucket, a *piece* its part in one shard.
 """
 
 import hashlib
@@ -17,8 +17,9 @@ from torch import Tensor
 
 from arsg_dist.optim.kernels.cpu_library import is_dense
 
-# Shards begin at multiples of 16 elements: 32 bytes or more, the width of a vector register.
-ALIGNMENT = 16
+ALIGNMENT = 256
+"""Parameters and shards begin at multiples of so many bytes: what NCCL likes, and more than the 16 that a GPU reads and
+writes at once."""
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,17 @@ class Layout:
                     )
         return tuple(found)
 
+    def gaps(self, bucket: int) -> list[tuple[int, int]]:
+        """List where a bucket holds no parameter: from, to (without it)."""
+        found, end = [], 0
+        for segment in sorted((s for s in self.segments if s.bucket == bucket), key=lambda s: s.start):
+            if end < segment.start:
+                found.append((end, segment.start))
+            end = segment.start + segment.numel
+        if end < self.buckets[bucket].numel:
+            found.append((end, self.buckets[bucket].numel))
+        return found
+
     def segments_of_parameter(self, parameter: int) -> list[Segment]:
         """List the segments of a parameter in order of memory."""
         return [segment for segment in self.segments if segment.parameter == parameter]
@@ -181,17 +193,20 @@ def plan(parameters: Sequence[ParameterSpec], world_size: int, bucket_bytes: int
         world_size: number of shards.
         bucket_bytes: largest size of a bucket, rounded to whole shards; at least one aligned shard per rank.
     """
+    # Every run of aligned elements has one of a parameter, so no bucket is a gap.
     offsets, arena_of = [0] * len(parameters), [0] * len(parameters)
     filled: dict[tuple[torch.dtype, str], int] = {}
     for index in reversed(range(len(parameters))):
         spec = parameters[index]
         kind = (spec.dtype, spec.device)
-        offsets[index] = filled.setdefault(kind, 0)
+        unit = ALIGNMENT // spec.dtype.itemsize
+        offsets[index] = -(-filled.setdefault(kind, 0) // unit) * unit
         arena_of[index] = list(filled).index(kind)
-        filled[kind] += spec.numel
+        if spec.numel:
+            filled[kind] = offsets[index] + spec.numel
     arenas, buckets = [], list[Bucket]()
-    unit = world_size * ALIGNMENT
     for arena, ((dtype, device), used) in enumerate(filled.items()):
+        unit = world_size * (ALIGNMENT // dtype.itemsize)
         whole = max(1, bucket_bytes // (dtype.itemsize * unit)) * unit
         start = 0
         while start < used:

@@ -116,9 +116,14 @@ class GradientBuckets:
         """Once `synchronized`: this rank's part of every bucket's gradient, in fp32 (fp64 for fp64)."""
         self.synchronized = False
         self._segments = [layout.segments_of_parameter(index) for index in range(len(parameters))]
-        self._used = [0] * len(layout.buckets)
-        for segment in layout.segments:
-            self._used[segment.bucket] += segment.numel
+        device_of = {segment.bucket: parameters[segment.parameter].device for segment in layout.segments}
+        self._gaps = [
+            torch.cat(
+                [torch.empty(0, dtype=torch.int64), *(torch.arange(*gap) for gap in layout.gaps(bucket))]
+            ).to(device_of[bucket])
+            for bucket in range(len(layout.buckets))
+        ]
+        """Of every bucket the places that no parameter has."""
         self._flat: dict[int, Tensor] = {}
         self._sent: dict[int, Tensor] = {}
         self._started: dict[int, Started] = {}
@@ -206,7 +211,7 @@ class GradientBuckets:
             if segment.bucket not in self._flat:
                 numel = self.layout.buckets[segment.bucket].numel
                 self._flat[segment.bucket] = flat = self._pool.take(numel, parameter.dtype, parameter.device)
-                flat[self._used[segment.bucket] :].zero_()  # padding must not look like an overflow
+                flat.index_fill_(0, self._gaps[segment.bucket], 0)  # gaps must not look like an overflow
             place = self._flat[segment.bucket].narrow(0, segment.start, segment.numel)
             if gradient is None:
                 place.zero_()

@@ -224,7 +224,11 @@ class DaliLoader:
         return self._batches()
 
     def _batches(self) -> Iterator[Batch]:
+        copied: torch.cuda.Event | None = None
         while True:
+            if copied is not None:
+                # `run` gives the memory of the last batch back to DALI, which writes there.
+                copied.synchronize()  # type: ignore[no-untyped-call]
             try:
                 (images,) = self._pipeline.run()
             except StopIteration:
@@ -234,8 +238,10 @@ class DaliLoader:
                 yield from self._without_pixels(error)
                 return
             batch = self._under_way.popleft()
-            # DALI uses the memory again for the next batch but one.
             pixels = torch.utils.dlpack.from_dlpack(images.as_tensor()).clone()
+            if self._device.type == "cuda":
+                copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+                copied.record()  # type: ignore[no-untyped-call]
             yield Batch(pixels, torch.tensor([image.label for image in batch.images]), batch.bad)
 
     def _without_pixels(self, error: RuntimeError) -> Iterator[Batch]:

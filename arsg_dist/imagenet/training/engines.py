@@ -1,5 +1,6 @@
 """Choose and build the engine a run was launched for."""
 
+import os
 from contextlib import AbstractContextManager
 from functools import partial
 
@@ -111,8 +112,11 @@ def build_engine(
     builder: EngineBuilder, module: nn.Module, config: TrainConfig, communicator: Communicator, ranks: Ranks
 ) -> Engine:
     """Put a network under its engine, on this rank's device. Collective."""
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS reads at its first use
+        torch.use_deterministic_algorithms(True)
     # Convolutions of one size are worth trying out; sizes that change would be tried out again and again.
-    torch.backends.cudnn.benchmark = not config.data.progressive.start_size
+    torch.backends.cudnn.benchmark = not (config.deterministic or config.data.progressive.start_size)
     if config.compile:
         module.compile()
     return builder.build(module, communicator, ranks)

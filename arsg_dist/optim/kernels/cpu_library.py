@@ -46,7 +46,7 @@ def register() -> None:
     _registered.define(
         "update_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
         "Tensor(d!)[] max_exp_avg_sqs, int[] steps, *, int preconditioner, float lr, float beta1, float beta2, "
-        "float mu, float eps, float coupled_decay, float decoupled_decay, float opposed_decay, bool maximize, "
+        "float mu, float eps, float coupled_decay, float decoupled_decay, float opposed_decay, float gradient_factor, "
         "bool corrects_first, bool corrects_second, bool precondition_first) -> int[]"
     )
     _registered.impl("update_", _update, "CPU")
@@ -84,7 +84,7 @@ def _load() -> ctypes.CDLL:
     library.arsg_use_openmp.argtypes = [ctypes.c_void_p] * 3
     library.arsg_use_openmp(*runtime)
     library.arsg_update.argtypes = [
-        ctypes.c_char_p, ctypes.c_int64, *[ctypes.c_int] * 4, *[ctypes.c_double] * 8, ctypes.c_bool,
+        ctypes.c_char_p, ctypes.c_int64, *[ctypes.c_int] * 4, *[ctypes.c_double] * 9,
     ]  # fmt: skip
     library.arsg_update.restype = ctypes.c_bool
     library.arsg_move_on.argtypes = [
@@ -111,7 +111,7 @@ def _update(
     coupled_decay: float,
     decoupled_decay: float,
     opposed_decay: float,
-    maximize: bool,
+    gradient_factor: float,
     corrects_first: bool,
     corrects_second: bool,
     precondition_first: bool,
@@ -121,7 +121,7 @@ def _update(
     Left, to the caller, are parameters with gaps or overlaps in memory, and those whose gradient or a moment is laid
     out otherwise. The arguments are those of `StepFunction` and `Hyperparameters`; weight_decay is split into its kinds
     (`opposed_decay` is what of the decoupled one acts also where the update moves x away from 0), bias_correction into
-    the two moments'.
+    the two moments', and `gradient_factor` has the sign of `maximize`.
     """
     count, is_adam = len(params), preconditioner == _ADAM
     if preconditioner not in _FIRST:
@@ -168,7 +168,7 @@ def _update(
     known = _load().arsg_update(
         b"".join(jobs), len(jobs), torch.get_num_threads(),
         _FIRST[preconditioner] if precondition_first else preconditioner, _TYPES[param_type], _TYPES[state_type],
-        lr, beta1, beta2, mu, eps, coupled_decay, decoupled_decay, opposed_decay, maximize,
+        lr, beta1, beta2, mu, eps, coupled_decay, decoupled_decay, opposed_decay, gradient_factor,
     )  # fmt: skip
     assert known
     _announce_change(params)

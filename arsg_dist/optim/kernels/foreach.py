@@ -56,6 +56,11 @@ def foreach_step(
         hyper.eps,
         hyper.weight_decay,
     )
+    factor = hyper.gradient_factor
+    if isinstance(factor, Tensor):
+        gs = list(torch._foreach_mul(gs, factor.to(dtype)))
+    elif factor != 1:
+        gs = list(torch._foreach_mul(gs, factor))
     if hyper.maximize:
         gs = list(torch._foreach_neg(gs))
     if lam != 0 and not hyper.decoupled_weight_decay:

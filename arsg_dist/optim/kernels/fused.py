@@ -12,7 +12,7 @@ import inspect
 import os
 import warnings
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Final, cast
@@ -75,6 +75,7 @@ def fused_step(
     if torch.compiler.is_compiling():
         foreach_step(*lists, steps, hyper=hyper)
     elif params[0].is_cpu:
+        assert hyper.found_inf is None, "a host can read it"
         _cpu_step(*lists, steps, hyper=hyper)
     else:
         _gpu_step(*lists, steps, hyper=hyper)
@@ -106,7 +107,7 @@ def _cpu_step(
         coupled_decay=0.0 if hyper.decoupled_weight_decay else hyper.weight_decay,
         decoupled_decay=hyper.weight_decay if hyper.decoupled_weight_decay else 0.0,
         opposed_decay=hyper.opposed_decay,
-        maximize=hyper.maximize,
+        gradient_factor=-float(hyper.gradient_factor) if hyper.maximize else float(hyper.gradient_factor),
         corrects_first=hyper.corrects_first,
         corrects_second=hyper.corrects_second,
         precondition_first=hyper.precondition_first,
@@ -156,6 +157,10 @@ def _gpu_step(
             except KernelUnavailableError as error:
                 _kernel_failed = True
                 warnings.warn(f"ARSG runs without its GPU kernel: {error}", stacklevel=2)
+    if hyper.found_inf is not None:
+        if bool(hyper.found_inf):
+            return
+        hyper = replace(hyper, found_inf=None)
     compiled_step(*lists, steps, hyper=hyper)
 
 
@@ -183,17 +188,20 @@ def compiled_step(
     counters = _counters(steps, device, dtype) if _needs_steps(exp_avgs, hyper) else None
     lr, mu = _on_device(hyper.lr, device, dtype), _on_device(hyper.mu, device, dtype)
     settings = {name: getattr(hyper, name) for name in hyper.__slots__ if name not in ("lr", "mu")}
+    if isinstance(hyper.gradient_factor, Tensor) or hyper.gradient_factor != 1:
+        settings["gradient_factor"] = _on_device(hyper.gradient_factor, device, dtype)
     reason = _cache_of_others()
     if not reason:
         try:
-            _compiled(*lists, counters, lr, mu, settings)
+            _compiled_update()(*lists, counters, lr, mu, settings)
             return
-        except Exception as error:
+        except _compiler_errors() as error:
             reason = (
                 f"torch.compile failed ({type(error).__name__}: {str(error).partition(chr(10))[0]}). It needs "
                 "Triton and a C compiler on the compute nodes; TORCH_LOGS=dynamo tells more."
             )
-    # Compiling comes before any tensor is touched, so the step can still be made another way.
+    # Compiling comes before any tensor is touched, so the step can still be made another way; what fails later, such
+    # as memory that is used up, has perhaps made a part of it.
     _compiling_failed = True
     warnings.warn(
         f"ARSG(fused=True) runs as foreach=True on {device.type}, in several passes over memory: {reason}",
@@ -245,28 +253,43 @@ def _update(
     foreach_step(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, hyper=hyper)
 
 
-def _compiled(*arguments: Any) -> None:
-    """Run `_update` compiled."""
-    compiled, limits = _compiler()
-    with limits():
-        compiled(*arguments)
-
-
 @cache
-def _compiler() -> tuple[Callable[..., None], Callable[[], AbstractContextManager[Any]]]:
-    """Return `_update` compiled, and the context to call it in.
+def _compiled_update() -> Callable[..., None]:
+    """Return `_update` compiled, with room for `_RECOMPILE_LIMIT` kinds of groups.
 
     Made at the first call: importing the compiler takes seconds, which nobody else should wait for.
     """
     options: dict[str, Any] = {"fullgraph": True, "dynamic": False}
     if "recompile_limit" in inspect.signature(torch.compile).parameters:
-        return cast(Any, torch.compile)(_update, **options, recompile_limit=_RECOMPILE_LIMIT), nullcontext
+        options["recompile_limit"] = _RECOMPILE_LIMIT
+        return cast(Callable[..., None], torch.compile(_update, **options))
     # Before torch 2.12 the limit was one for the whole process, and had another name before 2.7.
     import torch._dynamo.config as config
 
     name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
-    patch = cast(Any, config).patch
-    return torch.compile(_update, **options), lambda: patch(**{name: _RECOMPILE_LIMIT})
+    compiled = torch.compile(_update, **options)
+
+    def limited(*arguments: Any) -> None:
+        with cast(Any, config).patch(**{name: _RECOMPILE_LIMIT}):
+            compiled(*arguments)
+
+    return limited
+
+
+@cache
+def _compiler_errors() -> tuple[type[Exception], ...]:
+    """Return what is raised while code is compiled, and not when it runs."""
+    import torch._dynamo.exc as dynamo
+    import torch._inductor.exc as inductor
+
+    names = (
+        (dynamo, "TorchDynamoException"),
+        (dynamo, "FailOnRecompileLimitHit"),
+        (inductor, "InductorError"),
+    )
+    return tuple(
+        getattr(module, name) for module, name in names if hasattr(module, name)
+    )  # before torch 2.7 not all
 
 
 def _needs_steps(exp_avgs: list[Tensor], hyper: Hyperparameters) -> bool:

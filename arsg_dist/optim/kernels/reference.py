@@ -41,6 +41,8 @@ def arsg_update(
     )
     if hyper.maximize:
         g = -g
+    if isinstance(hyper.gradient_factor, Tensor) or hyper.gradient_factor != 1:
+        g = g * hyper.gradient_factor
     if lam != 0 and not hyper.decoupled_weight_decay:
         g = g + lam * x
 

@@ -11,7 +11,9 @@ rounding.py). Settings are arguments of the compiled code: changing them compile
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any, Final, cast
 
@@ -63,13 +65,15 @@ def triton_step(
         KernelUnavailableError: the kernel cannot be compiled or launched here; nothing was changed.
     """
     lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs)
+    for_others = replace(hyper, found_inf=None)  # which they do not know: it is read where they are needed
     if (
         params[0].dtype not in ELEMENTS
         or grads[0].dtype not in ELEMENTS
         or exp_avgs[0].dtype not in MOMENTS
         or max(param.numel() for param in params) > _MOST_ELEMENTS
     ):
-        foreach_step(*lists, steps, hyper=hyper)
+        if hyper.found_inf is None or not hyper.found_inf:
+            foreach_step(*lists, steps, hyper=for_others)
         return
     grads = [grad.resolve_neg() for grad in grads]
     rows = [
@@ -81,9 +85,11 @@ def triton_step(
     if taken:
         _launch([rows[i] for i in taken], cast(Steps, [steps[i] for i in taken] if steps else []), hyper)
     left = [i for i in range(len(rows)) if not direct[i]]
-    if left:
+    if left and (hyper.found_inf is None or not hyper.found_inf):
         x, g, m, v, v_hat = ([tensors[i] for i in left] if tensors else [] for tensors in lists)
-        foreach_step(x, g, m, v, v_hat, cast(Steps, [steps[i] for i in left] if steps else []), hyper=hyper)
+        foreach_step(
+            x, g, m, v, v_hat, cast(Steps, [steps[i] for i in left] if steps else []), hyper=for_others
+        )
     torch.autograd.graph.increment_version(params)  # as every in-place operation: a stale graph is noticed
 
 
@@ -104,8 +110,8 @@ def _launch(rows: list[tuple[Tensor, ...]], steps: Steps, hyper: Hyperparameters
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     numels = tuple(row[0].numel() for row in rows)
     addresses = tuple(tensor.data_ptr() for row in rows for tensor in (*row, *row[:1] * (5 - len(row))))
-    chunks, sizes = _chunks(numels, device, stream)
-    pointers, aligned = _pointers(addresses, device, stream)
+    chunks, sizes = _TABLES.find(_chunks, numels, device, stream)
+    pointers, aligned = _TABLES.find(_pointers, addresses, device, stream)
     mu, lr = hyper.mu, hyper.lr
     is_adam = hyper.preconditioner == "adam"
     exp_avg_factor: Any = 1.0 - mu
@@ -134,6 +140,9 @@ def _launch(rows: list[tuple[Tensor, ...]], steps: Steps, hyper: Hyperparameters
     if on_device:
         scalars = torch.stack([_table(x, torch.float32, 1, device)[0] for x in (lr, mu)])
         lr = mu = 0.0
+    factor = hyper.gradient_factor
+    scaled = isinstance(factor, Tensor)
+    host_factor = 1.0 if scaled else float(factor)
     floor = max(hyper.eps if hyper.preconditioner == "amsgrad" else 0.0, torch.finfo(torch.float32).tiny)
     decay = hyper.weight_decay
     coupled, decoupled = (0.0, decay) if hyper.decoupled_weight_decay else (decay, 0.0)
@@ -147,6 +156,8 @@ def _launch(rows: list[tuple[Tensor, ...]], steps: Steps, hyper: Hyperparameters
                 chunks,
                 total,
                 scalars if on_device else pointers,
+                factor if scaled else pointers,
+                hyper.found_inf if hyper.found_inf is not None else pointers,
                 exp_avg_factor,
                 correction2,
                 step,
@@ -158,7 +169,7 @@ def _launch(rows: list[tuple[Tensor, ...]], steps: Steps, hyper: Hyperparameters
                 1.0 - hyper.beta2,
                 hyper.eps,
                 floor,
-                -1.0 if hyper.maximize else 1.0,
+                -host_factor if hyper.maximize else host_factor,
                 coupled,
                 decoupled,
                 hyper.opposed_decay,
@@ -172,6 +183,8 @@ def _launch(rows: list[tuple[Tensor, ...]], steps: Steps, hyper: Hyperparameters
                 COUPLED=coupled != 0.0,
                 PER_TENSOR=per_tensor,
                 ON_DEVICE=on_device,
+                SCALED=scaled,
+                SKIPS=hyper.found_inf is not None,
                 SIZE=CHUNK,
                 num_warps=WARPS,
                 enable_fp_fusion=False,
@@ -192,26 +205,72 @@ def _table(value: Any, dtype: torch.dtype, count: int, device: torch.device) -> 
     return table.expand(count).contiguous()
 
 
-@lru_cache(maxsize=256)
-def _chunks(numels: tuple[int, ...], device: torch.device, stream: int) -> tuple[Tensor, Tensor]:
+def _chunks(numels: Tensor) -> tuple[Tensor, Tensor]:
     """Return the chunks of tensors, (chunks, 2) int32: tensor and number; and their sizes in elements, int64."""
-    counts = torch.tensor([-(-numel // CHUNK) for numel in numels])
-    tensor = torch.repeat_interleave(torch.arange(len(numels)), counts)
-    number = torch.arange(len(tensor)) - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
-    chunks = torch.stack([tensor, number], 1).to(torch.int32)
-    return _sent(chunks, device), _sent(torch.tensor(numels), device)
+    counts = (numels + (CHUNK - 1)) // CHUNK
+    total = int(counts.sum())
+    tensor = torch.repeat_interleave(torch.arange(len(numels)), counts, output_size=total)
+    number = torch.arange(total) - torch.repeat_interleave(
+        counts.cumsum(0) - counts, counts, output_size=total
+    )
+    return torch.stack([tensor, number], 1).to(torch.int32), numels
 
 
-@lru_cache(maxsize=256)
-def _pointers(addresses: tuple[int, ...], device: torch.device, stream: int) -> tuple[Tensor, Tensor]:
+def _pointers(addresses: Tensor) -> tuple[Tensor, Tensor]:
     """Return a table of addresses, (tensors, 5) int64, and which rows are aligned to 128 bits, int32."""
-    table = torch.tensor(addresses).view(-1, 5)
-    return _sent(table, device), _sent((table % 16 == 0).all(1).to(torch.int32), device)
+    table = addresses.view(-1, 5)
+    return table, (table % 16 == 0).all(1).to(torch.int32)
+
+
+class _Tables:
+    """Hold tables on devices, those that were asked for last.
+
+    A CUDA graph goes on using what it was captured with, and replays copies from main memory too, whatever has become
+    of that memory: while a stream is being captured nothing is copied from there, and what is handed out is kept.
+    """
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[Any, tuple[int, tuple[Tensor, ...]]] = OrderedDict()
+        self._in_graphs: list[tuple[Tensor, ...]] = []
+
+    def find(
+        self, make: Any, numbers: tuple[int, ...], device: torch.device, stream: int
+    ) -> tuple[Tensor, ...]:
+        """Return the tables that `make` makes of numbers, on a device, for kernels of a stream."""
+        key = (make, numbers, device)
+        made_on, tables = self._known.get(key, (None, ()))
+        if _capturing(device):
+            # Before a capture the device has been waited for, so tables made on another stream are there. New in a
+            # capture are addresses of gradients, a few kernels; chunks are known from the steps before it.
+            tables = tables or tuple(_written(table, device) for table in make(torch.tensor(numbers)))
+            self._in_graphs.append(tables)
+            return tables
+        if made_on != stream:
+            tables = tuple(_sent(table, device) for table in make(torch.tensor(numbers)))
+            self._known[key] = stream, tables
+        self._known.move_to_end(key)
+        if len(self._known) > 512:
+            self._known.popitem(last=False)
+        return tables
+
+
+_TABLES: Final = _Tables()
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _sent(table: Tensor, device: torch.device) -> Tensor:
     """Copy to the device without waiting; torch keeps the pinned memory until the copy is made."""
     return table if device.type == "cpu" else table.pin_memory().to(device, non_blocking=True)
+
+
+def _written(table: Tensor, device: torch.device) -> Tensor:
+    """Make a table on the device by kernels that have its numbers among their arguments."""
+    flat = torch.zeros(table.numel(), dtype=table.dtype, device=device)
+    torch._foreach_add_(list(flat.unbind()), table.flatten().tolist())
+    return flat.view(table.shape)
 
 
 @lru_cache
@@ -221,7 +280,8 @@ def _programs(device: torch.device) -> int:
     return PROGRAMS_PER_PROCESSOR * int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-@triton.jit
+# Of numbers Triton makes code of its own where they are 1 or divisible by 16: t would compile anew at steps 2 and 16.
+@triton.jit(do_not_specialize=["chunk_count", "steps"])
 def kernel(  # type: ignore[no-untyped-def]
     pointers,
     aligned,
@@ -229,6 +289,8 @@ def kernel(  # type: ignore[no-untyped-def]
     chunks,
     chunk_count,
     scalars,
+    factor,
+    found_inf,
     exp_avg_factors,
     corrections2,
     steps,
@@ -254,6 +316,8 @@ def kernel(  # type: ignore[no-untyped-def]
     COUPLED: tl.constexpr,
     PER_TENSOR: tl.constexpr,
     ON_DEVICE: tl.constexpr,
+    SCALED: tl.constexpr,
+    SKIPS: tl.constexpr,
     SIZE: tl.constexpr,
 ):
     """Take chunk after chunk; see the module.
@@ -265,9 +329,12 @@ def kernel(  # type: ignore[no-untyped-def]
         chunks: (chunk_count, 2) int32: tensor, and number of the chunk in it.
         chunk_count: of all tensors.
         scalars: (2,) float32: α and μ, with ON_DEVICE.
+        factor: (1,) float32: of g, with SCALED.
+        found_inf: (1,) float32: where it is not 0 nothing is done, with SKIPS.
         exp_avg_factors: (1 − μ), over its bias correction where there is one; with PER_TENSOR (tensors,) float32.
         corrections2: 1 − β2ᵗ where v is corrected, else 1; likewise.
         steps: t, for stochastic rounding; likewise, int32.
+        sign: of g, and what it is multiplied by where the host knows it.
         keep: what decoupled weight decay leaves of x.
         keep_opposed: likewise, where the update moves x away from 0; all of it with cautious decay.
         P: dtype of x.
@@ -278,6 +345,8 @@ def kernel(  # type: ignore[no-untyped-def]
         COUPLED: whether there is coupled weight decay.
         PER_TENSOR: whether factors and steps are tables.
         ON_DEVICE: whether α and μ are read from `scalars`.
+        SCALED: whether g is multiplied by `factor`.
+        SKIPS: whether `found_inf` is looked at.
         SIZE: elements of a chunk.
     """
     if ON_DEVICE:
@@ -285,6 +354,10 @@ def kernel(  # type: ignore[no-untyped-def]
         mu = tl.load(scalars + 1)
         keep = 1.0 - lr * decoupled_decay
         keep_opposed = 1.0 - lr * opposed_decay
+    if SCALED:
+        sign = sign * tl.load(factor)
+    if SKIPS:
+        chunk_count = tl.where(tl.load(found_inf) == 0, chunk_count, 0)
     for number in range(tl.program_id(0), chunk_count, tl.num_programs(0)):
         tensor = tl.load(chunks + 2 * number)
         start = tl.load(chunks + 2 * number + 1).to(tl.int64) * SIZE

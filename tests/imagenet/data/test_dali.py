@@ -108,6 +108,48 @@ class Refusing:
         return (SimpleNamespace(as_tensor=lambda: pixels),)
 
 
+def test_dali_gets_its_memory_back_when_the_copy_is_made(
+    photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a GPU's copy of a batch that is still to be made when DALI decodes the next one into the same memory."""
+    order: list[str] = []
+
+    class Pipeline(Refusing):
+        def run(self) -> tuple[Any]:
+            order.append("run")
+            self.made += 1
+            self.source()
+            pixels = SimpleNamespace(clone=lambda: order.append("copy") or torch.zeros(2, 3, 56, 56))
+            return (SimpleNamespace(as_tensor=lambda: pixels),)
+
+        def reset(self) -> None:
+            pass
+
+    class Event:
+        def record(self) -> None:
+            order.append("record")
+
+        def synchronize(self) -> None:
+            order.append("wait")
+
+    monkeypatch.setattr(torch.utils.dlpack, "from_dlpack", lambda pixels: pixels)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(dali, "_pipeline", lambda source, *_: Pipeline(source))
+    split = open_splits(photos, CONFIG, seed=1)[1]
+    loader = DaliLoader(
+        split,  # type: ignore[arg-type]
+        ValidationSampler(4, batch_size=2, rank=0, world_size=1),
+        config=CONFIG,
+        train=False,
+        batch_size=2,
+        image_size=56,
+        seed=1,
+        device=torch.device("cuda"),
+    )
+    assert len(list(loader)) == 2
+    assert order == ["run", "copy", "record", "wait", "run", "copy", "record", "wait", "run"]
+
+
 @pytest.mark.parametrize("damaged", [True, False])
 def test_an_image_that_dali_cannot_decode_is_named(
     damaged: bool, photos: Path, monkeypatch: pytest.MonkeyPatch

@@ -9,6 +9,7 @@ from arsg_dist.optim.kernels import dispatch, foreach, fused
 from arsg_dist.optim.kernels.foreach import foreach_step
 from arsg_dist.optim.kernels.fused import fused_step
 from arsg_dist.optim.kernels.reference import reference_step
+from tests.optim import optim_paths
 from tests.optim.optim_paths import FUSED, gradients, parameters, params_of, run
 
 ONE = [(3,)]
@@ -49,13 +50,19 @@ def test_default_path_on_accelerators_is_foreach_unless_a_tensor_must_be_read(mo
     assert chosen(meta, foreach=False) is chosen(meta, fused=False) is reference_step
 
 
+def test_where_the_cpu_kernel_is_not_built_the_gpu_s_is_tested_all_the_same(monkeypatch) -> None:
+    """Catches all tests of the fused path left out on a GPU machine without a C++ compiler."""
+    monkeypatch.setattr(optim_paths.importlib.util, "find_spec", lambda _: None)
+    assert [len(params_of(FUSED, device=device)[0].marks) for device in ("cpu", "cuda")] == [1, 0]
+
+
 @pytest.mark.gpu
-def test_default_path_on_cuda_is_foreach() -> None:
-    """Catches the slow path as the default where launches are what costs."""
+def test_default_path_on_cuda_is_the_kernel() -> None:
+    """Catches foreach or the loop as the default where the kernel can run, and a value read on the host."""
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     x = torch.nn.Parameter(torch.ones(2, device="cuda"))
-    assert chosen([x]) is foreach_step
+    assert chosen([x]) is fused_step
     assert chosen([x], lr=torch.tensor(0.1)) is reference_step
 
 

@@ -67,7 +67,7 @@ def kernel_call(params, grads, moments, steps, mode="amsgrad") -> list[int]:
     assert kernel is not None
     return kernel(
         params, grads, *moments, steps, preconditioner=PRECONDITIONERS.index(mode), lr=0.1, beta1=0.9,
-        beta2=0.99, mu=0.1, eps=1e-8, coupled_decay=0.0, decoupled_decay=0.0, opposed_decay=0.0, maximize=False,
+        beta2=0.99, mu=0.1, eps=1e-8, coupled_decay=0.0, decoupled_decay=0.0, opposed_decay=0.0, gradient_factor=1.0,
         corrects_first=mode == "adam", corrects_second=mode == "adam", precondition_first=False,
     )  # fmt: skip
 
@@ -329,18 +329,55 @@ def test_failing_compiler_falls_back_with_one_warning(monkeypatch) -> None:
 
     def failing(*arguments):
         attempts.append(arguments)
-        raise RuntimeError("no compiler here\nlong story")
+        raise torch._dynamo.exc.TorchDynamoException("no compiler here\nlong story")
 
-    monkeypatch.setattr(fused, "_compiled", failing)
+    monkeypatch.setattr(fused, "_compiled_update", lambda: failing)
     monkeypatch.setattr(fused, "_compiling_failed", False)
     monkeypatch.setattr(fused, "_cpu_step", fused.compiled_step)
     with pytest.warns(
-        UserWarning, match=r"torch\.compile failed \(RuntimeError: no compiler here\)"
+        UserWarning, match=r"torch\.compile failed \(TorchDynamoException: no compiler here\)"
     ) as caught:
         results = [trained(fused=True) for _ in range(2)]
     assert len(caught) == 1
     assert len(attempts) == 1
     assert all(torch.equal(result, trained(foreach=True)) for result in results)
+
+
+def test_compiled_code_that_fails_on_its_way_is_not_followed_by_another_update(monkeypatch) -> None:
+    """Catches tensors that were updated twice: by what came before an error, and by the path that stands in."""
+
+    def failing(params, *_):
+        params[0].sub_(1.0)
+        raise torch.OutOfMemoryError("in the second kernel")
+
+    monkeypatch.setattr(fused, "_compiled_update", lambda: failing)
+    monkeypatch.setattr(fused, "_compiling_failed", False)
+    monkeypatch.setattr(fused, "_cpu_step", fused.compiled_step)
+    params = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
+    for param in params:
+        param.grad = torch.ones(2)
+    with pytest.raises(torch.OutOfMemoryError):
+        ARSG(params, lr=0.5, fused=True).step()
+    assert [param.tolist() for param in params] == [[0.0, 0.0], [1.0, 1.0]]
+    assert not fused._compiling_failed
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_the_package_can_do_with_a_torch_that_does_not_know_recompile_limit(monkeypatch, known: bool) -> None:
+    """Catches torch 2.11, whose torch.compile refuses the argument: the package could not even be imported."""
+    given = []
+
+    def old(function, *, fullgraph, dynamic):
+        return lambda *_: given.append(torch._dynamo.config.recompile_limit)
+
+    def new(function, *, fullgraph, dynamic, recompile_limit):
+        return lambda *_: given.append(recompile_limit)
+
+    monkeypatch.setattr(torch, "compile", new if known else old)
+    fused._compiled_update.cache_clear()
+    fused._compiled_update()()
+    fused._compiled_update.cache_clear()
+    assert given == [fused._RECOMPILE_LIMIT]
 
 
 def test_inside_torch_compile_the_step_is_traced_whole() -> None:

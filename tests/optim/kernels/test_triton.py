@@ -183,6 +183,36 @@ def test_settings_on_the_device_are_read_there(interpreted: ModuleType, mode: st
         assert_close(actual, expected, 2e-6)
 
 
+@needs_kernel
+@pytest.mark.parametrize("on_device", [True, False])
+@pytest.mark.parametrize("state_dtype", [SINGLE, BRAIN], ids=str)
+def test_a_scale_is_undone_with_the_bits_of_the_cpu_kernel(
+    interpreted: ModuleType, state_dtype: torch.dtype, on_device: bool
+) -> None:
+    """Catches a factor applied after the decay, in other steps than on CPU, or not where it is on the device."""
+    ours, theirs = (Problem(SHAPES, "amsgrad", SINGLE, state_dtype) for _ in range(2))
+    factor = torch.tensor(3.7).reciprocal()
+    changes = {"weight_decay": 0.1, "maximize": True}
+    ours.step(interpreted.triton_step, 1, gradient_factor=factor if on_device else factor.item(), **changes)
+    theirs.step(fused.fused_step, 1, gradient_factor=factor.item(), **changes)
+    assert_same_bits(ours, theirs)
+
+
+def test_an_overflow_that_the_device_knows_of_changes_nothing(interpreted: ModuleType) -> None:
+    """Catches chunks, or tensors of another path, that are updated all the same; and a flag of 0 that stops updates."""
+    ours, before = (Problem(SHAPES, "amsgrad", SINGLE, SINGLE) for _ in range(2))
+    for problem in (ours, before):
+        gaps = torch.zeros(80)
+        gaps[::2] = 1.0
+        problem.params.append(gaps[::2])
+        for moment in problem.moments:
+            moment.append(torch.zeros(40))
+    ours.step(interpreted.triton_step, 1, found_inf=torch.tensor(1.0))
+    assert_same_bits(ours, before)
+    ours.step(interpreted.triton_step, 1, found_inf=torch.tensor(0.0))
+    assert all((x != y).all() for x, y in zip(ours.params, before.params, strict=True) if x.numel())
+
+
 def test_one_launch_updates_every_tensor_and_no_setting_compiles_anew(
     interpreted: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -208,6 +238,44 @@ def test_one_launch_updates_every_tensor_and_no_setting_compiles_anew(
     assert all(constants == launches[0] for constants in launches)
 
 
+def test_a_capture_copies_nothing_from_main_memory_and_keeps_what_it_was_given(
+    interpreted: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a graph that replays a copy from memory long used for something else, or reads a table that was freed."""
+    tables, device = interpreted._Tables(), torch.device("cpu")
+    known = tables.find(interpreted._pointers, tuple(range(16, 176, 16)), device, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(interpreted, "_capturing", lambda _: True)
+        patch.setattr(interpreted, "_sent", None)
+        assert tables.find(interpreted._pointers, tuple(range(16, 176, 16)), device, 2) is known
+        made = [
+            tables.find(interpreted._pointers, (2**47 + 8, 2**62, 16, 32, 48), device, 2),
+            tables.find(interpreted._chunks, (0, 2048, 4097), device, 2),
+        ]
+    assert [table.tolist() for pair in made for table in pair] == [
+        [[2**47 + 8, 2**62, 16, 32, 48]],
+        [0],
+        [[1, 0], [2, 0], [2, 1], [2, 2]],
+        [0, 2048, 4097],
+    ]
+    other = tables.find(interpreted._pointers, (2**47 + 8, 2**62, 16, 32, 48), device, 2)
+    assert other is not made[0], "the graph's own is filled when the graph runs"
+    for number in range(600):
+        tables.find(interpreted._chunks, (number,), device, 1)
+    assert len(tables._known) == 512
+    assert known in tables._in_graphs
+    assert tables.find(interpreted._chunks, (599,), device, 2) is not tables.find(
+        interpreted._chunks, (599,), device, 1
+    ), "a stream does not wait for the copies of another"
+
+
+def test_the_number_of_the_step_compiles_nothing_anew() -> None:
+    """Catches code of its own for t = 1 and for multiples of 16: training would stop at those steps to compile."""
+    from arsg_dist.optim.kernels.triton_kernel import kernel
+
+    assert {p.name for p in kernel.params if p.do_not_specialize} == {"chunk_count", "steps"}
+
+
 class Code:
     """The machine code of the kernel for one kind of tensors.
 
@@ -231,11 +299,14 @@ class Code:
             "COUPLED": False,
             "PER_TENSOR": False,
             "ON_DEVICE": False,
+            "SCALED": False,
+            "SKIPS": False,
             "SIZE": module.CHUNK,
         }
         known = {
             **dict.fromkeys(("pointers", "sizes", "scalars"), "*i64"),
             **dict.fromkeys(("aligned", "chunks"), "*i32"),
+            **dict.fromkeys(("factor", "found_inf"), "*fp32"),
             **dict.fromkeys(("chunk_count", "steps"), "i32"),
             **dict.fromkeys(constants, "constexpr"),
         }

@@ -186,7 +186,8 @@ bool dispatch_param(const int param, const int state, const Jobs& jobs, const Sc
 } // namespace
 
 // The arguments are those of `Hyperparameters` in hyperparameters.py; weight_decay is split into its kinds
-// (`opposed_decay` is what of the decoupled one acts also where the update moves x away from 0). Returns whether the
+// (`opposed_decay` is what of the decoupled one acts also where the update moves x away from 0); `gradient_factor` has
+// the sign of `maximize`. Returns whether the
 // mode and the types are known; only then is anything touched.
 EXPORTED bool arsg_update(
     const Job* jobs,
@@ -203,10 +204,10 @@ EXPORTED bool arsg_update(
     const double coupled_decay,
     const double decoupled_decay,
     const double opposed_decay,
-    const bool maximize) {
+    const double gradient_factor) {
   const Jobs all{jobs, count, threads};
   const Scalars<double> s{
-      lr, beta1, 1.0 - beta1, beta2, 1.0 - beta2, mu, eps, 0.0, maximize ? -1.0 : 1.0, coupled_decay,
+      lr, beta1, 1.0 - beta1, beta2, 1.0 - beta2, mu, eps, 0.0, gradient_factor, coupled_decay,
       1.0 - lr * decoupled_decay, 1.0 - lr * opposed_decay};
   switch (mode) {
     case kAMSGrad:

@@ -1,0 +1,168 @@
+"""The script for a GPU, rehearsed on the CPU: what it writes whatever its tasks do, and what is made of that."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.gpu import report
+from benchmarks.gpu.runner import Record, run_stages
+from benchmarks.gpu.stages import ROWS, Setting, Stage, Task, stages
+from tests.support.launchers import REPOSITORY
+
+
+def task(name: str, program: str, limit: float = 20.0, **options: Any) -> Task:
+    return Task(name, [sys.executable, "-c", program], limit, **options)
+
+
+def ran(folder: Path, *found: Stage) -> list[dict[str, Any]]:
+    # In a process of its own: the runner ends all that is below it.
+    child = os.fork()
+    if not child:
+        run_stages(found, Record(folder), dict(os.environ))
+        os._exit(0)
+    os.waitpid(child, 0)
+    return report.read(folder)
+
+
+def test_whatever_a_task_does_the_next_is_run_and_all_is_written_down(tmp_path: Path) -> None:
+    """Catches a quarter of an hour lost to one task that hangs, leaves a process behind, crashes or prints nonsense."""
+    orphan = "import subprocess as s; print('left', s.Popen(['sleep', '60'], start_new_session=True).pid)"
+    begin = time.monotonic()
+    found = ran(
+        tmp_path,
+        Stage(
+            "first",
+            60,
+            [
+                task(
+                    "hangs",
+                    'import time; print(\'RESULT {"kind": "a", "n": 1}\', flush=True); time.sleep(60)',
+                    1.0,
+                ),
+                task("crashes", "import os; os.abort()"),
+                task("leaves a process behind", orphan),
+                task("says no", 'print(\'RESULT {"kind": "a", "ok": false}\'); print(\'RESULT {\')'),
+                Task("is not here", ["no-such-program"], 5),
+            ],
+        ),
+        Stage("second", 0.5, [task("comes too late", "pass")]),
+        Stage(
+            "third",
+            20,
+            [
+                task(
+                    "tests",
+                    "print('[gw1] [ 50%] PASSED tests/a.py::b'); print('tests/a.py::c FAILED [100%]')",
+                )
+            ],
+        ),
+    )
+    assert time.monotonic() - begin < 50
+    ends = {result["task"]: result for result in found if "outcome" in result}
+    assert {name: result["outcome"] for name, result in ends.items()} == {
+        "hangs": "ended after 1 s",
+        "crashes": "failed with code -6",
+        "leaves a process behind": "passed",
+        "says no": "failed: 2 of its results",
+        "is not here": "left out: no no-such-program here",
+        "comes too late": "no time left",
+        "tests": "passed",
+    }
+    assert ends["tests"]["tests"] == {"PASSED": 1, "FAILED": 1, "failed": ["tests/a.py::c FAILED [100%]"]}
+    assert found[0] == {"stage": "first", "task": "hangs", "kind": "a", "n": 1}
+    log = (tmp_path / "log.txt").read_text()
+    left = int(log.partition("left ")[2].split()[0])
+    assert not Path(f"/proc/{left}").exists()
+
+
+def run_of(device: str, outcome: str = "passed") -> list[dict[str, Any]]:
+    machine = {"kind": "machine", "device": "NVIDIA H100 80GB HBM3", "on": device, "revision": "abc"}
+    shown = [task.shows for stage in stages(Setting(Path("/x"))) for task in stage.tasks]
+    ends = [
+        {
+            "stage": "s",
+            "task": str(n),
+            "outcome": outcome,
+            "seconds": 1.0,
+            "command": ["/p/python", "-m", "x"],
+            "shows": shows,
+        }
+        for n, shows in enumerate(shown)
+    ]
+    return [{**machine, "versions": {"torch": "2.11.0", "CUDA": "13.0"}}, *ends]
+
+
+def test_the_column_says_what_was_run_and_nothing_else(tmp_path: Path) -> None:
+    """Catches a row that is filled by a rehearsal, by a task that failed or did not run, or on top of another row."""
+    readme = (REPOSITORY / "README.md").read_text()
+    filled = report.column(readme, run_of("cuda"), "benchmarks/results/gpu/h100.md")
+    changed = [
+        (before, after)
+        for before, after in zip(readme.splitlines(), filled.splitlines(), strict=True)
+        if before != after
+    ]
+    assert sorted(row for row in ROWS for before, _ in changed if before.startswith(f"| {row}")) == sorted(
+        ROWS
+    )
+    for before, after in changed:
+        assert after.split("|")[:3] == before.split("|")[:3]
+        assert (
+            "(NVIDIA H100 80GB HBM3, torch 2.11.0, CUDA 13.0; [results](benchmarks/results/gpu/h100.md)) |"
+            in after
+        )
+        assert "failed" not in after
+    assert report.column(filled, run_of("cuda"), "benchmarks/results/gpu/h100.md") == filled
+    for outcome in ("no time left", "left out: no ncu here"):
+        assert report.column(readme, run_of("cuda", outcome), "x") == readme
+    failed = report.column(readme, run_of("cuda", "failed with code 1"), "x")
+    assert failed.count("**failed**: ") > len(ROWS)
+    with pytest.raises(SystemExit, match="rehearsal"):
+        report.column(readme, run_of("cpu"), "x")
+    page = report.page(
+        [*run_of("cuda"), {"kind": "copy", "stage": "s", "task": "0", "gigabytes_per_second": 3000.0}],
+        ["a.md"],
+    )
+    assert "| 3000.0 |" in page
+    assert "abc" in page
+    assert "[a.md](a.md)" in page
+
+
+def test_the_rehearsal_runs_to_its_end(tmp_path: Path) -> None:
+    """Catches a task whose program does not start: on the day it would cost its stage."""
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.gpu",
+        "--dry",
+        "--short",
+        "--output",
+        tmp_path,
+        "--to",
+        "optimizer",
+    ]
+    ended = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stdout[-5000:]
+    results = report.read(tmp_path)
+    ends = {result["task"]: result["outcome"] for result in results if "outcome" in result}
+    assert set(ends.values()) == {"passed"}
+    assert {"machine", "copy", "bits"} <= {result.get("kind") for result in results}
+    page = report.page(results, [])
+    assert all(f"| {name} | passed |" in page for name in ends)
+    # Of the others that their programs are there.
+    modules = {
+        task.command[task.command.index("-m") + 1]
+        for stage in stages(Setting(tmp_path))
+        for task in stage.tasks
+        if "-m" in task.command
+    }
+    for module in modules - {"pytest"}:
+        assert (REPOSITORY / f"{module.replace('.', '/')}.py").exists()
+    assert json.loads((tmp_path / "results.jsonl").read_text().splitlines()[0])["kind"] == "machine"
