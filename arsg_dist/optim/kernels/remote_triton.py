@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from arsg_dist.optim.kernels.triton_kernel import (
+    _TABLES,
     CHUNK,
     ELEMENTS,
     WARPS,
@@ -89,10 +90,10 @@ def _launch(
     param = rows[0][0]
     device = param.device
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    chunks, sizes = _chunks(tuple(row[0].numel() for row in rows), device, stream)
+    chunks, sizes = _TABLES.find(_chunks, tuple(row[0].numel() for row in rows), device, stream)
     # Rows of five, as the other kernel's.
     addresses = tuple(part.data_ptr() for row in rows for part in (*row, row[0], row[0]))
-    pointers, aligned = _pointers(addresses, device, stream)
+    pointers, aligned = _TABLES.find(_pointers, addresses, device, stream)
     total = chunks.shape[0]
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernel[(min(total, _programs(device)),)](
@@ -111,7 +112,7 @@ def _launch(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunk_count"])
 def kernel(  # type: ignore[no-untyped-def]
     pointers, aligned, sizes, chunks, chunk_count, beta1, pull, reach, decay,
     P: tl.constexpr, DECAYS: tl.constexpr, MOVES: tl.constexpr, SIZE: tl.constexpr,
