@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import sys
+from pathlib import Path
 from typing import Final
 
 from arsg_dist.engine.job import BAD_INPUT
@@ -24,7 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="Lanczos' iterations, a Hessian-vector product per batch each",
     )
     parser.add_argument(
-        "--updates", type=int, default=0, help="updates to train before, by the recipe (default: 0)"
+        "--checkpoint",
+        type=Path,
+        metavar="RUN",
+        help="a run of the recipe, or one of its checkpoints, to measure at (default: the random start)",
     )
     parser.add_argument(
         "recipe", nargs="*", help="after --, what arsg-imagenet train is given: -- --config FILE ..."
@@ -39,18 +43,16 @@ def run(arguments: argparse.Namespace) -> int:
     """
     try:
         with contextlib.redirect_stdout(sys.stderr):  # stdout is for the answer
-            from arsg_dist.engine import SingleProcessCommunicator
+            from arsg_dist.imagenet.curvature import advise_recipe
             from arsg_dist.imagenet.recipe import read_arguments
-            from arsg_dist.imagenet.training.curvature import advise_recipe
 
-            if min(arguments.batches, arguments.iterations) < 1 or arguments.updates < 0:
-                raise ValueError("--batches and --iterations must be at least 1, --updates at least 0")
+            if min(arguments.batches, arguments.iterations) < 1:
+                raise ValueError("--batches and --iterations must be at least 1")
             advice = advise_recipe(
                 read_arguments(arguments.recipe).training(),
-                SingleProcessCommunicator(),
                 batches=arguments.batches,
                 iterations=arguments.iterations,
-                updates=arguments.updates,
+                checkpoint=arguments.checkpoint,
             )
     except (ValueError, TypeError, ImportError, OSError) as error:
         print(f"error: {printable(error, limit=_LONGEST)}", file=sys.stderr)  # noqa: T201

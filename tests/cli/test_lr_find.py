@@ -1,15 +1,19 @@
 """`arsg-dist lr-find` on a linear network, whose Hessian is small enough to write out."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 from torch.func import functional_call
 
 from arsg_dist import theory
+from arsg_dist.checkpoint import CheckpointStore, save_run
 from arsg_dist.cli import main as cli
-from arsg_dist.engine import SingleProcessCommunicator
+from arsg_dist.engine import SingleProcessCommunicator, SingleProcessEngine
+from arsg_dist.imagenet import curvature
 from arsg_dist.imagenet.config import OptimizerConfig
-from arsg_dist.imagenet.training import curvature
+from arsg_dist.imagenet.training.optimization import build_optimizer
 from arsg_dist.optim.advice import advise
 from tests.imagenet.test_run_by_hand import BATCH, build_model, recipe
 
@@ -29,8 +33,10 @@ def dense_largest_eigenvalue(model: torch.nn.Module, loss_of_logits, batches) ->
     return torch.linalg.eigvalsh(torch.func.hessian(loss)(flat).double())[-1].item()
 
 
-def test_it_measures_the_recipes_loss_on_its_own_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a sum taken for a mean, images that are not normalised, the warm-up's lr, and updates not made."""
+def test_it_measures_the_recipes_loss_on_its_own_batches(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Catches a sum taken for a mean, raw images, and a checkpoint whose lr is judged or whose weights are not used."""
     monkeypatch.setattr(curvature, "build_model", build_model)
     seen = {}
 
@@ -45,10 +51,19 @@ def test_it_measures_the_recipes_loss_on_its_own_batches(monkeypatch: pytest.Mon
             params={"lr": 0.05, "mu": 0.2, "betas": [0.9, 0.99], "preconditioner": "none"}
         ),
     )
-    found = curvature.advise_recipe(config, SingleProcessCommunicator(), batches=2, iterations=40, updates=1)
+    trained = build_model()
+    engine = SingleProcessEngine(trained, build_optimizer(config.optimizer, list(trained.parameters())))
+    for parameter in trained.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    engine.optimizer.step()
+    engine.optimizer.param_groups[0]["lr"] = 0.001  # as a schedule leaves it
+    store = CheckpointStore(tmp_path, SingleProcessCommunicator())
+    saved = save_run(store, 1, engine.state(), {}, engine.communicator)
+    found = curvature.advise_recipe(config, batches=2, iterations=40, checkpoint=saved)
     assert len(seen["batches"]) == 2
     assert all(len(images) == BATCH for images, _ in seen["batches"])
-    assert len(seen["optimizer"].state) == 2, "one update was made before"
+    (group,) = seen["optimizer"].param_groups
+    assert all(torch.equal(x, y) for x, y in zip(group["params"], trained.parameters(), strict=True))
     assert found.lr == 0.05
     model = build_model()
     model.load_state_dict(
@@ -71,6 +86,7 @@ def test_it_measures_the_recipes_loss_on_its_own_batches(monkeypatch: pytest.Mon
     ("arguments", "says"),
     [
         (["--batches", "0", "--"], "at least 1"),
+        (["--checkpoint", "nowhere", "--", "--data.root", "null"], "there is no nowhere"),
         (["--", "--optimizer.type", "AdamW"], "ARSG and RemoteObservation"),
         (["--", "--accumulation_steps", "2"], "accumulation_steps"),
         (["--", "--nonsense", "2"], "nonsense"),

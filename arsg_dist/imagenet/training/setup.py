@@ -70,8 +70,8 @@ def train(
         with communicator.fail_together():
             builder = _check(config, start, communicator.world_size)
         with communicator.fail_together():
-            train_split, val_split = _open_data(config)
-            train_sampler, val_sampler = _samplers(config, train_split, val_split, communicator)
+            train_split, val_split = open_data(config)
+            train_sampler, val_sampler = samplers(config, train_split, val_split, communicator)
             torch.manual_seed(config.seed)
             classes = train_split.classes
             model = build_model(config.model, len(classes), zero_init_gamma=config.zero_init_gamma)
@@ -198,7 +198,7 @@ def _check(config: TrainConfig, start: Start, world_size: int) -> EngineBuilder:
     return prepare(start.engine, config, start.deepspeed_config, world_size)
 
 
-def _open_data(config: TrainConfig) -> tuple[Split, Split]:
+def open_data(config: TrainConfig) -> tuple[Split, Split]:
     """Open both splits; for the root null those of the digits, made on first use."""
     return open_splits(root_of(config.data), config.data, seed=config.seed)
 
@@ -222,9 +222,10 @@ def _require_room(config: TrainConfig, communicator: Communicator, hosts: list[s
         )
 
 
-def _samplers(
+def samplers(
     config: TrainConfig, train_split: Split, val_split: Split, communicator: Communicator
 ) -> tuple[TrainingSampler, ValidationSampler]:
+    """Make the samplers of this rank, for training and validation."""
     rank, world_size = communicator.rank, communicator.world_size
     return (
         TrainingSampler(

@@ -3,40 +3,38 @@
 from __future__ import annotations
 
 from itertools import islice
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from arsg_dist.engine import Communicator
+from arsg_dist.checkpoint import SavedRun
+from arsg_dist.engine import SingleProcessCommunicator, SingleProcessEngine
 from arsg_dist.imagenet.config import TrainConfig
 from arsg_dist.imagenet.data.dataset import processes_ended
 from arsg_dist.imagenet.data.transforms import BatchMixing, cross_entropy_sum, normalised
 from arsg_dist.imagenet.models import build_model, weighted_logits
-from arsg_dist.imagenet.training import setup
-from arsg_dist.imagenet.training.optimization import Schedules, build_optimizer, parameter_groups
+from arsg_dist.imagenet.trained import located
+from arsg_dist.imagenet.training.optimization import build_optimizer, parameter_groups
+from arsg_dist.imagenet.training.setup import open_data, samplers, split_loader
 from arsg_dist.optim.advice import Advice, advise, alpha_beta1_mu
 
 
 def advise_recipe(
-    config: TrainConfig,
-    communicator: Communicator,
-    *,
-    batches: int = 4,
-    iterations: int = 20,
-    updates: int = 0,
+    config: TrainConfig, *, batches: int = 4, iterations: int = 20, checkpoint: Path | None = None
 ) -> Advice:
     """Measure the largest curvature and the gradient noise of a recipe, on one process, in fp32.
 
     Args:
         config: of the run; its learning rate is the one that is judged, at the top of its schedule.
-        communicator: of this process alone.
         batches: how many batches of the recipe's size to measure on.
         iterations: of Lanczos' method, a product per batch each.
-        updates: how many updates to train before, by the recipe's schedule: at the start, curvature is not what it is
-            later.
+        checkpoint: measure there, of any engine, or at the newest one of a run; None: at the random start. Curvature
+            after preconditioning is not at the start what it is later.
 
     Raises:
-        ValueError: bad input, or an optimizer that the theory does not know.
+        ValueError: bad input, a checkpoint of another model, or an optimizer that the theory does not know.
+        OSError: the checkpoint cannot be read.
     """
     if config.accumulation_steps != 1:
         raise ValueError(
@@ -46,22 +44,24 @@ def advise_recipe(
         raise ValueError("data.loader 'dali' cannot be used here: measure with the default loader")
     alpha_beta1_mu(build_optimizer(config.optimizer, [torch.nn.Parameter(torch.zeros(1))]))
     config.data.require_root()
+    saved = SavedRun(located(checkpoint)) if checkpoint else None
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    train_split, val_split = setup._open_data(config)
-    sampler, _ = setup._samplers(config, train_split, val_split, communicator)
+    train_split, val_split = open_data(config)
+    sampler, _ = samplers(config, train_split, val_split, SingleProcessCommunicator())
     torch.manual_seed(config.seed)
     model = build_model(config.model, len(train_split.classes), zero_init_gamma=config.zero_init_gamma)
     model.to(device).train()
     optimizer = build_optimizer(config.optimizer, parameter_groups(model, config.optimizer))
-    wanted = [group["lr"] for group in optimizer.param_groups]
+    if saved:
+        wanted = [group["lr"] for group in optimizer.param_groups]
+        SingleProcessEngine(model, optimizer).load_state(saved)
+        for group, lr in zip(optimizer.param_groups, wanted, strict=True):
+            group["lr"] = lr
     mixing = BatchMixing(
         config.data,
         num_classes=len(train_split.classes),
         label_smoothing=config.label_smoothing,
         seed=config.seed,
-    )
-    schedules = Schedules(
-        config, optimizer, updates_per_epoch=sampler.updates_per_epoch, communicator=communicator
     )
 
     def loss(batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -73,7 +73,7 @@ def advise_recipe(
             ]
         ).sum()
 
-    loaded = setup.split_loader(
+    loaded = split_loader(
         train_split,
         sampler,
         data=config.data,
@@ -82,17 +82,9 @@ def advise_recipe(
         seed=config.seed,
         device=device,
     )
-    measured = []
     with processes_ended(loaded):
-        for number, batch in enumerate(islice(loaded, updates + batches)):
-            mixed = mixing(normalised(batch.images.to(device)), batch.labels.to(device), number)
-            if number >= updates:
-                measured.append(mixed)
-                continue
-            optimizer.zero_grad()
-            loss(mixed).backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            schedules.after_update()
-    for group, lr in zip(optimizer.param_groups, wanted, strict=True):
-        group["lr"] = lr
+        measured = [
+            mixing(normalised(batch.images.to(device)), batch.labels.to(device), number)
+            for number, batch in enumerate(islice(loaded, batches))
+        ]
     return advise(optimizer, loss, measured, iterations=iterations)
