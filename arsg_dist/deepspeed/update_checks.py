@@ -38,6 +38,7 @@ def check_updates() -> None:
     """
     wrap_once(_Engine, "_check_for_duplicates", _with_frozen_noted)
     wrap_once(_Engine, "__init__", _with_checks)
+    wrap_once(_Engine, "_backward_prologue", _with_backward_looked_at)
     wrap_once(_Engine, "_backward_epilogue", _with_backward_counted)
     wrap_once(_Engine, "_take_model_step", _with_update_checked)
     wrap_once(_Engine, "zero_grad", _with_gradients_discarded)
@@ -68,6 +69,15 @@ def _with_checks(method: Method) -> Method:
             engine._update_checks = engine.optimizer._update_checks = UpdateChecks(engine)
 
     return initialize
+
+
+def _with_backward_looked_at(method: Method) -> Method:
+    def _backward_prologue(engine: Any, *args: Any, **kwargs: Any) -> Any:
+        if (checks := checks_of(engine)) is not None:
+            checks.begin_backward()
+        return method(engine, *args, **kwargs)
+
+    return _backward_prologue
 
 
 def _with_backward_counted(method: Method) -> Method:
@@ -158,16 +168,20 @@ class UpdateChecks:
         self._weights = _Weights(engine)
         engine.basic_optimizer.register_step_pre_hook(lambda *_: self.finish_comparison())
 
-    @contextmanager
-    def count_backward(self) -> Iterator[None]:
-        """Count a backward pass, around what DeepSpeed does with its gradients.
+    def begin_backward(self) -> None:
+        """Look whether DeepSpeed would fail over the gradients of a backward pass.
 
         Raises:
-            JobError: DeepSpeed would fail over them; on every rank that makes this pass.
+            JobError: it would; on every rank that begins this pass.
         """
-        engine, wrapper = self._engine, self._engine.optimizer
+        wrapper = self._engine.optimizer
         if self._last_passes and isinstance(wrapper, DeepSpeedZeroOptimizer) and fails_after_last(wrapper):
             raise JobError(_too_many_passes(self._last_passes + 1))
+
+    @contextmanager
+    def count_backward(self) -> Iterator[None]:
+        """Count a backward pass, around what DeepSpeed does with its gradients."""
+        engine = self._engine
         self._in_epilogue = True
         try:
             yield

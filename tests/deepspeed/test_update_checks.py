@@ -166,9 +166,10 @@ def test_two_backward_passes_with_an_older_deepspeed(stage: int, monkeypatch: py
     backward(engine, 1.0, 2.0)
     with refused("2 backward passes"):
         backward(engine, 3.0, 4.0)
-    engine.zero_grad()
-    update(engine)
-    assert weights(engine) == [1.0 - 2 * LR, 1.0 - 4 * LR]
+    if Version(deepspeed.__version__) < Version("0.18.3"):
+        engine.zero_grad()
+        update(engine)
+        assert weights(engine) == [1.0 - 2 * LR, 1.0 - 4 * LR]
 
 
 @pytest.mark.parametrize("stage", [1, 2])
@@ -391,7 +392,9 @@ def test_whose_it_is(stage: int, precision: dict[str, Any]) -> None:
     assert after(thawed, Pair(frozen=True)) == ([down, down] if plain else [down, 1.0])
     outside = Pair(frozen=True)
     assert after(thawed, outside, parameters=[outside.first]) == [down, 1.0]
-    assert after(frozen, optimizer=decayed) == [1.0 - LR, 1.0 if plain else 1.0 - LR]
+    # Stage 0 in half precision decays once more, before training: docs/deepspeed-defects.md.
+    decay = 1.0 - LR * (2 if stage == 0 and precision else 1)
+    assert after(frozen, optimizer=decayed) == [decay, 1.0 if plain else decay]
     assert after(written) == ([down, 5.0 - LR] if plain else [down, down])
 
 
