@@ -185,3 +185,17 @@ def test_a_rank_killed_at_random_moments(
         shutil.rmtree(run.directory, ignore_errors=True)
         if kills >= request.config.getoption("--kills"):
             break
+
+
+@pytest.mark.turn(2)
+def test_a_rank_that_stands_still_with_open_connections_is_noticed_after_gloos_limit(
+    warm: WarmRanks, recipe: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a limit that does not reach Gloo: a killed process that waits for its disk keeps its connections open."""
+    monkeypatch.setenv("HOROVOD_GLOO_TIMEOUT_SECONDS", "5")
+    silent = {"rank": 1, "do": "fall silent", "seconds": 15, "point": "step", "at": 2}
+    settings = [*recipe, *SETTINGS, "--output", tmp_path / "run"]
+    job = warm.run("horovod-sharded", *settings, faults=(silent,), timeout=120)
+    assert job.codes == [1, -9], job.output[-6000:]
+    assert job.fault_at is not None
+    assert 4 < job.ended[0] - job.fault_at < job.ended[1] - job.fault_at
