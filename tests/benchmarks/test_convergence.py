@@ -209,8 +209,8 @@ def test_the_studies_in_the_repository_are_readable(name: str) -> None:
 @pytest.mark.parametrize(
     "engine",
     [
-        pytest.param("zero2", marks=pytest.mark.turn(1)),
-        pytest.param("horovod-sharded", marks=pytest.mark.turn(0)),
+        pytest.param("zero2", marks=pytest.mark.turn(0)),
+        pytest.param("horovod-sharded", marks=pytest.mark.turn(2)),
     ],
 )
 def test_the_curve_of_two_ranks_lies_on_that_of_one_process(engine: str, tmp_path: Path) -> None:

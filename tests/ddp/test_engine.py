@@ -64,6 +64,25 @@ def test_names_are_those_of_the_network(communicator: Communicator) -> None:
     assert {key.partition(":")[2] for key in engine.state().tensors} >= {"0.weight", "1.running_mean"}
 
 
+def test_buffers_are_sent_at_the_start_only(
+    communicator: Communicator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches batch norm's statistics of every rank that are replaced by rank 0's at every forward pass."""
+    sent, broadcast = list[int](), dist._broadcast_coalesced
+
+    def counted(group: Any, tensors: list[torch.Tensor], *rest: Any) -> None:
+        sent.append(len(tensors))
+        broadcast(group, tensors, *rest)
+
+    monkeypatch.setattr(dist, "_broadcast_coalesced", counted)
+    module = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    engine = DDPEngine(module, ARSG(module.parameters(), lr=0.1), communicator)
+    assert sum(sent) == 4 + 3  # parameters, and batch norm's statistics
+    engine.backward(engine.module(torch.randn(4, 3)).square().sum())
+    engine.step()
+    assert sum(sent) == 4 + 3
+
+
 def test_the_base_iterate_is_reached_and_left(communicator: Communicator) -> None:
     """Catches an evaluation at x, or parameters that do not come back."""
     module = nn.Linear(3, 2)

@@ -12,7 +12,7 @@ from tests.deepspeed.jobs.common import weights_of
 from tests.support.compare import assert_same_weights
 from tests.support.results import results_of
 
-pytestmark = [pytest.mark.ranks, pytest.mark.turn(1)]
+pytestmark = [pytest.mark.ranks, pytest.mark.turn(2)]
 
 
 def result(name: str) -> Any:
