@@ -547,6 +547,20 @@ def test_remote_observation_goes_through_deepspeeds_own_checkpoints(stage: int, 
 
 
 @pytest.mark.parametrize("stage", STAGES)
+def test_remote_observation_in_bf16_moves_the_masters(stage: int, tmp_path: Path) -> None:
+    """Catches a movement of rounded weights, or one in bf16, which small steps do not change; and a first update before
+    the first batch, which stage 0 makes for other optimizers."""
+    engine = sharded(stage, AllUsed(), optimizer=REMOTE, bf16={"enabled": True})
+    go(engine, (1.0, -2.0), (0.5, 1.0), (2.0, 3.0))
+    for at, place in (("x", 0), ("theta", 1)):
+        export(engine.engine, tmp_path / "weights.safetensors", at=at)  # type: ignore[arg-type]
+        exported = load_file(tmp_path / "weights.safetensors")
+        expected = [remote_by_hand(1.0, 0.5, 2.0, lr=0.1), remote_by_hand(-2.0, 1.0, 3.0, lr=0.5)]
+        found = [exported[name][0].item() for name in ("first", "last")]
+        assert found == pytest.approx([both[place] for both in expected], rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_boost_of_remote_observation_reaches_every_movement(stage: int, tmp_path: Path) -> None:
     """Catches movements of before the boost that keep their size where an engine keeps them out of the groups, as stage
     3 does between updates; and a boost that a checkpoint forgets."""
