@@ -501,6 +501,7 @@ def test_modes_of_the_update_come_from_json_and_go_on_from_one_process(stage: in
         assert weights(engine) == pytest.approx([theta for _, theta in expected], rel=1e-5)
 
 
+CPU = {"offload_optimizer": {"device": "cpu"}}
 REMOTE: dict[str, Any] = {
     "type": "RemoteObservation",
     "params": {"inner": "SGD", "lr": 0.1, "remote_mu": 0.5, "remote_beta1": 0.75},
@@ -544,6 +545,23 @@ def test_remote_observation_goes_through_deepspeeds_own_checkpoints(stage: int, 
         again.engine.load_checkpoint(str(tmp_path), tag="universal" if more else "two")
         go(again, (2.0, 3.0))
         assert weights(again) == pytest.approx([first, first, last], rel=1e-5)
+
+
+@pytest.mark.parametrize(("stage", "offload"), [*((stage, {}) for stage in STAGES), (2, CPU), (3, CPU)])
+def test_remote_observation_in_bf16_moves_the_masters(
+    stage: int, offload: dict[str, Any], tmp_path: Path
+) -> None:
+    """Catches a movement of rounded weights, or one in bf16, which small steps do not change; and a first update before
+    the first batch, which stage 0 makes for other optimizers."""
+    zero = {"stage": stage, "reduce_bucket_size": 1000, **offload}
+    engine = sharded(stage, AllUsed(), optimizer=REMOTE, bf16={"enabled": True}, zero_optimization=zero)
+    go(engine, (1.0, -2.0), (0.5, 1.0), (2.0, 3.0))
+    for at, place in (("x", 0), ("theta", 1)):
+        export(engine.engine, tmp_path / "weights.safetensors", at=at)  # type: ignore[arg-type]
+        exported = load_file(tmp_path / "weights.safetensors")
+        expected = [remote_by_hand(1.0, 0.5, 2.0, lr=0.1), remote_by_hand(-2.0, 1.0, 3.0, lr=0.5)]
+        found = [exported[name][0].item() for name in ("first", "last")]
+        assert found == pytest.approx([both[place] for both in expected], rel=1e-5)
 
 
 @pytest.mark.parametrize("stage", STAGES)

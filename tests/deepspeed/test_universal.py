@@ -199,7 +199,7 @@ def refusals() -> dict[str, Any]:
         ("stateless, zero1", "after 1 updates and has no optimizer state"),
         ("stateless, zero3", "after 1 updates and has no optimizer state"),
         ("stateless, universal", "after 4 updates and has no optimizer state"),
-        ("Adam's, zero0", "was not written by ARSG: its parameter groups have"),
+        ("Adam's, zero0", "was not written by ARSG or RemoteObservation: its parameter groups have"),
         ("Adam's, zero1", "was not written by ARSG"),
         ("Adam's, zero3", "was not written by ARSG"),
         ("another shape", r"has 'unused.weight' in shape \(3, 7\), the model in \(4, 7\)"),

@@ -279,7 +279,7 @@ def settings_of(
         "remote_mu" in group or {"mu", "preconditioner"} <= group.keys() for group in settings
     ):
         raise ValueError(
-            f"{directory} was written neither by ARSG nor by RemoteObservation: its parameter groups have "
+            f"{directory} was not written by ARSG or RemoteObservation: its parameter groups have "
             f"{sorted(settings[0])}. Load the weights only (load_checkpoint with load_module_only=True), or "
             "convert the optimizer with ARSG.from_adam outside DeepSpeed"
         )
