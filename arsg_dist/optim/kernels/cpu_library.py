@@ -134,29 +134,42 @@ def _update(
         raise ValueError(
             "the lists that the preconditioner needs must have one entry per parameter, the others none"
         )
-    moments = [m for m in moments if m]
-    nulls = [0] * (3 - len(moments))
-    left: list[int] = []
-    jobs: list[bytes] = []
-    for k, (param, grad) in enumerate(zip(params, grads, strict=True)):
-        state = [m[k] for m in moments]
-        fits = [_same_memory(param, (param, grad), param_type), _same_memory(param, state, state_type)]
-        if not all(fits):
-            left.append(k)
-            continue
-        step = steps[k] if has_steps else 0
-        jobs.append(
-            _JOB.pack(
-                param.data_ptr(),
-                *[moment.data_ptr() for moment in state],
-                *nulls,
-                grad.data_ptr(),
-                (1 - mu) / (1 - beta1**step) if corrects_first else 1 - mu,
-                1 - beta2**step if corrects_second else 1.0,
-                step,
-                param.numel(),
+    # List by list, which is faster than tensor by tensor. Tensors that are not on the CPU have no address here; the
+    # dispatcher keeps out those with one of their own.
+    shapes, sizes = [p.shape for p in params], [p.numel() for p in params]
+    lists = [params, *[m for m in moments if m], grads]
+    addresses = [[t.data_ptr() for t in tensors] for tensors in lists]
+    for tensors, places in zip(lists, addresses, strict=True):
+        dtype = param_type if tensors is params or tensors is grads else state_type
+        if (
+            {t.dtype for t in tensors} != {dtype}
+            or [t.shape for t in tensors] != shapes
+            or (0 in places and any(size and not place for size, place in zip(sizes, places, strict=True)))
+        ):
+            raise ValueError(
+                f"expected CPU tensors of {dtype} with the parameters' sizes and memory of their own"
             )
-        )
+    contiguous = zip(*[[t.is_contiguous() for t in tensors] for tensors in lists], strict=True)
+    left = [
+        k
+        for k, all_of in enumerate(contiguous)
+        if not all(all_of) and not _in_one_order([ts[k] for ts in lists])
+    ]
+    *of_moments, of_grads = addresses[1:]
+    t_of = steps if has_steps else [0] * count
+    columns = zip(
+        addresses[0],
+        *of_moments,
+        *[[0] * count] * (3 - len(of_moments)),
+        of_grads,
+        [(1 - mu) / (1 - beta1**t) for t in t_of] if corrects_first else [1 - mu] * count,
+        [1 - beta2**t for t in t_of] if corrects_second else [1.0] * count,
+        t_of,
+        sizes,
+        strict=True,
+    )
+    skipped = frozenset(left)
+    jobs = [_JOB.pack(*job) for k, job in enumerate(columns) if k not in skipped]
     known = _load().arsg_update(
         b"".join(jobs), len(jobs), torch.get_num_threads(),
         _FIRST[preconditioner] if precondition_first else preconditioner, _TYPES[param_type], _TYPES[state_type],
@@ -168,18 +181,9 @@ def _update(
     return left
 
 
-def _same_memory(param: Tensor, tensors: tuple[Tensor, ...] | list[Tensor], dtype: torch.dtype) -> bool:
-    """Say whether elements of all tensors lie in the order of the parameter's, without gaps; refuse other tensors."""
-    shape, stride, contiguous = param.shape, param.stride(), param.is_contiguous()
-    same = contiguous or is_dense(param)
-    for t in tensors:
-        if t.dtype is not dtype or t.shape != shape or not t.is_cpu or t.layout is not torch.strided:
-            raise ValueError(
-                f"expected a strided CPU tensor of {dtype} and sizes {list(shape)}, "
-                f"not {t.dtype} {list(t.shape)} on {t.device}"
-            )
-        same = same and (t.is_contiguous() if contiguous else t.stride() == stride)
-    return same
+def _in_one_order(tensors: list[Tensor]) -> bool:
+    """Say whether elements of all tensors lie in one order of memory without gaps."""
+    return is_dense(tensors[0]) and all(t.stride() == tensors[0].stride() for t in tensors)
 
 
 def is_dense(tensor: Tensor) -> bool:
