@@ -27,7 +27,7 @@ def recipe_path(text: str) -> Path:
         ValueError: there is neither; the nearest names are shown.
     """
     path, names = Path(text), recipe_names()
-    if path.exists():
+    if path.exists() and not path.is_dir():
         return path
     if "/" in text or "." in text:
         if path.suffix == _SUFFIX and path.stem in names:

@@ -36,6 +36,13 @@ from arsg_dist.optim.state import (
     shield_dtypes,
 )
 
+# Its name in torch 2.6 was another.
+_CAPTURE_CHECK = next(
+    name
+    for name in ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check")
+    if hasattr(Optimizer, name)
+)
+
 
 class ARSG(Optimizer):
     r"""Adaptive remote stochastic gradient method (Chen et al., arXiv 1905.01422).
@@ -184,7 +191,7 @@ class ARSG(Optimizer):
                 its group's settings.
         """
         self._refuse_at_base_iterate("step")
-        self._accelerator_graph_capture_health_check()
+        getattr(self, _CAPTURE_CHECK)()
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -22,6 +22,8 @@ def test_every_recipe_of_the_checkout_has_its_name(monkeypatch: pytest.MonkeyPat
 def test_a_file_goes_before_a_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Catches a user's own file that is silently replaced by the package's recipe."""
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "imagenet_arsg").mkdir()  # of images, say: no recipe
+    assert read_arguments(["--config", "imagenet_arsg"]).epochs == 90
     for name in ("digits", "mine.yaml"):
         (tmp_path / name).write_text("epochs: 77\n")
         assert read_arguments(["--config", name]).epochs == 77

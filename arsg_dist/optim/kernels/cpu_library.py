@@ -142,29 +142,24 @@ def _update(
         raise ValueError(
             "the lists that the preconditioner needs must have one entry per parameter, the others none"
         )
-    moments = [m for m in moments if m]
-    nulls = [0] * (3 - len(moments))
-    left: list[int] = []
-    jobs: list[bytes] = []
-    for k, (param, grad) in enumerate(zip(params, grads, strict=True)):
-        state = [m[k] for m in moments]
-        fits = [_same_memory(param, (param, grad), param_type), _same_memory(param, state, state_type)]
-        if not all(fits):
-            left.append(k)
-            continue
-        step = steps[k] if has_steps else 0
-        jobs.append(
-            _JOB.pack(
-                param.data_ptr(),
-                *[moment.data_ptr() for moment in state],
-                *nulls,
-                grad.data_ptr(),
-                (1 - mu) / (1 - beta1**step) if corrects_first else 1 - mu,
-                1 - beta2**step if corrects_second else 1.0,
-                step,
-                param.numel(),
-            )
-        )
+    addresses, left = _places(
+        [(params, param_type), *[(m, state_type) for m in moments if m], (grads, param_type)]
+    )
+    *of_moments, of_grads = addresses[1:]
+    t_of = steps if has_steps else [0] * count
+    columns = zip(
+        addresses[0],
+        *of_moments,
+        *[[0] * count] * (3 - len(of_moments)),
+        of_grads,
+        [(1 - mu) / (1 - beta1**t) for t in t_of] if corrects_first else [1 - mu] * count,
+        [1 - beta2**t for t in t_of] if corrects_second else [1.0] * count,
+        t_of,
+        [p.numel() for p in params],
+        strict=True,
+    )
+    skipped = frozenset(left)
+    jobs = [_JOB.pack(*job) for k, job in enumerate(columns) if k not in skipped]
     known = _load().arsg_update(
         b"".join(jobs), len(jobs), torch.get_num_threads(),
         _FIRST[preconditioner] if precondition_first else preconditioner, _TYPES[param_type], _TYPES[state_type],
@@ -197,16 +192,14 @@ def _move_on(
         return []
     param_type = _known(params[0].dtype)
     movement_type = torch.float64 if param_type == torch.float64 else torch.float32
-    left: list[int] = []
-    jobs: list[bytes] = []
-    for k, (param, start) in enumerate(zip(params, before, strict=True)):
-        movement = movements[k : k + 1]
-        fits = [_same_memory(param, (param, start), param_type), _same_memory(param, movement, movement_type)]
-        if not all(fits):
-            left.append(k)
-            continue
-        there = movement[0].data_ptr() if moves else 0
-        jobs.append(_MOVE_JOB.pack(param.data_ptr(), there, start.data_ptr(), param.numel()))
+    lists = [(params, param_type), *([(movements, movement_type)] if moves else []), (before, param_type)]
+    addresses, left = _places(lists)
+    *of_movements, of_before = addresses[1:]
+    columns = zip(
+        addresses[0], *(of_movements or [[0] * count]), of_before, [p.numel() for p in params], strict=True
+    )
+    skipped = frozenset(left)
+    jobs = [_MOVE_JOB.pack(*job) for k, job in enumerate(columns) if k not in skipped]
     known = _load().arsg_move_on(
         b"".join(jobs),
         len(jobs),
@@ -223,6 +216,38 @@ def _move_on(
     return left
 
 
+def _places(lists: list[tuple[list[Tensor], torch.dtype]]) -> tuple[list[list[int]], list[int]]:
+    """Return the addresses of tensors, list by list; and the indices of those that are laid out otherwise than others.
+
+    Args:
+        lists: the parameters, and what belongs to them, with the dtype that each list must have.
+
+    Raises:
+        ValueError: another dtype or shape, or no memory of the CPU.
+    """
+    # List by list, which is faster than tensor by tensor. Tensors that are not on the CPU have no address here; the
+    # dispatcher keeps out those with one of their own.
+    params = lists[0][0]
+    shapes, sizes = [p.shape for p in params], [p.numel() for p in params]
+    addresses = [[t.data_ptr() for t in tensors] for tensors, _ in lists]
+    for (tensors, dtype), places in zip(lists, addresses, strict=True):
+        if (
+            {t.dtype for t in tensors} != {dtype}
+            or [t.shape for t in tensors] != shapes
+            or (0 in places and any(size and not place for size, place in zip(sizes, places, strict=True)))
+        ):
+            raise ValueError(
+                f"expected CPU tensors of {dtype} with the parameters' sizes and memory of their own"
+            )
+    contiguous = zip(*[[t.is_contiguous() for t in tensors] for tensors, _ in lists], strict=True)
+    left = [
+        k
+        for k, all_of in enumerate(contiguous)
+        if not all(all_of) and not _in_one_order([tensors[k] for tensors, _ in lists])
+    ]
+    return addresses, left
+
+
 def _known(dtype: torch.dtype) -> torch.dtype:
     if dtype not in _TYPES:
         raise ValueError(f"parameters must be float32, float64, bfloat16 or float16, not {dtype}")
@@ -234,18 +259,9 @@ def _announce_change(params: list[Tensor]) -> None:
     torch.autograd.graph.increment_version([param for param in params if not param.is_inference()])
 
 
-def _same_memory(param: Tensor, tensors: tuple[Tensor, ...] | list[Tensor], dtype: torch.dtype) -> bool:
-    """Say whether elements of all tensors lie in the order of the parameter's, without gaps; refuse other tensors."""
-    shape, stride, contiguous = param.shape, param.stride(), param.is_contiguous()
-    same = contiguous or is_dense(param)
-    for t in tensors:
-        if t.dtype is not dtype or t.shape != shape or not t.is_cpu or t.layout is not torch.strided:
-            raise ValueError(
-                f"expected a strided CPU tensor of {dtype} and sizes {list(shape)}, "
-                f"not {t.dtype} {list(t.shape)} on {t.device}"
-            )
-        same = same and (t.is_contiguous() if contiguous else t.stride() == stride)
-    return same
+def _in_one_order(tensors: list[Tensor]) -> bool:
+    """Say whether elements of all tensors lie in one order of memory without gaps."""
+    return is_dense(tensors[0]) and all(t.stride() == tensors[0].stride() for t in tensors)
 
 
 def is_dense(tensor: Tensor) -> bool:
