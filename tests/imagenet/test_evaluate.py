@@ -274,7 +274,7 @@ def test_what_cannot_be_measured_is_said_in_a_line(
         ([str(run), "--at", "x0"], "invalid choice: 'x0'"),
         ([str(run), "--epochs", "3"], "unrecognized arguments: --epochs 3"),
         ([str(run), "--data.mixup", "0.2"], "unrecognized arguments: --data.mixup"),
-        ([str(run), "--data.synthetic_classes", "4"], "the data's classes are not those of"),
+        ([str(run), "--data.synthetic_classes", "2"], "the data's classes are not those of"),
         ([str(run), "--resize", "40"], "--resize: for images that Pillow decodes only"),
         (["nan.safetensors", *folder, "--resize", "40"], "smaller than the crop, data.image_size=224"),
         (["nan.safetensors", *folder, "--mean", "0.5", "0.5"], "--mean takes one number, or one for each"),
