@@ -163,8 +163,12 @@ def scattered(model: nn.Module) -> nn.Module:
     """Give batch norm statistics and the classifier something to tell apart."""
     torch.manual_seed(5)
     for name, tensor in model.state_dict().items():
-        if "running" in name or name.startswith(("fc.", "head.")):
-            tensor.copy_(torch.rand_like(tensor) + 0.2)
+        if name.endswith("running_mean"):
+            tensor.copy_(0.1 * torch.randn_like(tensor))
+        elif name.endswith("running_var"):
+            tensor.copy_(0.5 + torch.rand_like(tensor))
+        elif name.startswith(("fc.", "head.")):
+            tensor.copy_(torch.randn_like(tensor))
     return model
 
 
