@@ -1,7 +1,8 @@
 """Hugging Face's Trainer: torchrun --nproc-per-node 2 examples/hf_trainer.py --output weights.safetensors
 
-Under DeepSpeed (--parallel deepspeed) the optimizer stands in its config; plain and under FSDP it is given by
-`optimizer_cls_and_kwargs`, and the Trainer leaves biases without weight decay. Without GPUs accelerate has no FSDP.
+Under DeepSpeed (--parallel deepspeed) the optimizer stands in its config, whose "auto" the Trainer fills in. Plain and
+under FSDP it is given by `optimizer_cls_and_kwargs`, and the Trainer leaves biases without weight decay. Without GPUs
+accelerate has no FSDP.
 """
 
 from typing import Any
@@ -23,7 +24,11 @@ distribution: dict[str, dict[str, Any]] = {
             "gradient_accumulation_steps": "auto",
             "gradient_clipping": "auto",
             "zero_optimization": {"stage": 2},
-            "optimizer": {"type": "ARSG", "params": {**settings, "weight_decay": SETTINGS["weight_decay"]}},
+            # "auto": what the TrainingArguments below say, lr and adam_... included
+            "optimizer": {
+                "type": "ARSG",
+                "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto", "mu": 0.2},
+            },
         }
     },
     "fsdp": {"fsdp": True, "fsdp_config": {"version": 2, "auto_wrap_policy": "NO_WRAP"}},
@@ -38,6 +43,9 @@ arguments = TrainingArguments(
     max_steps=UPDATES,
     learning_rate=SETTINGS["lr"],
     weight_decay=SETTINGS["weight_decay"],
+    adam_beta1=SETTINGS["betas"][0],
+    adam_beta2=SETTINGS["betas"][1],
+    adam_epsilon=SETTINGS["eps"],
     lr_scheduler_type="constant",
     max_grad_norm=0.0,
     save_strategy="no",

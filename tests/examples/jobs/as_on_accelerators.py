@@ -38,9 +38,8 @@ def lightning_shards_on_cpus() -> None:
     vars(deepspeed).update(
         CUDAAccelerator=CPUAccelerator, _validate_device_index_selection=lambda devices: None
     )
-    deepspeed.DeepSpeedStrategy.root_device = property(
-        lambda self: torch.device("cpu", 0)
-    )  # it wants a number
+    # It wants a number.
+    deepspeed.DeepSpeedStrategy.root_device = property(lambda self: torch.device("cpu", 0))
 
 
 if __name__ == "__main__":
@@ -50,3 +49,8 @@ if __name__ == "__main__":
     sys.argv = [str(example), *sys.argv[2:]]
     sys.path[0] = str(Path(example).parent)
     runpy.run_path(str(example), run_name="__main__")
+    from accelerate.state import AcceleratorState, is_initialized
+
+    if is_initialized():
+        kind = AcceleratorState().distributed_type
+        assert kind == "FSDP", kind
