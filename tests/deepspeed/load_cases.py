@@ -400,7 +400,7 @@ def parameter_shape(parameter: Any) -> torch.Size:
 def _state_of(parameter: Any, key: str) -> Tensor | None:
     try:
         return safe_get_full_optimizer_state(parameter, key)
-    except ValueError:
+    except (ValueError, KeyError):  # the latter is DeepSpeed's own, of another optimizer
         return None
 
 

@@ -126,6 +126,22 @@ def test_a_dynamic_loss_scale_grows_and_falls(stage: int) -> None:
     assert engine.skipped_updates == 1
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_state_that_is_not_there_is_named(stage: int) -> None:
+    """Catches DeepSpeed's KeyError of the name alone (stage 3), and a refusal that does not say what there is."""
+    engine = sharded(stage)
+    parameter = engine.engine.module.first
+    with pytest.raises(ValueError, match=r"no optimizer state 'exp_avg'.*appears with the first update"):
+        deepspeed.utils.safe_get_full_optimizer_state(parameter, "exp_avg")
+    go(engine, (1.0, 2.0))
+    deepspeed.utils.safe_get_full_optimizer_state(parameter, "exp_avg")
+    for key in ("momentum", "step"):
+        with pytest.raises(
+            ValueError, match=rf"no optimizer state '{key}'.*there is \['exp_avg', 'exp_avg_sq'"
+        ):
+            deepspeed.utils.safe_set_full_optimizer_state(parameter, torch.ones(5), key)
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_run_of_one_process_goes_on_under_every_stage(stage: int, tmp_path: Path) -> None:
     """Catches moments lost where a group's first parameter never had a gradient, a second group with the first one's
