@@ -26,7 +26,8 @@ inputs=(constraints.txt requirements.lock pyproject.toml setup.py launch/setup.s
 [ -d arsg_dist/optim/kernels/csrc ] && inputs+=(arsg_dist/optim/kernels/csrc/*)
 libaio=$([ -e /usr/include/libaio.h ] && echo yes || echo no)  # installed later, DeepSpeed is built anew with its operators for NVMe
 state="$(cat "${inputs[@]}" | sha256sum | cut -d' ' -f1) $("$PYTHON" -V 2>&1) gpu=${ARSG_GPU:-none} libaio=$libaio $PWD"
-stamp=.venv/.setup-complete first_stamp=.venv/.setup-first
+stamp=.venv/.setup-complete
+first_stamp=.venv/.setup-first
 is_done() { [ -f "$1" ] && [ "$(cat "$1")" = "$state" ]; }
 case "${1:-}" in
     "") ;;

@@ -39,7 +39,7 @@ for row in "${rows[@]}"; do
     pip() { "$home/bin/python" -m pip --quiet --disable-pip-version-check "$@"; }
     if [ "$torch" = latest ]; then pip install torch; else pip install "torch==$torch"; fi
     before=$("$home/bin/python" -c 'import torch; print(torch.__version__)')
-    pip install "${wheel}[imagenet]" hypothesis pytest pytest-timeout
+    pip install "${wheel}[imagenet]" hypothesis pytest pytest-timeout pytorch_optimizer qhoptim
     pip install --force-reinstall --no-deps "$wheel"
     after=$("$home/bin/python" -c 'import torch; print(torch.__version__)')
     [ "$before" = "$after" ] || die "the installation of arsg-dist replaced torch $before by $after"

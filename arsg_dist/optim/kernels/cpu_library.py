@@ -42,19 +42,19 @@ def register() -> None:
     _load()
     # The dispatcher keeps out what has no plain memory: fake, meta and distributed tensors, negated views.
     global _registered
-    _registered = torch.library.Library("arsg_dist", "DEF")
-    _registered.define(
+    _registered = torch.library.Library("arsg_dist", "DEF")  # type: ignore[no-untyped-call]
+    _registered.define(  # type: ignore[no-untyped-call]
         "update_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
         "Tensor(d!)[] max_exp_avg_sqs, int[] steps, *, int preconditioner, float lr, float beta1, float beta2, "
         "float mu, float eps, float coupled_decay, float decoupled_decay, float opposed_decay, float gradient_factor, "
         "bool corrects_first, bool corrects_second, bool precondition_first) -> int[]"
     )
-    _registered.impl("update_", _update, "CPU")
-    _registered.define(
+    _registered.impl("update_", _update, "CPU")  # type: ignore[no-untyped-call]
+    _registered.define(  # type: ignore[no-untyped-call]
         "move_on_(Tensor(a!)[] params, Tensor[] before, Tensor(b!)[] movements, *, float beta1, float pull, "
         "float reach, float decay) -> int[]"
     )
-    _registered.impl("move_on_", _move_on, "CPU")
+    _registered.impl("move_on_", _move_on, "CPU")  # type: ignore[no-untyped-call]
 
 
 _registered: torch.library.Library | None = None  # its operators live as long as it does
