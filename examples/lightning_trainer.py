@@ -4,6 +4,7 @@
 arsg_dist.deepspeed, which has ZeRO take ARSG, and give the module's own optimizer as here.
 """
 
+from functools import partial
 from typing import Any
 
 import lightning
@@ -17,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 STRATEGIES: dict[str, Any] = {
     "ddp": DDPStrategy,
-    "fsdp2": ModelParallelStrategy,
+    "fsdp2": partial(ModelParallelStrategy, data_parallel_size=2, tensor_parallel_size=1),
     "fsdp": FSDPStrategy,
     "deepspeed": DeepSpeedStrategy,
 }

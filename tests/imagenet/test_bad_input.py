@@ -17,7 +17,8 @@ from tests.support.launchers import launch
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code"), [(["--help"], 0), (["-h"], 0), ([], BAD_INPUT), (["trian"], BAD_INPUT)]
+    ("arguments", "code"),
+    [(["--help"], 0), (["-h"], 0), (["--local_rank=1", "-h"], 0), ([], BAD_INPUT), (["trian"], BAD_INPUT)],
 )
 def test_the_command_says_what_it_can_do(
     arguments: list[str], code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -30,6 +30,7 @@ def test_importing_the_package_imports_no_engine() -> None:
         ("arsg_dist.deepspeed", "deepspeed", "arsg-dist[deepspeed]"),
         ("arsg_dist.horovod", "horovod.torch", "arsg-dist[horovod]"),
         ("arsg_dist.imagenet.data.dataset", "torchvision", "arsg-dist[imagenet]"),
+        ("arsg_dist.timm", "timm", "arsg-dist[timm]"),
     ],
 )
 def test_a_missing_dependency_names_the_extra(package: str, dependency: str, extra: str) -> None:
