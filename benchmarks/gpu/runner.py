@@ -21,6 +21,7 @@ from benchmarks.gpu.stages import Stage, Task
 ROOT = Path(__file__).parents[2]
 RESULT = "RESULT "
 _TEST = re.compile(r"(?:\[gw\d+\]\s.*)?\b(PASSED|FAILED|ERROR|SKIPPED|XFAIL)\b")
+_GIVEN = re.compile(rf"(?:\[\d+\]<std\w+>:)?{RESULT}(.*)")  # horovodrun puts the rank in front
 _GRACE = 5.0
 _PR_SET_CHILD_SUBREAPER = 36
 
@@ -102,8 +103,8 @@ def _run(
     def read(output: IO[str]) -> None:
         for line in output:
             record.line(line.rstrip("\n"))
-            if line.startswith(RESULT):
-                given = _parsed(line)
+            if said := _GIVEN.match(line):
+                given = _parsed(said[1])
                 failures.extend([given] * (given.get("ok") is False))
                 record.result(stage=stage, task=task.name, **given)
             elif (found := _TEST.search(line)) and "::" in line:
@@ -143,7 +144,7 @@ def _run(
 
 def _parsed(line: str) -> dict[str, Any]:
     try:
-        given = json.loads(line[len(RESULT) :])
+        given = json.loads(line)
     except ValueError:
         return {"ok": False, "error": f"no JSON: {line[:200]!r}"}
     return given if isinstance(given, dict) else {"ok": False, "error": "no object"}

@@ -115,7 +115,6 @@ def stages(setting: Setting) -> list[Stage]:
         command = module("throughput", "--device", device, "--precision", "bf16", *size, *options)
         return Task(f"resnet50{kind}", [*command, "--output", str(output / f"throughput{kind}.md")], 100)
 
-    flat, many = ("small", "small") if dry else ("resnet50-flat", "resnet50")
     kernel = module("gpu.kernel", "--device", device)
     gpu_tests = "not gpu" if dry else "gpu"
     found = [
@@ -161,9 +160,16 @@ def stages(setting: Setting) -> list[Stage]:
             "optimizer",
             90,
             [
-                steps(many),
-                *([] if short else [steps(flat)]),
-                *([] if dry else [steps("transformer"), steps("eighth-of-7b", "ARSG fused", "AdamW")]),
+                steps("small" if dry else "resnet50"),
+                *(
+                    []
+                    if dry
+                    else [
+                        steps("resnet50-flat"),
+                        steps("transformer"),
+                        steps("eighth-of-7b", "ARSG fused", "AdamW"),
+                    ]
+                ),
             ],
         ),
         Stage(

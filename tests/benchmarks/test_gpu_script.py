@@ -49,7 +49,9 @@ def test_whatever_a_task_does_the_next_is_run_and_all_is_written_down(tmp_path: 
                 ),
                 task("crashes", "import os; os.abort()"),
                 task("leaves a process behind", orphan),
-                task("says no", 'print(\'RESULT {"kind": "a", "ok": false}\'); print(\'RESULT {\')'),
+                task(
+                    "says no", 'print(\'[0]<stdout>:RESULT {"kind": "a", "ok": false}\'); print(\'RESULT {\')'
+                ),
                 Task("is not here", ["no-such-program"], 5),
             ],
         ),
