@@ -14,8 +14,11 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from arsg_dist.checkpoint.convert import check_new, members_of, number_or_tensor
 from arsg_dist.checkpoint.dcp_index import Record, read_index
@@ -178,14 +181,14 @@ class DCPCheckpoint(SavedState):
                     members.append([])
                 members[place].append(name)
         group_of: dict[str, int] = {}
-        for index, names in enumerate(members):
-            for name in names if isinstance(names, list) else [None]:
-                if not isinstance(name, str) or name not in self._model or name in group_of:
+        for index, listed_names in enumerate(members):
+            for member in listed_names if isinstance(listed_names, list) else [None]:
+                if not isinstance(member, str) or member not in self._model or member in group_of:
                     raise ValueError(
-                        f"{self.where} has {printable(name, limit=100)!r} in parameter group {index}, which is no "
+                        f"{self.where} has {printable(member, limit=100)!r} in parameter group {index}, which is no "
                         "parameter of the model, or in two groups"
                     )
-                group_of[name] = index
+                group_of[member] = index
         return groups, group_of
 
     def _sort_rest(
@@ -339,7 +342,7 @@ def _count(value: Any) -> int:
     return value
 
 
-class _Planner(dcp.DefaultSavePlanner):
+class _Planner(DefaultSavePlanner):
     """Read each tensor when it is written: one at a time is in memory."""
 
     def __init__(self, saved: SavedState, sources: dict[int, tuple[str, str]]) -> None:
@@ -412,13 +415,13 @@ def to_dcp(saved: SavedState, target: Path, *, titan: bool = False) -> None:
     with new_directory(target) as partial, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*single process")
         try:
-            dcp.save(
+            save(
                 content,
-                storage_writer=dcp.FileSystemWriter(partial),
+                storage_writer=FileSystemWriter(partial),
                 planner=_Planner(saved, sources),
                 no_dist=True,
             )
-        except dcp.api.CheckpointException as error:
+        except CheckpointException as error:
             first: Any = next(iter(error.failures.values()))[0]
             if isinstance(first, ValueError | OSError):
                 raise first from error

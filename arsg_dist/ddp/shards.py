@@ -200,7 +200,7 @@ def load_sharded(
             )
         return saved.read(entry, name, piece.start, piece.part.numel(), piece.order).clone()
 
-    own = {piece.part: names[piece.parameter] for piece in shards.pieces}
+    own: dict[Tensor, str] = {piece.part: names[piece.parameter] for piece in shards.pieces}
     loaded = optimizer_state(optimizer, own, saved, part)
     count = len(optimizer.param_groups)
     for index, (packed, members) in enumerate(zip(loaded["param_groups"], shards.members, strict=True)):

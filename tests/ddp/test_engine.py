@@ -202,6 +202,9 @@ def test_an_update_that_looks_across_elements_is_not_divided(communicator: Commu
     optimizer = torch.optim.Adafactor(shards.groups)
     with pytest.raises(TypeError, match="Adafactor is not known to update each element"):
         DDPEngine(module, optimizer, communicator, shards=shards)
+    wanted = settings(optimizer_type="Muon", engine_options={"shard_update": True})
+    with pytest.raises(ValueError, match="Muon is not known to update each by itself: leave it out"):
+        load_builder("ddp")(wanted, world_size=2)
     with pytest.raises(ValueError, match="in two groups, or twice"):
         Shards([module.weight, module.weight])
 

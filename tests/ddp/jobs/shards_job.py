@@ -67,9 +67,9 @@ def main() -> None:
         engine = build(communicator, divided=True, **options)
         train(engine, 0, 2)
         if options.get("skip_nonfinite"):
-            loss = engine.module(toy.batch(0)[0]).sum() * (torch.nan if communicator.rank else 1.0)
-            for _ in range(ACCUMULATION):
-                engine.backward(loss if _ else engine.module(toy.batch(0)[0]).sum())
+            for micro_batch in range(ACCUMULATION):  # the last one of one rank is bad
+                bad = communicator.rank == 1 and micro_batch == ACCUMULATION - 1
+                engine.backward(engine.module(toy.batch(0)[0]).sum() * (torch.nan if bad else 1.0))
                 engine.step()
         train(engine, 2, toy.UPDATES)
         results[name] = engine.whole_weights()
