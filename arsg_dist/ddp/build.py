@@ -8,7 +8,7 @@ from torch import nn
 from arsg_dist.ddp.engine import DDPEngine
 from arsg_dist.ddp.shards import Shards
 from arsg_dist.engine import LocalBuilder, TrainingSettings, connect_torch
-from arsg_dist.engine.element_wise import ELEMENT_WISE
+from arsg_dist.optim.by_name import ELEMENT_WISE
 
 
 class DDPBuilder(LocalBuilder):
