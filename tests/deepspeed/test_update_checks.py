@@ -23,6 +23,7 @@ from tests.deepspeed.test_one_rank import _one_rank as _one_rank
 
 STAGES = [0, 1, 2, 3]
 LR = 0.125
+OLD = Version(deepspeed.__version__) < Version("0.18.3")
 
 
 class Pair(nn.Module):
@@ -133,7 +134,7 @@ def test_two_backward_passes_of_a_later_update(stage: int, config: dict[str, Any
     engine = build(stage, **config)
     update(engine)
     backward(engine, 1.0, 2.0)
-    if "data_types" in config and Version(deepspeed.__version__) >= Version("0.18.3"):
+    if "data_types" in config and (stage == 1 or not OLD):
         backward(engine, 3.0, 4.0)
         engine.step()
         assert weights(engine) == [1.0 - 5 * LR, 1.0 - 8 * LR]
@@ -145,8 +146,8 @@ def test_two_backward_passes_of_a_later_update(stage: int, config: dict[str, Any
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_two_backward_passes_with_an_older_deepspeed(stage: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches a TypeError of DeepSpeed's in the second pass (before 0.18.3), and passes that are forgotten because
-    DeepSpeed discards the gradients that it has taken (before 0.18.5)."""
+    """Catches a TypeError of DeepSpeed's in the second pass and lost micro-batches at stage 2 (before 0.18.3), and
+    passes that are not counted because DeepSpeed discards the gradients that it has taken (before 0.18.5)."""
     engine = build(stage, **OFFLOAD)
     reduce = engine.allreduce_gradients
 
@@ -160,16 +161,20 @@ def test_two_backward_passes_with_an_older_deepspeed(stage: int, monkeypatch: py
     with refused("2 backward passes"):
         backward(engine, 3.0, 4.0)
         engine.step()
-    monkeypatch.setattr(update_checks, "fails_after_last", lambda _: True)
+    monkeypatch.setattr(update_checks, "forgets_passes", lambda _: True)
     engine = build(stage)
     update(engine)
     backward(engine, 1.0, 2.0)
     with refused("2 backward passes"):
         backward(engine, 3.0, 4.0)
-    if Version(deepspeed.__version__) < Version("0.18.3"):
-        engine.zero_grad()
-        update(engine)
-        assert weights(engine) == [1.0 - 2 * LR, 1.0 - 4 * LR]
+    engine = build(stage, micro_batches=2)
+    update(engine)
+    if stage == 2:
+        with refused("keeps only the last of an update's backward passes at ZeRO stage 2"):
+            update(engine)
+    else:
+        update(engine, 3.0, 4.0)
+        assert weights(engine) == [1.0 - 2 * LR, 1.0 - 3 * LR]
 
 
 @pytest.mark.parametrize("stage", [1, 2])
@@ -178,6 +183,8 @@ def test_the_remedies_for_two_backward_passes_work(stage: int) -> None:
     engine = build(stage)
     engine.set_gradient_accumulation_boundary(False)
     backward(engine, 1.0, 2.0)
+    if OLD and stage == 2:
+        pytest.skip("refused: only the last pass counts there")
     engine.set_gradient_accumulation_boundary(True)
     backward(engine, 3.0, 4.0)
     engine.step()
@@ -219,6 +226,8 @@ def test_earlier_micro_batches_are_discarded_and_that_is_said(stage: int, config
     without knowing."""
     if not stage and config:
         pytest.skip("no offload and no sums of their own at stage 0")
+    if OLD and stage == 2 and config is not OFFLOAD:
+        pytest.skip("refused: only the last pass counts there")
     engine = build(stage, micro_batches=2, **config)
     update(engine, 8.0, 8.0)
     if stage:
@@ -249,7 +258,7 @@ def test_recomputed_activations_are_no_second_backward_pass(stage: int, reentran
 
     engine.module.forward = recomputed
     update(engine)
-    if stage:  # loss.backward() in place of engine.backward(loss)
+    if stage and not OLD:  # loss.backward() in place of engine.backward(loss)
         engine(1.0, 2.0).backward()
         engine.step()
     else:
@@ -384,10 +393,15 @@ def test_whose_it_is(stage: int, precision: dict[str, Any]) -> None:
 
     down, up = 1.0 - LR, 1.0 + LR
     plain = stage == 0 and not precision
-    assert after(twice) == ([down, up] if stage in (1, 2) else [down, down])
-    assert after(discarded) == ([up, down] if stage == 3 else [down, down])
-    assert after(discarded_between("the engine's"), micro_batches=2) == [up if stage >= 2 else down, down]
-    assert after(discarded_between("the wrapper's"), micro_batches=2) == [up if stage == 2 else down, down]
+    if not (OLD and stage in (1, 2)):  # DeepSpeed's TypeError
+        assert after(twice) == ([down, up] if stage in (1, 2) else [down, down])
+        assert after(discarded) == ([up, down] if stage == 3 else [down, down])
+    if not (OLD and stage == 2):
+        assert after(discarded_between("the engine's"), micro_batches=2) == [up if stage >= 2 else down, down]
+        assert after(discarded_between("the wrapper's"), micro_batches=2) == [
+            up if stage == 2 else down,
+            down,
+        ]
     assert after(without_backward) == ([up, down] if stage else [1.0, 1.0])
     assert after(thawed, Pair(frozen=True)) == ([down, down] if plain else [down, 1.0])
     outside = Pair(frozen=True)

@@ -222,6 +222,11 @@ def _with_sums(zero: Any) -> set[int]:
     return numbers
 
 
+def forget_sums(zero: Any) -> None:
+    """Begin the sums of an update anew (stages 1 and 2, offload)."""
+    _with_sums(zero).clear()
+
+
 def _wait_for_copies(zero: Any) -> None:
     if hasattr(
         zero, "_wait_for_offload_copies"
