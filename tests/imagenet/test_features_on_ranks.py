@@ -112,12 +112,8 @@ def test_further_classifiers_train_on_ranks_as_on_one(
 ) -> None:
     """Catches an engine that takes a network's named tuple apart, leaves a further classifier without gradients, or
     gives it another share in the loss than one process does: the second and third losses follow from all weights."""
-    if (
-        model == "inception_v3"
-        and engine in ("zero1", "ddp", "horovod")
-        and not request.config.getoption("--full")
-    ):
-        pytest.skip("a second one of its turn, of a large network; --full has all")
+    if model == "inception_v3" and not request.config.getoption("--full"):
+        pytest.skip("of a large network on large images; --full has it")
     size, batch_size = AUXILIARY[model]
     settings = {
         **{"data.source": "synthetic", "data.synthetic_images": 32, "data.synthetic_classes": 3},
