@@ -235,7 +235,8 @@ class ARSG(Optimizer):
                 hyper=_with_scale(hyper, grad_scale, found_inf, lists.params[0].device),
             )
             if found_inf is not None and lists.steps:
-                torch._foreach_sub_(lists.steps, (found_inf != 0).to(torch.float32))
+                left_out = (found_inf != 0).to(lists.params[0].device, torch.float32)
+                torch._foreach_sub_(lists.steps, [left_out] * len(lists.steps))
         if group["lookahead_k"] > 0:
             for param, state in stepped:
                 lookahead_(
