@@ -36,13 +36,6 @@ from arsg_dist.optim.state import (
     shield_dtypes,
 )
 
-# Its name in torch 2.6 was another.
-_CAPTURE_CHECK = next(
-    name
-    for name in ("_accelerator_graph_capture_health_check", "_cuda_graph_capture_health_check")
-    if hasattr(Optimizer, name)
-)
-
 
 class ARSG(Optimizer):
     r"""Adaptive remote stochastic gradient method (Chen et al., arXiv 1905.01422).
@@ -191,7 +184,7 @@ class ARSG(Optimizer):
                 its group's settings.
         """
         self._refuse_at_base_iterate("step")
-        getattr(self, _CAPTURE_CHECK)()
+        self._accelerator_graph_capture_health_check()
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -242,8 +235,8 @@ class ARSG(Optimizer):
                 hyper=_with_scale(hyper, grad_scale, found_inf, lists.params[0].device),
             )
             if found_inf is not None and lists.steps:
-                skipped = (found_inf != 0).to(torch.float32)
-                torch._foreach_sub_(lists.steps, [skipped] * len(lists.steps))
+                left_out = (found_inf != 0).to(lists.params[0].device, torch.float32)
+                torch._foreach_sub_(lists.steps, [left_out] * len(lists.steps))
         if group["lookahead_k"] > 0:
             for param, state in stepped:
                 lookahead_(

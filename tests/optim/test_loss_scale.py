@@ -111,3 +111,18 @@ def test_the_host_asks_for_an_overflow_where_it_counts_steps(monkeypatch: pytest
         group_of(lookahead_k=2, capturable=True),
     ):
         assert not arsg._skips_on_device(group)
+
+
+def test_a_count_on_the_device_leaves_out_what_the_device_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches bias corrections that go on over updates that were not made."""
+    asked: list[Any] = []
+    monkeypatch.setattr(arsg, "_skips_on_device", lambda _: True)
+    monkeypatch.setattr(arsg, "step_function", lambda *_: lambda *_, hyper: asked.append(hyper))
+    params = parameters(SHAPES, dtype=torch.float32)
+    optimizer = ARSG(params, preconditioner="adam", capturable=True)
+    steps = gradients(SHAPES, 3, dtype=torch.float32)
+    for step_grads, found_inf in zip(steps, (0.0, 1.0, 0.0), strict=True):
+        optimizer.found_inf = torch.tensor(found_inf)
+        run(optimizer, params, [step_grads])
+    assert [float(hyper.found_inf) for hyper in asked] == [0.0, 1.0, 0.0]
+    assert [float(optimizer.state[x]["step"]) for x in params] == [2.0, 2.0, 2.0]
