@@ -195,6 +195,54 @@ def test_shards_keep_the_layout_of_their_parameters(communicator: Communicator, 
         assert torch.equal(SavedRun(path).whole("parameter", name), tensor)
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 3, 7])
+def test_the_parts_of_all_ranks_make_the_whole_update(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches elements that no rank updates or two do, a part of a parameter that takes another's state, and a
+    parameter without a gradient that is moved."""
+
+    def network() -> nn.Sequential:
+        torch.manual_seed(0)
+        made = nn.Sequential(nn.Conv2d(3, 4, 2), nn.Flatten(), nn.Linear(4, 3), nn.Linear(1, 1))
+        return made.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+
+    def groups_of(module: nn.Sequential) -> list[dict[str, Any]]:
+        return [
+            {"params": module[0].parameters(), "lr": 0.1},
+            {"params": [*module[2:].parameters()], "mu": 0.5},
+        ]
+
+    def backward(module: nn.Sequential, update: int) -> None:
+        torch.manual_seed(update)
+        module[:3](torch.randn(5, 3, 2, 2)).square().sum().backward()
+
+    whole = network()
+    expected = ARSG(groups_of(whole), eps=1e-3)
+    monkeypatch.setattr(dist, "get_world_size", lambda: ranks)
+    modules, shards, optimizers = [], [], []
+    for rank in range(ranks):
+        monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
+        modules.append(network())
+        shards.append(Shards(groups_of(modules[-1])))
+        optimizers.append(ARSG(shards[-1].groups, eps=1e-3))
+    monkeypatch.setattr(dist, "all_gather_into_tensor", lambda flat, part: flat.copy_(torch.cat([*parts])))
+    for update in range(3):
+        expected.zero_grad()
+        backward(whole, update)
+        expected.step()
+        for module, own, optimizer in zip(modules, shards, optimizers, strict=True):
+            module.zero_grad()
+            backward(module, update)
+            own.take_gradients()
+            optimizer.step()
+        parts = [own._flats[0][1].detach().clone() for own in shards]
+        for module, own in zip(modules, shards, strict=True):
+            own.gather()
+            for name, tensor in whole.state_dict().items():
+                torch.testing.assert_close(module.state_dict()[name], tensor, rtol=1e-5, atol=1e-7)
+    assert len({part.numel() for part in parts}) == 1
+    assert torch.equal(modules[0][3].weight, network()[3].weight)
+
+
 def test_an_update_that_looks_across_elements_is_not_divided(communicator: Communicator) -> None:
     """Catches an optimizer of whole matrices that is given pieces of them, and a parameter in two places."""
     module = nn.Linear(3, 2)
