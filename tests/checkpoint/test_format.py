@@ -37,7 +37,7 @@ def test_any_number_of_writers_makes_the_same_run(tmp_path: Path, world_size: in
 
 
 def test_elements_are_read_in_any_order(tmp_path: Path) -> None:
-    """Catches a channels_last parameter whose pieces are taken for rows."""
+    """Catches a channels_last parameter whose pieces are taken for rows, and its moments for the parameter itself."""
     source = engine()
     weight = source.module.get_parameter("conv.weight")
     order = order_of(weight.stride(), weight.shape)
@@ -51,6 +51,9 @@ def test_elements_are_read_in_any_order(tmp_path: Path) -> None:
     moment = source.optimizer.state[weight]["exp_avg"]
     for entry, tensor in ((PARAMETER, weight.detach()), ("exp_avg", moment), (PARAMETER, weight.detach())):
         assert torch.equal(run.read(entry, "conv.weight", 10, 33), tensor.contiguous().view(-1)[10:43]), entry
+        assert torch.equal(run.read(entry, "conv.weight", 10, 33, order), in_order(tensor, order)[10:43]), (
+            entry
+        )
 
 
 def test_ranks_may_hold_any_part_of_a_tensor_and_of_the_numbers(tmp_path: Path) -> None:

@@ -69,6 +69,7 @@ def main() -> int:
     for mutation in chosen:
         results.pop(mutation.name, None)
     load_libraries()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # not without removing the copy
     # Not a TemporaryDirectory, which every child would remove at its own end.
     copy = Path(tempfile.mkdtemp(prefix="mutation-"))
     try:
@@ -216,6 +217,7 @@ def in_child(copy: Path, tests: Iterable[str], log: Path, outcomes: Path, to_the
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell has background jobs ignore
     os.chdir(copy)
     os.environ["PYTHONPATH"] = str(copy)  # of ranks that tests start
