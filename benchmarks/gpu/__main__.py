@@ -54,9 +54,9 @@ def main() -> None:
 
 
 def environment_of(setting: Setting) -> dict[str, str]:
-    """Return the variables of all tasks: what was carried along is found after what is there."""
+    """Return the variables of all tasks: what was carried along is found behind what is there."""
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    found = [str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep), str(setting.output / "site")]
+    found = [str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep), str(setting.output / "path")]
     environment["PYTHONPATH"] = os.pathsep.join(path for path in found if path)
     environment["PATH"] = os.pathsep.join(
         [str(Path(sys.executable).parent), os.environ["PATH"], str(setting.output / "site/bin")]

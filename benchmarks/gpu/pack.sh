@@ -56,6 +56,7 @@ else
 fi
 
 find "$work/site" \( -name __pycache__ -o -name tests -o -name '*.pyc' \) -prune -exec rm -rf {} +
+echo "$python" > "$work/site/python-version"
 tar -C "$work/site" -czf "$bundle/site.tar.gz" .
 size=$(du -m "$bundle/site.tar.gz" | cut -f1)
 [ "$size" -le 64 ] || die "$bundle/site.tar.gz has $size MiB, and 64 can be carried"

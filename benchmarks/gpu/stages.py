@@ -123,7 +123,7 @@ def stages(setting: Setting) -> list[Stage]:
             "build",
             40,
             [
-                Task("unpack", module("gpu.unpack", output / "site"), 20),
+                Task("unpack", module("gpu.unpack", output), 20),
                 # Not built in a rehearsal: the tree's own is in use.
                 Task(
                     "C++ kernel",

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 from benchmarks.gpu import report
+from benchmarks.gpu.__main__ import environment_of
 from benchmarks.gpu.runner import Record, run_stages
 from benchmarks.gpu.stages import ROWS, Setting, Stage, Task, stages
 from tests.support.launchers import REPOSITORY
@@ -135,6 +137,27 @@ def test_the_column_says_what_was_run_and_nothing_else(tmp_path: Path) -> None:
     assert "| 3000.0 |" in page
     assert "abc" in page
     assert "[a.md](a.md)" in page
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_what_was_carried_along_is_found_behind_what_is_there(fits: bool, tmp_path: Path) -> None:
+    """Catches packages of another Python, and carried ones in front of those that the machine's torch came with."""
+    site = tmp_path / "packed"
+    site.mkdir()
+    here = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    (site / "python-version").write_text(f"{here if fits else '2.7'}\n")
+    for name in ("carried_along", "pytest"):
+        (site / f"{name}.py").write_text("")
+    with tarfile.open(tmp_path / "site.tar.gz", "w:gz") as archive:
+        archive.add(site, ".")
+    unpack = [sys.executable, "-m", "benchmarks.gpu.unpack", tmp_path / "run", tmp_path / "site.tar.gz"]
+    said = subprocess.run(unpack, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+    assert json.loads(said.removeprefix("RESULT "))["found"] is fits
+    program = "import pytest; assert pytest.raises; import carried_along"
+    environment = environment_of(Setting(tmp_path / "run", "cpu"))
+    ended = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert (ended.returncode == 0) is fits, ended.stderr
+    assert fits or "No module named 'carried_along'" in ended.stderr
 
 
 def test_the_rehearsal_runs_to_its_end(tmp_path: Path) -> None:
