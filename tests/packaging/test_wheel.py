@@ -79,7 +79,7 @@ def test_one_wheel_takes_the_reference_step_on_every_torch_without_a_compiler(tm
         ]
         done = subprocess.run(
             [python, "-c", STEP, *arguments],
-            cwd=tmp_path, capture_output=True, text=True, timeout=120,
+            cwd=tmp_path, capture_output=True, text=True, timeout=300,
             env={"PATH": str(tmp_path / "no compiler"), "PYTHONPATH": str(tmp_path / "installed"),
                  "HOME": os.environ["HOME"], "OMP_NUM_THREADS": "2"},
         )  # fmt: skip
