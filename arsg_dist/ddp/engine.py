@@ -93,6 +93,11 @@ class DDPEngine(LocalEngine):
         if self._clip_grad_norm:
             norms = [norm.float() for norm in torch._foreach_norm(parts)] if parts else []
             own = torch.stack(norms).square().sum() if norms else torch.zeros((), device=self.device)
+            # What no group has counts in the norm as it does undivided; every rank has it whole.
+            trained = {parameter for members in self._shards.members for parameter in members}
+            for parameter in self._network.parameters():
+                if parameter.grad is not None and parameter not in trained:
+                    own = own + parameter.grad.float().square().sum() / self.communicator.world_size
             norm = self.communicator.all_reduce_sum(own).sqrt()
             torch._foreach_mul_(parts, (self._clip_grad_norm / (norm + 1e-6)).clamp(max=1.0))
 
