@@ -274,7 +274,8 @@ def test_no_module_is_started_from_the_current_directory(
             assert re.findall(r"(\S+) -m (?:arsg_dist|torch|deepspeed)", words) == ["-P"] * len(
                 re.findall(r" -m (?:arsg_dist|torch|deepspeed)", words)
             )
-            starts_more = "deepspeed.launcher" in words or "horovodrun" in words or target == "deepspeed-pdsh"
+            starts_more = "deepspeed.launcher" in words or "horovodrun" in words
+            starts_more = starts_more or target in ("deepspeed-pdsh", "torchrun")
             variable = made.environment.get("PYTHONSAFEPATH") or re.search("PYTHONSAFEPATH=(1)", words)
             assert bool(variable) == starts_more
             if starts_more:  # and the script is relieved of it
