@@ -118,15 +118,18 @@ def choose_connection(requested: str, ranks: Ranks) -> str:
     Raises:
         ValueError: there is no such engine, or it is for a single process.
     """
-    alone, torch_only, horovod = "single", "ddp", "horovod"
     if requested == "auto":
-        by_launcher = {"none": alone, "horovodrun": horovod}
-        return by_launcher.get(ranks.launcher, torch_only if ranks.world_size > 1 else alone)
+        several = [entry for entry in ENGINES.values() if entry.rendezvous and not entry.config_file]
+        # torchrun and horovodrun are for their own; under the others the first one will do.
+        fitting = [entry for entry in several if ranks.launcher.startswith(entry.rendezvous or "")] or several
+        alone = [entry for entry in ENGINES.values() if not entry.rendezvous]
+        together = ranks.world_size > 1 or fitting != several
+        return (fitting if together else alone)[0].name
     if requested not in ENGINES:
         raise ValueError(f"--engine {requested} is not known; use auto, {', '.join(ENGINES)}")
-    if requested == alone and ranks.world_size > 1:
+    if not ENGINES[requested].rendezvous and ranks.world_size > 1:
         raise ValueError(
-            f"{ranks.launcher} started {ranks.world_size} ranks, and --engine {alone} is for one: "
+            f"{ranks.launcher} started {ranks.world_size} ranks, and --engine {requested} is for one: "
             "leave it out"
         )
     return requested
