@@ -29,7 +29,7 @@ def test_the_command_says_what_it_can_do(
         main()
     assert end.value.code == code
     shown = capsys.readouterr()
-    assert "arsg-imagenet {train,evaluate,compare,export,shard}" in (shown.err if code else shown.out)
+    assert "arsg-imagenet {train,recipes,evaluate,compare,export,shard}" in (shown.err if code else shown.out)
 
 
 def corrupt(tree: Path) -> Path:
