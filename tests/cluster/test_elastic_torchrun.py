@@ -1,6 +1,7 @@
 """`arsg-dist launch torchrun`: a rank killed, a host lost, a host added; nothing is lost but what no checkpoint has."""
 
 import itertools
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -57,9 +58,8 @@ def test_what_is_lost_is_what_the_last_checkpoint_lacks(cluster: Cluster, tmp_pa
     try:
         wait_for(lambda made: len(made) >= 4 and made[-1][1] == 2, tmp_path, *jobs)
         before = len(updates(tmp_path))
-        killed = cluster.run_on(
-            "node2", ["pkill", "-KILL", "-f", "-o", f"^[^ ]*python -u {program[0]}"], timeout=60
-        )
+        rank = f"^[^ ]*python -u {re.escape(' '.join(program))}"  # of this test alone, in the host's own processes
+        killed = cluster.run_on("node2", ["pkill", "-KILL", "-f", "-o", rank], timeout=60)
         assert killed.code == 0, killed.output
         wait_for(lambda made: len(made) >= before + 6 and made[-1][1] == 2, tmp_path, *jobs)
 

@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from arsg_dist.engine import Engine, SingleProcessEngine
+from arsg_dist.engine import Engine
 from arsg_dist.optim.by_name import make_optimizer
 from tests.support import toy
-from tests.support.checkpoint_matrix import FAMILIES, STAGES, build_model, save, train
+from tests.support.checkpoint_matrix import FAMILIES, STAGES, build_model, engine_around, save, train
 
 SAVE_AFTER, UPDATES = 3, 6
 REMOTE = "RemoteObservation"
@@ -143,19 +143,7 @@ def build(name: str, case: Case, communicator: Any) -> Engine:
         fsdp.shard(model)
         groups = groups_of(case, model)
     optimizer = make_optimizer(case.type, case.params, groups)
-    if name == "fsdp":
-        return fsdp.FSDPEngine(model, optimizer, communicator)
-    if name == "single":
-        return SingleProcessEngine(model, optimizer)
-    if name == "ddp":
-        from arsg_dist.ddp import DDPEngine
-
-        return DDPEngine(model, optimizer, communicator)
-    from arsg_dist import horovod
-
-    if name == "horovod":
-        return horovod.HorovodEngine(model, optimizer, communicator)
-    return horovod.HorovodShardedEngine(model, optimizer, communicator, bucket_mb=0.001)
+    return engine_around(name, model, optimizer, communicator)
 
 
 def weights_at(engine: Engine, *, theta: bool = False) -> dict[str, Tensor]:

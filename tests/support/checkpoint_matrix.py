@@ -99,8 +99,15 @@ def build_engine(name: str, communicator: Any, *, half: bool = False) -> Engine:
 
         fsdp.shard(model)
     optimizer = ARSG(groups_of(model), **toy.HYPERPARAMETERS)
+    return engine_around(name, model, optimizer, communicator)
+
+
+def engine_around(name: str, model: nn.Module, optimizer: torch.optim.Optimizer, communicator: Any) -> Engine:
+    """An engine of `FAMILIES` that takes a model and an optimizer; under FSDP the model is sharded."""
     if name == "fsdp":
-        return fsdp.FSDPEngine(model, optimizer, communicator)
+        from arsg_dist.fsdp import FSDPEngine
+
+        return FSDPEngine(model, optimizer, communicator)
     if name == "single":
         return SingleProcessEngine(model, optimizer)
     if name == "ddp":
