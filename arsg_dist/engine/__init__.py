@@ -12,6 +12,7 @@ from arsg_dist.engine.communicator import (
     TorchCommunicator,
     check_hosts,
     connect_torch,
+    device_of,
     torch_communicator,
 )
 from arsg_dist.engine.consistency import check_agreement, check_replicas, package_versions
@@ -49,6 +50,7 @@ __all__ = [
     "connect_torch",
     "copy_weight",
     "copy_weights",
+    "device_of",
     "discover_ranks",
     "end_process",
     "init_method",

@@ -203,6 +203,15 @@ def check_hosts(communicator: Communicator) -> None:
         raise
 
 
+def device_of(ranks: Ranks) -> torch.device:
+    """Return this rank's GPU, made the current one, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", ranks.local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
 def connect_torch(ranks: Ranks) -> TorchCommunicator:
     """Join a job through torch.distributed: NCCL on GPUs, else Gloo. Collective.
 
@@ -219,10 +228,8 @@ def connect_torch(ranks: Ranks) -> TorchCommunicator:
             "start it with 'torchrun --nproc-per-node 2 SCRIPT ...'"
         )
     announce_to_torch(ranks)
-    device, backend = torch.device("cpu"), "gloo"
-    if torch.cuda.is_available():
-        device, backend = torch.device("cuda", ranks.local_rank % torch.cuda.device_count()), "nccl"
-        torch.cuda.set_device(device)  # before the first collective, which would take device 0 on every rank
+    device = device_of(ranks)  # before the first collective, which would take device 0 on every rank
+    backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = collective_timeout()
     options: dict[str, Any] = {"timeout": timeout} if timeout else {}
     dist.init_process_group(backend, init_method=init_method(), **options)

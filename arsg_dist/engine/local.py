@@ -9,7 +9,7 @@ from torch import nn
 
 from arsg_dist.engine.base import Capabilities, Engine, all_finite, copy_weights
 from arsg_dist.engine.builder import EngineBuilder, TrainingSettings
-from arsg_dist.engine.communicator import Communicator, SingleProcessCommunicator, check_hosts
+from arsg_dist.engine.communicator import Communicator, SingleProcessCommunicator, check_hosts, device_of
 from arsg_dist.engine.ranks import Ranks
 from arsg_dist.engine.replicated_state import load_replicated, replicated_state
 from arsg_dist.engine.saved_state import SavedState
@@ -215,9 +215,7 @@ class LocalBuilder(EngineBuilder):
     def build(self, module: nn.Module, communicator: Communicator, ranks: Ranks) -> Engine:
         """Put the network on this rank's device and make its optimizer."""
         settings = self._settings
-        if torch.cuda.is_available():
-            torch.cuda.set_device(ranks.local_rank % torch.cuda.device_count())
-            module = module.cuda()
+        module = module.to(device_of(ranks))
         if settings.channels_last and self._channels_last:
             module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._distribute(module, communicator)

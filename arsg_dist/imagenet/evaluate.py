@@ -12,7 +12,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from arsg_dist.engine import ENGINES, Communicator, Ranks, check_agreement
+from arsg_dist.engine import ENGINES, Communicator, Ranks, check_agreement, device_of
 from arsg_dist.engine.consistency import fingerprints
 from arsg_dist.imagenet.config import DataConfig, TrainConfig
 from arsg_dist.imagenet.data import dali
@@ -228,7 +228,7 @@ def evaluate(task: Task, ranks: Ranks, communicator: Communicator) -> tuple[Eval
     weights = fingerprints(module.state_dict().values())
     check_agreement(communicator, config=asdict(config), data=split.fingerprint(), weights=weights)
     share_cores(communicator)
-    device = _device(ranks)
+    device = device_of(ranks)
     module.to(device)
     if config.channels_last:
         module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -285,14 +285,6 @@ def report(task: Task, result: Evaluation, bad: int, world_size: int, output: Pa
         f"{world_size} rank{'s' if world_size > 1 else ''}",
         limit=2000,
     )
-
-
-def _device(ranks: Ranks) -> torch.device:
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    device = torch.device("cuda", ranks.local_rank % torch.cuda.device_count())
-    torch.cuda.set_device(device)
-    return device
 
 
 def _other_classes(trained: Trained, now: list[str]) -> str:

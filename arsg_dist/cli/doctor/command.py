@@ -28,6 +28,7 @@ from arsg_dist.engine import (
     SingleProcessCommunicator,
     TorchCommunicator,
     check_hosts,
+    device_of,
     discover_ranks,
     end_process,
     init_method,
@@ -56,7 +57,7 @@ def run(options: argparse.Namespace) -> int:
     """
     try:
         ranks = discover_ranks()
-        device = facts.device_of(ranks)
+        device = device_of(ranks)
         communicator, collectives = _connect(ranks, device)
     except JobError as error:  # agreed on
         if ranks.rank == 0:

@@ -59,15 +59,6 @@ def gather(ranks: Ranks, device: torch.device) -> dict[str, Any]:
     }
 
 
-def device_of(ranks: Ranks) -> torch.device:
-    """Return this rank's GPU, made the current one, or the CPU."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    device = torch.device("cuda", ranks.local_rank % torch.cuda.device_count())
-    torch.cuda.set_device(device)
-    return device
-
-
 def horovod_backends() -> str:
     """Name Horovod's backends, as "MPI Gloo NCCL", or say why it cannot be loaded."""
     if not installed_version("horovod"):
