@@ -8,8 +8,8 @@ DOCUMENT = Path(__file__).parents[3] / "docs/deepspeed-defects.md"
 
 _HEAD = """# Defects of DeepSpeed, and `repair`
 
-Each of these makes a training under DeepSpeed end with other weights than one process, without a word. `arsg_dist`
-mends them for its own optimizer, and for others if it is asked to, before `deepspeed.initialize`:
+Each of these makes a training end with other weights than one process, without a word. `arsg_dist` corrects them for
+ARSG, and for other optimizers if it is asked to, before `deepspeed.initialize`:
 
 ```python
 import arsg_dist.deepspeed
@@ -17,19 +17,29 @@ import arsg_dist.deepspeed
 arsg_dist.deepspeed.repair(optimizers=(torch.optim.AdamW,))
 ```
 
-- Named are classes; those derived from them are meant, too. `repair()` without any ends it. Off by default: engines of
-  other optimizers then run as DeepSpeed has them.
-- With it come the repairs of `safe_get_full_*` and `safe_set_full_*` and of gradients on NVMe
-  ([deepspeed.md](deepspeed.md)).
-- DeepSpeed's `FusedAdam` at stage 0 in bf16 or fp16 has a wrapper of its own, which is not repaired: `initialize`
-  refuses it.
+- Named are classes, with those derived from them. `repair()` without any ends it.
+- With it come the repairs of `safe_get_full_*` and `safe_set_full_*` and of gradients on NVMe.
+- DeepSpeed's `FusedAdam` at stage 0 in bf16 or fp16 is not repaired: `initialize` refuses it.
 - With a DeepSpeed that has changed a method which a repair depends on, `repair` raises `ValueError` and names it.
 
-This document is written by `python -m tests.deepspeed.defects.report`. `pytest tests/deepspeed/test_defects.py` runs
-each script below with the DeepSpeed that is installed: as it is, repaired, and repaired for another optimizer. Weights
-begin at 1; shown is one element of each parameter, as all of its elements are alike. "Seen in" is about DeepSpeed
-0.18.0 and later; older were not tried. [deepspeed.md](deepspeed.md) has the versions that the scripts were run with.
+"Seen in" is about DeepSpeed 0.18.0 and later, with torch 2.13.0, on the CPU; older were not tried
+([versions](deepspeed.md#versions)).
 
+"""
+
+_UPDATES = "# Updates of micro-batches of one gradient for each parameter; None: the parameter is not used.\n"
+
+_SCRIPT = """
+## The script
+
+Put the settings of a defect in the place of the comment, and run `deepspeed --num_accelerators RANKS defect.py`.
+Weights begin at 1; shown is one element of each parameter, as all of its elements are alike.
+
+```python
+{script}```
+
+This page is written by `python -m tests.deepspeed.defects.report`; `pytest tests/deepspeed/test_defects.py` runs each
+script.
 """
 
 
@@ -41,7 +51,9 @@ def text() -> str:
         lines.append(
             f"| [{defect.title}](#{link}) | {_listed(defect.shown)} | {_listed(defect.right)} | {seen_in(defect)} |"
         )
-    return _HEAD + "\n".join(lines) + "\n" + "".join(_report(defect) for defect in DEFECTS.values())
+    before, _, after = _parts(next(iter(DEFECTS.values())))
+    script = _SCRIPT.format(script=f"{before}# The settings of a defect\n{_UPDATES}{after}")
+    return _HEAD + "\n".join(lines) + "\n" + "".join(_report(defect) for defect in DEFECTS.values()) + script
 
 
 def seen_in(defect: Defect) -> str:
@@ -53,6 +65,13 @@ def _listed(weights: list[float]) -> str:
     return ", ".join(str(weight) for weight in weights)
 
 
+def _parts(defect: Defect) -> tuple[str, str, str]:
+    """A script's lines before its settings, these, and what all scripts have behind them."""
+    before, begin, rest = defect.script().partition("CONFIG = ")
+    settings, end, after = rest.partition("\n]\n\n\nclass Model")
+    return before, begin + settings + end[:3], end[3:] + after
+
+
 def _report(defect: Defect) -> str:
     """The text of a report to DeepSpeed's developers."""
     return f"""
@@ -61,14 +80,11 @@ def _report(defect: Defect) -> str:
 {defect.says}
 
 - Where: {defect.where}
-- Seen in: DeepSpeed {seen_in(defect)}, torch 2.13.0, on the CPU
-- The script ends with {_listed(defect.shown)}; one process with {_listed(defect.right)}
 - Remedy: {defect.remedy}
-
-`deepspeed --num_accelerators {defect.ranks} defect.py`, where defect.py is
+- Settings, for {defect.ranks} rank{"s" if defect.ranks > 1 else ""}:
 
 ```python
-{defect.script()}```
+{_parts(defect)[1].replace(_UPDATES, "")}```
 """
 
 
