@@ -30,6 +30,13 @@ for tool in bash cat env git grep head ldconfig ls mkdir ps rm sh uname; do
     found=$(command -v "$tool") && ln -s "$found" "$tools/$tool"
 done
 
+# Ends where an installation has replaced torch.
+kept() {
+    local after
+    after=$("$home/bin/python" -c 'import torch; print(torch.__version__)')
+    [ "$before" = "$after" ] || die "installing $1 replaced torch $before by $after"
+}
+
 failed=()
 for row in "${rows[@]}"; do
     torch=${row%/*} python=python${row#*/}
@@ -39,10 +46,12 @@ for row in "${rows[@]}"; do
     pip() { "$home/bin/python" -m pip --quiet --disable-pip-version-check "$@"; }
     if [ "$torch" = latest ]; then pip install torch; else pip install "torch==$torch"; fi
     before=$("$home/bin/python" -c 'import torch; print(torch.__version__)')
-    pip install "${wheel}[imagenet]" hypothesis pytest pytest-timeout pytorch_optimizer qhoptim
     pip install --force-reinstall --no-deps "$wheel"
-    after=$("$home/bin/python" -c 'import torch; print(torch.__version__)')
-    [ "$before" = "$after" ] || die "the installation of arsg-dist replaced torch $before by $after"
+    pip install "$wheel"
+    kept "$wheel"
+    # torchvision asks for one torch exactly, and pip takes the newest torchvision: who wants the program names his torch.
+    pip install "${wheel}[imagenet]" "torch==${before%%+*}" hypothesis pytest pytest-timeout pytorch_optimizer qhoptim
+    kept "${wheel}[imagenet]"
     log=$PWD/.versions/torch$torch-$python.log
     # shellcheck disable=SC2086  # several files
     (cd "$checkout" && PATH="$home/bin:$tools" python -m pytest -q -p no:cacheprovider -m "not slow" $tests) > "$log" 2>&1 || failed+=("$row")

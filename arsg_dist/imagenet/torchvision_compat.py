@@ -21,8 +21,10 @@ def _import_torchvision() -> Any:
     try:
         return importlib.import_module("torchvision")
     except ModuleNotFoundError as error:
+        # Without this torch's number pip takes the newest torchvision and replaces torch by the one that it needs.
+        own = torch.__version__.partition("+")[0]
         raise ImportError(
-            "arsg_dist.imagenet needs torchvision: pip install 'arsg-dist[imagenet]', "
+            f"arsg_dist.imagenet needs torchvision: pip install 'arsg-dist[imagenet]' torch=={own}, "
             "or run launch/setup.sh in a checkout"
         ) from error
     except RuntimeError as error:

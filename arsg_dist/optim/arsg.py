@@ -180,11 +180,11 @@ class ARSG(Optimizer):
             What the closure returned, or None.
 
         Raises:
-            RuntimeError: for sparse gradients, inside `base_iterate`, or if a parameter's state does not fit
-                its group's settings.
+            RuntimeError: for sparse gradients, inside `base_iterate`, if a parameter's state does not fit
+                its group's settings, or in the capture of a CUDA graph without `capturable`.
         """
         self._refuse_at_base_iterate("step")
-        self._accelerator_graph_capture_health_check()
+        _refuse_capture(self.param_groups)
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -474,6 +474,14 @@ _CLASS_DEFAULTS = {
     "base_iterate_scale": 0.0,
 }
 """What a group holds; also what one saved before a setting existed is taken to mean."""
+
+
+def _refuse_capture(groups: list[dict[str, Any]]) -> None:
+    """Refuse a CUDA graph of an update whose numbers are the host's; torch's own check is private, and was renamed."""
+    if torch.compiler.is_compiling() or not torch.cuda.is_available():
+        return
+    if torch.cuda.is_current_stream_capturing() and not all(group["capturable"] for group in groups):
+        raise RuntimeError("the update of a CUDA graph needs ARSG(..., capturable=True), in every group")
 
 
 def _skips_on_device(group: dict[str, Any]) -> bool:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import pathlib
+import re
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+import arsg_dist
 from arsg_dist import ARSG
 from tests.optim.optim_paths import FOREACH_CAPTURABLE, MODES, Path, assert_close, gradients, parameters, run
 
@@ -157,3 +161,27 @@ def test_a_captured_step_replays_with_new_gradients_and_lr(path: Path, mode: str
     with captured.base_iterate(), eager.base_iterate():
         for x, y in zip(params, others, strict=True):
             assert_close(x.detach().cpu(), y.detach(), 1e-6)
+
+
+def test_a_graph_without_capturable_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a captured update that repeats the numbers of its first step for ever."""
+    x = torch.nn.Parameter(torch.ones(2))
+    optimizer = ARSG([{"params": [x], "capturable": True}, {"params": [torch.nn.Parameter(torch.ones(1))]}])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="capturable=True"):
+        optimizer.step()
+    optimizer.param_groups[1]["capturable"] = True
+    optimizer.step()
+
+
+def test_nothing_private_of_torchs_optimizer_is_used() -> None:
+    """Catches what another torch has by another name, or not at all: then every step would fail there."""
+    private = {
+        name for name in dir(torch.optim.Optimizer) if name.startswith("_") and not name.startswith("__")
+    }
+    sources = list(pathlib.Path(arsg_dist.__file__).parent.rglob("*.py"))
+    assert len(sources) > 100
+    for source in sources:
+        used = private & set(re.findall(r"\.(_[a-z]\w*)", source.read_text()))
+        assert not used, f"{source}: {used}"
