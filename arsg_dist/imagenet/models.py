@@ -94,7 +94,7 @@ def weighted_logits(outputs: Any) -> list[tuple[float, torch.Tensor]]:
 
 
 def require_image_sizes(
-    model: nn.Module, name: str, *, train: Iterable[int], batch_size: int, val: int
+    model: nn.Module, name: str, *, train: Iterable[int], batch_size: int, val: int | None
 ) -> None:
     """Refuse a network that cannot take the images of a run, before anything is computed.
 
@@ -106,14 +106,15 @@ def require_image_sizes(
         name: of it, for messages.
         train: sides of the training images, pixels.
         batch_size: of training images at a time on this rank.
-        val: side of the validation images, pixels.
+        val: side of the validation images, pixels; None where there are none.
 
     Raises:
         ValueError: it raised something, in which case training would.
     """
     was_training = model.training
     try:
-        for training, size in [*((True, size) for size in sorted(set(train))), (False, val)]:
+        validated = [] if val is None else [(False, val)]
+        for training, size in [*((True, size) for size in sorted(set(train))), *validated]:
             model.train(training)
             images = batch_size if training else 1
             if _passes(model, images, size, "meta") is not None and (
