@@ -10,8 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from arsg_dist.engine import Communicator, JobError, Ranks, discover_ranks, end_process, load_builder
 from arsg_dist.engine.job import BAD_INPUT, DONE, FAILED
 from arsg_dist.imagenet.data.delivery import LoadingError
@@ -25,7 +23,7 @@ from arsg_dist.imagenet.evaluate import (
     report,
 )
 from arsg_dist.imagenet.formats import FORMATS, export_as
-from arsg_dist.imagenet.models import build_model
+from arsg_dist.imagenet.models import build_shapes
 from arsg_dist.imagenet.named_recipes import list_or_copy
 from arsg_dist.imagenet.output import compare
 from arsg_dist.imagenet.output.export import CARD
@@ -277,8 +275,7 @@ def _plan(arguments: list[str]) -> str:
     """Say which parts of the network the engine gathers one by one; nothing is made of it but its shapes."""
     config = read_arguments(arguments)
     name = choose_engine(config.engine, config.deepspeed_config, discover_ranks({}))
-    with torch.device("meta"):
-        module = build_model(config.model, _CLASSES)
+    module = build_shapes(config.model, _CLASSES)
     units = load_builder(name).units(module)
     whole = sum(parameter.numel() for parameter in module.parameters())
     if not units:

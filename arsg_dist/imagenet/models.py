@@ -59,6 +59,24 @@ def build_model(name: str, num_classes: int, *, zero_init_gamma: bool = False) -
     return model
 
 
+def build_shapes(name: str, num_classes: int) -> nn.Module:
+    """Build a network of which only shapes are wanted, without memory for its weights where it can be built so.
+
+    Args:
+        name: as for `build_model`.
+        num_classes: likewise.
+
+    Raises:
+        ValueError: no such model.
+        ImportError: a model of timm, which is not installed.
+    """
+    try:
+        with torch.device("meta"):
+            return build_model(name, num_classes)
+    except NotImplementedError:  # one that computes its widths by tensors, as RegNet does
+        return build_model(name, num_classes)
+
+
 def _timm_model(name: str) -> Callable[..., nn.Module]:
     try:
         import timm
