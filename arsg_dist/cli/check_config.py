@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import json
 import sys
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -70,22 +71,25 @@ def _number(text: str) -> int:
 
 
 def _numels(name: str) -> list[int]:
-    """Return the sizes of a model's trained parameters, which take no memory."""
+    """Return the sizes of a model's trained parameters, which take no memory where it can be built so."""
     import torch
 
     package, colon, attribute = name.partition(":")
     if not colon:
         raise ValueError(f"--model {name}: write torchvision:NAME or MODULE:FUNCTION")
-    with torch.device("meta"):
-        if package == "torchvision":
-            from arsg_dist.imagenet.torchvision_compat import torchvision
+    if package == "torchvision":
+        from arsg_dist.imagenet.torchvision_compat import torchvision
 
-            model = torchvision.models.get_model(attribute, weights=None)
-        else:
-            function = getattr(import_module(package), attribute, None)
-            if function is None:
-                raise ValueError(f"--model {name}: {package} has no {attribute}")
-            model = function()
+        build = partial(torchvision.models.get_model, attribute, weights=None)
+    else:
+        build = getattr(import_module(package), attribute, None)  # type: ignore[assignment]
+        if build is None:
+            raise ValueError(f"--model {name}: {package} has no {attribute}")
+    try:
+        with torch.device("meta"):
+            model = build()
+    except NotImplementedError:  # one that computes its widths by tensors, as RegNet does
+        model = build()
     if not isinstance(model, torch.nn.Module):
         raise ValueError(f"--model {name} gave {type(model).__name__}, not a torch module")
     return [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Final
 
-from arsg_dist.engine.job import BAD_INPUT
+from arsg_dist.engine.job import BAD_INPUT, FAILED, JobError
 from arsg_dist.safe_io.text import printable
 
 SUMMARY: Final = (
@@ -39,11 +39,12 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the advice.
 
     Returns:
-        0; 2 for bad input.
+        0; 1 where loader processes fail; 2 for bad input.
     """
     try:
         with contextlib.redirect_stdout(sys.stderr):  # stdout is for the answer
             from arsg_dist.imagenet.curvature import advise_recipe
+            from arsg_dist.imagenet.data.delivery import LoadingError
             from arsg_dist.imagenet.recipe import read_arguments
 
             if min(arguments.batches, arguments.iterations) < 1:
@@ -54,8 +55,11 @@ def run(arguments: argparse.Namespace) -> int:
                 iterations=arguments.iterations,
                 checkpoint=arguments.checkpoint,
             )
-    except (ValueError, TypeError, ImportError, OSError) as error:
+    except (ValueError, TypeError, ImportError, OSError, JobError) as error:
         print(f"error: {printable(error, limit=_LONGEST)}", file=sys.stderr)  # noqa: T201
         return BAD_INPUT
+    except LoadingError as error:
+        print(f"error: {printable(error, limit=_LONGEST)}", file=sys.stderr)  # noqa: T201
+        return FAILED
     print(advice)  # noqa: T201
     return 0

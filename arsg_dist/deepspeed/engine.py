@@ -2,10 +2,11 @@
 
 import logging
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import deepspeed
 import torch
@@ -29,6 +30,10 @@ from arsg_dist.engine import (
     torch_communicator,
 )
 
+_SHARED_MEMORY: Final = Path("/dev/shm")
+_NAME: Final = "deepspeed_allreduce_buffer"
+_MIB_PER_RANK: Final = 67  # 66 and 8 bytes
+
 
 def connect(ranks: Ranks) -> Communicator:
     """Join this process to the job; return its communicator. Collective.
@@ -49,6 +54,7 @@ def connect(ranks: Ranks) -> Communicator:
     # per task every rank sees its own as device 0, whatever its number on the host.
     device = int(os.environ["LOCAL_RANK"])
     get_accelerator().set_device(device)
+    require_shared_memory(get_accelerator().device_name(device))
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     timeout = collective_timeout()
     options = {"timeout": timeout} if timeout else {}
@@ -56,6 +62,30 @@ def connect(ranks: Ranks) -> Communicator:
     communicator = torch_communicator(ranks, torch.device(get_accelerator().device_name(device)))
     release_shared_memory()
     return communicator
+
+
+def require_shared_memory(device: str) -> None:
+    """Refuse ranks whose memory for DeepSpeed's CPU operator has no room: they would die of a signal, or hang.
+
+    Before they meet, when none of them has taken its own.
+
+    Args:
+        device: of this rank, in torch's words.
+
+    Raises:
+        ValueError: there is no room, with what would help.
+    """
+    ranks = os.environ.get("LOCAL_SIZE", "")
+    # Set by the deepspeed launcher alone; without it, and over several hosts, DeepSpeed takes no such memory.
+    if not device.startswith("cpu") or ranks != os.environ["WORLD_SIZE"] or not _SHARED_MEMORY.is_dir():
+        return
+    free, needed = shutil.disk_usage(_SHARED_MEMORY).free >> 20, _MIB_PER_RANK * int(ranks)
+    if free < needed:
+        raise ValueError(
+            f"{_SHARED_MEMORY} has {free} MiB free, and DeepSpeed's {ranks} CPU ranks on this host need {needed}: give "
+            "it more room (docker --shm-size, in Kubernetes an emptyDir of medium Memory mounted there), remove what "
+            f"dead jobs left there ({_NAME}_*), or start the ranks by torchrun, under which DeepSpeed takes none"
+        )
 
 
 def capabilities_at(stage: int) -> Capabilities:
@@ -82,8 +112,7 @@ def release_shared_memory() -> None:
 def forget_name(rank: int | str) -> None:
     """Remove the name of one rank's shared memory, when no rank will look for it."""
     address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
-    name = f"deepspeed_allreduce_buffer_{os.getuid()}_{address}_{port}_{rank}"
-    (Path("/dev/shm") / name).unlink(missing_ok=True)
+    (_SHARED_MEMORY / f"{_NAME}_{os.getuid()}_{address}_{port}_{rank}").unlink(missing_ok=True)
 
 
 class DeepSpeedEngine(Engine):

@@ -10,8 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from arsg_dist.engine import Communicator, JobError, Ranks, discover_ranks, end_process, load_builder
 from arsg_dist.engine.job import BAD_INPUT, DONE, FAILED
 from arsg_dist.imagenet.data.delivery import LoadingError
@@ -25,7 +23,7 @@ from arsg_dist.imagenet.evaluate import (
     report,
 )
 from arsg_dist.imagenet.formats import FORMATS, export_as
-from arsg_dist.imagenet.models import build_model
+from arsg_dist.imagenet.models import build_shapes
 from arsg_dist.imagenet.named_recipes import list_or_copy
 from arsg_dist.imagenet.output import compare
 from arsg_dist.imagenet.output.export import CARD
@@ -199,30 +197,38 @@ def evaluate_command(arguments: list[str]) -> int:
 
 def _as_rank(choose: Callable[[Ranks], str], work: Callable[[str, Ranks, Communicator], int]) -> int:
     """Connect this rank by the engine that is chosen and work; return the exit code."""
-    rank = -1
     try:
         ranks = discover_ranks()
-        rank = ranks.rank
+    except (ValueError, ImportError) as error:
+        _say_error(error)
+        return BAD_INPUT
+    with _future_warnings_once(ranks.rank):  # of engines that are imported, too
+        return _connect_and_work(ranks, choose, work)
+
+
+def _connect_and_work(
+    ranks: Ranks, choose: Callable[[Ranks], str], work: Callable[[str, Ranks, Communicator], int]
+) -> int:
+    try:
         keep_compiled_code_private()
         engine = choose(ranks)
         communicator = load_builder(engine).connect(ranks)
     except JobError as error:  # agreed on
-        if rank == 0:
+        if ranks.rank == 0:
             _say_error(error)
         return BAD_INPUT
     except (ValueError, ImportError) as error:
         # Without a working connection every rank can only speak for itself.
-        _say_error(error, f" (rank {rank})" if rank > 0 else "")
+        _say_error(error, f" (rank {ranks.rank})" if ranks.rank > 0 else "")
         return BAD_INPUT
     try:
-        with _future_warnings_once(rank):
-            return work(engine, ranks, communicator)
+        return work(engine, ranks, communicator)
     except LoadingError as error:  # of this rank alone: the others end as below
-        _say_error(error, f" (rank {rank})" if ranks.world_size > 1 else "")
+        _say_error(error, f" (rank {ranks.rank})" if ranks.world_size > 1 else "")
         end_process(FAILED)
     except Exception:
         # Not agreed on: the other ranks may be waiting in a collective. End at once, so that the launcher ends them.
-        print(f"rank {rank} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)  # noqa: T201
+        print(f"rank {ranks.rank} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)  # noqa: T201
         end_process(FAILED)
 
 
@@ -269,8 +275,7 @@ def _plan(arguments: list[str]) -> str:
     """Say which parts of the network the engine gathers one by one; nothing is made of it but its shapes."""
     config = read_arguments(arguments)
     name = choose_engine(config.engine, config.deepspeed_config, discover_ranks({}))
-    with torch.device("meta"):
-        module = build_model(config.model, _CLASSES)
+    module = build_shapes(config.model, _CLASSES)
     units = load_builder(name).units(module)
     whole = sum(parameter.numel() for parameter in module.parameters())
     if not units:

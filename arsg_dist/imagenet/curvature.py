@@ -12,11 +12,12 @@ from arsg_dist.checkpoint import SavedRun
 from arsg_dist.engine import SingleProcessCommunicator, SingleProcessEngine
 from arsg_dist.imagenet.config import TrainConfig
 from arsg_dist.imagenet.data.dataset import processes_ended
-from arsg_dist.imagenet.data.transforms import BatchMixing, cross_entropy_sum, normalised
-from arsg_dist.imagenet.models import build_model, weighted_logits
+from arsg_dist.imagenet.data.transforms import BatchMixing, cross_entropy_sum, normalised, train_size
+from arsg_dist.imagenet.models import build_model, require_image_sizes, weighted_logits
 from arsg_dist.imagenet.trained import located
+from arsg_dist.imagenet.training.evaluation import refuse_bad_images
 from arsg_dist.imagenet.training.optimization import build_optimizer, parameter_groups
-from arsg_dist.imagenet.training.setup import open_data, samplers, split_loader
+from arsg_dist.imagenet.training.setup import open_data, require_room, samplers, split_loader
 from arsg_dist.optim.advice import Advice, advise, alpha_beta1_mu
 
 
@@ -35,6 +36,8 @@ def advise_recipe(
     Raises:
         ValueError: bad input, a checkpoint of another model, or an optimizer that the theory does not know.
         OSError: the checkpoint cannot be read.
+        JobError: an image cannot be decoded.
+        LoadingError: loader processes deliver no batches.
     """
     if config.accumulation_steps != 1:
         raise ValueError(
@@ -47,9 +50,13 @@ def advise_recipe(
     saved = SavedRun(located(checkpoint)) if checkpoint else None
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     train_split, val_split = open_data(config)
-    sampler, _ = samplers(config, train_split, val_split, SingleProcessCommunicator())
+    communicator = SingleProcessCommunicator()
+    sampler, _ = samplers(config, train_split, val_split, communicator)
     torch.manual_seed(config.seed)
     model = build_model(config.model, len(train_split.classes), zero_init_gamma=config.zero_init_gamma)
+    size = train_size(config.data, 0)
+    require_image_sizes(model, config.model, train=[size], batch_size=config.batch_size, val=None)
+    require_room(config.data, communicator, [""], batch_size=config.batch_size, val_batch_size=0)
     model.to(device).train()
     optimizer = build_optimizer(config.optimizer, parameter_groups(model, config.optimizer))
     if saved:
@@ -82,9 +89,9 @@ def advise_recipe(
         seed=config.seed,
         device=device,
     )
+    measured = []
     with processes_ended(loaded):
-        measured = [
-            mixing(normalised(batch.images.to(device)), batch.labels.to(device), number)
-            for number, batch in enumerate(islice(loaded, batches))
-        ]
+        for number, batch in enumerate(islice(loaded, batches)):
+            refuse_bad_images(batch.bad, config.data)
+            measured.append(mixing(normalised(batch.images.to(device)), batch.labels.to(device), number))
     return advise(optimizer, loss, measured, iterations=iterations)

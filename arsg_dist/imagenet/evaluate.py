@@ -25,7 +25,7 @@ from arsg_dist.imagenet.trained import At, Trained, located, open_trained
 from arsg_dist.imagenet.training.engines import autocast
 from arsg_dist.imagenet.training.evaluation import measure, network_inputs, refuse_bad_images
 from arsg_dist.imagenet.training.metrics import Evaluation
-from arsg_dist.imagenet.training.setup import root_of, share_cores, split_loader
+from arsg_dist.imagenet.training.setup import require_room, root_of, share_cores, split_loader
 from arsg_dist.safe_io.files import write_text
 from arsg_dist.safe_io.text import printable
 
@@ -227,7 +227,9 @@ def evaluate(task: Task, ranks: Ranks, communicator: Communicator) -> tuple[Eval
         task.trained.load_into(module, task.at)
     weights = fingerprints(module.state_dict().values())
     check_agreement(communicator, config=asdict(config), data=split.fingerprint(), weights=weights)
-    share_cores(communicator)
+    hosts = share_cores(communicator)
+    with communicator.fail_together():
+        require_room(data, communicator, hosts, batch_size=0, val_batch_size=config.val_batch_size)
     device = device_of(ranks)
     module.to(device)
     if config.channels_last:

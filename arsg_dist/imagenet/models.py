@@ -59,6 +59,24 @@ def build_model(name: str, num_classes: int, *, zero_init_gamma: bool = False) -
     return model
 
 
+def build_shapes(name: str, num_classes: int) -> nn.Module:
+    """Build a network of which only shapes are wanted, without memory for its weights where it can be built so.
+
+    Args:
+        name: as for `build_model`.
+        num_classes: likewise.
+
+    Raises:
+        ValueError: no such model.
+        ImportError: a model of timm, which is not installed.
+    """
+    try:
+        with torch.device("meta"):
+            return build_model(name, num_classes)
+    except NotImplementedError:  # one that computes its widths by tensors, as RegNet does
+        return build_model(name, num_classes)
+
+
 def _timm_model(name: str) -> Callable[..., nn.Module]:
     try:
         import timm
@@ -94,7 +112,7 @@ def weighted_logits(outputs: Any) -> list[tuple[float, torch.Tensor]]:
 
 
 def require_image_sizes(
-    model: nn.Module, name: str, *, train: Iterable[int], batch_size: int, val: int
+    model: nn.Module, name: str, *, train: Iterable[int], batch_size: int, val: int | None
 ) -> None:
     """Refuse a network that cannot take the images of a run, before anything is computed.
 
@@ -106,14 +124,15 @@ def require_image_sizes(
         name: of it, for messages.
         train: sides of the training images, pixels.
         batch_size: of training images at a time on this rank.
-        val: side of the validation images, pixels.
+        val: side of the validation images, pixels; None where there are none.
 
     Raises:
         ValueError: it raised something, in which case training would.
     """
     was_training = model.training
     try:
-        for training, size in [*((True, size) for size in sorted(set(train))), (False, val)]:
+        validated = [] if val is None else [(False, val)]
+        for training, size in [*((True, size) for size in sorted(set(train))), *validated]:
             model.train(training)
             images = batch_size if training else 1
             if _passes(model, images, size, "meta") is not None and (

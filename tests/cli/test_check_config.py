@@ -31,9 +31,12 @@ def test_a_config_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_model_can_be_named(capsys: pytest.CaptureFixture[str]) -> None:
-    """Catches a model that is downloaded, filled with numbers, or counted wrongly."""
+    """Catches a model that is downloaded, filled with numbers, counted wrongly, or needs values to be built."""
     assert main(["check-config", ZERO2, "--model", "torchvision:resnet50", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["parameters"] == 25_557_032
+    # One that cannot be built without memory.
+    assert main(["check-config", ZERO2, "--model", "torchvision:regnet_y_400mf", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["parameters"] == 4_344_144
     assert main(["check-config", ZERO2, "--model", "tests.support.toy:build_model", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["parameters"] == 8992
 

@@ -1,6 +1,9 @@
 """`arsg-dist lr-find` on a linear network, whose Hessian is small enough to write out."""
 
+import re
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from arsg_dist.cli import main as cli
 from arsg_dist.engine import SingleProcessCommunicator, SingleProcessEngine
 from arsg_dist.imagenet import curvature
 from arsg_dist.imagenet.config import OptimizerConfig
+from arsg_dist.imagenet.data import delivery
 from arsg_dist.imagenet.training.optimization import build_optimizer
 from arsg_dist.optim.advice import advise
 from tests.imagenet.test_run_by_hand import BATCH, build_model, recipe
@@ -101,3 +105,41 @@ def test_bad_input_is_one_line(arguments, says, monkeypatch, capsys) -> None:
     captured = capsys.readouterr()
     assert says in captured.err
     assert captured.out == ""
+
+
+@pytest.mark.parametrize(
+    ("fate", "code", "says"),
+    [
+        ("no room", 2, r"error: /dev/shm has 0\.0 MiB free.*\(data\.workers=1, 4 images of 4 × 4 per rank\)"),
+        ("images too small", 2, r"error: model vgg11 cannot train on 4 images of 4 × 4"),
+        ("processes that die", 1, r"error: loader process 7 has ended"),
+    ],
+)
+def test_what_keeps_it_from_its_batches_is_one_line(fate, code, says, monkeypatch, capsys) -> None:
+    """Catches a traceback, or a wait for ever, where a training says what is wrong."""
+
+    def dying(*_, **__):
+        raise delivery.LoadingError("loader process 7 has ended: killed by SIGKILL")
+        yield
+
+    if fate == "no room":
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    if fate == "processes that die":
+        monkeypatch.setattr(curvature, "split_loader", dying)
+    model = "vgg11" if fate == "images too small" else "resnet20"
+    settings = {
+        **{
+            "data.source": "synthetic",
+            "data.synthetic_images": 8,
+            "data.synthetic_classes": 3,
+            "model": model,
+        },
+        **{"data.image_size": 4, "data.workers": int(fate == "no room"), "batch_size": 4},
+    }
+    flags = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["lr-find", "--", *flags])
+    captured = capsys.readouterr()
+    assert re.search(says, captured.err), captured.err
+    assert ended.value.code == code
+    assert "Traceback" not in captured.err

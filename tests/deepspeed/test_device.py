@@ -1,5 +1,6 @@
 """Which device a rank takes under DeepSpeed, and when, without any."""
 
+import shutil
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,3 +31,32 @@ def test_a_rank_takes_its_device_before_the_first_collective(
     monkeypatch.setattr(engine, "release_shared_memory", lambda: None)
     engine.connect(Ranks(7, 8, 3, "srun"))
     assert calls == [("device", device), "meet", torch.device("cuda", device)]
+
+
+@pytest.mark.parametrize(
+    ("device", "local_size", "mib", "refused"),
+    [
+        ("cpu", "3", 3 * 66, True),
+        ("cpu", "3", 3 * 67, False),
+        ("cpu", "2", 1, False),
+        ("cpu", None, 1, False),
+        ("cuda:0", "3", 1, False),
+    ],
+)
+def test_cpu_ranks_without_shared_memory_are_refused_before_they_meet(
+    device: str, local_size: str | None, mib: int, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches ranks that die of SIGSEGV in a container's 64 MiB, without a word of why; room for one rank where there
+    are several; and a refusal where DeepSpeed takes none: other launchers, several hosts, GPUs."""
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.delenv("LOCAL_SIZE", raising=False)
+    if local_size:
+        monkeypatch.setenv("LOCAL_SIZE", local_size)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=mib << 20))
+    if refused:
+        with pytest.raises(
+            ValueError, match=r"/dev/shm has 198 MiB free.*3 CPU ranks.*need 201.*--shm-size.*torchrun"
+        ):
+            engine.require_shared_memory(device)
+    else:
+        engine.require_shared_memory(device)

@@ -66,7 +66,8 @@ RANKS = {
     "single": 1,
     **dict.fromkeys(("ddp", "fsdp", "deepspeed", "deepspeed-3", "horovod", "horovod-sharded"), 2),
 }
-SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGKILL")
+# Three of eight are kills.
+SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP", "SIGKILL", "SIGKILL", "SIGKILL")
 TO = ("one rank", "process group")
 WORKERS = (0, 2)
 MOMENTS = {

@@ -13,12 +13,15 @@ minutes: the ranks are `tests/support/stopped_job.py`, which takes `--seconds` t
 import argparse
 import itertools
 import json
+import math
 import os
+import re
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -154,7 +157,11 @@ def stop(cell: dict[str, Any], directory: Path, probe: float | None = None) -> d
         assert checkpoint.progress["position"]["update"] == found["update"]
     code = 128 - code if isinstance(code, int) and code < 0 else code
     trains_on = not saved and (bool(left) or updates_done(directory / "run") == UPDATES)
-    return {"code": code, "seconds": seconds, "saved": saved, "trains on": trains_on}
+    shown = Counter(re.findall("FutureWarning: .*", (directory / "log").read_text()))
+    return {
+        **{"code": code, "seconds": seconds, "saved": saved, "trains on": trains_on},
+        "most of one FutureWarning": max(shown.values(), default=0),
+    }
 
 
 def wait(condition: Any, seconds: float) -> None:
@@ -186,6 +193,9 @@ def main() -> int:
     parser.add_argument(
         "--unknown", action="store_true", help="only cells of which FILE has nothing, no probe either"
     )
+    parser.add_argument(
+        "--begin-within", type=float, default=math.inf, metavar="SECONDS", help="begin no cell after so many"
+    )
     parser.add_argument("--launchers", nargs="+", choices=list(LAUNCHERS), default=list(LAUNCHERS))
     options = parser.parse_args()
     probe = options.seconds if options.probe else None
@@ -198,12 +208,13 @@ def main() -> int:
         if (options.unknown or ("probe seconds" in record) == options.probe) and "wrong" not in record
     }
     warm, bad, whole = warm_ranks(), 0, dict[str, Path]()
+    end = time.monotonic() + options.begin_within
     with tempfile.TemporaryDirectory() as temporary, options.file.open("a") as out:
         for number, cell in sorted(
             enumerate(cells()), key=lambda pair: pair[0] * 7 % 61
         ):  # each launcher soon
             key = (cell["launcher"], cell["to"], cell["signal"])
-            if key in done or cell["launcher"] not in options.launchers:
+            if key in done or cell["launcher"] not in options.launchers or time.monotonic() > end:
                 continue
             engine, directory = LAUNCHERS[cell["launcher"]], Path(temporary) / f"cell-{number}"
             if engine not in whole and probe is None:

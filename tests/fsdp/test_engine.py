@@ -245,6 +245,10 @@ def test_the_plan_of_a_recipe_names_what_is_gathered(capsys: pytest.CaptureFixtu
     load_builder("fsdp").check_options("fsdp", options)
     assert train_command(["--engine", "single", "--model", "resnet20", "--print-plan"]) == 0
     assert "gathers no parts" in capsys.readouterr().out
+    assert train_command(["--engine", "fsdp", "--model", "regnet_y_400mf", "--print-plan"]) == 0
+    lines = capsys.readouterr().out.splitlines()  # of a network that cannot be built without memory
+    numbers = [int(line.split()[0].replace(",", "")) for line in lines[1:]]
+    assert sum(numbers) == sum(x.numel() for x in build_model("regnet_y_400mf", 1000).parameters())
 
 
 def test_networks_that_cannot_be_computed_twice_are_refused() -> None:

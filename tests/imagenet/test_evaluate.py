@@ -6,6 +6,7 @@ import os
 import shutil
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -294,3 +295,15 @@ def test_what_cannot_be_measured_is_said_in_a_line(
     weights.write_text(weights.read_text().replace("parameter:1.bias", "parameter:1.bios"))
     assert evaluate_command([str(run)]) == 2
     assert "error: " in capsys.readouterr().err
+
+
+def test_loader_processes_without_room_are_refused(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches an evaluation that begins where a training would be refused, or counts batches of a training too."""
+    # 2 processes × 2 batches of 3 images of 4 × 4 pixels, 3 bytes each
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2 * 2 * 3 * 3 * 16 - 1))
+    assert evaluate_command([str(run), "--data.workers", "2"]) == 2
+    error = capsys.readouterr().err
+    assert "error: /dev/shm has 0.0 MiB free" in error
+    assert "(data.workers=2, 3 images of 4 × 4 in validation): give it more room (docker --shm-size" in error

@@ -1,11 +1,21 @@
 """Warnings of libraries that a user can do nothing about."""
 
+import os
+import re
 import sys
 import warnings
+from collections import Counter
+from pathlib import Path
 
 import pytest
 
 from arsg_dist.imagenet.cli import _future_warnings_once
+from tests.support.warm_ranks import ENGINES, WarmRanks, warm_ranks
+
+
+@pytest.fixture
+def warm() -> WarmRanks:
+    return warm_ranks()
 
 
 @pytest.mark.parametrize(
@@ -30,3 +40,39 @@ def test_future_warnings_are_shown_once_in_a_run(
                     warnings.warn(text, FutureWarning, stacklevel=1)
             warnings.warn("other", UserWarning, stacklevel=1)
         assert [str(warning.message) for warning in log] == shown
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    "engine",
+    [
+        "ddp",
+        pytest.param("deepspeed-3", marks=pytest.mark.turn(0)),
+        pytest.param("horovod-sharded", marks=pytest.mark.turn(1)),
+        pytest.param("fsdp", marks=pytest.mark.turn(2)),
+    ],
+)
+def test_a_run_of_two_ranks_shows_each_future_warning_once(
+    engine: str, warm: WarmRanks, tmp_path: Path
+) -> None:
+    """Catches warnings of every rank, of what is imported before they meet, and of every loader process; and real ones
+    of an engine's libraries."""
+    settings = {
+        **{"data.source": "synthetic", "data.synthetic_images": 24, "data.synthetic_classes": 3},
+        **{"data.image_size": 8, "data.workers": 2, "model": "resnet20", "batch_size": 12, "epochs": 2},
+        **{"optimizer.params": "{lr: 0.01}", "output": tmp_path / "run"},
+    }
+    job = warm.run_program(
+        "horovodrun" if engine.startswith("horovod") else "torchrun",
+        "tests/imagenet/jobs/warnings_job.py",
+        *ENGINES[engine],
+        *(text for name, value in settings.items() for text in (f"--{name}", value)),
+        environment={**os.environ},
+        ranks=2,
+        end_together=True,
+    )
+    assert job.codes == [0, 0], job.output[-6000:]
+    shown = Counter(re.findall(r"FutureWarning: (.+)", job.output))
+    assert shown["FutureWarning in each update"] == shown["FutureWarning while it connects"] == 1
+    assert set(shown.values()) == {1}, shown
+    assert "FutureWarning" not in job.outputs[1]

@@ -234,7 +234,9 @@ class _Fork:
         """Forks a rank; its pid."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(request).encode() + b"\n")
-        return self._wait_for("pid", 30)
+        pid = self._wait_for("pid", 30)
+        self.ended.pop(pid, None)  # of an earlier rank: the system gives numbers again
+        return pid
 
     def take(self, seconds: float) -> dict[str, Any] | None:
         """The next answer, if there is one within this time."""
@@ -279,7 +281,8 @@ def _wait(running: list[tuple[_Fork, int]], timeout: float, job: Path, *, end_to
                 while pid not in fork.ended:
                     fork.take(1)
             text = "\n".join(
-                f"--- {path.name}\n{path.read_text()[-4000:]}" for path in sorted(job.glob("rank-*"))
+                f"--- rank-{rank}, ended with {fork.ended[pid][0]}\n{(job / f'rank-{rank}').read_text()[-4000:]}"
+                for rank, (fork, pid) in enumerate(running)
             )
             raise AssertionError(f"ranks {left} were still running {hang}:\n{text}")
         for rank in left:

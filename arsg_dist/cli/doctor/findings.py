@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from arsg_dist.cli.doctor.facts import LABELS
 
-SHM_MIB_PER_RANK = 66  # what DeepSpeed's CPU collectives take
+SHM_MIB_PER_RANK = 67  # what DeepSpeed's CPU collectives take, as `arsg_dist.deepspeed` asks for
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,9 @@
 import gc
 import multiprocessing
 import os
+import sys
 import threading
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -243,18 +245,21 @@ def process_loader(
         num_workers=workers,
         multiprocessing_context="forkserver" if workers else None,
         persistent_workers=workers > 0,
-        worker_init_fn=_end_with_the_rank if workers else None,
+        worker_init_fn=_begin_loading if workers else None,
         pin_memory=pin_memory,
         # Without one the loader draws from the global generator at every start, and a resume would start once more.
         generator=torch.Generator().manual_seed(0),
     )
 
 
-def _end_with_the_rank(worker: int) -> None:
-    """End a loader process when its rank has ended, however that came.
+def _begin_loading(worker: int) -> None:
+    """Prepare a loader process: it ends when its rank has ended, however that came.
 
     Torch's own watch is for the process that forked it: here the server, which lives as long as what it forked.
     """
+    if not sys.warnoptions:  # else they are asked for
+        # Of libraries, where a user can do nothing; each process would show its own.
+        warnings.filterwarnings("ignore", category=FutureWarning)
     rank = multiprocessing.parent_process()
     assert rank is not None
 

@@ -17,7 +17,18 @@ FORMATS: Final = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF")
 _MOST_SCANS: Final = 100
 UNDECODABLE: Final = (OSError, ValueError)
 """What reading and decoding raise for a file that is no usable image."""
-
+_HTML: Final = "HTML, not an image"
+_OTHERS: Final = {
+    **dict.fromkeys((b"<!doctype html", b"<html", b"<head", b"<body"), _HTML),
+    b"<?xml": "XML, not an image",
+    b"<svg": "SVG, not an image of pixels",
+    b"<error": "XML, not an image",
+    b'{"': "JSON, not an image",
+    b"version https://git-lfs": "a Git LFS pointer, not the image: git lfs pull gets it",
+    b"\x89png": "PNG, damaged or cut off",
+    b"\xff\xd8": "JPEG, damaged or cut off",
+}
+"""How files begin that are found in place of images, in lower case."""
 
 MODULUS: Final = 1 << 128
 
@@ -163,7 +174,12 @@ def _deep_colour(image: Any) -> bool:
 def _what_it_is(encoded: bytes) -> str:
     if not encoded:
         return "empty file"
+    if not encoded.strip(b"\0"):
+        return f"{len(encoded):,} zero bytes, not an image: it was never written to the end"
     start = encoded[:512].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    if start.startswith((b"<!doctype html", b"<html", b"<head", b"<body")):
-        return "HTML, not an image"
+    for beginning, what in _OTHERS.items():
+        if start.startswith(beginning):
+            return what
+    if encoded[4:8] == b"ftyp":
+        return f"{encoded[8:12].decode('ascii', 'replace').upper()}, none of {', '.join(FORMATS)}: convert it"
     return f"not an image, or none of {', '.join(FORMATS)}"

@@ -42,8 +42,8 @@ def require_shared_memory(
 
     Args:
         config: of the data.
-        batch_size: images per rank and training batch.
-        val_batch_size: images per rank and validation batch.
+        batch_size: images per rank and training batch; 0 where nothing is trained.
+        val_batch_size: images per rank and validation batch; 0 where nothing is validated.
         ranks_here: ranks on this host.
         pinned: whether batches go into page-locked memory.
 
@@ -58,12 +58,18 @@ def require_shared_memory(
     of_a_rank = config.workers * (max(train, val) if pinned else _PREFETCHED * (train + val))
     free = shutil.disk_usage(SHARED_MEMORY).free
     if free < of_a_rank * ranks_here:
+        batches = [
+            f"{images} images of {size} × {size} {where}"
+            for images, size, where in (
+                (batch_size, config.full_train_size, "per rank"),
+                (val_batch_size, config.image_size, "in validation"),
+            )
+            if images
+        ]
         raise ValueError(
             f"{SHARED_MEMORY} has {free / _MIB:,.1f} MiB free, and the loader processes of {ranks_here} "
             f"{'ranks' if ranks_here > 1 else 'rank'} on this host need {of_a_rank * ranks_here / _MIB:,.1f} MiB "
-            f"(data.workers={config.workers}, {batch_size} images of {config.full_train_size} × "
-            f"{config.full_train_size} per rank, {val_batch_size} of {config.image_size} × {config.image_size} in "
-            f"validation): {_REMEDY}"
+            f"(data.workers={config.workers}, {', '.join(batches)}): {_REMEDY}"
         )
 
 

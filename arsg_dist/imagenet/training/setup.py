@@ -87,7 +87,13 @@ def train(
         identity = identity_of(config, builder, train_split, val_split, communicator)
         hosts = share_cores(communicator)
         with communicator.fail_together():
-            _require_room(config, communicator, hosts)
+            require_room(
+                config.data,
+                communicator,
+                hosts,
+                batch_size=config.micro_batch_size(communicator.world_size),
+                val_batch_size=config.val_batch_size,
+            )
         average = WeightAverage(model, config.ema_decay) if config.ema_decay else None
         engine = build_engine(builder, model, config, communicator, ranks)
         make_loader = partial(split_loader, data=config.data, seed=config.seed, device=engine.device)
@@ -209,14 +215,27 @@ def root_of(data: DataConfig) -> Path:
     return digits_tree(DIGITS) if use_digits else Path(data.root or "")
 
 
-def _require_room(config: TrainConfig, communicator: Communicator, hosts: list[str]) -> None:
-    """Refuse loader processes that have no room on this host; its first rank speaks for all."""
+def require_room(
+    data: DataConfig, communicator: Communicator, hosts: list[str], *, batch_size: int, val_batch_size: int
+) -> None:
+    """Refuse loader processes that have no room on this host; its first rank speaks for all.
+
+    Args:
+        data: its settings.
+        communicator: of all ranks.
+        hosts: name of every rank's.
+        batch_size: images per rank and training batch, 0 for none.
+        val_batch_size: likewise of validation.
+
+    Raises:
+        ValueError: there is no room.
+    """
     here = hosts[communicator.rank]
     if hosts.index(here) == communicator.rank:
         require_shared_memory(
-            config.data,
-            batch_size=config.micro_batch_size(communicator.world_size),
-            val_batch_size=config.val_batch_size,
+            data,
+            batch_size=batch_size,
+            val_batch_size=val_batch_size,
             ranks_here=hosts.count(here),
             pinned=torch.cuda.is_available(),
         )

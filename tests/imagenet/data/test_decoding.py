@@ -71,6 +71,26 @@ def test_what_is_no_whole_image_raises(content: bytes) -> None:
         decode(content)
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "empty file"),
+        (bytes(2000), "2,000 zero bytes"),
+        (b"\n <!DOCTYPE HTML><p>404", "HTML, not an image"),
+        (b'\xef\xbb\xbf<?xml version="1.0"?><Error><Code>NoSuchKey', "XML, not an image"),
+        (b'{"error": "rate limit"}', "JSON, not an image"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a", "a Git LFS pointer.*git lfs pull"),
+        (b"\0\0\0\x20ftypavif\0\0\0\0", "AVIF, none of JPEG, PNG.*convert it"),
+        (KINDS["PNG"][:12], "PNG, damaged or cut off"),
+        (b"8BPS\0\1", "not an image, or none of JPEG"),
+    ],
+)
+def test_what_is_found_in_place_of_an_image_is_named(content: bytes, said: str) -> None:
+    """Catches "cannot identify image file <_io.BytesIO object>", of which nobody knows what to do."""
+    with pytest.raises(ValueError, match=said):
+        decode(content)
+
+
 def test_synthetic_images_are_the_same_in_every_process_and_touch_no_disk() -> None:
     """Catches measurements of other images on every rank or of larger batches, and labels outside the classes."""
     config = DataConfig(source="synthetic", image_size=24, synthetic_images=50, synthetic_classes=7)

@@ -219,7 +219,7 @@ def test_shared_memory_is_refused_that_the_batches_do_not_fit_into(
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["checked at the start", "found on the way", "full already"])
 def test_a_small_dev_shm_ends_a_run(case: str, tmp_path: Path) -> None:
-    """Catches the hang of a container with too little shared memory, on the real one."""
+    """Catches the hang of a container with too little shared memory, or one of minutes, on the real one."""
     mounted = ["unshare", "-m", "bash", "-c", 'mount -t tmpfs -o size=4m tmpfs /dev/shm && "$@"', "-"]
     if subprocess.run([*mounted, "true"], capture_output=True).returncode:
         pytest.skip("mounting a file system of one's own is not allowed here")
@@ -242,11 +242,15 @@ def test_a_small_dev_shm_ends_a_run(case: str, tmp_path: Path) -> None:
         text=True,
         timeout=120,
     )
+    ended = time.monotonic()
     (error,) = re.findall("error: .*", job.stderr)
     assert "/dev/shm" in error
     assert "--shm-size" in error
     assert job.returncode == (2 if case == "checked at the start" else 1)
     assert "Traceback" not in job.stderr
+    (began,) = re.findall(r"begins at ([\d.]+)", job.stdout)
+    print(f"{case}: {ended - float(began):.1f} s")
+    assert ended - float(began) < 10  # promised, with the start of loader processes and all
 
 
 def run() -> None:
@@ -261,4 +265,5 @@ def run() -> None:
     if case == "full already":
         with pytest.raises(OSError), Path("/dev/shm/full").open("wb") as file:
             file.write(bytes(5 << 20))
+    print(f"begins at {time.monotonic()}", flush=True)
     end_process(train_command(arguments))
