@@ -4,9 +4,10 @@
     python -m tests.deepspeed.versions --resume 0.18.0 0.19.8  # goes on with what has no result yet
     python -m tests.deepspeed.versions --renew 0.19.9          # first takes its methods among the known ones
 
-A run forgets what earlier ones said of its versions; with `--resume` it keeps that. Each version is installed in a folder below .cache, without its compiled operators, and put before the environment's own
-on PYTHONPATH. `--renew` adds the digests of the methods that the repairs wrap or rely on to
-arsg_dist/deepspeed/known_sources.py: with a version whose tests pass, or after a look at what it changed in them.
+A run forgets what earlier ones said of its versions; with `--resume` it keeps that. Each version is installed in a
+folder below .cache, without its compiled operators, and put before the environment's own on PYTHONPATH. `--renew` adds
+the digests of the methods that the repairs wrap or rely on to arsg_dist/deepspeed/known_sources.py: with a version
+whose tests pass, or after a look at what it changed in them.
 """
 
 import argparse
