@@ -42,7 +42,8 @@ _NOT_COMMON: Final = frozenset(
 OWN_KEYS: Final = _NOT_COMMON | {
     *COUNTERS,
     *("lr_scheduler", "data_sampler", "random_ltd", "sparse_tensor_module_names"),
-    *("dp_world_size", "mp_world_size", "ds_config", "ds_version", "num_experts"),
+    *("dp_world_size", "mp_world_size", "ds_config", "ds_version"),
+    *("num_experts", "ds_autoep_layers", "autoep_layers", "checkpoint_parallel_dimensions"),
 }
 """What DeepSpeed's checkpoints have beside the client's state, in the same dict."""
 
