@@ -59,9 +59,18 @@ KNOWN_SOURCES: Final[dict[str, dict[str, str]]] = {
         "fab8f850eabad415": "0.19.5 to 0.19.7",
         "110f723937b99fb9": "0.19.8",
     },
+    "DeepSpeedZeroOptimizer.get_all_grad_tensors": {
+        "412137c5d2d69857": "0.18.1 to 0.18.2",
+    },
+    "DeepSpeedZeroOptimizer.get_flat_partition": {
+        "36a6470a9dd6b1ed": "0.18.1 to 0.18.2",
+    },
     "DeepSpeedZeroOptimizer.get_gradient_for_reduction": {
         "6f5ba2291774dcbf": "0.18.0 to 0.19.7",
         "74006491879fefa1": "0.19.8",
+    },
+    "DeepSpeedZeroOptimizer.independent_gradient_partition_epilogue": {
+        "8aab6ad622662a54": "0.18.1 to 0.18.2",
     },
     "DeepSpeedZeroOptimizer.reduce_gradients": {
         "385b8e94b1d3cee7": "0.18.0 to 0.19.8",

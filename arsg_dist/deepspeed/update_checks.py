@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
-import deepspeed
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine as _Engine
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
@@ -21,7 +20,7 @@ from arsg_dist.deepspeed.checkpoint.partitioning import Piece
 from arsg_dist.deepspeed.checkpoint.zero_state import Shard, shards_of
 from arsg_dist.deepspeed.patches.training_step import forget_sums
 from arsg_dist.deepspeed.patching import Method, wrap_once
-from arsg_dist.deepspeed.versions import forgets_passes
+from arsg_dist.deepspeed.versions import fails_over_further_passes
 from arsg_dist.engine import Communicator, JobError, SingleProcessCommunicator, TorchCommunicator
 from arsg_dist.engine.consistency import fingerprint
 from arsg_dist.engine.settings import start_comparison
@@ -171,21 +170,16 @@ class UpdateChecks:
         engine.basic_optimizer.register_step_pre_hook(lambda *_: self.finish_comparison())
 
     def begin_backward(self) -> None:
-        """Look whether DeepSpeed would fail over a backward pass, or forget those before it.
+        """Look whether DeepSpeed would fail over a backward pass.
 
         Raises:
             JobError: it would; on every rank that begins this pass.
         """
         wrapper = self._engine.optimizer
-        if not (self._passes and isinstance(wrapper, DeepSpeedZeroOptimizer) and forgets_passes(wrapper)):
+        if not (isinstance(wrapper, DeepSpeedZeroOptimizer) and fails_over_further_passes(wrapper)):
             return
         if self._last_passes:
             raise JobError(_too_many_passes(self._last_passes + 1))
-        if wrapper.partition_gradients:
-            raise JobError(
-                f"DeepSpeed {deepspeed.__version__} keeps only the last of an update's backward passes at ZeRO stage "
-                "2, so that gradient accumulation loses the others: use stage 1 or 3, or DeepSpeed 0.18.3 or later"
-            )
 
     @contextmanager
     def count_backward(self) -> Iterator[None]:
@@ -208,7 +202,7 @@ class UpdateChecks:
         self._passes = self._last_passes = 0
         self._gone = bool(self._engine.zero_optimization())
         wrapper = self._engine.optimizer
-        if isinstance(wrapper, DeepSpeedZeroOptimizer) and forgets_passes(wrapper):
+        if isinstance(wrapper, DeepSpeedZeroOptimizer) and fails_over_further_passes(wrapper):
             wrapper.averaged_gradients = dict.fromkeys(wrapper.averaged_gradients)
 
     def begin_update(self) -> None:

@@ -46,11 +46,8 @@ def loss_scaler(wrapper: Any) -> Any:
     return wrapper  # stage 0 until 0.18.5
 
 
-def forgets_passes(zero: Any) -> bool:
-    """Tell whether stage 2 forgets all backward passes of an update but the last one, without a word.
-
-    At stages 1 and 2 one more pass after the last one then ends in a TypeError.
-    """
+def fails_over_further_passes(zero: Any) -> bool:
+    """Tell whether a further backward pass after an update's last one ends in a TypeError (stages 1 and 2)."""
     return _before("0.18.3") and not zero.cpu_offload
 
 

@@ -30,6 +30,7 @@ from arsg_dist.optim.state import (
     local,
     needs_step,
     new_state,
+    new_step,
     real,
     required,
     restore_loaded,
@@ -72,6 +73,8 @@ class ARSG(Optimizer):
             state is created or loaded.
         lookahead_k: every k steps slow ← slow + a(x − slow), x ← slow. 0: off.
         lookahead_alpha: a in [0, 1].
+        count_steps: keep the number of steps of each parameter as `state["step"]` where the update does not need it:
+            for an optimizer around this one that reads it there.
 
     Raises:
         ValueError: a setting out of range, or contradicting settings.
@@ -104,6 +107,7 @@ class ARSG(Optimizer):
         state_dtype: torch.dtype | str | None = None,
         lookahead_k: int = 0,
         lookahead_alpha: float = 0.5,
+        count_steps: bool = False,
     ) -> None:
         given = locals()
         defaults = {name: given.get(name, default) for name, default in _CLASS_DEFAULTS.items()}
@@ -213,6 +217,8 @@ class ARSG(Optimizer):
             state = self.state[param]
             if len(state) == 0:
                 state.update(new_state(param, group))
+            if group["count_steps"] and not needs_step(group):
+                state.setdefault("step", new_step(0, param, group["capturable"]))
             stepped.append((param, state))
             counted = "step" in state or needs_step(group)
             if counted:
@@ -489,7 +495,7 @@ def _skips_on_device(group: dict[str, Any]) -> bool:
     params = [real(local(param)) for param in group["params"] if param.grad is not None]
     if not params:
         return True
-    counted = needs_step(group) and not group["capturable"]
+    counted = (needs_step(group) or group["count_steps"]) and not group["capturable"]
     if counted or group["lookahead_k"] > 0 or not all(param.is_cuda for param in params):
         return False
     return has_triton() and step_function(group, Hyperparameters.of_group(group), params) is fused_step

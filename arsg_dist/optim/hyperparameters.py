@@ -119,6 +119,7 @@ class Hyperparameters:
             **{mode: _flag(group, mode) for mode, off in MODES.items() if off is False},
             "state_dtype": state_dtype_name(group["state_dtype"]),
             "lookahead_alpha": number("lookahead_alpha", group["lookahead_alpha"], at_most=1.0),
+            "count_steps": _flag(group, "count_steps"),
         }
 
     @classmethod

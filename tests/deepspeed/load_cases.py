@@ -515,7 +515,9 @@ def _judge_refusal(case: Case, said: str | None) -> list[str]:
 def expected_after(case: Case, own: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
     """What the rule says the engine must be."""
     expected = dict(own)
-    without_masters = case.model == "pipeline" or (case.model, case.source) == ("moe", "Adam")
+    without_masters = case.model == "pipeline" or (
+        case.source == "Adam" and (case.model == "moe" or case.stage == 0)
+    )
     as_computed = without_masters and not case.with_optimizer
     for key, value in saved.items():
         kind, _, name = key.partition(" ")

@@ -215,8 +215,47 @@ def test_a_directory_from_which_nothing_is_loaded_is_named() -> None:
     with pytest.warns(UserWarning, match="nothing is loaded.*no file latest.*There are older: pass tag"):
         assert engine.load_checkpoint(str(incomplete)) == (None, None)
     assert load_cases.differences(before, load_cases.snapshot(engine)) == []
-    with pytest.raises(ValueError, match="tag='latest' is the name of DeepSpeed's own file"):
-        engine.save_checkpoint(str(directory() / "named"), tag="latest")
+
+
+@pytest.mark.parametrize(
+    ("said", "arguments"),
+    [
+        ("tag='latest' is the name of DeepSpeed's own file", {"tag": "latest"}),
+        ("tag='latest/a' is the name of DeepSpeed's own file", {"tag": "latest/a"}),
+        ("tag='../a' leads out of the directory", {"tag": "../a"}),
+        ("tag='/a' leads out of the directory", {"tag": "/a"}),
+        ("tag='a ' would not be found", {"tag": "a "}),
+        (r"client_state has \['arsg', 'lr_scheduler'\]", {"client_state": {"arsg": 1, "lr_scheduler": {}}}),
+        (r"client_state has \['global_steps'\]", {"client_state": {"global_steps": 5}}),
+    ],
+)
+def test_what_would_not_be_read_back_is_not_written(said: str, arguments: dict[str, Any]) -> None:
+    """Catches a checkpoint that `latest` does not lead to, and a client's state in the place of the engine's, or lost
+    at the load."""
+    engine = load_cases.build(plain(0), "source")
+    with pytest.raises(ValueError, match=said):
+        engine.save_checkpoint(str(directory() / "refused"), **arguments)
+    assert not (directory() / "refused").exists()
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_what_a_load_returns_can_be_saved_with_the_next_checkpoint(stage: int) -> None:
+    """Catches the optimizer's state (stage 0) and the counters of the load in the place of those of the save, for
+    DeepSpeed hands them to the client; and a directory whose name is a pattern."""
+    where = str(directory() / f"lr=[0.1] {stage}")
+    engine = load_cases.build(plain(stage), "source")
+    load_cases.train(engine, 0)
+    engine.save_checkpoint(where, tag="a/1", client_state={"epoch": 1, "global_steps": 1})
+    _, client_state = engine.load_checkpoint(where)
+    assert client_state == {"epoch": 1}
+    load_cases.train(engine, 1, 2)
+    engine.save_checkpoint(where, tag="ä [2]", client_state=client_state)
+    resumed = load_cases.build(plain(stage), "target")
+    resumed.load_checkpoint(where)
+    assert load_cases.differences(load_cases.snapshot(engine), load_cases.snapshot(resumed)) == []
+    assert resumed.global_samples == engine.global_samples == 3
+    resumed.load_checkpoint(where, tag="a/1", load_module_only=True)
+    assert resumed.global_steps == 3
 
 
 def test_a_converted_checkpoint_older_than_the_newest_is_named() -> None:

@@ -126,10 +126,18 @@ def test_a_dynamic_loss_scale_grows_and_falls(stage: int) -> None:
     assert engine.skipped_updates == 1
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_state_that_is_not_there_is_named(stage: int) -> None:
-    """Catches DeepSpeed's KeyError of the name alone (stage 3), and a refusal that does not say what there is."""
-    engine = sharded(stage)
+@pytest.mark.parametrize(
+    ("stage", "sections"),
+    [
+        *((stage, {}) for stage in (1, 2, 3)),
+        (1, {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}),
+    ],
+    ids=str,
+)
+def test_state_that_is_not_there_is_named(stage: int, sections: dict[str, Any]) -> None:
+    """Catches DeepSpeed's KeyError of the name alone (stage 3), its TypeError before the first update (stage 1 in bf16
+    with fp32 gradients), and a refusal that does not say what there is."""
+    engine = sharded(stage, **sections)
     parameter = engine.engine.module.first
     with pytest.raises(ValueError, match=r"no optimizer state 'exp_avg'.*appears with the first update"):
         deepspeed.utils.safe_get_full_optimizer_state(parameter, "exp_avg")

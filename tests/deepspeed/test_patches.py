@@ -16,6 +16,7 @@ from packaging.version import Version
 from arsg_dist import ARSG
 from arsg_dist.deepspeed import patching, register, repair
 from arsg_dist.deepspeed.known_sources import KNOWN_SOURCES
+from arsg_dist.deepspeed.patches import training_step
 from arsg_dist.deepspeed.patching import check_known, digest, repair_once, sources, wrap_once
 from arsg_dist.deepspeed.versions import taken_for_fused_adam
 from tests.deepspeed.versions import BEGIN, DOCUMENT, RESULTS, SOURCES, renewed, table, text_of
@@ -34,7 +35,9 @@ WRAPPED = [
         for owner in (FP16_UnfusedOptimizer, DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3)
         for name in ("_update_scale", "step")
     ),
-    *([(DeepSpeedEngine, "backward")] if Version(deepspeed.__version__) >= Version("0.18.3") else []),
+    (DeepSpeedEngine, "backward")
+    if Version(deepspeed.__version__) >= Version("0.18.3")
+    else (DeepSpeedZeroOptimizer, "independent_gradient_partition_epilogue"),
 ]
 
 
@@ -61,6 +64,34 @@ def test_this_deepspeed_is_known() -> None:
         found["DeepSpeedZeroOptimizer_Stage3.step"] != found["DeepSpeedZeroOptimizer_Stage3.partition_grads"]
     )
     assert SOURCES.read_text() == text_of(KNOWN_SOURCES)
+
+
+@pytest.mark.parametrize("optimizer_class", [ARSG, torch.optim.AdamW])
+def test_sums_of_micro_batches_are_gone_on_with(optimizer_class: type[torch.optim.Optimizer]) -> None:
+    """Catches sums that DeepSpeed before 0.18.3 begins anew in each micro-batch, a sum that goes on into the next
+    update, and a repair of other optimizers."""
+
+    def epilogue(zero: Any) -> None:
+        if zero.averaged_gradients.get(0) is None:
+            zero.all_grad_tensors[0] = [zero.gradient]
+        else:
+            zero.all_grad_tensors[0] = [zero.all_grad_tensors[0][0] + zero.gradient]
+        if zero.is_gradient_accumulation_boundary:
+            zero.averaged_gradients[0], zero.all_grad_tensors[0] = zero.all_grad_tensors[0], None
+
+    zero = SimpleNamespace(
+        optimizer=optimizer_class([torch.nn.Parameter(torch.ones(1))]),
+        cpu_offload=False,
+        all_grad_tensors={},
+        averaged_gradients={},
+    )
+    for gradients, right in (([1.0, 2.0, 4.0], 7.0), ([8.0, 16.0], 24.0), ([32.0], 32.0)):
+        for gradient in gradients:
+            zero.gradient = gradient
+            zero.is_gradient_accumulation_boundary = gradient == gradients[-1]
+            training_step._with_sums_gone_on_with(epilogue)(zero)
+        assert zero.averaged_gradients[0] == [right if optimizer_class is ARSG else gradients[-1]]
+        zero.averaged_gradients[0] = None
 
 
 def undone(call: Any) -> Any:

@@ -1,11 +1,13 @@
 """Run the fast part of the DeepSpeed tests with other versions of DeepSpeed, and write down what came of it.
 
     python -m tests.deepspeed.versions 0.18.0 0.19.8           # tests, and the table in docs/deepspeed.md
+    python -m tests.deepspeed.versions --resume 0.18.0 0.19.8  # goes on with what has no result yet
     python -m tests.deepspeed.versions --renew 0.19.9          # first takes its methods among the known ones
 
-Each version is installed in a folder below .cache, without its compiled operators, and put before the environment's own
-on PYTHONPATH. `--renew` adds the digests of the methods that the repairs wrap or rely on to
-arsg_dist/deepspeed/known_sources.py: with a version whose tests pass, or after a look at what it changed in them.
+A run forgets what earlier ones said of its versions; with `--resume` it keeps that. Each version is installed in a
+folder below .cache, without its compiled operators, and put before the environment's own on PYTHONPATH. `--renew` adds
+the digests of the methods that the repairs wrap or rely on to arsg_dist/deepspeed/known_sources.py: with a version
+whose tests pass, or after a look at what it changed in them.
 """
 
 import argparse
@@ -116,6 +118,8 @@ def outcome(version: str, arguments: list[str]) -> str:
         env=environment(version),
         cwd=ROOT,
     )
+    if not report.exists():
+        return "**ended before its tests did**"
     suite = ElementTree.parse(report).getroot().find("testsuite")
     assert suite is not None
     total, skipped, failed = (int(suite.get(key, 0)) for key in ("tests", "skipped", "failures"))
@@ -133,24 +137,36 @@ def table(results: dict[str, dict[str, str]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def write(results: dict[str, dict[str, str]]) -> None:
+    """Keep the results, and put them into the document."""
+    RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+    before, rest = DOCUMENT.read_text().split(BEGIN)
+    DOCUMENT.write_text(before + BEGIN + table(results) + END + rest.split(END)[1])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("versions", nargs="+", metavar="VERSION")
     parser.add_argument("--renew", action="store_true", help="take its methods among the known ones")
+    parser.add_argument("--resume", action="store_true", help="leave out what has a result")
     arguments = parser.parse_args()
     if arguments.renew:
         known = KNOWN_SOURCES
         for version in arguments.versions:
             known = renewed(known, version, sources(version))
         SOURCES.write_text(text_of(known))
-    for part, tests in PARTS.items():
-        for version in arguments.versions:
-            results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-            results.setdefault(version, {})[part] = outcome(version, tests)
-            results[version][DATE] = datetime.date.today().isoformat()
-            RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
-            before, rest = DOCUMENT.read_text().split(BEGIN)
-            DOCUMENT.write_text(before + BEGIN + table(results) + END + rest.split(END)[1])
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for version in arguments.versions:
+        if not arguments.resume:
+            results[version] = {}
+    write(results)
+    for version in arguments.versions:
+        for part, tests in PARTS.items():
+            if part in results.setdefault(version, {}):
+                continue
+            said = outcome(version, tests)
+            results[version] |= {part: said, DATE: datetime.date.today().isoformat()}
+            write(results)
 
 
 if __name__ == "__main__":

@@ -39,6 +39,14 @@ _NOT_COMMON: Final = frozenset(
     }
 )
 
+OWN_KEYS: Final = _NOT_COMMON | {
+    *COUNTERS,
+    *("lr_scheduler", "data_sampler", "random_ltd", "sparse_tensor_module_names"),
+    *("dp_world_size", "mp_world_size", "ds_config", "ds_version"),
+    *("num_experts", "ds_autoep_layers", "autoep_layers", "checkpoint_parallel_dimensions"),
+}
+"""What DeepSpeed's checkpoints have beside the client's state, in the same dict."""
+
 _LATEST_LIMIT: Final = 4096
 _MODEL: Final = re.compile(r"(?:zero_pp_rank_(\d{1,9})_)?mp_rank_00_model_states\.pt")
 
@@ -194,6 +202,25 @@ def steps_of(name: str, where: Path) -> list[str]:
     if any(step in ("", ".", "..") or "\0" in step for step in steps):
         raise ValueError(f"{where}: {printable(repr(name))} leads out of its directory")
     return steps
+
+
+def check_tag(tag: str) -> None:
+    """Check a tag before a checkpoint is saved under it.
+
+    Raises:
+        ValueError: the checkpoint would not be found by it, or by the file `latest` beside it.
+    """
+    first = tag.split("/")[0]
+    if first in ("latest", "latest_universal"):
+        raise ValueError(f"tag={tag!r} is the name of DeepSpeed's own file: choose another")
+    try:
+        steps_of(tag, Path("tag"))
+    except ValueError:
+        raise ValueError(f"tag={tag!r} leads out of the directory of checkpoints: choose another") from None
+    if tag != tag.strip() or "\n" in tag:
+        raise ValueError(
+            f"tag={tag!r} would not be found by the file `latest`: leave out the space around it"
+        )
 
 
 def named_by(latest: Path, *, follow: bool = False) -> str | None:

@@ -7,6 +7,7 @@ Loading stays DeepSpeed's own, which executes what the pickles of a checkpoint n
 classes in its client state and would lose them. The checks come before that and execute nothing.
 """
 
+import glob
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -15,11 +16,12 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine as _Engine
+from deepspeed.runtime.pipe.module import PipelineModule
 from torch import Tensor
 from torch.optim import Optimizer
 
 from arsg_dist.deepspeed.checkpoint.engine_state import fill, link_fragments, publish
-from arsg_dist.deepspeed.checkpoint.files import ARSG_SECTION, model_files
+from arsg_dist.deepspeed.checkpoint.files import ARSG_SECTION, COUNTERS, OWN_KEYS, check_tag, model_files
 from arsg_dist.deepspeed.checkpoint.load_check import NVME, OFFLOADED, LoadCheck
 from arsg_dist.deepspeed.checkpoint.zero_state import (
     experts_apart,
@@ -47,6 +49,8 @@ def guard_checkpoints() -> None:
     """
     wrap_once(_Engine, "save_checkpoint", _guarded_save)
     wrap_once(_Engine, "load_checkpoint", _guarded_load)
+    wrap_once(_Engine, "_get_all_ckpt_names", _with_literal_names)
+    wrap_once(PipelineModule, "ckpt_layer_path_list", _with_literal_names)
     if hasattr(_Engine, "_common_checkpoint_state"):
         wrap_once(_Engine, "_common_checkpoint_state", _with_arsg_section)
     else:  # until 0.19.2
@@ -56,6 +60,17 @@ def guard_checkpoints() -> None:
 
 def _has_arsg(engine: Any) -> bool:
     return isinstance(getattr(engine, "basic_optimizer", None), OURS)
+
+
+def _with_literal_names(method: Method) -> Method:
+    """Find the files in a directory called "lr=[0.1]", which DeepSpeed takes for a pattern."""
+
+    def find(owner: Any, directory: Any, name: Any) -> Any:
+        return method(
+            owner, glob.escape(str(directory)), glob.escape(name) if isinstance(name, str) else name
+        )
+
+    return find
 
 
 def _with_arsg_section(method: Method) -> Method:
@@ -99,25 +114,49 @@ def _arsg_section(engine: Any) -> dict[str, Any]:
 
 
 def _guarded_save(method: Method) -> Method:
-    def save_checkpoint(engine: Any, save_dir: Any, tag: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if _has_arsg(engine):
-            if swaps_to_nvme(engine):
-                raise ValueError(NVME)
-            if tag in ("latest", "latest_universal"):
-                raise ValueError(f"tag={tag!r} is the name of DeepSpeed's own file: choose another")
-            if getattr(engine.optimizer, "offloaded_states", None):
-                raise ValueError(OFFLOADED)
-            window = engine.gradient_accumulation_steps()
-            done = engine.micro_steps % window
-            if done and deepspeed.comm.get_rank() == 0:
-                warnings.warn(
-                    f"save_checkpoint after {done} of {window} micro-batches of an update: their gradients are not "
-                    "saved; a resumed run starts the update again",
-                    stacklevel=2,
-                )
-        return method(engine, save_dir, tag, *args, **kwargs)
+    def save_checkpoint(
+        engine: Any, save_dir: Any, tag: Any = None, client_state: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        if not _has_arsg(engine):
+            return method(
+                engine, save_dir, tag, {} if client_state is None else client_state, *args, **kwargs
+            )
+        _agree(engine, lambda: _check_save(engine, tag, client_state))
+        window = engine.gradient_accumulation_steps()
+        done = engine.micro_steps % window
+        if done and deepspeed.comm.get_rank() == 0:
+            warnings.warn(
+                f"save_checkpoint after {done} of {window} micro-batches of an update: their gradients are not "
+                "saved; a resumed run starts the update again",
+                stacklevel=2,
+            )
+        return method(engine, save_dir, tag, client_state or {}, *args, **kwargs)
 
     return save_checkpoint
+
+
+def _check_save(engine: Any, tag: Any, client_state: Any) -> None:
+    """Refuse what would be written and not read back.
+
+    Raises:
+        ValueError: it would.
+    """
+    if swaps_to_nvme(engine):
+        raise ValueError(NVME)
+    if getattr(engine.optimizer, "offloaded_states", None):
+        raise ValueError(OFFLOADED)
+    if tag is not None:
+        check_tag(str(tag))
+    taken = sorted(
+        key
+        for key in OWN_KEYS.intersection(client_state or ())
+        if key not in COUNTERS or client_state[key] != getattr(engine, key)
+    )
+    if taken:
+        raise ValueError(
+            f"client_state has {taken}, under which DeepSpeed's checkpoints have values of their own: one of the two "
+            "would be lost; give it another name"
+        )
 
 
 def _guarded_load(method: Method) -> Method:
@@ -163,8 +202,11 @@ def _guarded_load(method: Method) -> Method:
         # Of a backward pass whose update was not made, as after a loss that is not finite.
         engine.optimizer.zero_grad()
         link_fragments(engine)
-        client_state.pop(ARSG_SECTION, None)
-        return path, client_state
+        # Programs hand this to their next save, where DeepSpeed's own values of now would be overwritten; what was not
+        # loaded may be meant to be.
+        unloaded = {"lr_scheduler"} if not with_schedule else set()
+        unloaded |= {"optimizer"} if not with_optimizer else set()
+        return path, {k: v for k, v in client_state.items() if k not in OWN_KEYS - unloaded}
 
     return load_checkpoint
 

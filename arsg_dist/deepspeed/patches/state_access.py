@@ -11,13 +11,14 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from deepspeed.utils import link_hp_params
 from torch import Tensor
 from torch.optim import Optimizer
 
-from arsg_dist.deepspeed.patching import Method, is_repaired, repair_once
+from arsg_dist.deepspeed.patching import Method, is_repaired, repair_once, wrap_once
 from arsg_dist.deepspeed.versions import flat_offsets, ranks_of_parameter
 
 
@@ -28,6 +29,7 @@ def patch_state_access() -> None:
         RuntimeError: this DeepSpeed is built differently.
     """
     repair_once(DeepSpeedZeroOptimizer, "_link_all_hp_params", _with_links_renewed)
+    wrap_once(BF16_Optimizer, "_link_all_hp_params", _with_access_checked)
     repair_once(DeepSpeedZeroOptimizer, "_lazy_init_hp_params_optimizer_state", _with_every_group_linked)
     repair_once(
         DeepSpeedZeroOptimizer_Stage3,
@@ -50,13 +52,28 @@ def _with_links_renewed(method: Method) -> Method:
             _link_where_parameters_lie(zero)
         zero._hp_optimizer_states_linked = False
         zero._lazy_init_hp_params_optimizer_state()
-        for parameters, master in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
-            for parameter in parameters:
-                for name in ("get_full_hp_param", "set_full_hp_param"):
-                    unchecked = getattr(parameter, name)
-                    setattr(parameter, name, functools.partial(_checked, unchecked, zero.optimizer, master))
+        _check_access(zero.optimizer, zero.bit16_groups, zero.single_partition_of_fp32_groups)
 
     return _link_all_hp_params
+
+
+def _with_access_checked(method: Method) -> Method:
+    """Give new links checks (stage 1 in bf16 with fp32 gradients)."""
+
+    def _link_all_hp_params(wrapper: Any) -> None:
+        method(wrapper)
+        if is_repaired(wrapper.optimizer):
+            _check_access(wrapper.optimizer, wrapper.bf16_groups, wrapper.fp32_groups_flat_partition)
+
+    return _link_all_hp_params
+
+
+def _check_access(optimizer: Optimizer, groups: list[Any], masters: list[Tensor]) -> None:
+    for parameters, master in zip(groups, masters, strict=True):
+        for parameter in parameters:
+            for name in ("get_full_hp_param", "set_full_hp_param"):
+                unchecked = getattr(parameter, name)
+                setattr(parameter, name, functools.partial(_checked, unchecked, optimizer, master))
 
 
 def _link_where_parameters_lie(zero: Any) -> None:

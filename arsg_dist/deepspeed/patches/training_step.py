@@ -46,6 +46,13 @@ def patch_training_step() -> None:
         _with_whole_sums,
         relies_on=("copy_grads_in_partition", "_wait_for_offload_copies"),
     )
+    repair_once(
+        DeepSpeedZeroOptimizer,
+        "independent_gradient_partition_epilogue",
+        _with_sums_gone_on_with,
+        relies_on=("get_all_grad_tensors", "get_flat_partition"),
+        until="0.18.2",
+    )
     for owner, of_every_parameter, relies_on in (
         (FP16_UnfusedOptimizer, _nothing, ("unscale_and_clip_grads",)),
         (
@@ -117,6 +124,30 @@ def _with_every_gradient_reduced(method: Method) -> Method:
         method(zero, *args, **kwargs)
 
     return reduce_gradients
+
+
+def _with_sums_gone_on_with(method: Method) -> Method:
+    """Add up the gradients of an update's micro-batches (stage 2, until 0.18.2).
+
+    DeepSpeed takes `averaged_gradients`, which it fills after the last micro-batch, for the sums that it keeps in
+    `all_grad_tensors`, and begins them anew in each micro-batch.
+    """
+
+    def independent_gradient_partition_epilogue(zero: Any) -> None:
+        begun = []
+        if is_repaired(zero.optimizer) and not zero.cpu_offload:
+            done = zero.averaged_gradients
+            begun = [
+                i for i, sums in zero.all_grad_tensors.items() if sums is not None and done.get(i) is None
+            ]
+        for index in begun:
+            zero.averaged_gradients[index] = []
+        method(zero)
+        if not zero.is_gradient_accumulation_boundary:
+            for index in begun:
+                zero.averaged_gradients[index] = None
+
+    return independent_gradient_partition_epilogue
 
 
 def _with_growth_put_off(method: Method) -> Method:

@@ -119,6 +119,19 @@ DEFECTS = {
         adamw={"eps": 1.0},
         config={"fp16": _FP16},
     ),
+    "stage-2-last-only": Defect(
+        title="Stage 2 with accumulation: of an update's micro-batches only the last one counts",
+        says="The sums of the micro-batches so far are in `all_grad_tensors`. Whether there are any is asked of "
+        "`averaged_gradients`, which is filled after the last micro-batch: each one begins the sums anew.",
+        where="DeepSpeedZeroOptimizer.independent_gradient_partition_epilogue (runtime/zero/stage_1_and_2.py)",
+        remedy="Ask `all_grad_tensors`, as DeepSpeed does from 0.18.3 on.",
+        stage=2,
+        shown=[0.967],
+        right=[0.929],
+        updates=[[(4.0,), (1.0,)]],
+        adamw={"eps": 1.0},
+        until="0.18.2",
+    ),
     "overlap-left-out": Defect(
         title="Stage 1 with overlap_comm and accumulation: gradients of parameters that the last micro-batch does "
         "not use are not averaged over the ranks",
