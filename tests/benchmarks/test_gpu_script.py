@@ -160,6 +160,7 @@ def test_what_was_carried_along_is_found_behind_what_is_there(fits: bool, tmp_pa
     assert fits or "No module named 'carried_along'" in ended.stderr
 
 
+@pytest.mark.turn(0)
 def test_the_rehearsal_runs_to_its_end(tmp_path: Path) -> None:
     """Catches a task whose program does not start: on the day it would cost its stage."""
     command = [

@@ -29,7 +29,7 @@ def test_what_is_saved_is_the_state_at_the_call(tmp_path: Path, monkeypatch: pyt
     real = writer.write_part
 
     def late(*arguments: object) -> None:
-        assert may_write.wait(30)
+        assert may_write.wait(120)
         real(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(writer, "write_part", late)
@@ -62,7 +62,7 @@ def test_the_next_save_waits_for_the_last_before_it_copies(
     write_part, finish = writer.write_part, store.finish
 
     def late(*arguments: object) -> None:
-        assert may_write.wait(30)
+        assert may_write.wait(120)
         write_part(*arguments)  # type: ignore[arg-type]
 
     def released() -> None:
@@ -192,7 +192,7 @@ def test_a_rank_killed_while_it_writes_leaves_nothing_that_is_seen_or_stays(tmp_
         store.finish()
         os._exit(0)
     try:
-        until = time.monotonic() + 30
+        until = time.monotonic() + 120
         while not list(tmp_path.glob(".step-000000002.*/half")):
             assert time.monotonic() < until
             time.sleep(0.005)
@@ -218,9 +218,9 @@ class Threads(Communicator):
 
     def all_gather_object(self, value: T) -> list[T]:
         self._values[self.rank] = value
-        self._meeting.wait(30)
+        self._meeting.wait(120)
         gathered = list(self._values)
-        self._meeting.wait(30)
+        self._meeting.wait(120)
         return gathered
 
     def all_reduce_sum(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -240,7 +240,7 @@ def test_ranks_that_do_not_wait_for_each_other_write_one_checkpoint(
     real = stores[0].check
 
     def late() -> None:
-        assert written.wait(30)
+        assert written.wait(120)
         real()
 
     monkeypatch.setattr(stores[0], "check", late)

@@ -107,7 +107,7 @@ def test_a_checkpoint_is_concluded_when_every_rank_has_written(
         return everything
 
     def write_second(directory: Path) -> None:
-        assert looked.wait(30)
+        assert looked.wait(120)
         write("second")(directory)
 
     monkeypatch.setattr(store_module._Saving, "_seen", seen)
@@ -122,7 +122,7 @@ def test_a_checkpoint_is_concluded_when_every_rank_has_written(
     second.save(1, write_second, wait=False)
     saving = first._saving
     assert saving is not None
-    saving._thread.join(30)
+    saving._thread.join(120)
     assert found == [[".written-00000", ".written-00001", "state"]]
     assert [file.name for file in path.iterdir()] == ["state"]
 

@@ -19,9 +19,9 @@ class ThreadCommunicator(Communicator):
 
     def all_gather_object(self, value: T) -> list[T]:
         self._shared[self.rank] = value
-        self._barrier.wait(10)
+        self._barrier.wait(120)
         values = list(self._shared)
-        self._barrier.wait(10)
+        self._barrier.wait(120)
         return values
 
     def all_reduce_sum(self, tensor: Any) -> Any:
@@ -46,7 +46,7 @@ def messages(*values_of_ranks: dict[str, Any]) -> list[str | None]:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(120)
     return raised
 
 
@@ -95,7 +95,7 @@ def test_versions_of_what_is_installed_are_known() -> None:
 @pytest.mark.ranks
 def test_ranks_with_different_settings_stop_in_seconds() -> None:
     """Catches a job that trains with two learning rates, or hangs over it."""
-    job: Finished = launch("deepspeed", 2, "tests/support/disagreeing_job.py")
+    job: Finished = launch("warm deepspeed", 2, "tests/support/disagreeing_job.py")
     assert job.code != 0
     assert job.output.count("the config lr of rank 1 differs from rank 0's: 0.2 and 0.1") == 2
 

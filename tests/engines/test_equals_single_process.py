@@ -7,9 +7,13 @@ import torch
 
 from tests.support import toy
 from tests.support.compare import assert_same_weights
+from tests.support.engines import ENGINES, ON_RANKS
 from tests.support.launchers import launch
 
 pytestmark = pytest.mark.ranks
+
+
+NAMED = ("deepspeed", "ddp", "fsdp", "horovod")
 
 
 def started_from() -> dict[str, torch.Tensor]:
@@ -19,7 +23,7 @@ def started_from() -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("engine", "launcher", "ranks", "accumulation_steps", "clip_grad_norm"),
     [
-        ("deepspeed", "deepspeed", 2, 1, 0.0),
+        pytest.param("deepspeed", "deepspeed", 2, 1, 0.0, marks=pytest.mark.turn(1)),
         ("deepspeed", "warm deepspeed", 3, 2, 0.0),
         ("deepspeed", "warm deepspeed", 2, 2, 0.5),
         pytest.param("ddp", "torchrun", 2, 2, 0.5, marks=pytest.mark.turn(2)),
@@ -30,10 +34,15 @@ def started_from() -> dict[str, torch.Tensor]:
         ("fsdp", "warm torchrun", 1, 3, 0.0),
         ("fsdp", "warm torchrun", 3, 2, 0.0),
         pytest.param("fsdp", "warm torchrun", 4, 1, 0.5, marks=pytest.mark.turn(2)),
-        ("horovod", "mpirun", 2, 1, 0.0),
+        pytest.param("horovod", "mpirun", 2, 1, 0.0, marks=pytest.mark.turn(2)),
         pytest.param("horovod", "mpirun", 3, 2, 0.5, marks=pytest.mark.turn(0)),
         pytest.param("horovod", "horovodrun", 2, 2, 0.0, marks=pytest.mark.turn(1)),
         ("horovod", "warm horovodrun", 3, 1, 0.0),
+        *(
+            (name, ENGINES[name].warm, 2, 2, 0.5)
+            for name in ON_RANKS
+            if name not in (*NAMED, "horovod-sharded")
+        ),
     ],
 )
 def test_engine_gives_the_weights_of_one_process(

@@ -39,7 +39,7 @@ def on_ranks(act: Any, ranks: int = 3) -> list[str]:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(120)
     return raised
 
 

@@ -134,6 +134,7 @@ def test_an_example_trains_as_one_process(name: str, tmp_path: Path) -> None:
     assert_same_weights(load_file(output), alone(row.optimizer, row.decay_biases), started_from=start())
 
 
+@pytest.mark.turn(1)
 def test_the_first_example_runs_as_its_docstring_says(tmp_path: Path) -> None:
     """Catches an example that runs inside the tests only."""
     output = tmp_path / "weights.safetensors"

@@ -10,16 +10,10 @@ import torch
 
 from arsg_dist.checkpoint import SavedRun
 from tests.support.compare import assert_same_weights
+from tests.support.engines import ENGINES, ON_RANKS
 from tests.support.launchers import REPOSITORY, launch
 
 SCRIPT = "examples/own_script.py"
-LAUNCHERS = {
-    "ddp": "warm torchrun",
-    "fsdp": "warm torchrun",
-    "deepspeed": "warm deepspeed",
-    "horovod": "warm horovodrun",
-    "horovod-sharded": "warm horovodrun",
-}
 
 
 def alone(output: Path, updates: int) -> str:
@@ -58,15 +52,15 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 @pytest.mark.ranks
 @pytest.mark.parametrize(
-    "engine", [pytest.param(name, marks=pytest.mark.turn(n % 3)) for n, name in enumerate(LAUNCHERS)]
+    "engine", [pytest.param(name, marks=pytest.mark.turn(n % 3)) for n, name in enumerate(ON_RANKS)]
 )
 def test_it_trains_as_one_process_and_resumes(engine: str, one_process, tmp_path: Path) -> None:
     """Catches lines for an engine that train something else, or lose the schedule or the state at a resume."""
     expected, said = one_process
     arguments = ["--engine", engine, "--output", tmp_path, "--checkpoint_every", 10]
-    stopped = launch(LAUNCHERS[engine], 2, SCRIPT, *arguments, "--updates", 10)
+    stopped = launch(ENGINES[engine].warm, 2, SCRIPT, *arguments, "--updates", 10)
     assert stopped.code == 0, stopped.output
-    finished = launch(LAUNCHERS[engine], 2, SCRIPT, *arguments, "--updates", 20)
+    finished = launch(ENGINES[engine].warm, 2, SCRIPT, *arguments, "--updates", 20)
     last, middle = weights_after(expected, 20), weights_after(expected, 10)
     assert_same_weights(weights_after(tmp_path, 20), last, started_from=middle)
     assert finished.code == 0, finished.output

@@ -33,7 +33,8 @@ from arsg_dist.checkpoint import SavedRun
 from arsg_dist.engine.job import PREEMPTED
 from arsg_dist.imagenet.signals import MARKER
 from tests.imagenet.test_training import without_speed
-from tests.support.warm_ranks import ENGINES, EndedJob, WarmRanks, warm_ranks
+from tests.support.engines import ENGINES
+from tests.support.warm_ranks import EndedJob, WarmRanks, warm_ranks
 
 JOB = "tests/imagenet/jobs/imagenet_job.py"
 EVERY = 2  # updates between checkpoints
@@ -231,11 +232,10 @@ class StruckRun:
 def run(
     warm: WarmRanks, engine: str, *arguments: object, faults: tuple[dict[str, Any], ...] = ()
 ) -> EndedJob:
-    family = "horovodrun" if engine.startswith("horovod") else "torchrun"
     return warm.run_program(
-        "alone" if engine == "single" else family,
+        ENGINES[engine].launcher,
         JOB,
-        *ENGINES.get(engine, ()),
+        *ENGINES[engine].options,
         *SETTINGS,
         *arguments,
         environment={**os.environ, "ARSG_TEST_SMALL_NETWORK": "1"},

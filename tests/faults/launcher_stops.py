@@ -29,8 +29,9 @@ from typing import Any
 from arsg_dist.checkpoint import SavedRun
 from arsg_dist.imagenet.signals import MARKER
 from tests.faults.campaign import JOB, RANKS, SETTINGS, UPDATES, StruckRun, read, run, updates_done
+from tests.support.engines import ENGINES
 from tests.support.launchers import _command
-from tests.support.warm_ranks import ENGINES, REPOSITORY, free_port, warm_ranks
+from tests.support.warm_ranks import REPOSITORY, free_port, warm_ranks
 
 # launcher → engine
 LAUNCHERS = {
@@ -96,7 +97,7 @@ def stop(cell: dict[str, Any], directory: Path, probe: float | None = None) -> d
     point, at, where = MOMENTS[cell["moment"]]
     fault = {"rank": where, "do": "pause", "point": point, "at": at, "directory": str(directory)}
     log = (directory / "log").open("w")
-    training = [str(REPOSITORY / JOB), *map(str, (*ENGINES.get(engine, ()), *SETTINGS))]
+    training = [str(REPOSITORY / JOB), *map(str, (*ENGINES[engine].options, *SETTINGS))]
     training += ["--output", str(directory / "run"), "--data.workers", str(cell["workers"])]
     probing = [str(REPOSITORY / "tests/support/stopped_job.py"), str(directory), str(probe)]
     job = subprocess.Popen(

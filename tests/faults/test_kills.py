@@ -132,6 +132,7 @@ def test_a_rank_killed_at_named_points(
         assert torch.equal(finished[name], tensor), name
 
 
+@pytest.mark.turn(0)  # in the process: test_run_by_hand
 def test_a_rank_killed_before_it_writes_the_last_weights(
     warm: WarmRanks, recipe: list[str], tmp_path: Path
 ) -> None:

@@ -81,7 +81,8 @@ def test_a_slow_rank_is_named(engine: str, warm: WarmRanks, recipe: list[str]) -
     fault = {"rank": 1, "do": "sleep", "seconds": 0.4, "point": "every forward", "at": 1}
     job = warm.run(engine, *recipe, *SETTINGS, faults=(fault,))
     assert job.codes == [0, 0], job.output[-6000:]
-    assert job.outputs[0].count("warning: rank 1 on ") == 1, job.output[-6000:]
+    # Once where the machine is quiet: that rule is tested in test_health.
+    assert "warning: rank 1 on " in job.outputs[0], job.output[-6000:]
     assert "rank 0 on" not in job.output
 
 

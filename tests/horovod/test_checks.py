@@ -18,7 +18,8 @@ OUTLIVED = [
 @pytest.fixture(
     scope="module",
     params=[
-        ("mpirun", 2),
+        ("warm horovodrun", 2),
+        pytest.param(("mpirun", 2), marks=pytest.mark.turn(0)),
         pytest.param(("mpirun", 3), marks=pytest.mark.turn(2)),
         pytest.param(("horovodrun", 2), marks=pytest.mark.turn(1)),
     ],
@@ -37,7 +38,8 @@ def test_a_replicated_optimizer_keeps_its_promise(output: str, name: str) -> Non
 @pytest.mark.parametrize(
     ("launcher", "ranks", "names"),
     [
-        ("mpirun", 2, list(SHARDED)),
+        ("warm horovodrun", 2, list(SHARDED)),
+        pytest.param("mpirun", 2, list(SHARDED), marks=pytest.mark.turn(1)),
         pytest.param("mpirun", 3, OUTLIVED, marks=pytest.mark.turn(1)),
         pytest.param("alone", 1, list(SHARDED), marks=pytest.mark.turn(0)),
         pytest.param("horovodrun", 3, list(SHARDED), marks=pytest.mark.turn(2)),

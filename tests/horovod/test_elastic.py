@@ -34,7 +34,7 @@ THREE = "localhost:1\n127.0.0.1:2\n"
     ("form", "scenario", "hosts", "world_sizes"),
     [
         # Update 4 is lost with the rank, and made again by the survivor alone.
-        ("replicated", "kill-rank-0", TWO, [2, 2, 2, 2, 1, 1, 1, 1]),
+        pytest.param("replicated", "kill-rank-0", TWO, [2, 2, 2, 2, 1, 1, 1, 1], marks=pytest.mark.turn(2)),
         pytest.param("sharded", "kill-rank-0", TWO, [2, 2, 2, 2, 1, 1, 1, 1], marks=pytest.mark.turn(0)),
         pytest.param("sharded", "kill-lone-rank", THREE, [3, 3, 3, 3, 2, 2, 2, 2], marks=pytest.mark.turn(0)),
         pytest.param("replicated", "kill-rank-1", TWO, [2, 2, 2, 2, 1, 1, 1, 1], marks=pytest.mark.turn(1)),

@@ -70,7 +70,9 @@ def test_stall_times_fit_each_other(given: dict[str, str], check: int, shutdown:
 @pytest.mark.parametrize(
     ("mode", "variables", "message"),
     [
-        ("connect", ["HOROVOD_CONTROLLER"], "unset HOROVOD_CONTROLLER"),
+        pytest.param(
+            "connect", ["HOROVOD_CONTROLLER"], "unset HOROVOD_CONTROLLER", marks=pytest.mark.turn(1)
+        ),
         pytest.param(
             "connect",
             ["HOROVOD_CPU_OPERATIONS"],
@@ -103,7 +105,7 @@ def test_mpirun_with_gloo_variables_is_refused(mode: str, variables: list[str], 
     ("launcher", "mode"),
     [
         pytest.param("mpirun", "raise", marks=pytest.mark.turn(1)),
-        ("mpirun", "kill"),
+        pytest.param("mpirun", "kill", marks=pytest.mark.turn(2)),
         pytest.param("mpirun", "sleep", marks=pytest.mark.turn(0)),
         ("horovodrun", "raise"),
         pytest.param("horovodrun", "kill", marks=pytest.mark.turn(0)),

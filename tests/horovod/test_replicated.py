@@ -21,7 +21,7 @@ JOBS = {
     "horovodrun, 3 ranks": ("horovodrun", 3),
     "horovodrun, 4 ranks": ("horovodrun", 4),
 }
-QUICK = 2
+QUICK = 1
 
 
 def run_job(wrapper: str, launcher: str, ranks: int, directory: Path) -> dict[str, Any]:

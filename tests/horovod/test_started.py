@@ -20,7 +20,7 @@ def test_the_second_thread_waits_as_the_first(monkeypatch: pytest.MonkeyPatch) -
         asked.append(handle)
         if len(asked) > 1:
             return None
-        arrived.wait(10)
+        arrived.wait(120)
         return torch.ones(1)
 
     monkeypatch.setattr(hvd, "synchronize", synchronize)
@@ -39,7 +39,7 @@ def test_the_second_thread_waits_as_the_first(monkeypatch: pytest.MonkeyPatch) -
     assert not found
     arrived.set()
     for thread in threads:
-        thread.join(10)
+        thread.join(120)
     assert started.done()
     assert [tensor.item() for tensor in found] == [2.0, 2.0]
     assert len(taken) == len(asked) == 1

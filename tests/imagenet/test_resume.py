@@ -16,17 +16,12 @@ from arsg_dist.imagenet.models import build_model
 from arsg_dist.imagenet.signals import MARKER
 from tests.imagenet.test_training import epochs_of, without_speed
 from tests.support.compare import assert_same_weights
+from tests.support.engines import ENGINES
 from tests.support.launchers import Finished, launch
 
 JOB = "tests/imagenet/jobs/imagenet_job.py"
-ENGINES = {
-    "single": ("alone", 1, []),
-    "deepspeed": ("deepspeed", 2, ["--deepspeed_config", "configs/deepspeed/zero1.json"]),
-    "ddp": ("torchrun", 2, ["--engine", "ddp"]),
-    "fsdp": ("torchrun", 2, ["--engine", "fsdp"]),
-    "horovod": ("horovodrun", 2, ["--engine", "horovod"]),
-    "horovod-sharded": ("horovodrun", 2, ["--engine", "horovod-sharded"]),
-}
+LOADING = {"single": "workers", "ddp": "workers", "horovod": "shards"}
+CORE = ("single", "horovod")
 # 60 images, 18 per update: the three epochs end with updates 4, 7 and 10, the last of which is not full.
 SETTINGS = ["--epochs", "3", "--batch_size", "18", "--checkpoint_every", "2", "--seed", "7"]
 
@@ -42,7 +37,7 @@ class Run:
         self, engine: str, *more: str, signal: str = "", ranks: int = 0, real_launcher: str = ""
     ) -> Finished:
         """On warm ranks, or through a real launcher."""
-        launcher, usual_ranks, options = ENGINES[engine]
+        started = ENGINES[engine]
         keys = self.directory.with_name(f"{self.directory.name}-keys-{len(self.keys)}")
         keys.mkdir()
         self.keys.append(keys)
@@ -51,10 +46,10 @@ class Run:
         if signal:
             self._monkeypatch.setenv("ARSG_TEST_SIGNAL", signal)
         return launch(
-            real_launcher or f"warm {launcher}",
-            ranks or usual_ranks,
+            real_launcher or started.warm,
+            ranks or started.ranks,
             JOB,
-            *options,
+            *started.options,
             *self._recipe,
             *SETTINGS,
             "--output",
@@ -92,12 +87,10 @@ EVERYTHING = Counter({(epoch, image): 1 for epoch in range(3) for image in range
 @pytest.mark.parametrize(
     ("engine", "loading"),
     [
-        ("single", "workers"),
-        pytest.param("deepspeed", "here", marks=pytest.mark.turn(0)),
-        ("horovod", "shards"),
-        pytest.param("horovod-sharded", "here", marks=pytest.mark.turn(2)),
-        pytest.param("ddp", "workers", marks=pytest.mark.turn(1)),
-        pytest.param("fsdp", "here", marks=pytest.mark.turn(2)),
+        pytest.param(
+            name, LOADING.get(name, "here"), marks=[] if name in CORE else [pytest.mark.turn(turn % 3)]
+        )
+        for turn, name in enumerate(ENGINES)
     ],
 )
 def test_killed_and_stopped_in_mid_epoch_gives_the_bits_of_the_uninterrupted_run(
@@ -123,7 +116,7 @@ def test_killed_and_stopped_in_mid_epoch_gives_the_bits_of_the_uninterrupted_run
     assert [record["update"] for record in whole.epochs()] == [4, 7, 10]
 
     run = Run(monkeypatch, recipe, tmp_path / "run")
-    last_rank = ENGINES[engine][1] - 1
+    last_rank = ENGINES[engine].ranks - 1
     killed = run.start(engine, signal=f"3 {last_rank} SIGKILL self")
     assert killed.code != 0
     assert run.checkpoints() == [2]

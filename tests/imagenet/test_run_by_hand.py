@@ -23,7 +23,7 @@ from arsg_dist.imagenet.config import BoostConfig, DataConfig, OptimizerConfig, 
 from arsg_dist.imagenet.data.builtin import SyntheticSplit
 from arsg_dist.imagenet.data.sampler import TrainingSampler
 from arsg_dist.imagenet.output import run_log
-from arsg_dist.imagenet.output.weights import read_metadata
+from arsg_dist.imagenet.output.weights import WeightFiles, read_metadata
 from arsg_dist.imagenet.training import setup as training
 from arsg_dist.imagenet.training.metrics import Evaluation
 from arsg_dist.imagenet.training.parts import Start
@@ -220,6 +220,33 @@ def test_a_resumed_run_records_the_numbers_worked_out(stop: int, tmp_path: Path)
     assert_as_by_hand(tmp_path / "run", ByHand(config).run(stopped_after=stop))
     seconds = [record["seconds"] for record in records_of(tmp_path / "run")]
     assert seconds == sorted(seconds), "the clock of a run goes on after a resume"
+
+
+class Killed(BaseException):
+    """What nobody handles."""
+
+
+@pytest.mark.parametrize("unwritten", ["last", "ema"])
+def test_weights_that_a_kill_left_unwritten_are_there_after_the_next_start(
+    unwritten: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches weights/ and its card left as an epoch before had them, the last checkpoint saying that all is done."""
+    config, real = recipe(), WeightFiles.save
+
+    def killed(files: WeightFiles, name: str, weights: dict[str, Tensor], about: dict[str, Any]) -> None:
+        if about["epoch"] == EPOCHS and name == unwritten:
+            raise Killed
+        real(files, name, weights, about)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(WeightFiles, "save", killed)
+        with pytest.raises(Killed):
+            start(tmp_path / "run", config)
+    before = read_metadata(tmp_path / "run" / "weights" / f"{unwritten}.safetensors")
+    assert before["epoch"] == EPOCHS - 1
+    assert start(tmp_path / "run", config, resume=True) == 0
+    assert_as_by_hand(tmp_path / "run", ByHand(config).run())
+    assert f"| {EPOCHS} |" in (tmp_path / "run" / "weights" / "README.md").read_text()
 
 
 def test_the_best_epoch_is_that_of_the_highest_accuracy(

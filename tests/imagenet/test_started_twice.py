@@ -16,22 +16,20 @@ from arsg_dist.cli.launch import command as launch_command
 from tests.imagenet.test_starting_again import files_of
 from tests.imagenet.test_training import epochs_of, without_speed
 from tests.support.compare import assert_same_weights
+from tests.support.engines import ENGINES
 from tests.support.launchers import REPOSITORY, Finished, launch
+from tests.support.warm_ranks import free_port
 
 JOB = "tests/imagenet/jobs/imagenet_job.py"
-ENGINES: dict[str, tuple[str, int, list[str]]] = {
-    "single": ("warm alone", 1, []),
-    "horovod": ("warm horovodrun", 2, ["--engine", "horovod"]),
-    "deepspeed": ("warm deepspeed", 2, ["--deepspeed_config", "configs/deepspeed/zero1.json"]),
-}
 SETTINGS = ["--checkpoint_every", "3", "--log_every", "1", "--resume", "auto"]
 
 
 def again(engine: str, recipe: list[str], *, signal: str = "", **options: Any) -> Finished:
     """The same command, in the same directory."""
-    launcher, ranks, of_engine = ENGINES[engine]
+    started = ENGINES[engine]
     variables = {"ARSG_TEST_SMALL_NETWORK": "1", **({"ARSG_TEST_SIGNAL": signal} if signal else {})}
-    return launch(launcher, ranks, JOB, *of_engine, *recipe, *SETTINGS, variables=variables, **options)
+    arguments = [*started.options, *recipe, *SETTINGS]
+    return launch(started.warm, started.ranks, JOB, *arguments, variables=variables, **options)
 
 
 def updates_of(directory: Path) -> list[int]:
@@ -51,7 +49,7 @@ def updates_of(directory: Path) -> list[int]:
 def test_killed_before_and_after_the_first_checkpoint(engine: str, recipe: list[str], tmp_path: Path) -> None:
     """Catches a job that a kill before its first checkpoint ends for good, one that throws its checkpoint away, a
     container that fails when it is started once more after the end, and bits that all this changes."""
-    run, last = tmp_path / "run", ENGINES[engine][1] - 1
+    run, last = tmp_path / "run", ENGINES[engine].ranks - 1
     assert again(engine, recipe, signal=f"2 {last} SIGKILL self").code != 0
     assert updates_of(run) == [1]
     assert again(engine, recipe, signal=f"4 {last} SIGKILL self").code != 0
@@ -107,7 +105,7 @@ def test_the_container_of_a_pytorchjob_is_started_twice(recipe: list[str], tmp_p
     pod = json.loads(text)["spec"]["pytorchReplicaSpecs"]["Master"]
     assert pod["restartPolicy"] == "OnFailure"
     (container,) = pod["template"]["spec"]["containers"]
-    operator = {"PET_NODE_RANK": "0", "PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": "29611"}
+    operator = {"PET_NODE_RANK": "0", "PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": str(free_port())}
     words = [re.sub(r"\$\((\w+)\)", lambda name: operator[name[1]], word) for word in container["command"]]
     assert words[0] == "python"  # the image's
     words[0] = sys.executable

@@ -9,19 +9,17 @@ import pytest
 from arsg_dist.checkpoint import SavedRun
 from arsg_dist.imagenet.cli import train_command
 from arsg_dist.imagenet.training.checkpoint import RunCheckpoints
+from tests.support import engines
 from tests.support.launchers import Finished, launch
 
 SCRIPT = "launch/train_imagenet.py"
-ENGINES = {
-    "deepspeed": ("warm deepspeed", ["--deepspeed_config", "configs/deepspeed/zero1.json"]),
-    "horovod": ("warm horovodrun", ["--engine", "horovod"]),
-}
+ENGINES = ("deepspeed", "horovod")
 REAL_LAUNCHERS = {"deepspeed": "deepspeed", "horovod": "mpirun"}
 
 
 def start(engine: str, *arguments: object) -> Finished:
-    launcher, options = ENGINES[engine]
-    return launch(launcher, 2, SCRIPT, *options, *arguments)
+    started = engines.ENGINES[engine]
+    return launch(started.warm, 2, SCRIPT, *started.options, *arguments)
 
 
 def epochs_of(run: Path) -> list[dict[str, Any]]:
@@ -136,7 +134,7 @@ def test_two_ranks_under_a_real_launcher_validate_everything(
     engine: str, recipe: list[str], tmp_path: Path
 ) -> None:
     """Catches a program that does not come up under the launcher, and images counted twice or not at all."""
-    _, options = ENGINES[engine]
+    options = engines.ENGINES[engine].options
     job = launch(REAL_LAUNCHERS[engine], 2, SCRIPT, *options, *recipe)
     assert job.code == 0, job.output[-5000:]
     assert "validation accuracy" in job.output

@@ -15,14 +15,9 @@ import torch.distributed as dist
 from arsg_dist.cli.launch.targets.script import first_host
 from arsg_dist.engine import announce_to_torch, discover_ranks, init_method
 from arsg_dist.engine.rendezvous import meet
+from tests.support.warm_ranks import free_port
 
-_WAIT = timedelta(seconds=20)
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+_WAIT = timedelta(seconds=60)
 
 
 def _environ(rank: int, world_size: int, port: int, address: str = "127.0.0.1") -> dict[str, str]:
@@ -56,7 +51,7 @@ def _together(*environs: dict[str, str]) -> list[Any]:
 @pytest.mark.parametrize("address", ["127.0.0.1", "localhost"])
 def test_the_store_listens_at_the_address_of_the_job_alone(address: str) -> None:
     """Catches a store that answers on every interface of the machine."""
-    port = _free_port()
+    port = free_port()
     stores = _together(*(_environ(rank, 2, port, address) for rank in range(2)))
     assert {ip for ip, found in _listening() if found == port} == {"127.0.0.1"}
     stores[0].set("key", "value")
@@ -65,7 +60,7 @@ def test_the_store_listens_at_the_address_of_the_job_alone(address: str) -> None
 
 def test_an_address_under_which_rank_0_cannot_listen_is_left_to_torch() -> None:
     """Catches a job that does not start where ranks know rank 0 by the address of a service or by a name."""
-    name, port = socket.gethostname(), _free_port()
+    name, port = socket.gethostname(), free_port()
     stores = _together(*(_environ(rank, 2, port, name) for rank in range(2)))
     stores[0].set("key", "value")
     assert stores[1].get("key") == b"value"
@@ -73,7 +68,7 @@ def test_an_address_under_which_rank_0_cannot_listen_is_left_to_torch() -> None:
 
 def test_a_place_is_taken_once() -> None:
     """Catches a stranger, or a rank of another job, who is taken for a rank of this one."""
-    port = _free_port()
+    port = free_port()
     outcomes = _together(*(_environ(rank, 2, port) for rank in (0, 1, 1)))
     refused = [str(outcome) for outcome in outcomes[1:] if isinstance(outcome, ValueError)]
     assert len(refused) == 1
@@ -97,7 +92,7 @@ def test_a_port_of_another_program_is_named(address: str) -> None:
 
 def test_torchs_own_store_is_used_under_torchrun() -> None:
     """Catches rank 0 of torchrun, whose agent listens already, listening a second time."""
-    port = _free_port()
+    port = free_port()
     agent = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
     agents = {"TORCHELASTIC_USE_AGENT_STORE": "True"}
     stores = _together(*(_environ(rank, 2, port) | agents for rank in range(2)))
@@ -109,13 +104,13 @@ def test_torchs_own_store_is_used_under_torchrun() -> None:
 def test_ranks_whose_agents_count_starts_differently_meet() -> None:
     """Catches ranks that wait for each other for ever: where all are started again, those of torchrun's agents whose
     ranks did not fail count nothing."""
-    port = _free_port()
+    port = free_port()
     environs = [_environ(rank, 2, port) | {"TORCHELASTIC_RESTART_COUNT": str(rank)} for rank in range(2)]
     stores = _together(*environs)
     stores[0].set("key", "value")
     assert stores[1].get("key") == b"value"
     # An agent's own store stays: what the ranks of the start before wrote there is not that of this one.
-    port = _free_port()
+    port = free_port()
     agent = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
     for start in ("0", "1"):
         agents = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": start}

@@ -9,16 +9,17 @@ from torch import Tensor, nn
 
 from arsg_dist import ARSG
 from arsg_dist.checkpoint import CheckpointStore, SavedRun, save_run
-from arsg_dist.engine import Engine, SingleProcessEngine
+from arsg_dist.engine import Engine, SingleProcessEngine, TrainingSettings, discover_ranks, load_builder
 from arsg_dist.engine.state import BUFFER, PARAMETER
 from tests.support import toy
+from tests.support.engines import ENGINES
 
 SAVE_AFTER, UPDATES = 3, 6
 STAGES = ("zero0", "zero1", "zero2", "zero3")
-FAMILIES = {
+FAMILIES: dict[str, tuple[str, ...]] = {
     "single": ("single",),
-    "torchrun": ("ddp", "fsdp"),
-    "horovod": ("horovod", "horovod-sharded"),
+    "torchrun": tuple(name for name, started in ENGINES.items() if started.launcher == "torchrun"),
+    "horovod": tuple(name for name, started in ENGINES.items() if started.launcher == "horovodrun"),
     "deepspeed": STAGES,
 }
 LAUNCHERS = {
@@ -118,7 +119,16 @@ def engine_around(name: str, model: nn.Module, optimizer: torch.optim.Optimizer,
 
     if name == "horovod":
         return horovod.HorovodEngine(model, optimizer, communicator)
-    return horovod.HorovodShardedEngine(model, optimizer, communicator, bucket_mb=0.001)
+    if name == "horovod-sharded":
+        return horovod.HorovodShardedEngine(model, optimizer, communicator, bucket_mb=0.001)
+    wanted = TrainingSettings(
+        batch_size=toy.BATCH,
+        optimizer_type="ARSG",
+        optimizer_params=toy.HYPERPARAMETERS,
+        parameter_groups=lambda _: [],
+        build_optimizer=lambda _: optimizer,
+    )
+    return load_builder(name)(wanted, communicator.world_size).build(model, communicator, discover_ranks())
 
 
 def train(engine: Engine, first: int, last: int) -> list[float]:

@@ -5,11 +5,12 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.support.warm_ranks import REPOSITORY, free_port, warm_ranks
+from tests.support.warm_ranks import REPOSITORY, free_port, warm_ranks, without_core
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ def launch(
         ranks: how many.
         script: relative to the repository, or absolute.
         arguments: of the script.
-        timeout: seconds; a job that takes longer is killed and the test fails, since that is a hang.
+        timeout: seconds, besides those in which it had no core; a job that takes longer is killed and the test fails,
+            since that is a hang.
         largest_file: bytes; writing more to a file fails, as on a full disk.
         variables: more environment variables.
         hosts_file: lines "host:slots", all of them this machine; the job is elastic and follows the file's changes.
@@ -105,15 +107,20 @@ def _run(
             resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file)) if largest_file else None
         ),
     )
-    try:
-        output, _ = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
-        raise AssertionError(
-            f"{' '.join(command)} was still running after {timeout} s:\n{output[-5000:]}"
-        ) from None
-    return Finished(process.returncode, output)
+    begin, limit = time.monotonic(), timeout
+    while True:
+        try:
+            output, _ = process.communicate(timeout=max(1.0, begin + limit - time.monotonic()))
+            return Finished(process.returncode, output)
+        except subprocess.TimeoutExpired:
+            limit = timeout + without_core([process.pid])
+            if time.monotonic() < begin + limit:
+                continue
+            os.killpg(process.pid, signal.SIGKILL)
+            output, _ = process.communicate()
+            raise AssertionError(
+                f"{' '.join(command)} was still running after {timeout} s:\n{output[-5000:]}"
+            ) from None
 
 
 def _command(launcher: str, ranks: int, port: int) -> list[str]:

@@ -3,16 +3,18 @@
 A start of Python with torch, DeepSpeed and Horovod takes longer than most trainings of the tests, and the launchers are
 such starts too. Those have tests of their own; what is asked of the ranks alone is asked of forked ones.
 
-There is one process to fork from for each rank, with a hash seed of its own, so that ranks that go through a set differ
-in its order here as they do under a launcher.
+There are two processes to fork from, for ranks of even and of odd numbers, each with a hash seed of its own: so ranks
+that go through a set differ in its order here as they do under a launcher.
 
 This file is also the program of such a process: it reads requests (JSON lines), forks, and reports pids and ends.
 """
 
 import atexit
+import contextlib
 import functools
 import json
 import os
+import random
 import select
 import shutil
 import signal
@@ -22,22 +24,16 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+import types
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests.support.engines import ENGINES, STAGES
+
 REPOSITORY = Path(__file__).resolve().parents[2]
-ENGINES = {
-    "ddp": ["--engine", "ddp"],
-    "fsdp": ["--engine", "fsdp"],
-    "horovod": ["--engine", "horovod"],
-    "horovod-sharded": ["--engine", "horovod-sharded"],
-    "deepspeed": ["--deepspeed_config", "configs/deepspeed/zero1.json"],
-    "deepspeed-0": ["--deepspeed_config", "configs/deepspeed/zero0.json"],
-    "deepspeed-2": ["--deepspeed_config", "configs/deepspeed/zero2.json"],
-    "deepspeed-3": ["--deepspeed_config", "configs/deepspeed/zero3.json"],
-}
+FORKS = 2
 GRACE = 60  # seconds in which ranks are to end by themselves once another has failed
 
 
@@ -114,16 +110,18 @@ class WarmRanks:
         """Runs a training to its end on all ranks; nothing but the training itself ends ranks when one dies.
 
         Args:
-            engine: of `ENGINES`.
+            engine: of `ENGINES` or `STAGES`.
             arguments: of `arsg-imagenet train`, besides.
             ranks: how many.
             faults: see `fault_points.install`.
-            timeout: seconds; after it the ranks are killed and the test fails, since that is a hang.
+            timeout: seconds, besides those in which they had no core; after it the ranks are killed and the test fails,
+                since that is a hang.
         """
+        started = (ENGINES | STAGES)[engine]
         return self.run_program(
-            "horovodrun" if engine.startswith("horovod") else "torchrun",
+            started.launcher,
             "launch/train_imagenet.py",
-            *ENGINES[engine],
+            *started.options,
             *arguments,
             environment=dict(os.environ),
             ranks=ranks,
@@ -153,7 +151,8 @@ class WarmRanks:
             environment: all variables, besides those of the launcher.
             ranks: how many.
             faults: see `fault_points.install`.
-            timeout: seconds; after it the ranks are killed and the test fails, since that is a hang.
+            timeout: seconds, besides those in which they had no core; after it the ranks are killed and the test fails,
+                since that is a hang.
             port: at which torch's ranks meet; 0: any that is free.
             largest_file: bytes; writing more to a file fails, as on a full disk.
             end_together: when a rank has failed and others have not ended soon after, the test fails then: it need not
@@ -162,13 +161,14 @@ class WarmRanks:
         self._jobs += 1
         job = self.directory / f"job-{self._jobs}"
         job.mkdir(parents=True)
-        while len(self._forks) < ranks:
+        while len(self._forks) < min(ranks, FORKS):
             self._forks.append(_Fork(seed=len(self._forks)))
-        for fork in self._forks[:ranks]:  # all, before a rank begins to wait for the others
+        for fork in self._forks:  # all, before a rank begins to wait for the others
             fork.get_ready()
         variables, server = _wiring(launcher, ranks, port)
         running = []
-        for rank, fork in enumerate(self._forks[:ranks]):
+        for rank in range(ranks):
+            fork = self._forks[rank % FORKS]
             request = {
                 "program": str(REPOSITORY / program),
                 "arguments": [*map(str, arguments)],
@@ -199,11 +199,17 @@ class WarmRanks:
 
 
 class _Fork:
-    """The process that ranks of one number are forked from, seen from the test."""
+    """A process that ranks are forked from, seen from the test."""
 
     def __init__(self, seed: int) -> None:
         self.ended: dict[int, tuple[int, float]] = {}
-        self._process = subprocess.Popen(
+        self._process: Any = _prepared.pop() if _prepared else self._started(seed)
+        self._pending = b""
+        self._ready = False
+
+    @staticmethod
+    def _started(seed: int) -> Any:
+        return subprocess.Popen(
             [sys.executable, "-u", __file__],
             cwd=REPOSITORY,
             env={
@@ -216,31 +222,27 @@ class _Fork:
             stdout=subprocess.PIPE,
             bufsize=0,
         )
-        self._pending = b""
-        self._ready = False
 
     def close(self) -> None:
-        assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait(20)
 
     def get_ready(self) -> None:
         """Waits until everything is imported."""
         if not self._ready:
+            self._process.stdin.write(b"\n")
             self._wait_for("ready", 590)
             self._ready = True
 
     def start(self, request: dict[str, Any]) -> int:
         """Forks a rank; its pid."""
-        assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(request).encode() + b"\n")
-        pid = self._wait_for("pid", 30)
+        pid = self._wait_for("pid", 300)
         self.ended.pop(pid, None)  # of an earlier rank: the system gives numbers again
         return pid
 
     def take(self, seconds: float) -> dict[str, Any] | None:
         """The next answer, if there is one within this time."""
-        assert self._process.stdout is not None
         if b"\n" not in self._pending:
             if not select.select([self._process.stdout], [], [], seconds)[0]:
                 return None
@@ -264,12 +266,58 @@ class _Fork:
         raise AssertionError(f"no {key} from the process that forks ranks")
 
 
+_prepared: list[Any] = []
+
+
+def prepare() -> None:
+    """Forks the processes from this one, which has imported the libraries, and is at the beginning of its work.
+
+    They import the rest, and have its hash seed: for tests.mutation, which starts them hundreds of times.
+    """
+    while len(_prepared) < FORKS:
+        (requests, ours), (theirs, answers) = os.pipe(), os.pipe()
+        pid = os.fork()
+        if not pid:
+            os.dup2(requests, 0)
+            os.dup2(answers, 1)
+            os.closerange(3, 4096)  # the other's pipes among them
+            for stream in (sys.stdout, sys.stderr):
+                stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+            sys.path.insert(0, "")  # of the program
+            if os.read(0, 1):  # somebody wants ranks; else all is over
+                _serve()
+            os._exit(0)
+        os.close(requests)
+        os.close(answers)
+        process = types.SimpleNamespace(
+            stdin=os.fdopen(ours, "wb", 0),
+            stdout=os.fdopen(theirs, "rb", 0),
+            wait=lambda _, pid=pid: os.waitpid(pid, 0),
+        )
+        _prepared.append(process)
+
+
+def without_core(pids: Iterable[int]) -> float:
+    """Seconds that a thread of these processes, or of those below them, was ready to run and had no core.
+
+    Of the thread that waited longest. A limit that is given so much more does not count a busy machine as a hang.
+    """
+    longest, left = 0.0, list(pids)
+    while left:
+        with contextlib.suppress(OSError):  # processes and threads end meanwhile
+            for thread in Path(f"/proc/{left.pop()}/task").iterdir():
+                longest = max(longest, int((thread / "schedstat").read_text().split()[1]) / 1e9)
+                left += map(int, (thread / "children").read_text().split())
+    return longest
+
+
 def _wait(running: list[tuple[_Fork, int]], timeout: float, job: Path, *, end_together: bool) -> None:
     """Until every rank has ended; AssertionError if they do not."""
     end = time.monotonic() + timeout
     hang = f"after {timeout} s"
     while left := [rank for rank, (fork, pid) in enumerate(running) if pid not in fork.ended]:
-        if time.monotonic() > end:
+        over = time.monotonic() - end
+        if over > 0 and over > without_core(running[rank][1] for rank in left):
             for number in (signal.SIGABRT, signal.SIGKILL):  # the first has them print where they are
                 for rank in left:
                     if running[rank][1] not in running[rank][0].ended:
@@ -334,10 +382,14 @@ def _wiring(launcher: str, ranks: int, port: int) -> tuple[dict[str, str], Any]:
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens at."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    """A port of this machine that nobody listens at, and that the kernel gives to no connection meanwhile."""
+    end = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    chance = random.SystemRandom()  # ranks and workers of other tests, with seeds of their own, draw others
+    while True:
+        port = chance.randrange(10_000, max(end, 10_001))
+        with contextlib.suppress(OSError), socket.socket() as listener:
+            listener.bind(("", port))
+            return port
 
 
 def _serve() -> None:
@@ -382,6 +434,8 @@ def _serve() -> None:
         pending += read
         while b"\n" in pending:
             line, _, pending = pending.partition(b"\n")
+            if not line:
+                continue
             pid = os.fork()
             if not pid:
                 _be_a_rank(json.loads(line))
@@ -401,7 +455,6 @@ def _say(answer: dict[str, Any]) -> None:
 
 def _be_a_rank(request: dict[str, Any]) -> None:
     import faulthandler
-    import random
     import resource
     import runpy
 

@@ -115,7 +115,7 @@ def test_one_wrong_number_is_seen(wrong: str) -> None:
             "Horovod over Gloo: allreduce, allgather, alltoall, broadcast tested",
             marks=pytest.mark.turn(0),
         ),
-        ("deepspeed", 2, "torch.distributed over gloo"),
+        pytest.param("deepspeed", 2, "torch.distributed over gloo", marks=pytest.mark.turn(2)),
     ],
 )
 def test_under_a_real_launcher(launcher: str, ranks: int, tested: str) -> None:

@@ -70,7 +70,7 @@ def test_a_host_that_fails_ends_the_others_only_where_all_are_needed(
 ) -> None:
     """Catches a job that waits for hosts that cannot come any more, and one that ends though it may go on."""
     hosts = {
-        "node1": ["sh", "-c", "trap 'exit 3' TERM; sleep 2 & wait; touch done"],
+        "node1": ["sh", "-c", f"trap 'exit 3' TERM; sleep {60 if least == 2 else 1} & wait; touch done"],
         "node2": ["sh", "-c", "exit 7"],
     }
     job = started(tmp_path, hosts, least)
@@ -91,12 +91,12 @@ def test_a_signal_ends_the_commands_by_term_and_gives_them_time(tmp_path: Path) 
         for name in ("node1", "node2")
     }
     job = started(tmp_path, hosts, 2)
-    end = time.monotonic() + 30
+    end = time.monotonic() + 120
     while not all((tmp_path / f"up-{name}").exists() for name in hosts):
         assert time.monotonic() < end
         time.sleep(0.05)
     job.send_signal(signal.SIGUSR1)
-    assert job.wait(30) == 128 + signal.SIGUSR1
+    assert job.wait(120) == 128 + signal.SIGUSR1
     assert all((tmp_path / f"saved-{name}").exists() for name in hosts)
 
 

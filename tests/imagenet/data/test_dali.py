@@ -108,6 +108,23 @@ class Refusing:
         return (SimpleNamespace(as_tensor=lambda: pixels),)
 
 
+def validation(
+    pipeline: type, images: int, device: str, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> DaliLoader:
+    """The loader over a pipeline of the tests."""
+    monkeypatch.setattr(dali, "_pipeline", lambda source, *_: pipeline(source))
+    return DaliLoader(
+        open_splits(photos, CONFIG, seed=1)[1],  # type: ignore[arg-type]
+        ValidationSampler(images, batch_size=2, rank=0, world_size=1),
+        config=CONFIG,
+        train=False,
+        batch_size=2,
+        image_size=56,
+        seed=1,
+        device=torch.device(device),
+    )
+
+
 def test_dali_gets_its_memory_back_when_the_copy_is_made(
     photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -134,19 +151,7 @@ def test_dali_gets_its_memory_back_when_the_copy_is_made(
 
     monkeypatch.setattr(torch.utils.dlpack, "from_dlpack", lambda pixels: pixels)
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(dali, "_pipeline", lambda source, *_: Pipeline(source))
-    split = open_splits(photos, CONFIG, seed=1)[1]
-    loader = DaliLoader(
-        split,  # type: ignore[arg-type]
-        ValidationSampler(4, batch_size=2, rank=0, world_size=1),
-        config=CONFIG,
-        train=False,
-        batch_size=2,
-        image_size=56,
-        seed=1,
-        device=torch.device("cuda"),
-    )
-    assert len(list(loader)) == 2
+    assert len(list(validation(Pipeline, 4, "cuda", photos, monkeypatch))) == 2
     assert order == ["run", "copy", "record", "wait", "run", "copy", "record", "wait", "run"]
 
 
@@ -159,18 +164,7 @@ def test_an_image_that_dali_cannot_decode_is_named(
     path = photos / "val" / "dog" / "7.jpg"
     if damaged:
         path.write_bytes(path.read_bytes()[:-300])  # the header is whole
-    split = open_splits(photos, CONFIG, seed=1)[1]
-    monkeypatch.setattr(dali, "_pipeline", lambda source, *_: Refusing(source))
-    loader = DaliLoader(
-        split,  # type: ignore[arg-type]
-        ValidationSampler(10, batch_size=2, rank=0, world_size=1),
-        config=CONFIG,
-        train=False,
-        batch_size=2,
-        image_size=56,
-        seed=1,
-        device=torch.device("cpu"),
-    )
+    loader = validation(Refusing, 10, "cpu", photos, monkeypatch)
     if not damaged:
         with pytest.raises(RuntimeError, match=r"could not decode one of .*4\.jpg.*7\.jpg: nvJPEG error"):
             list(loader)

@@ -229,12 +229,13 @@ def test_one_launch_updates_every_tensor_and_no_setting_compiles_anew(
     monkeypatch.setattr(
         interpreted, "kernel", type("Counted", (), {"__getitem__": lambda _, grid: launcher(grid)})()
     )
-    problem = Problem([(3, k) for k in range(1, 162)], "amsgrad", SINGLE, SINGLE)
+    many, few = (Problem([(3, k) for k in range(1, end)], "amsgrad", SINGLE, SINGLE) for end in (162, 3))
+    many.step(interpreted.triton_step, 1)
     for number, changes in enumerate(
         ({}, {"lr": 0.5}, {"mu": 0.9}, {"beta1": 0.5}, {"beta2": 0.5}, {"eps": 1e-3})
     ):
-        problem.step(interpreted.triton_step, number + 1, **changes)
-    assert len(launches) == 6
+        few.step(interpreted.triton_step, number + 1, **changes)
+    assert len(launches) == 7
     assert all(constants == launches[0] for constants in launches)
 
 
