@@ -21,6 +21,7 @@ from arsg_dist.imagenet.cli import train_command
 from arsg_dist.imagenet.models import build_model
 from arsg_dist.imagenet.recipe import read_arguments
 from tests.engines.test_registry import settings
+from tests.fsdp import features
 from tests.fsdp.jobs.mesh_job import HIDDEN, OPTIMIZERS
 from tests.support import toy
 from tests.support.compare import assert_same_weights
@@ -76,6 +77,52 @@ def test_the_optimizer_alone_on_tensor_parallel_parameters_equals_one_process(na
         optimizer.step()
     for mesh in ("row and column", "two dimensions"):
         assert_same_weights(result(f"{mesh}, {name}"), dict(model.state_dict()), started_from=started)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("name", ["shards", "kept", "replicas", "offloaded", "resumed"])
+def test_weights_and_their_average_are_those_of_one_process(name: str) -> None:
+    """Catches a forward pass with the weights that an evaluation has left gathered, at θ or of the update before; an
+    average of other weights or of another rank's part, lost in a checkpoint, or gathered once for ever; a shared weight
+    that becomes two; a frozen or unused one that moves; a norm that counts each replica."""
+    start = {key: tensor.detach().clone() for key, tensor in features.network().state_dict().items()}
+    for actual, expected in zip(result(name), features.alone(), strict=True):
+        assert actual.keys() == expected.keys()
+        for key in [key for key in start if torch.equal(start[key], expected[key])]:
+            assert torch.equal(actual[key], start[key]), key
+        assert torch.equal(actual["blocks.3.first.weight"], actual["blocks.2.first.weight"])
+        moved = [key for key in start if not torch.equal(start[key], expected[key])]
+        assert len(moved) > len(start) // 2
+        assert_same_weights(
+            *({key: made[key] for key in moved} for made in (actual, expected)), started_from=start
+        )
+
+
+@pytest.mark.ranks
+def test_the_average_is_as_large_as_the_shards() -> None:
+    """Catches an average that every rank holds whole."""
+    whole = sum(parameter.numel() for parameter in features.network().parameters())
+    assert sum(result("shards: held")) == whole
+    assert max(result("replicas: held")) < 0.75 * whole
+
+
+@pytest.mark.ranks
+def test_replicas_of_a_shard_are_compared() -> None:
+    """Catches a comparison of different shards, and a bit flipped in one replica that goes unseen."""
+    assert result("replicas agree") == ""
+    assert result("replicas: differs").startswith(
+        "ranks that must hold the same weights do not: the 2 ranks 1, 3 differ, and no majority tells which is right; "
+    )
+    assert "inlet.weight" in result("replicas: differs")
+
+
+@pytest.mark.ranks
+def test_micro_batches_send_nothing_that_is_not_needed() -> None:
+    """Catches gradients that travel in every micro-batch, and parameters gathered anew where they are kept."""
+    assert result("units") == ["blocks.0", "blocks.1"]
+    groups = 3  # two blocks, and the rest
+    assert result("sent, kept False") == {"allgather": 2 * 2 * groups, "reduce_scatter": groups}
+    assert result("sent, kept True") == {"allgather": groups, "reduce_scatter": groups}
 
 
 @pytest.mark.ranks
