@@ -80,7 +80,7 @@ def _large_layers(module: nn.Module) -> list[tuple[str, nn.Module]]:
 def _outermost(units: Sequence[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
     found = list[tuple[str, nn.Module]]()
     for name, unit in units:
-        if not found or not name.startswith(f"{found[-1][0]}."):
+        if not any(name.startswith(f"{outer}.") for outer, _ in found):
             found.append((name, unit))
     return found
 

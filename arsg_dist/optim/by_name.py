@@ -56,8 +56,8 @@ def check_element_wise(kind: type[Optimizer], instead: str) -> None:
     """
     if kind not in ELEMENT_WISE:
         raise TypeError(
-            f"{kind.__name__} is not known to update every element of a parameter by itself, as a shard must be (LBFGS, "
-            f"Adafactor, LAMB, Muon look at whole parameters): {instead}, or take one of "
+            f"{kind.__name__} is not known to update every element of a parameter by itself, as a shard must be "
+            f"(LBFGS, Adafactor, LAMB, Muon look at whole parameters): {instead}, or take one of "
             f"{', '.join(known.__name__ for known in ELEMENT_WISE)}"
         )
 

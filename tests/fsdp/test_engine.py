@@ -277,6 +277,60 @@ def test_policies_of_fully_shard_reach_it(half: bool) -> None:
     assert engine.state().tensors["exp_avg:0.weight"].dtype == torch.float32
 
 
+@pytest.mark.usefixtures("_alone")
+def test_options_of_a_recipe_are_the_policies_that_they_name() -> None:
+    """Catches an option that is dropped on its way, here or in the average beside the weights; and a network of another
+    precision: the first update and the average follow those of one process that casts its weights by hand."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
+    module, beside, inputs = copy.deepcopy(plain), copy.deepcopy(plain), torch.randn(4, 5)
+    options = {"param_dtype": "bf16", "cpu_offload": True, "reshard_after_forward": False}
+    wanted = settings(precision="bf16", engine_options=options)
+    engine: Any = load_builder("fsdp")(wanted, world_size=1).build(
+        module, SingleProcessCommunicator(), discover_ranks({})
+    )
+    engine.hold(beside)
+    before = engine.weights_of(beside)
+    outputs = engine.module(inputs)
+    assert outputs.dtype == beside(inputs).dtype == torch.bfloat16
+    engine.backward(outputs.float().square().mean())
+    engine.step()
+    half = copy.deepcopy(plain).bfloat16()
+    half(inputs.bfloat16()).float().square().mean().backward()
+    for (name, tensor), parameter in zip(engine.whole_weights().items(), half.parameters(), strict=True):
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, plain.state_dict()[name] - 0.1 * parameter.grad.float())  # type: ignore[union-attr]
+        assert torch.equal(engine.weights_of(beside)[name], before[name])
+    with pytest.raises(NotImplementedError, match="no two ranks hold the same"):
+        next(iter(engine.replicated_tensors()))
+
+
+@pytest.mark.usefixtures("_alone")
+def test_blocks_are_compiled_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a compiled network that is traced through the gathering of its parameters, or trains with others."""
+    compiled, plain_compile = list[Any](), torch.compile
+
+    def counted(function: Any, *positional: Any, **keywords: Any) -> Any:
+        compiled.append(function)
+        return plain_compile(function, backend="eager")
+
+    monkeypatch.setattr(torch, "compile", counted)
+    weights = []
+    for compile_it in (False, True):
+        module = features.network()
+        builder = load_builder("fsdp")(settings(clip_grad_norm=0.5), world_size=1)
+        if compile_it:
+            builder.compile(module)
+        engine: Any = builder.build(module, SingleProcessCommunicator(), discover_ranks({}))
+        for update in range(2):
+            engine.backward(engine.module(toy.batch(update)[0]).square().mean())
+            engine.step()
+        weights.append(engine.whole_weights())
+    assert [function.__self__ for function in compiled] == [module.blocks[0], module.blocks[1]]
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][name], tensor, rtol=1e-5, atol=1e-7)
+
+
 def test_the_plan_of_a_recipe_names_what_is_gathered(capsys: pytest.CaptureFixture[str]) -> None:
     """Catches a plan that starts a training, or sums up other parameters than the network has; and an option that is
     read as text."""
@@ -364,8 +418,38 @@ class Outer(nn.Module):
         (build_model("resnet20", 10), [f"blocks.{index}" for index in range(9)]),
         (nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2)), []),
         (nn.Sequential(Outer(), Outer(), Inner()), ["0", "1", "2"]),
+        # A stage is a row of blocks, whatever its class; a block of which there is one is no block.
+        (
+            build_model("convnext_tiny", 10),
+            [f"features.{s}.{i}" for s, n in ((1, 3), (3, 3), (5, 9), (7, 3)) for i in range(n)],
+        ),
+        (
+            build_model("timm:swin_tiny_patch4_window7_224", 10),
+            [f"layers.{s}.blocks.{i}" for s, n in enumerate((2, 2, 6, 2)) for i in range(n)],
+        ),
+        (
+            build_model("googlenet", 10),
+            [
+                *(f"inception{n}" for n in ("3a", "3b", "4a", "4b", "4c", "4d", "4e", "5a", "5b")),
+                "aux1",
+                "aux2",
+            ],
+        ),
+        (build_model("alexnet", 10), ["classifier.1", "classifier.4"]),
+        (features.network(), ["blocks.0", "blocks.1"]),
     ],
-    ids=["resnet18", "vit_b_16", "resnet20", "two layers", "blocks in blocks"],
+    ids=[
+        "resnet18",
+        "vit_b_16",
+        "resnet20",
+        "two layers",
+        "blocks in blocks",
+        "convnext",
+        "swin",
+        "googlenet",
+        "alexnet",
+        "shared",
+    ],
 )
 def test_units_are_the_blocks(module: nn.Module, expected: list[str]) -> None:
     """Catches a network gathered whole, layer by layer, or the blocks in a block one by one."""
@@ -381,9 +465,22 @@ def test_what_does_not_work_is_refused_before_training() -> None:
         ),
         ({"shard_group": "rack"}, "must be one of job, node, not 'rack'"),
         ({"reshard_after_forward": 1}, "must be one of true, false, not 1"),
+        ({"param_dtype": "int8"}, "must be one of fp32, bf16, not 'int8'"),
     ):
         with pytest.raises(ValueError, match=message):
             load_builder("fsdp").check_options("fsdp", options)
+    for changes, message in (
+        ({"precision": "fp32", "engine_options": {"param_dtype": "bf16"}}, "contradicts precision: fp32"),
+        ({"precision": "fp16", "engine_options": {"reduce_dtype": "bf16"}}, "contradicts precision: fp16"),
+        ({"precision": "fp16", "engine_options": {"cpu_offload": True}}, "contradicts precision: fp16"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_builder("fsdp")(settings(**changes), world_size=2)
+    half = settings(precision="bf16", engine_options={"param_dtype": "bf16"})
+    with pytest.raises(ValueError, match="the batch norm bn1 with bfloat16 weights"):
+        load_builder("fsdp")(half, world_size=2).check_network(build_model("resnet18", 10))
+    with pytest.raises(ValueError, match="no blocks were found in Linear"):
+        load_builder("fsdp")(settings(), world_size=2).check_network(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="engine horovod: it has none"):
         load_builder("horovod").check_options("horovod", {"reshard_after_forward": True})
     module = nn.Linear(2, 2)
