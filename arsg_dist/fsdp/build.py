@@ -8,7 +8,14 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 
-from arsg_dist.engine import Capabilities, Communicator, LocalBuilder, TrainingSettings, connect_torch
+from arsg_dist.engine import (
+    Capabilities,
+    Communicator,
+    LocalBuilder,
+    TrainingSettings,
+    connect_torch,
+    require_backend,
+)
 from arsg_dist.engine.hosts import this_host
 from arsg_dist.fsdp.engine import CAPABILITIES, FSDPEngine
 from arsg_dist.fsdp.units import recompute_activations, refuse_batch_norm, replicas_of_shards, shard, units_of
@@ -27,6 +34,7 @@ class FSDPBuilder(LocalBuilder):
     _engine = FSDPEngine
     options: ClassVar = {
         "activation_checkpointing": (True, False),
+        "backend": ("auto", "gloo", "nccl"),
         "cpu_offload": (True, False),
         "param_dtype": tuple(_DTYPES),
         "reduce_dtype": tuple(_DTYPES),
@@ -37,6 +45,7 @@ class FSDPBuilder(LocalBuilder):
     def __init__(self, settings: TrainingSettings, world_size: int) -> None:
         super().__init__(settings, world_size)
         chosen = settings.engine_options
+        require_backend(chosen.get("backend", "auto"))
         self._keep_gathered = chosen.get("reshard_after_forward") is False
         self._sharding = _policies(chosen)
         # With replicas of shards it depends on the hosts whether there are any.

@@ -161,7 +161,7 @@ def results(communicator: Communicator, directory: Path) -> dict[str, Any]:
             sum(tensor.to_local().numel() for tensor in average.module.parameters())  # type: ignore[operator]
         )
         if name == "replicas" and communicator.rank == 3:
-            next(engine.local_parameters()).view(-1)[0] += 1e-6
+            next(engine.local_parameters()).detach().view(-1)[0] += 1e-6
         found[f"{name}: differs"] = refusal(engine) if name == "replicas" else ""
     for keep in (False, True):
         engine, average, module = built(communicator, replicas=1, keep=keep)

@@ -473,6 +473,7 @@ def test_what_does_not_work_is_refused_before_training() -> None:
         ({"precision": "fp32", "engine_options": {"param_dtype": "bf16"}}, "contradicts precision: fp32"),
         ({"precision": "fp16", "engine_options": {"reduce_dtype": "bf16"}}, "contradicts precision: fp16"),
         ({"precision": "fp16", "engine_options": {"cpu_offload": True}}, "contradicts precision: fp16"),
+        ({"engine_options": {"backend": "nccl"}}, "nccl was asked for, and the ranks came up over nothing"),
     ):
         with pytest.raises(ValueError, match=message):
             load_builder("fsdp")(settings(**changes), world_size=2)
