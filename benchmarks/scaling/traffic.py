@@ -32,6 +32,7 @@ class Load:
         backward: seconds.
         precision: of the model: "fp32" or "bf16" (with fp32 masters and state).
         bucket: bytes of gradients that travel together.
+        units: into which fsdp cuts it, blocks and the rest; 0: as many as there are tensors.
         source: of the figures.
     """
 
@@ -40,6 +41,7 @@ class Load:
     backward: float
     precision: Literal["fp32", "bf16"] = "fp32"
     bucket: int = 25 << 20
+    units: int = 0
     source: str = ""
 
 
@@ -107,11 +109,11 @@ def exchanges(strategy: str, load: Load, cluster: Cluster, ranks: int, gathers: 
             Exchange("all_gather", size, 1, "nothing"),
         ]
     if strategy == "fsdp":
-        blocks = len(load.parameters)
+        units = load.units or len(load.parameters)
         return [
-            Exchange("all_gather", size, blocks, "forward"),
-            Exchange("all_gather", size, blocks, "backward"),
-            Exchange("reduce_scatter", size, blocks, "backward"),
+            Exchange("all_gather", size, units, "forward"),
+            Exchange("all_gather", size, units, "backward"),
+            Exchange("reduce_scatter", size, units, "backward"),
         ]
     stage = 0 if strategy == "ddp" else int(strategy.removeprefix("zero"))
     found = []
