@@ -37,7 +37,7 @@ class DDPEngine(LocalEngine):
 
     def __new__(cls, *_: Any, shards: Shards | None = None, **__: Any) -> Self:
         """Make the engine that divides the update, where there are shards."""
-        return super().__new__(cls if shards is None else ShardedDDPEngine)  # type: ignore[return-value]
+        return super().__new__(ShardedDDPEngine if shards is not None and cls is DDPEngine else cls)  # type: ignore[return-value]
 
     def __init__(
         self,
@@ -62,6 +62,8 @@ class DDPEngine(LocalEngine):
             skip_nonfinite=skip_nonfinite,
         )
         if shards is not None:
+            if not isinstance(self, ShardedDDPEngine):
+                raise TypeError(f"{type(self).__name__} with shards: derive it from ShardedDDPEngine")
             check_divided(type(inner_of(optimizer)))
             self._shards = shards
         on_gpu = [self.device] if self.device.type == "cuda" else None

@@ -67,6 +67,14 @@ class FSDPBuilder(LocalBuilder):
         """Name the blocks."""
         return [name for name, _ in units_of(module)]
 
+    def numeric_settings(self) -> dict[str, Any]:
+        """Return what the engine computes with: the dtypes of its policies too."""
+        chosen = self._settings.engine_options
+        return super().numeric_settings() | {
+            f"engine_options.{option}": chosen.get(option, "fp32")
+            for option in ("param_dtype", "reduce_dtype")
+        }
+
     def check_network(self, module: nn.Module) -> None:
         """Refuse a network without blocks, which every rank would gather whole, and policies that do not fit it.
 

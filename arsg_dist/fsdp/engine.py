@@ -148,8 +148,10 @@ class FSDPEngine(LocalEngine):
     def base_iterate(self) -> Iterator[None]:
         """Move the shards to θ and back; whole parameters that a pass has left are not used again."""
         reshard(self._network)
-        with super().base_iterate():
-            yield
+        try:
+            with super().base_iterate():
+                yield
+        finally:
             reshard(self._network)
 
     def _own_state(self) -> EngineState:
