@@ -119,7 +119,7 @@ class FSDPEngine(LocalEngine):
         """Shard another network as the trained one is; each of its passes gathers it anew. Collective."""
         module.to(self.device)
         shard(module, self._mesh, **self._sharding)
-        module.register_forward_hook(lambda *_: reshard(module))
+        module.register_forward_hook(lambda *_: reshard(module))  # the outermost unit too, which torch 2.6 keeps
 
     def weights_of(self, module: nn.Module) -> dict[str, torch.Tensor]:
         """Gather a state dict tensor by tensor; only rank 0 keeps them."""

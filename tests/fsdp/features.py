@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy
-from torch.distributed.tensor.debug import CommDebugMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from arsg_dist import ARSG
 from arsg_dist.checkpoint import CheckpointStore, SavedRun, save_run
@@ -139,6 +139,19 @@ def refusal(engine: FSDPEngine) -> str:
     return ""
 
 
+class Collectives(TorchDispatchMode):
+    """Counts the operations of torch.distributed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if str(func).startswith("c10d"):
+            self.counts[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
 def results(communicator: Communicator, directory: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     cases: dict[str, dict[str, Any]] = {
@@ -166,15 +179,14 @@ def results(communicator: Communicator, directory: Path) -> dict[str, Any]:
     for keep in (False, True):
         engine, average, module = built(communicator, replicas=1, keep=keep)
         for update in range(2):  # buffers are made in the first
-            counted = CommDebugMode()
+            counted = Collectives()
             with counted:
                 for micro_batch in range(ACCUMULATION):
                     engine.backward(engine.module(toy.batch(update)[0]).sum())
                     if micro_batch + 1 < ACCUMULATION:
                         engine.step()
-        counts = Counter({str(op): number for op, number in counted.get_comm_counts().items()})
         found[f"sent, kept {keep}"] = {
-            kind: sum(number for op, number in counts.items() if kind in op)
+            kind: sum(number for operation, number in counted.counts.items() if kind in operation)
             for kind in ("allgather", "reduce_scatter")
         }
     found["units"] = [name for name, _ in units_of(network())]

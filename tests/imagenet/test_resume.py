@@ -23,7 +23,7 @@ ENGINES = {
     "single": ("alone", 1, []),
     "deepspeed": ("deepspeed", 2, ["--deepspeed_config", "configs/deepspeed/zero1.json"]),
     "ddp": ("torchrun", 2, ["--engine", "ddp"]),
-    "fsdp": ("torchrun", 2, ["--engine", "fsdp"]),
+    "fsdp": ("torchrun", 2, ["--engine", "fsdp", "--ema_decay", "0.9"]),
     "horovod": ("horovodrun", 2, ["--engine", "horovod"]),
     "horovod-sharded": ("horovodrun", 2, ["--engine", "horovod-sharded"]),
 }
