@@ -119,7 +119,8 @@ class FSDPEngine(LocalEngine):
         """Shard another network as the trained one is; each of its passes gathers it anew. Collective."""
         module.to(self.device)
         shard(module, self._mesh, **self._sharding)
-        module.register_forward_hook(lambda *_: reshard(module))  # the outermost unit too, which torch 2.6 keeps
+        # The outermost unit too, which older releases of torch keep gathered.
+        module.register_forward_hook(lambda *_: reshard(module))
 
     def weights_of(self, module: nn.Module) -> dict[str, torch.Tensor]:
         """Gather a state dict tensor by tensor; only rank 0 keeps them."""
