@@ -1,5 +1,6 @@
 """Put torch's FSDP2 behind the `Engine` interface."""
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -84,7 +85,8 @@ class FSDPEngine(LocalEngine):
         self._sharding = dict(sharding or {})
         first: Any = next(module.parameters())
         self._mesh = first.device_mesh
-        self._replicas = 1 if self._mesh.ndim == 1 else self._mesh.size(0)
+        placed = enumerate(first.placements)
+        self._replicas = math.prod(self._mesh.size(dim) for dim, place in placed if place.is_replicate())
         self.capabilities = replace(CAPABILITIES, no_replicas="") if self._replicas > 1 else CAPABILITIES
         if self._replicas > 1:
             self.shards_of_ranks = communicator.all_gather_object(shard_index(first))
