@@ -166,7 +166,7 @@ def results(communicator: Communicator, directory: Path) -> dict[str, Any]:
         if name == "replicas":
             other = resumed(engine, average, communicator, directory / "features")
             train(*other, 3, toy.UPDATES)
-            found["resumed"] = other[0].whole_weights(), other[0].weights_of(other[1].module)
+            found["gone on"] = other[0].whole_weights(), other[0].weights_of(other[1].module)
             found["replicas agree"] = refusal(engine)
         train(engine, average, module, 3, toy.UPDATES)
         found[name] = engine.whole_weights(), engine.weights_of(average.module)
@@ -181,10 +181,9 @@ def results(communicator: Communicator, directory: Path) -> dict[str, Any]:
         for update in range(2):  # buffers are made in the first
             counted = Collectives()
             with counted:
-                for micro_batch in range(ACCUMULATION):
+                for _ in range(ACCUMULATION):
                     engine.backward(engine.module(toy.batch(update)[0]).sum())
-                    if micro_batch + 1 < ACCUMULATION:
-                        engine.step()
+                    engine.step()
         found[f"sent, kept {keep}"] = {
             kind: sum(number for operation, number in counted.counts.items() if kind in operation)
             for kind in ("allgather", "reduce_scatter")
