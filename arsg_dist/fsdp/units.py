@@ -23,9 +23,9 @@ def units_of(module: nn.Module) -> list[tuple[str, nn.Module]]:
 
     A block is made of layers, and the network has more than one of its class. What is only a row of such blocks (a
     stage) is no block; its blocks are. Where there are none, it is the children of an `nn.Sequential` or
-    `nn.ModuleList` that have a layer inside and a class met more than once in such rows; and where there are none of
-    these either, large layers. Blocks inside blocks, and blocks with parameters that other parts of the network have
-    too, are no units of their own.
+    `nn.ModuleList` that have a layer inside and a class met more than once in such rows; where there are none of these
+    either, large layers; and at last such children of any class. Blocks inside blocks, and blocks with parameters that
+    other parts of the network have too, are no units of their own.
 
     Args:
         module: the network.
@@ -33,7 +33,12 @@ def units_of(module: nn.Module) -> list[tuple[str, nn.Module]]:
     Returns:
         Name and module of each, in the network's order; empty where it has none, and is one unit as a whole.
     """
-    units = _outermost(_blocks(module)) or _outermost(_in_rows(module)) or _large_layers(module)
+    units = (
+        _outermost(_blocks(module))
+        or _outermost(_in_rows(module, 2))
+        or _large_layers(module)
+        or _outermost(_in_rows(module, 1))
+    )
     return _of_themselves(module, units)
 
 
@@ -57,7 +62,7 @@ def _is_stage(name: str, module: nn.Module, repeated: Mapping[str, nn.Module]) -
     return any(len(alike) > 1 and 2 * sum(map(_numel, alike)) > _numel(module) for alike in of_class.values())
 
 
-def _in_rows(module: nn.Module) -> list[tuple[str, nn.Module]]:
+def _in_rows(module: nn.Module, least: int) -> list[tuple[str, nn.Module]]:
     rows = [
         (f"{name}.{index}" if name else index, child)
         for name, row in module.named_modules()
@@ -66,7 +71,9 @@ def _in_rows(module: nn.Module) -> list[tuple[str, nn.Module]]:
         if any(list(inner.parameters(recurse=False)) for inner in list(child.modules())[1:])
     ]
     often = Counter(type(child) for _, child in rows)
-    return [(name, child) for name, child in rows if often[type(child)] > 1 and not isinstance(child, _ROWS)]
+    return [
+        (name, child) for name, child in rows if often[type(child)] >= least and not isinstance(child, _ROWS)
+    ]
 
 
 def _large_layers(module: nn.Module) -> list[tuple[str, nn.Module]]:

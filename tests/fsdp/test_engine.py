@@ -23,6 +23,7 @@ from arsg_dist.imagenet.recipe import read_arguments
 from tests.engines.test_registry import settings
 from tests.fsdp import features
 from tests.fsdp.jobs.mesh_job import HIDDEN, OPTIMIZERS
+from tests.imagenet.jobs.small_network import SmallResNet
 from tests.support import toy
 from tests.support.compare import assert_same_weights
 from tests.support.results import results_of
@@ -438,6 +439,7 @@ class Outer(nn.Module):
         ),
         (build_model("alexnet", 10), ["classifier.1", "classifier.4"]),
         (features.network(), ["blocks.0", "blocks.1"]),
+        (SmallResNet(3), ["blocks.0"]),
     ],
     ids=[
         "resnet18",
@@ -450,6 +452,7 @@ class Outer(nn.Module):
         "googlenet",
         "alexnet",
         "shared",
+        "one block",
     ],
 )
 def test_units_are_the_blocks(module: nn.Module, expected: list[str]) -> None:
