@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from arsg_dist.ddp.shards import Shards, load_sharded, sharded_state
 from arsg_dist.engine import Communicator, EngineState, LocalEngine, SavedState
-from arsg_dist.optim.by_name import ELEMENT_WISE
+from arsg_dist.optim.by_name import check_element_wise, inner_of
 
 
 class DDPEngine(LocalEngine):
@@ -35,6 +35,10 @@ class DDPEngine(LocalEngine):
 
     kind = "ddp"
 
+    def __new__(cls, *_: Any, shards: Shards | None = None, **__: Any) -> Self:
+        """Make the engine that divides the update, where there are shards."""
+        return super().__new__(ShardedDDPEngine if shards is not None and cls is DDPEngine else cls)  # type: ignore[return-value]
+
     def __init__(
         self,
         module: nn.Module,
@@ -57,13 +61,11 @@ class DDPEngine(LocalEngine):
             loss_scaling=loss_scaling,
             skip_nonfinite=skip_nonfinite,
         )
-        self._shards = shards
-        if shards is not None and type(optimizer) not in ELEMENT_WISE:
-            raise TypeError(
-                f"{type(optimizer).__name__} is not known to update each element of a parameter by itself, so its "
-                "update cannot be divided among the ranks: leave shards (shard_update) out, or take one of "
-                f"{', '.join(kind.__name__ for kind in ELEMENT_WISE)}"
-            )
+        if shards is not None:
+            if not isinstance(self, ShardedDDPEngine):
+                raise TypeError(f"{type(self).__name__} with shards: derive it from ShardedDDPEngine")
+            check_divided(type(inner_of(optimizer)))
+            self._shards = shards
         on_gpu = [self.device] if self.device.type == "cuda" else None
         distribution = {"gradient_as_bucket_view": True, **distribution}
         self._parallel = DistributedDataParallel(
@@ -76,67 +78,61 @@ class DDPEngine(LocalEngine):
         """Exchange gradients in the last micro-batch only."""
         self._parallel.require_backward_grad_sync = self._ends_update
 
+
+class ShardedDDPEngine(DDPEngine):
+    """Replicate the model, and divide the update and the optimizer's state; what `DDPEngine` with `shards` is."""
+
+    _shards: Shards
+
     def _update(self) -> None:
-        if self._shards is not None:
-            self._shards.take_gradients()
+        self._shards.take_gradients()
         super()._update()
-        if self._shards is not None:
-            self._network.zero_grad()
+        self._network.zero_grad()
 
     def _clip(self) -> None:
-        if self._shards is None:
-            super()._clip()
-            return
-        parts = [piece.part.grad for piece in self._shards.pieces if piece.part.grad is not None]
         if self.loss_scaling:
             self._unscale_shards()
         if self._clip_grad_norm:
-            norms = [norm.float() for norm in torch._foreach_norm(parts)] if parts else []
-            own = torch.stack(norms).square().sum() if norms else torch.zeros((), device=self.device)
             # What no group has counts in the norm as it does undivided; every rank has it whole.
             trained = {parameter for members in self._shards.members for parameter in members}
-            for parameter in self._network.parameters():
-                if parameter.grad is not None and parameter not in trained:
-                    own = own + parameter.grad.float().square().sum() / self.communicator.world_size
-            norm = self.communicator.all_reduce_sum(own).sqrt()
-            torch._foreach_mul_(parts, (self._clip_grad_norm / (norm + 1e-6)).clamp(max=1.0))
+            others = [p.grad for p in self._network.parameters() if p.grad is not None and p not in trained]
+            square = sum(
+                (grad.float().square().sum() for grad in others), torch.zeros((), device=self.device)
+            )
+            parts = [piece.part.grad for piece in self._shards.pieces if piece.part.grad is not None]
+            self._clip_parts(parts, besides=square / self.communicator.world_size)
 
     def _step(self) -> None:
         super()._step()
-        if self._shards is not None:
-            self._shards.gather()
+        self._shards.gather()
 
     def _own_state(self) -> EngineState:
-        if self._shards is None:
-            return super()._own_state()
         rank, world_size = self.communicator.rank, self.communicator.world_size
         return sharded_state(self.kind, self._network, self.optimizer, self._shards, rank, world_size)
 
     def load_state(self, saved: SavedState) -> None:
         """Load what this rank holds, and bring the parts together. Collective."""
         super().load_state(saved)
-        if self._shards is not None:
-            self._shards.gather()
+        self._shards.gather()
 
     def _load_own_state(self, saved: SavedState) -> None:
-        if self._shards is None:
-            super()._load_own_state(saved)
-        else:
-            load_sharded(self._network, self.optimizer, self._shards, saved)
+        load_sharded(self._network, self.optimizer, self._shards, saved)
 
     def replicated_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield parameters, and the optimizer's state where it is not divided."""
-        if self._shards is None:
-            yield from super().replicated_tensors()
-        else:
-            yield from self._network.named_parameters()
+        """Yield parameters."""
+        yield from self._network.named_parameters()
 
     @contextmanager
     def base_iterate(self) -> Iterator[None]:
-        """Move the parameters to θ and back. Collective where the update is divided."""
+        """Move the parameters to θ and back. Collective."""
         with super().base_iterate():
-            if self._shards is not None:
-                self._shards.gather()
-            yield
-        if self._shards is not None:
             self._shards.gather()
+            yield
+        self._shards.gather()
+
+
+def check_divided(kind: type[torch.optim.Optimizer]) -> None:
+    """Raise TypeError for a class of optimizers whose update cannot be divided among the ranks."""
+    check_element_wise(
+        kind, "leave shard_update (shards of a DDPEngine) out, under which every rank holds them whole"
+    )

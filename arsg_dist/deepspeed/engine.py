@@ -92,10 +92,8 @@ def capabilities_at(stage: int) -> Capabilities:
     """Return what code above an engine may count on at a ZeRO stage."""
     if stage < 3:
         return Capabilities()
-    return Capabilities(
-        no_whole_weights="ZeRO stage 3, under which no rank holds the whole weights: "
-        "use a DeepSpeed config with stage 0, 1 or 2"
-    )
+    refused = "ZeRO stage 3, under which no rank holds the whole weights: use a DeepSpeed config with stage 0, 1 or 2"
+    return Capabilities(no_twin=refused, no_replicas=refused)
 
 
 def release_shared_memory() -> None:
@@ -200,7 +198,7 @@ class DeepSpeedEngine(Engine):
 
     def replicated_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield the parameters, at stages 0 to 2."""
-        if self.capabilities.no_whole_weights:
+        if self.capabilities.no_replicas:
             raise NotImplementedError("under ZeRO stage 3 no rank holds whole weights to compare")
         yield from self.engine.module.named_parameters()
 

@@ -13,6 +13,7 @@ from arsg_dist.engine.communicator import (
     check_hosts,
     connect_torch,
     device_of,
+    require_backend,
     torch_communicator,
 )
 from arsg_dist.engine.consistency import check_agreement, check_replicas, package_versions
@@ -56,5 +57,6 @@ __all__ = [
     "init_method",
     "load_builder",
     "package_versions",
+    "require_backend",
     "torch_communicator",
 ]

@@ -1,7 +1,7 @@
 """Define the interface between a training loop and what distributes it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -19,11 +19,13 @@ class Capabilities:
     """Say what code above an engine may count on.
 
     Attributes:
-        no_whole_weights: "" where every rank holds the whole weights between updates; else under what it does not, and
-            what to use instead, for a message.
+        no_twin: "" where the engine can hold a second network as it holds the trained one, and run a compiled one; else
+            under what it cannot, and what to use instead, for a message.
+        no_replicas: "" where several ranks hold the same between updates; else the same.
     """
 
-    no_whole_weights: str = ""
+    no_twin: str = ""
+    no_replicas: str = ""
 
 
 def all_finite(tensors: Iterable[torch.Tensor]) -> bool:
@@ -66,6 +68,7 @@ class Engine(ABC):
         loss_scaling: whether updates whose scaled gradient overflows are left out as a matter of course (fp16).
         skipped_updates: updates left out so far, since their gradient was not finite; the same on every rank.
         capabilities: what code above it may count on.
+        shards_of_ranks: number of what each rank holds of the weights, where some hold other parts than others.
     """
 
     kind: str
@@ -78,6 +81,7 @@ class Engine(ABC):
     loss_scaling: bool = False
     skipped_updates: int = 0
     capabilities: Capabilities = Capabilities()
+    shards_of_ranks: Sequence[int] = ()
 
     @abstractmethod
     def backward(self, loss: torch.Tensor) -> None:
@@ -118,6 +122,17 @@ class Engine(ABC):
         """Yield what this rank holds of the model's parameters: all of them, or its parts."""
         yield from self.module.parameters()
 
+    def hold(self, module: nn.Module) -> None:
+        """Put another network of the trained one's structure, alike on all ranks, where and as that one is. Collective.
+
+        Its parameters may be parts from then on. It is not trained: each forward pass sees what they are.
+        """
+        module.to(self.device)
+
+    def weights_of(self, module: nn.Module) -> dict[str, torch.Tensor]:
+        """Do as `whole_weights`, for a network that was given to `hold`. Collective."""
+        return copy_weights(module) if self.communicator.rank == 0 else {}
+
     @property
     def at_base_iterate(self) -> bool:
         """Whether a `base_iterate` context is entered."""
@@ -127,10 +142,10 @@ class Engine(ABC):
         refuse_at_base_iterate(self.at_base_iterate, what)
 
     def replicated_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield name and tensor of what every rank must hold alike between updates.
+        """Yield name and tensor of what ranks that hold the same part must hold alike between updates.
 
         Raises:
-            NotImplementedError: an engine of which no rank holds whole weights.
+            NotImplementedError: an engine of which no two ranks hold the same.
         """
         raise NotImplementedError(f"{type(self).__name__} has no replicated weights")
 

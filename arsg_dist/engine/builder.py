@@ -96,6 +96,18 @@ class EngineBuilder(ABC):
         """Name the parts of a network that ranks gather one by one; none where no such parts are known beforehand."""
         return []
 
+    def check_network(self, module: nn.Module) -> None:  # noqa: B027
+        """Refuse a network that the engine is not for.
+
+        Raises:
+            ValueError: it cannot be distributed as the settings ask.
+        """
+
+    @staticmethod
+    def compile(module: nn.Module) -> None:
+        """Have a network's passes compiled when they are first run; to be called before `build`."""
+        module.compile()
+
     def numeric_settings(self) -> dict[str, Any]:
         """Return what the engine computes with, beside the rest of the training's settings; nothing that only rounds.
 

@@ -236,6 +236,24 @@ def connect_torch(ranks: Ranks) -> TorchCommunicator:
     return torch_communicator(ranks, device)
 
 
+def require_backend(wanted: str) -> None:
+    """Refuse a job whose ranks came up over another library than they were to.
+
+    Args:
+        wanted: "gloo", "nccl", or "auto" for whatever came up.
+
+    Raises:
+        ValueError: another came up, or none.
+    """
+    present = dist.get_backend() if dist.is_initialized() else "nothing"
+    if wanted not in ("auto", present):
+        why = "" if torch.cuda.is_available() else f": torch {torch.__version__} sees no GPU on this host"
+        raise ValueError(
+            f"engine_options.backend: {wanted} was asked for, and the ranks came up over {present}{why}; leave it out "
+            "to take what there is"
+        )
+
+
 def torch_communicator(ranks: Ranks, device: torch.device) -> TorchCommunicator:
     """Make the communicator of a process group that has come up. Collective.
 

@@ -5,7 +5,7 @@ import importlib.metadata
 import json
 import platform
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,12 +130,15 @@ def fingerprints(tensors: Iterable[Tensor]) -> list[int]:
     return [int(number) for number in torch.stack(found).tolist()] if found else []
 
 
-def check_replicas(communicator: Communicator, replicated: Iterator[tuple[str, Tensor]]) -> None:
+def check_replicas(
+    communicator: Communicator, replicated: Iterator[tuple[str, Tensor]], shards_of_ranks: Sequence[int] = ()
+) -> None:
     """Compare tensors bit by bit over the ranks, by fingerprints. Collective.
 
     Args:
-        communicator: of the ranks that hold the same.
+        communicator: of all ranks.
         replicated: name → tensor, the same names in the same order on every rank.
+        shards_of_ranks: number of what each rank holds, where only those with the same number hold the same.
 
     Raises:
         JobError: on every rank, naming the ranks that differ from most others and their tensors. Where no value is
@@ -145,18 +148,27 @@ def check_replicas(communicator: Communicator, replicated: Iterator[tuple[str, T
     for name, tensor in replicated:
         names.append(name)
         tensors.append(tensor)
-    of_ranks = [tuple(numbers) for numbers in communicator.all_gather_object(fingerprints(tensors))]
-    if len(set(of_ranks)) == 1:
+    shards: dict[int, dict[int, tuple[int, ...]]] = {}
+    for rank, numbers in enumerate(communicator.all_gather_object(fingerprints(tensors))):
+        shards.setdefault(shards_of_ranks[rank] if shards_of_ranks else 0, {})[rank] = tuple(numbers)
+    for of_rank in shards.values():
+        _require_equal(of_rank, names)
+
+
+def _require_equal(of_rank: Mapping[int, tuple[int, ...]], names: list[str]) -> None:
+    most, count = Counter(of_rank.values()).most_common(1)[0]
+    if count == len(of_rank):
         return
-    most, count = Counter(of_ranks).most_common(1)[0]
-    if 2 * count > len(of_ranks):
-        odd = [rank for rank, numbers in enumerate(of_ranks) if numbers != most]
+    if 2 * count > len(of_rank):
+        odd = [rank for rank, numbers in of_rank.items() if numbers != most]
         who = f"rank {', '.join(map(str, odd))} differs from the {count} others, which agree"
     else:
-        odd, most = list(range(1, len(of_ranks))), of_ranks[0]
-        who = f"the {len(of_ranks)} ranks differ, and no majority tells which is right"
+        (first, most), *others = of_rank.items()
+        odd = [rank for rank, _ in others]
+        which = "" if [first, *odd] == list(range(len(of_rank))) else f" {', '.join(map(str, of_rank))}"
+        who = f"the {len(of_rank)} ranks{which} differ, and no majority tells which is right"
     differing = [
-        name for index, name in enumerate(names) if any(of_ranks[rank][index] != most[index] for rank in odd)
+        name for index, name in enumerate(names) if any(of_rank[rank][index] != most[index] for rank in odd)
     ]
     raise JobError(
         f"ranks that must hold the same weights do not: {who}; in {len(differing)} of {len(names)} tensors: "

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from arsg_dist.engine.base import Capabilities, Engine, all_finite, copy_weights
+from arsg_dist.engine.base import Capabilities, Engine, all_finite
 from arsg_dist.engine.builder import EngineBuilder, TrainingSettings
 from arsg_dist.engine.communicator import Communicator, SingleProcessCommunicator, check_hosts, device_of
 from arsg_dist.engine.ranks import Ranks
@@ -102,6 +102,24 @@ class LocalEngine(Engine):
             self._grad_scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(self._network.parameters(), self._clip_grad_norm)
 
+    def _clip_parts(
+        self, parts: list[torch.Tensor], *, held_by: int = 1, besides: torch.Tensor | None = None
+    ) -> None:
+        """Scale down parts of the gradient by the norm of all of it. Collective.
+
+        Args:
+            parts: of this rank.
+            held_by: ranks that hold the same parts.
+            besides: a square that counts as well, divided by the ranks that add it.
+        """
+        norms = [norm.float() for norm in torch._foreach_norm(parts)] if parts else []
+        square = torch.stack(norms).square().sum() / held_by if norms else torch.zeros((), device=self.device)
+        if besides is not None:
+            square = square + besides
+        norm = self.communicator.all_reduce_sum(square).sqrt()
+        if parts:
+            torch._foreach_mul_(parts, (self._clip_grad_norm / (norm + 1e-6)).clamp(max=1.0))
+
     def _unscale_shards(self) -> None:
         """Unscale where each rank has a part of the gradient: an overflow in any of them is one of all ranks."""
         self._grad_scaler.unscale_(self.optimizer)
@@ -116,7 +134,7 @@ class LocalEngine(Engine):
 
     def whole_weights(self) -> dict[str, torch.Tensor]:
         """Copy the model's state dict on rank 0."""
-        return copy_weights(self._network) if self.communicator.rank == 0 else {}
+        return self.weights_of(self._network)
 
     def state(self) -> EngineState:
         """Make this rank's share of the state."""

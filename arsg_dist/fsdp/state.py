@@ -1,12 +1,12 @@
 """Save and load shards of parameters and state; a rank holds only its own."""
 
-import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
+from torch import nn
+from torch.distributed.tensor import DTensor
 
+from arsg_dist.engine.dtensors import add_divided, fill, place_of, read_like
 from arsg_dist.engine.replicated_state import (
     add_buffers,
     aliases_of,
@@ -18,45 +18,9 @@ from arsg_dist.engine.replicated_state import (
     persistent_buffers,
 )
 from arsg_dist.engine.saved_state import SavedState
-from arsg_dist.engine.state import (
-    BUFFER,
-    PARAMETER,
-    EngineState,
-    TensorSpec,
-    key_of,
-    state_numbers,
-    state_tensors,
-)
+from arsg_dist.engine.state import BUFFER, PARAMETER, EngineState, key_of, state_numbers, state_tensors
 
-
-def place_of(tensor: DTensor) -> tuple[int, int]:
-    """Find where a rank's shard begins and how many elements it has, row by row.
-
-    Raises:
-        ValueError: it is not sharded along its first dimension alone.
-    """
-    begin, rows = 0, tensor.shape[0]
-    for dim, placement in enumerate(tensor.placements):
-        if placement.is_replicate():
-            continue
-        if placement != Shard(0):
-            raise ValueError(
-                f"a tensor placed as {tensor.placements} cannot be saved: shard dimension 0 only"
-            )
-        chunk = math.ceil(rows / tensor.device_mesh.size(dim))
-        first = min(chunk * tensor.device_mesh.get_local_rank(dim), rows)
-        begin, rows = begin + first, min(chunk, rows - first)
-    row = math.prod(tensor.shape[1:])
-    assert tensor.to_local().numel() == rows * row
-    return begin * row, rows * row
-
-
-def _writes(tensor: DTensor) -> bool:
-    """Whether this rank is the first of those that hold the same shard."""
-    return all(
-        not placement.is_replicate() or tensor.device_mesh.get_local_rank(dim) == 0
-        for dim, placement in enumerate(tensor.placements)
-    )
+__all__ = ["load_sharded", "place_of", "sharded_state"]
 
 
 def sharded_state(kind: str, module: nn.Module, optimizer: torch.optim.Optimizer, rank: int) -> EngineState:
@@ -74,25 +38,19 @@ def sharded_state(kind: str, module: nn.Module, optimizer: torch.optim.Optimizer
     names = parameter_names(module, optimizer)
     state = EngineState(kind, groups=named_groups(optimizer, names), aliases=aliases_of(module, names))
     for parameter, name in names.items():
-        assert isinstance(parameter, DTensor)
         held = optimizer.state.get(parameter, {})
         if numbers := state_numbers(name, held):
             state.numbers[name] = numbers
-        start, numel = place_of(parameter)
         for entry, tensor in {PARAMETER: parameter, **dict(state_tensors(held))}.items():
             if not isinstance(tensor, DTensor) or tensor.shape != parameter.shape:
                 raise ValueError(
                     f"the optimizer keeps {entry!r} of {name!r} in another shape: it is not saved"
                 )
-            spec = TensorSpec(tensor.dtype, tuple(tensor.shape))
-            state.tensors[key_of(entry, name)] = spec
-            if _writes(tensor):
-                state.add(key_of(entry, name), spec, start, numel, tensor.to_local(), 0)
+            add_divided(state, key_of(entry, name), tensor)
     add_buffers(state, module, rank)
     return state
 
 
-@torch.no_grad()
 def load_sharded(module: nn.Module, optimizer: torch.optim.Optimizer, saved: SavedState) -> None:
     """Fill this rank's shards, and what every rank holds; no other rank takes part.
 
@@ -102,27 +60,10 @@ def load_sharded(module: nn.Module, optimizer: torch.optim.Optimizer, saved: Sav
     names = parameter_names(module, optimizer)
     parameter_of: dict[str, Any] = {name: parameter for parameter, name in names.items()}
     check_model(module, saved)
-
-    def shard_of(entry: str, name: str) -> Tensor:
-        parameter = parameter_of[name]
-        spec = saved.spec(entry, name)
-        assert spec is not None
-        if spec.shape != tuple(parameter.shape):
-            raise ValueError(
-                f"{saved.where} has {entry!r} of {name!r} in shape {spec.shape}: it cannot be sharded"
-            )
-        filled: Any = torch.zeros_like(parameter, dtype=spec.dtype)
-        _fill(filled, saved, entry, name)
-        result: Tensor = filled
-        return result
-
-    loaded = optimizer_state(optimizer, names, saved, shard_of)
+    loaded = optimizer_state(
+        optimizer, names, saved, lambda entry, name: read_like(saved, entry, name, parameter_of[name])
+    )
     for name, parameter in parameter_of.items():
-        _fill(parameter, saved, PARAMETER, name)
+        fill(parameter, saved, PARAMETER, name)
     load_tensors(((BUFFER, name, buffer) for name, buffer in persistent_buffers(module).items()), saved)
     optimizer.load_state_dict(loaded)
-
-
-def _fill(tensor: DTensor, saved: SavedState, entry: str, name: str) -> None:
-    local = tensor.to_local()
-    local.copy_(saved.read(entry, name, *place_of(tensor)).view(local.shape))

@@ -1,8 +1,8 @@
 """Choose which parts of a network `fully_shard` gathers together."""
 
 from collections import Counter
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
 
 import torch.distributed as dist
 from torch import nn
@@ -10,12 +10,22 @@ from torch.distributed._composable.checkpoint_activation import checkpoint
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+_ROWS: Final = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+_LAYERS: Final = 3
+"""Layers with parameters that a block has at least, where a network has such blocks at all."""
+_LARGE: Final = 1 << 20
+"""Elements of a layer that is worth gathering by itself, in a network without blocks."""
+
 
 def units_of(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Find a network's blocks: equal modules in a row, as in transformers.
+    """Find a network's blocks by its structure.
 
-    A block is a child of an `nn.Sequential` or `nn.ModuleList` that has parameters in modules of its own, and whose
-    class the network has more than once in such rows. Blocks inside blocks are not units of their own.
+    A block is made of layers, and the network has more than one of its class. What is only a row of such blocks (a
+    stage) is no block; its blocks are. Where there are none, it is the children of an `nn.Sequential` or
+    `nn.ModuleList` that have a layer inside and a class met more than once in such rows; where there are none of these
+    either, large layers; and at last such children of any class. Blocks inside blocks, and blocks with parameters that
+    other parts of the network have too, are no units of their own.
 
     Args:
         module: the network.
@@ -23,6 +33,36 @@ def units_of(module: nn.Module) -> list[tuple[str, nn.Module]]:
     Returns:
         Name and module of each, in the network's order; empty where it has none, and is one unit as a whole.
     """
+    units = (
+        _outermost(_blocks(module))
+        or _outermost(_in_rows(module, 2))
+        or _large_layers(module)
+        or _outermost(_in_rows(module, 1))
+    )
+    return _of_themselves(module, units)
+
+
+def _blocks(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    candidates = [
+        (name, inner)
+        for name, inner in module.named_modules()
+        if name and not isinstance(inner, _ROWS) and _layers(inner) >= _LAYERS
+    ]
+    often = Counter(type(inner) for _, inner in candidates)
+    repeated = {name: inner for name, inner in candidates if often[type(inner)] > 1}
+    return [(name, inner) for name, inner in repeated.items() if not _is_stage(name, inner, repeated)]
+
+
+def _is_stage(name: str, module: nn.Module, repeated: Mapping[str, nn.Module]) -> bool:
+    """Tell whether most of a module is several blocks of one class, none inside another."""
+    inside = [(other, inner) for other, inner in repeated.items() if other.startswith(f"{name}.")]
+    of_class: dict[type[nn.Module], list[nn.Module]] = {}
+    for _, inner in _outermost(inside):
+        of_class.setdefault(type(inner), []).append(inner)
+    return any(len(alike) > 1 and 2 * sum(map(_numel, alike)) > _numel(module) for alike in of_class.values())
+
+
+def _in_rows(module: nn.Module, least: int) -> list[tuple[str, nn.Module]]:
     rows = [
         (f"{name}.{index}" if name else index, child)
         for name, row in module.named_modules()
@@ -31,12 +71,43 @@ def units_of(module: nn.Module) -> list[tuple[str, nn.Module]]:
         if any(list(inner.parameters(recurse=False)) for inner in list(child.modules())[1:])
     ]
     often = Counter(type(child) for _, child in rows)
-    units = list[tuple[str, nn.Module]]()
-    for name, child in rows:
-        inside = any(name.startswith(f"{outer}.") for outer, _ in units)
-        if often[type(child)] > 1 and not isinstance(child, nn.Sequential | nn.ModuleList) and not inside:
-            units.append((name, child))
-    return units
+    return [
+        (name, child) for name, child in rows if often[type(child)] >= least and not isinstance(child, _ROWS)
+    ]
+
+
+def _large_layers(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [
+        (name, inner)
+        for name, inner in module.named_modules()
+        if name and not list(inner.children()) and _numel(inner) >= _LARGE
+    ]
+
+
+def _outermost(units: Sequence[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
+    found = list[tuple[str, nn.Module]]()
+    for name, unit in units:
+        if not any(name.startswith(f"{outer}.") for outer, _ in found):
+            found.append((name, unit))
+    return found
+
+
+def _of_themselves(module: nn.Module, units: list[tuple[str, nn.Module]]) -> list[tuple[str, nn.Module]]:
+    """Leave out units that share a parameter with another part: `fully_shard` would make two of it."""
+    holders: dict[nn.Parameter, set[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        unit = next((own for own, _ in units if name.startswith(f"{own}.")), "")
+        holders.setdefault(parameter, set()).add(unit)
+    shared = {unit for of_parameter in holders.values() if len(of_parameter) > 1 for unit in of_parameter}
+    return [(name, unit) for name, unit in units if name not in shared]
+
+
+def _layers(module: nn.Module) -> int:
+    return sum(1 for inner in module.modules() if any(True for _ in inner.parameters(recurse=False)))
+
+
+def _numel(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def recompute_activations(module: nn.Module) -> None:
@@ -52,16 +123,28 @@ def recompute_activations(module: nn.Module) -> None:
             f"nn.ModuleList), and none was found in {type(module).__name__}: leave it out"
         )
     for name, unit in units:
-        counting = [
-            inner for inner, part in unit.named_modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)
-        ]
-        if counting:
+        if counting := _batch_norms(unit):
             raise ValueError(
                 f"activation checkpointing computes {name} twice in each update, and the running statistics of its "
                 f"{counting[0]} (batch norm) would count every batch twice: leave it out for this network"
             )
     for _, unit in units:
         checkpoint(unit)
+
+
+def refuse_batch_norm(module: nn.Module) -> None:
+    """Raise ValueError for batch norm, whose weights would be bfloat16 beside float32 statistics."""
+    if found := _batch_norms(module):
+        raise ValueError(
+            f"engine_options.param_dtype: bf16 would compute the batch norm {found[0]} with bfloat16 weights beside "
+            "its float32 statistics: leave it out for this network; precision: bf16 is autocast then"
+        )
+
+
+def _batch_norms(module: nn.Module) -> list[str]:
+    return [
+        name for name, part in module.named_modules() if isinstance(part, nn.modules.batchnorm._BatchNorm)
+    ]
 
 
 def replicas_of_shards(hosts: Sequence[str]) -> tuple[int, int]:

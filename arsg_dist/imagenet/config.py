@@ -399,8 +399,9 @@ class TrainConfig(Section):
     check_replicas_every: Whole = 0
     """updates between two comparisons, bit by bit, of the ranks' weights; 0 for none."""
     engine_options: dict[str, Parameter] = field(default_factory=dict)
-    """of the engine alone (docs/engines.md): find_unused_parameters, shard_update; activation_checkpointing,
-    reshard_after_forward, shard_group. An option that the chosen engine does not have is an error."""
+    """of the engine alone (docs/engines.md): backend; find_unused_parameters, shard_update; activation_checkpointing,
+    cpu_offload, param_dtype, reduce_dtype, reshard_after_forward, shard_group. An option that the chosen engine does
+    not have is an error."""
     wandb_project: str | None = None
     """also log to this project of Weights & Biases (needs the package wandb)."""
     checkpoint_every: Whole = 0

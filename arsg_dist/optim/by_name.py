@@ -44,6 +44,34 @@ def inner_of(optimizer: Optimizer) -> Optimizer:
     return optimizer.optimizer if isinstance(optimizer, RemoteObservation) else optimizer
 
 
+def check_element_wise(kind: type[Optimizer], instead: str) -> None:
+    """Refuse a class of optimizers that is not known to update each element by itself.
+
+    Args:
+        kind: of the optimizer that makes the update, inside a RemoteObservation if there is one.
+        instead: what to do, for the message.
+
+    Raises:
+        TypeError: it may look at whole parameters.
+    """
+    if kind not in ELEMENT_WISE:
+        raise TypeError(
+            f"{kind.__name__} is not known to update every element of a parameter by itself, as a shard must be "
+            f"(LBFGS, Adafactor, LAMB, Muon look at whole parameters): {instead}, or take one of "
+            f"{', '.join(known.__name__ for known in ELEMENT_WISE)}"
+        )
+
+
+def stepping_class(name: str, params: Mapping[str, Any], *, where: str = "optimizer") -> type[Optimizer]:
+    """Return the class of `make_optimizer` that makes the update: a RemoteObservation's inner one; arguments as there.
+
+    Raises:
+        ValueError: there is none.
+    """
+    kind = class_of(name, where=f"{where}.type")
+    return _inner_class(params, where) if kind is RemoteObservation else kind
+
+
 def class_of(name: str, *, where: str = "optimizer.type") -> type[Optimizer]:
     """Return the class that a name means: one of this package, else of `torch.optim`.
 

@@ -33,9 +33,9 @@ def short_name(device: str) -> str:
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Return the size of all state tensors."""
+    """Return the size of all state tensors, of a divided one this rank's part."""
     return sum(
-        value.numel() * value.element_size()
+        value.nbytes if not hasattr(value, "to_local") else value.to_local().nbytes
         for state in optimizer.state.values()
         for value in state.values()
         if isinstance(value, torch.Tensor)

@@ -30,8 +30,8 @@ CORES = 2
 """Of the machine that all rehearsal hosts were on."""
 _STRATEGY = {"horovod": "ddp"}
 """Names of measured steps that the model calls otherwise."""
-_BORROWED = {"horovod-two-level": "horovod-sharded"}
-"""Strategies that are not fitted, and whose behaviour they are predicted with."""
+_BORROWED = {"horovod-two-level": "horovod-sharded", "ddp-sharded": "ddp", "fsdp": "zero3"}
+"""Strategies that nothing was measured of to fit to, and whose behaviour they are predicted with."""
 
 Costs = dict[str, dict[str, Cost]]
 Behaviours = dict[str, Behaviour]
@@ -166,7 +166,8 @@ def predicted(
     ]
     done_steps = []
     for row in steps:
-        behaviour = behaviours[f"{row.stack} {_BORROWED.get(row.name, row.name)}"]
+        own, borrowed = f"{row.stack} {row.name}", f"{row.stack} {_BORROWED.get(row.name, row.name)}"
+        behaviour = behaviours[own if own in behaviours else borrowed]
         strategy, cluster = _STRATEGY.get(row.name, row.name), rehearsal(row, costs[row.stack])
         done_steps.append(replace(row, predicted=step_seconds(strategy, LOAD, cluster, row.ranks, behaviour)))
     return done_collectives, done_steps

@@ -55,12 +55,12 @@ def load_of(name: str) -> Load:
     if name == "resnet50":
         step = 256 / 2470
         return Load(
-            _resnet50(), step / 3, 2 * step / 3, "bf16",
+            _resnet50(), step / 3, 2 * step / 3, "bf16", units=17,
             source="2,470 images/s on one A100 with AMP (NVIDIA DeepLearningExamples, resnet50v1.5); batch 256 per GPU",
         )  # fmt: skip
     sizes, tokens = _llama_7b(), 8192
     step = 6 * sum(sizes) * tokens / (0.4 * 989e12)
     return Load(
-        sizes, step / 3, 2 * step / 3, "bf16", bucket=200 << 20,
+        sizes, step / 3, 2 * step / 3, "bf16", bucket=200 << 20, units=33,
         source="6 × parameters × 8,192 tokens per GPU at 40 % of an H100's 989 TFLOP/s (dense bf16): an assumption",
     )  # fmt: skip

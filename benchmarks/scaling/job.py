@@ -41,13 +41,17 @@ Steps = dict[str, Callable[[], None]]
 
 
 def torch_stack() -> tuple[Steps, Steps]:
-    """Collectives over torch's gloo group, and a step of DDP and of ZeRO 1, 2 and 3."""
+    """Collectives over torch's gloo group, and a step of the engines ddp and fsdp and of ZeRO 1, 2 and 3."""
     import deepspeed
     import torch.distributed as dist
     from deepspeed.utils import logger
+    from torch.distributed.fsdp import fully_shard
 
     import arsg_dist.deepspeed
     from arsg_dist import ARSG
+    from arsg_dist.ddp import DDPEngine, Shards
+    from arsg_dist.engine import Engine, TorchCommunicator
+    from arsg_dist.fsdp import FSDPEngine, shard
 
     logger.setLevel("ERROR")
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
@@ -63,13 +67,26 @@ def torch_stack() -> tuple[Steps, Steps]:
             f"all_gather {size}": lambda part=part, whole=whole: dist.all_gather_into_tensor(whole, part),
         }
     inputs = torch.randn(4, WIDTH)
-    ddp = torch.nn.parallel.DistributedDataParallel(model(), bucket_cap_mb=BUCKET / 2**20)
-    optimizer = ARSG(ddp.parameters(), lr=1e-6, fused=True)
+    communicator = TorchCommunicator(torch.device("cpu"))
 
-    def step_ddp() -> None:
-        ddp(inputs).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    def on_torch(name: str) -> Callable[[], None]:
+        network = model()
+        engine: Engine
+        if name == "fsdp":
+            for layer in network:
+                fully_shard(layer)
+            shard(network)
+            engine = FSDPEngine(network, ARSG(network.parameters(), lr=1e-6), communicator)
+        else:
+            shards = Shards(network.parameters()) if name == "ddp-sharded" else None
+            optimizer = ARSG(shards.groups if shards else network.parameters(), lr=1e-6, fused=True)
+            engine = DDPEngine(network, optimizer, communicator, shards=shards, bucket_cap_mb=BUCKET / 2**20)
+
+        def step() -> None:
+            engine.backward(engine.module(inputs).square().mean())
+            engine.step()
+
+        return step
 
     def zero(stage: int) -> Callable[[], None]:
         network = model()
@@ -83,7 +100,10 @@ def torch_stack() -> tuple[Steps, Steps]:
 
         return step
 
-    return collectives, {"ddp": step_ddp} | {f"zero{stage}": zero(stage) for stage in (1, 2, 3)}
+    names = ("ddp", "ddp-sharded", "fsdp")
+    return collectives, {name: on_torch(name) for name in names} | {
+        f"zero{stage}": zero(stage) for stage in (1, 2, 3)
+    }
 
 
 def zero_config(stage: int) -> dict[str, Any]:

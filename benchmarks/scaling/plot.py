@@ -19,7 +19,11 @@ from benchmarks.scaling.traffic import STRATEGIES, memory
 OUT = Path(__file__).parents[2] / "docs/images/scaling.png"
 RANKS = [2**k for k in range(13)]
 COLORS = dict(
-    zip(STRATEGIES, ("#444444", "#1f77b4", "#17becf", "#2ca02c", "#d62728", "#ff7f0e"), strict=True)
+    zip(
+        STRATEGIES,
+        (*("#444444", "#8c564b", "#9467bd", "#1f77b4", "#17becf", "#2ca02c", "#d62728", "#ff7f0e"),),
+        strict=True,
+    )
 )
 
 

@@ -1,7 +1,8 @@
 """What a training step sends and what a rank holds, as part of `model`.
 
-Neither is defined here: under ZeRO and replicated it is `arsg_dist.deepspeed.config.explain`, which tests compare with
-the bytes and messages of real jobs; for `ShardedOptimizer` it is that optimizer's own layout.
+Under ZeRO and replicated it is `arsg_dist.deepspeed.config.explain`, which tests compare with the bytes and messages of
+real jobs; for `ShardedOptimizer` it is that optimizer's own layout. Defined here is what the engine ddp sends and holds
+with `shard_update` (ddp-sharded), and fsdp, which gathers the parameters again for the backward pass.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from typing import Any, Literal
 
 from benchmarks.scaling.collectives import Cluster, Exchange, Operation, nodes_of
 
-STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "horovod-sharded", "horovod-two-level")
+STRATEGIES = (
+    "ddp", "ddp-sharded", "fsdp", "zero1", "zero2", "zero3", "horovod-sharded", "horovod-two-level"
+)  # fmt: skip
 REUSE_LIMIT = 1e9
 """Elements above which ZeRO-3 gathers parameters again for the backward pass (its stage3_max_reuse_distance)."""
 
@@ -29,6 +32,7 @@ class Load:
         backward: seconds.
         precision: of the model: "fp32" or "bf16" (with fp32 masters and state).
         bucket: bytes of gradients that travel together.
+        units: into which fsdp cuts it, blocks and the rest; 0: as many as there are tensors.
         source: of the figures.
     """
 
@@ -37,6 +41,7 @@ class Load:
     backward: float
     precision: Literal["fp32", "bf16"] = "fp32"
     bucket: int = 25 << 20
+    units: int = 0
     source: str = ""
 
 
@@ -98,6 +103,18 @@ def exchanges(strategy: str, load: Load, cluster: Cluster, ranks: int, gathers: 
             Exchange("all_reduce", size // per_node, pieces, "backward", "replicas"),
             Exchange("all_gather", size, pieces, "forward", "node"),
         ]
+    if strategy == "ddp-sharded":
+        return [
+            Exchange("all_reduce", size, pieces, "backward"),
+            Exchange("all_gather", size, 1, "nothing"),
+        ]
+    if strategy == "fsdp":
+        units = load.units or len(load.parameters)
+        return [
+            Exchange("all_gather", size, units, "forward"),
+            Exchange("all_gather", size, units, "backward"),
+            Exchange("reduce_scatter", size, units, "backward"),
+        ]
     stage = 0 if strategy == "ddp" else int(strategy.removeprefix("zero"))
     found = []
     for message in _explained(stage, load, ranks).communication:
@@ -111,12 +128,17 @@ def exchanges(strategy: str, load: Load, cluster: Cluster, ranks: int, gathers: 
 
 def memory(strategy: str, load: Load, cluster: Cluster, ranks: int) -> int:
     """Bytes per rank for parameters, gradients and optimizer state; activations and Horovod's buckets are not in it."""
+    held = 2 if load.precision == "bf16" else 4
+    masters = 4 if load.precision == "bf16" else 0
+    part = math.ceil(sum(load.parameters) / ranks)
+    if strategy == "ddp-sharded":
+        return 2 * held * sum(load.parameters) + (12 + masters) * part
+    if strategy == "fsdp":
+        return (2 * held + 12 + masters) * part
     if not strategy.startswith("horovod-"):
         stage = 0 if strategy == "ddp" else int(strategy.removeprefix("zero"))
         return sum(entry.bytes for entry in _explained(stage, load, ranks).memory if entry.where == "device")
     _, per_node = nodes_of(cluster, ranks)
     whole, shard = _shards(load, per_node if strategy == "horovod-two-level" else ranks)
-    held = 2 if load.precision == "bf16" else 4
-    masters = 4 if load.precision == "bf16" else 0
     # parameters; m, v, v̂, masters and the summed gradient, fp32
     return held * whole + (12 + masters + 4) * shard

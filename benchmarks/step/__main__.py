@@ -2,6 +2,7 @@
 
     python -m benchmarks.step deepspeed --ranks 1 2
     python -m benchmarks.step horovod --ranks 2 4
+    python -m benchmarks.step torch --ranks 2 4
 
 One job after another is started. It makes every optimizer in turn, in random order, several rounds of them, so that a
 load on the machine meets all; ratios are medians over rounds of ratios within a round. Calling it again with other
@@ -17,8 +18,9 @@ from benchmarks.step.deepspeed import DeepSpeed
 from benchmarks.step.driver import add_options, measure_jobs, run_job
 from benchmarks.step.engine import StepBenchmark
 from benchmarks.step.horovod import Horovod
+from benchmarks.step.on_torch import OnTorch
 
-ENGINES: dict[str, type[StepBenchmark]] = {"deepspeed": DeepSpeed, "horovod": Horovod}
+ENGINES: dict[str, type[StepBenchmark]] = {"deepspeed": DeepSpeed, "horovod": Horovod, "torch": OnTorch}
 """By the name on the command line."""
 
 

@@ -48,11 +48,12 @@ def test_volumes_are_those_of_the_papers(ranks: int) -> None:
             sent_by_rank(e.operation, e.size, ranks)
             for e in exchanges(strategy, LOAD, cluster(1e9, 1e9), ranks, gathers=2)
         )
-        for strategy in ("ddp", "zero3", "horovod-sharded")
+        for strategy in ("ddp", "zero3", "horovod-sharded", "fsdp", "ddp-sharded")
     }
     assert total["ddp"] == pytest.approx(2 * size * (ranks - 1) / ranks)
     assert total["horovod-sharded"] == pytest.approx(total["ddp"])
-    assert total["zero3"] == pytest.approx(1.5 * total["ddp"])
+    for strategy in ("zero3", "fsdp", "ddp-sharded"):
+        assert total[strategy] == pytest.approx(1.5 * total["ddp"])
 
 
 @pytest.mark.parametrize("ranks", RANKS)
@@ -64,6 +65,10 @@ def test_memory_is_the_accounting_of_the_engines(ranks: int) -> None:
         assert memory(strategy, LOAD, cluster(1, 1), ranks) == sum(entry.bytes for entry in told)
     size = sum(LOAD.parameters)
     whole = 4 * size
+    assert memory("fsdp", LOAD, cluster(1, 1), ranks) == pytest.approx(20 * size / ranks, abs=20)
+    assert memory("ddp-sharded", LOAD, cluster(1, 1), ranks) == pytest.approx(
+        8 * size + 12 * size / ranks, abs=20
+    )
     for strategy, group in (("horovod-sharded", ranks), ("horovod-two-level", min(ranks, 8))):
         found = memory(strategy, LOAD, cluster(1, 1), ranks)
         assert whole + 16 * size / group <= found <= 1.01 * whole + 16 * 1.3 * size / group

@@ -13,6 +13,7 @@ from PIL import Image
 
 from benchmarks.common.kept_results import RESULTS, KeptResults
 from benchmarks.common.machine import short_name
+from benchmarks.step import on_torch
 from benchmarks.step.__main__ import ENGINES
 from benchmarks.step.deepspeed import DeepSpeed, engine_config
 from benchmarks.step.driver import default_ranks, report_of
@@ -26,6 +27,18 @@ def test_what_is_hidden_is_what_does_not_show() -> None:
     for waited, shown in (([25.0, 50.0, 90.0], "50%"), ([0.0], "100%"), ([120.0], "none")):
         assert hidden([{"waited, apart": 100.0, "waited, whole": each} for each in waited]) == shown
     assert hidden([{"waited, apart": 0.0, "waited, whole": 0.0}]) == "none"
+
+
+def test_on_torch_alone_the_exchange_is_what_a_step_takes_beyond_passes_and_optimizer() -> None:
+    """Catches the optimizer's time, which a divided update saves, counted as exchange; and a gather not counted."""
+    each = {"whole": 100.0, "compute": 60.0, "own": 10.0, "alone": 40.0}
+    assert on_torch.hidden([each]) == "25%"
+    assert on_torch.hidden([{**each, "whole": 130.0}]) == "none"
+    assert on_torch.hidden([{**each, "whole": 50.0}]) == "100%"
+    sent = [on_torch.wire_bytes(kind, on_torch.SMALL, 4) for kind in ("ddp", "divided", "fsdp")]
+    assert sent[0] == 2 * 4 * 25_909_632 * 3 / 4
+    assert sent[1] == sent[2] == 1.5 * sent[0]
+    assert {*on_torch.OnTorch.exchanged} == {*on_torch.OnTorch.peers}
 
 
 def test_ratios_are_taken_within_a_round() -> None:

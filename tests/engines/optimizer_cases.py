@@ -37,7 +37,7 @@ class Case:
 
 
 ALL = tuple(name for names in FAMILIES.values() for name in names)
-LOCAL = ("single", "ddp", "fsdp", "horovod", "horovod-sharded")
+LOCAL = ("single", "ddp", "ddp-divided", "fsdp", "horovod", "horovod-sharded")
 REMOTELY = {"remote_mu": 0.2, "remote_beta1": 0.9}
 THEIR_SECOND = {"lr": 0.002, "weight_decay": 0.0, "remote_mu": 0.4, "remote_beta1": 0.8}
 ARSG_SECOND = {"lr": 0.03, "mu": 0.2, "weight_decay": 0.0}
@@ -122,7 +122,6 @@ def groups_of(case: Case, model: nn.Module) -> list[dict[str, Any]]:
 def build(name: str, case: Case, communicator: Any) -> Engine:
     """An engine of `FAMILIES`, DeepSpeed's from a JSON config."""
     model = build_model()
-    groups = groups_of(case, model)
     if name in STAGES:
         from arsg_dist.deepspeed import DeepSpeedEngine
 
@@ -136,14 +135,14 @@ def build(name: str, case: Case, communicator: Any) -> Engine:
                 "reduce_bucket_size": 1000,
             },
         }
-        return DeepSpeedEngine(model, config, communicator, parameter_groups=groups)
-    if name == "fsdp":
-        from arsg_dist import fsdp
-
-        fsdp.shard(model)
-        groups = groups_of(case, model)
-    optimizer = make_optimizer(case.type, case.params, groups)
-    return engine_around(name, model, optimizer, communicator)
+        return DeepSpeedEngine(model, config, communicator, parameter_groups=groups_of(case, model))
+    return engine_around(
+        name,
+        model,
+        lambda module: groups_of(case, module),
+        lambda groups: make_optimizer(case.type, case.params, groups),
+        communicator,
+    )
 
 
 def weights_at(engine: Engine, *, theta: bool = False) -> dict[str, Tensor]:

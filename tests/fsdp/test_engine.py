@@ -21,7 +21,9 @@ from arsg_dist.imagenet.cli import train_command
 from arsg_dist.imagenet.models import build_model
 from arsg_dist.imagenet.recipe import read_arguments
 from tests.engines.test_registry import settings
+from tests.fsdp import features
 from tests.fsdp.jobs.mesh_job import HIDDEN, OPTIMIZERS
+from tests.imagenet.jobs.small_network import SmallResNet
 from tests.support import toy
 from tests.support.compare import assert_same_weights
 from tests.support.results import results_of
@@ -76,6 +78,53 @@ def test_the_optimizer_alone_on_tensor_parallel_parameters_equals_one_process(na
         optimizer.step()
     for mesh in ("row and column", "two dimensions"):
         assert_same_weights(result(f"{mesh}, {name}"), dict(model.state_dict()), started_from=started)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("name", ["shards", "kept", "replicas", "offloaded", "gone on"])
+def test_weights_and_their_average_are_those_of_one_process(name: str) -> None:
+    """Catches a forward pass with the weights that an evaluation has left gathered, at θ or of the update before; an
+    average of other weights or of another rank's part, lost in a checkpoint, or gathered once for ever; a shared weight
+    that becomes two; a frozen or unused one that moves; a norm that counts each replica."""
+    start = {key: tensor.detach().clone() for key, tensor in features.network().state_dict().items()}
+    for actual, expected in zip(result(name), features.alone(), strict=True):
+        assert actual.keys() == expected.keys()
+        for key in [key for key in start if torch.equal(start[key], expected[key])]:
+            assert torch.equal(actual[key], start[key]), key
+        assert torch.equal(actual["blocks.3.first.weight"], actual["blocks.2.first.weight"])
+        moved = [key for key in start if not torch.equal(start[key], expected[key])]
+        assert len(moved) > len(start) // 2
+        actual, expected, moved_from = (
+            {key: made[key] for key in moved} for made in (actual, expected, start)
+        )
+        assert_same_weights(actual, expected, started_from=moved_from)
+
+
+@pytest.mark.ranks
+def test_the_average_is_as_large_as_the_shards() -> None:
+    """Catches an average that every rank holds whole."""
+    whole = sum(parameter.numel() for parameter in features.network().parameters())
+    assert sum(result("shards: held")) == whole
+    assert max(result("replicas: held")) < 0.75 * whole
+
+
+@pytest.mark.ranks
+def test_replicas_of_a_shard_are_compared() -> None:
+    """Catches a comparison of different shards, and a bit flipped in one replica that goes unseen."""
+    assert result("replicas agree") == ""
+    assert result("replicas: differs").startswith(
+        "ranks that must hold the same weights do not: the 2 ranks 1, 3 differ, and no majority tells which is right; "
+    )
+    assert "inlet.weight" in result("replicas: differs")
+
+
+@pytest.mark.ranks
+def test_micro_batches_send_nothing_that_is_not_needed() -> None:
+    """Catches gradients that travel in every micro-batch, and parameters gathered anew where they are kept."""
+    assert result("units") == ["blocks.0", "blocks.1"]
+    groups = 3  # two blocks, and the rest
+    assert result("sent, kept False") == {"allgather": 2 * 2 * groups, "reduce_scatter": groups}
+    assert result("sent, kept True") == {"allgather": groups, "reduce_scatter": groups}
 
 
 @pytest.mark.ranks
@@ -230,6 +279,60 @@ def test_policies_of_fully_shard_reach_it(half: bool) -> None:
     assert engine.state().tensors["exp_avg:0.weight"].dtype == torch.float32
 
 
+@pytest.mark.usefixtures("_alone")
+def test_options_of_a_recipe_are_the_policies_that_they_name() -> None:
+    """Catches an option that is dropped on its way, here or in the average beside the weights; and a network of another
+    precision: the first update and the average follow those of one process that casts its weights by hand."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
+    module, beside, inputs = copy.deepcopy(plain), copy.deepcopy(plain), torch.randn(4, 5)
+    options = {"param_dtype": "bf16", "cpu_offload": True, "reshard_after_forward": False}
+    wanted = settings(precision="bf16", engine_options=options)
+    engine: Any = load_builder("fsdp")(wanted, world_size=1).build(
+        module, SingleProcessCommunicator(), discover_ranks({})
+    )
+    engine.hold(beside)
+    before = engine.weights_of(beside)
+    outputs = engine.module(inputs)
+    assert outputs.dtype == beside(inputs).dtype == torch.bfloat16
+    engine.backward(outputs.float().square().mean())
+    engine.step()
+    half = copy.deepcopy(plain).bfloat16()
+    half(inputs.bfloat16()).float().square().mean().backward()
+    for (name, tensor), parameter in zip(engine.whole_weights().items(), half.parameters(), strict=True):
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, plain.state_dict()[name] - 0.1 * parameter.grad.float())  # type: ignore[union-attr]
+        assert torch.equal(engine.weights_of(beside)[name], before[name])
+    with pytest.raises(NotImplementedError, match="no two ranks hold the same"):
+        next(iter(engine.replicated_tensors()))
+
+
+@pytest.mark.usefixtures("_alone")
+def test_blocks_are_compiled_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a compiled network that is traced through the gathering of its parameters, or trains with others."""
+    compiled, plain_compile = list[Any](), torch.compile
+
+    def counted(function: Any, *positional: Any, **keywords: Any) -> Any:
+        compiled.append(function)
+        return plain_compile(function, backend="eager")
+
+    monkeypatch.setattr(torch, "compile", counted)
+    weights = []
+    for compile_it in (False, True):
+        module = features.network()
+        builder = load_builder("fsdp")(settings(clip_grad_norm=0.5), world_size=1)
+        if compile_it:
+            builder.compile(module)
+        engine: Any = builder.build(module, SingleProcessCommunicator(), discover_ranks({}))
+        for update in range(2):
+            engine.backward(engine.module(toy.batch(update)[0]).square().mean())
+            engine.step()
+        weights.append(engine.whole_weights())
+    assert [function.__self__ for function in compiled] == [module.blocks[0], module.blocks[1]]
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][name], tensor, rtol=1e-5, atol=1e-7)
+
+
 def test_the_plan_of_a_recipe_names_what_is_gathered(capsys: pytest.CaptureFixture[str]) -> None:
     """Catches a plan that starts a training, or sums up other parameters than the network has; and an option that is
     read as text."""
@@ -321,8 +424,40 @@ class Outer(nn.Module):
         (build_model("resnet20", 10), [f"blocks.{index}" for index in range(9)]),
         (nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2)), []),
         (nn.Sequential(Outer(), Outer(), Inner()), ["0", "1", "2"]),
+        # A stage is a row of blocks, whatever its class; a block of which there is one is no block.
+        (
+            build_model("convnext_tiny", 10),
+            [f"features.{s}.{i}" for s, n in ((1, 3), (3, 3), (5, 9), (7, 3)) for i in range(n)],
+        ),
+        (
+            build_model("timm:swin_tiny_patch4_window7_224", 10),
+            [f"layers.{s}.blocks.{i}" for s, n in enumerate((2, 2, 6, 2)) for i in range(n)],
+        ),
+        (
+            build_model("googlenet", 10),
+            [
+                *(f"inception{n}" for n in ("3a", "3b", "4a", "4b", "4c", "4d", "4e", "5a", "5b")),
+                "aux1",
+                "aux2",
+            ],
+        ),
+        (build_model("alexnet", 10), ["classifier.1", "classifier.4"]),
+        (features.network(), ["blocks.0", "blocks.1"]),
+        (SmallResNet(3), ["blocks.0"]),
     ],
-    ids=["resnet18", "vit_b_16", "resnet20", "two layers", "blocks in blocks"],
+    ids=[
+        "resnet18",
+        "vit_b_16",
+        "resnet20",
+        "two layers",
+        "blocks in blocks",
+        "convnext",
+        "swin",
+        "googlenet",
+        "alexnet",
+        "shared",
+        "one block",
+    ],
 )
 def test_units_are_the_blocks(module: nn.Module, expected: list[str]) -> None:
     """Catches a network gathered whole, layer by layer, or the blocks in a block one by one."""
@@ -338,9 +473,23 @@ def test_what_does_not_work_is_refused_before_training() -> None:
         ),
         ({"shard_group": "rack"}, "must be one of job, node, not 'rack'"),
         ({"reshard_after_forward": 1}, "must be one of true, false, not 1"),
+        ({"param_dtype": "int8"}, "must be one of fp32, bf16, not 'int8'"),
     ):
         with pytest.raises(ValueError, match=message):
             load_builder("fsdp").check_options("fsdp", options)
+    for changes, message in (
+        ({"precision": "fp32", "engine_options": {"param_dtype": "bf16"}}, "contradicts precision: fp32"),
+        ({"precision": "fp16", "engine_options": {"reduce_dtype": "bf16"}}, "contradicts precision: fp16"),
+        ({"precision": "fp16", "engine_options": {"cpu_offload": True}}, "contradicts precision: fp16"),
+        ({"engine_options": {"backend": "nccl"}}, "nccl was asked for, and the ranks came up over nothing"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_builder("fsdp")(settings(**changes), world_size=2)
+    half = settings(precision="bf16", engine_options={"param_dtype": "bf16"})
+    with pytest.raises(ValueError, match="the batch norm bn1 with bfloat16 weights"):
+        load_builder("fsdp")(half, world_size=2).check_network(build_model("resnet18", 10))
+    with pytest.raises(ValueError, match="no blocks were found in Linear"):
+        load_builder("fsdp")(settings(), world_size=2).check_network(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="engine horovod: it has none"):
         load_builder("horovod").check_options("horovod", {"reshard_after_forward": True})
     module = nn.Linear(2, 2)

@@ -22,6 +22,7 @@ from tests.support.launchers import Finished, launch
 JOB = "tests/imagenet/jobs/imagenet_job.py"
 LOADING = {"single": "workers", "ddp": "workers", "horovod": "shards"}
 CORE = ("single", "horovod")
+MORE = {"fsdp": ("--ema_decay", "0.9")}  # an average that is in shards
 # 60 images, 18 per update: the three epochs end with updates 4, 7 and 10, the last of which is not full.
 SETTINGS = ["--epochs", "3", "--batch_size", "18", "--checkpoint_every", "2", "--seed", "7"]
 
@@ -50,6 +51,7 @@ class Run:
             ranks or started.ranks,
             JOB,
             *started.options,
+            *MORE.get(engine, ()),
             *self._recipe,
             *SETTINGS,
             "--output",

@@ -1,6 +1,6 @@
 """A small training that every engine makes, saved and loaded by each of them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,10 @@ SAVE_AFTER, UPDATES = 3, 6
 STAGES = ("zero0", "zero1", "zero2", "zero3")
 FAMILIES: dict[str, tuple[str, ...]] = {
     "single": ("single",),
-    "torchrun": tuple(name for name, started in ENGINES.items() if started.launcher == "torchrun"),
+    "torchrun": (
+        *(name for name, started in ENGINES.items() if started.launcher == "torchrun"),
+        "ddp-divided",
+    ),
     "horovod": tuple(name for name, started in ENGINES.items() if started.launcher == "horovodrun"),
     "deepspeed": STAGES,
 }
@@ -76,6 +79,21 @@ def sources() -> Iterator[tuple[str, int]]:
             yield from ((name, ranks) for name in names)
 
 
+def sources_for(name: str, ranks: int, *, every: bool) -> list[tuple[str, int]]:
+    """What an engine on a number of ranks loads: all, or of each engine one number of ranks.
+
+    Each engine loads from each engine on all its numbers of ranks, and each number of ranks from each.
+    """
+    if every:
+        return list(sources())
+    engines = [engine for names in FAMILIES.values() for engine in names]
+    sizes = {engine: SIZES[family] for family, names in FAMILIES.items() for engine in names}
+    turn = engines.index(name) + ranks
+    return [
+        (engine, sizes[engine][(turn + number) % len(sizes[engine])]) for number, engine in enumerate(engines)
+    ]
+
+
 def build_engine(name: str, communicator: Any, *, half: bool = False) -> Engine:
     model = build_model()
     if name.startswith("zero"):
@@ -95,20 +113,30 @@ def build_engine(name: str, communicator: Any, *, half: bool = False) -> Engine:
     if half:  # as DeepSpeed's bf16, which leaves buffers alone
         for parameter in model.parameters():
             parameter.data = parameter.data.to(torch.bfloat16)
+    return engine_around(
+        name, model, groups_of, lambda groups: ARSG(groups, **toy.HYPERPARAMETERS), communicator
+    )
+
+
+def engine_around(
+    name: str,
+    model: nn.Module,
+    groups_of: Callable[[nn.Module], list[dict[str, Any]]],
+    make: Callable[[list[dict[str, Any]]], torch.optim.Optimizer],
+    communicator: Any,
+) -> Engine:
+    """An engine of `FAMILIES` that takes a model and an optimizer, made over the groups of what is distributed."""
     if name == "fsdp":
         from arsg_dist import fsdp
 
         fsdp.shard(model)
-    optimizer = ARSG(groups_of(model), **toy.HYPERPARAMETERS)
-    return engine_around(name, model, optimizer, communicator)
+        return fsdp.FSDPEngine(model, make(groups_of(model)), communicator)
+    if name == "ddp-divided":
+        from arsg_dist.ddp import DDPEngine, Shards
 
-
-def engine_around(name: str, model: nn.Module, optimizer: torch.optim.Optimizer, communicator: Any) -> Engine:
-    """An engine of `FAMILIES` that takes a model and an optimizer; under FSDP the model is sharded."""
-    if name == "fsdp":
-        from arsg_dist.fsdp import FSDPEngine
-
-        return FSDPEngine(model, optimizer, communicator)
+        shards = Shards(groups_of(model))
+        return DDPEngine(model, make(shards.groups), communicator, shards=shards)
+    optimizer = make(groups_of(model))
     if name == "single":
         return SingleProcessEngine(model, optimizer)
     if name == "ddp":

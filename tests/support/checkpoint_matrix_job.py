@@ -1,6 +1,6 @@
 """Job for one rank: saves with each engine of a family, or loads what all engines have saved into each of them.
 
-usage: checkpoint_matrix_job.py save|load|half FAMILY DIRECTORY [--local_rank=N]
+usage: checkpoint_matrix_job.py save|load|load-all|half FAMILY DIRECTORY [--local_rank=N]
 """
 
 import json
@@ -24,8 +24,8 @@ def main() -> None:
             matrix.train(engine, 0, matrix.SAVE_AFTER)
             to = directory / f"{name}-{communicator.world_size}"
             matrix.save(engine, to, PROGRESS, wait=communicator.world_size != 2)
-        elif what == "load":
-            load(name, directory, communicator)
+        elif what != "half":
+            load(name, directory, communicator, every=what == "load-all")
         else:
             half(name, directory, communicator)
     communicator.close()
@@ -46,11 +46,11 @@ def connect(family: str) -> Any:
     return deepspeed.connect(discover_ranks())
 
 
-def load(name: str, directory: Path, communicator: Any) -> None:
+def load(name: str, directory: Path, communicator: Any, *, every: bool) -> None:
     """Each checkpoint in turn: load, save again, train on, save the end; into fresh and into stepped engines."""
     engine, losses = matrix.build_engine(name, communicator), {}
     me = f"{name}-{communicator.world_size}"
-    for number, (source, ranks) in enumerate(matrix.sources()):
+    for number, (source, ranks) in enumerate(matrix.sources_for(name, communicator.world_size, every=every)):
         if number % 6 == 5:
             engine = matrix.build_engine(name, communicator)
         saved = SavedRun(matrix.checkpoint(directory, source, ranks))
@@ -64,7 +64,7 @@ def load(name: str, directory: Path, communicator: Any) -> None:
 
 def half(name: str, directory: Path, communicator: Any) -> None:
     """bf16 parameters with fp32 masters: goes on from what the one before has saved, a chain through the engines."""
-    if name in ("single", "ddp", "horovod", "zero0"):
+    if name in ("single", "ddp", "ddp-divided", "horovod", "zero0"):
         return
     engine = matrix.build_engine(name, communicator, half=True)
     chain = sorted((directory / "chain").glob("*"))

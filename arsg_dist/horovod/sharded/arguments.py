@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from arsg_dist.horovod.comm.interface import check_passes, check_predivide_factor
-from arsg_dist.optim.by_name import ELEMENT_WISE, inner_of
+from arsg_dist.optim.by_name import check_element_wise, inner_of
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -31,13 +31,10 @@ def check_optimizer(optimizer: Any, element_wise: bool) -> None:
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
     if hasattr(optimizer, "_handles") or hasattr(optimizer, "_allreduce_delay"):
         raise TypeError("optimizer is already distributed: give the one inside hvd.DistributedOptimizer")
-    inner = inner_of(optimizer)
-    if type(inner) not in ELEMENT_WISE and not element_wise:
-        raise TypeError(
-            f"{type(inner).__name__} is not known to update every element of a parameter by itself, as a shard "
-            "must be (LBFGS, Adafactor, LAMB, Muon look at whole parameters): use DistributedOptimizer, under which "
-            "every rank holds them; if it does, give element_wise=True. "
-            f"Known are {', '.join(kind.__name__ for kind in ELEMENT_WISE)}"
+    if not element_wise:
+        check_element_wise(
+            type(inner_of(optimizer)),
+            "use DistributedOptimizer, under which every rank holds them; if it does, give element_wise=True",
         )
     for group in optimizer.param_groups:
         if group.get("differentiable"):

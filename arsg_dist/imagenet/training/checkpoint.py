@@ -9,6 +9,7 @@ from torch import Tensor
 
 from arsg_dist.checkpoint import CheckpointStore, SavedRun, prepare_save, save_run
 from arsg_dist.engine import EngineState, JobError
+from arsg_dist.engine.dtensors import add_tensors, read_like
 from arsg_dist.engine.state import EXTRA, key_of
 from arsg_dist.imagenet.output.run_directory import CHECKPOINTS, CLASSES, directory_of, read_classes
 from arsg_dist.imagenet.output.states import OutputState, refusal
@@ -163,7 +164,7 @@ class RunCheckpoints:
             own = part.state_dict() if part else {}
             if _of_tensors(own):
                 tensors = {key_of(EXTRA, f"{name} {key}"): tensor for key, tensor in own.items()}
-                state.add_replicated(tensors, rank, world_size)
+                add_tensors(state, tensors, rank, world_size)
                 progress[name] = part is not None
             else:
                 progress[name] = own
@@ -350,7 +351,7 @@ def _saved_state(saved: SavedRun, name: str, part: Stateful) -> Any:
         return saved.progress[name]
     for key, tensor in own.items():
         saved.check_shape(EXTRA, f"{name} {key}", tensor.shape)
-    return {key: saved.whole(EXTRA, f"{name} {key}") for key in own}
+    return {key: read_like(saved, EXTRA, f"{name} {key}", tensor) for key, tensor in own.items()}
 
 
 def _shown(saved: SavedRun) -> dict[str, float]:

@@ -9,6 +9,7 @@ from torch import nn
 
 from arsg_dist.engine import (
     ENGINES,
+    Capabilities,
     Communicator,
     Engine,
     EngineBuilder,
@@ -81,14 +82,19 @@ def prepare(name: str, config: TrainConfig, config_file: str | None, world_size:
     kind = load_builder(name)
     kind.check_options(name, config.engine_options)
     builder = kind(_settings(config, config_file), world_size)
-    for wanted, setting in (
-        (config.ema_decay > 0, "ema_decay"),
-        (config.compile, "compile"),
-        (config.check_replicas_every > 0, "check_replicas_every"),
-    ):
-        if wanted and builder.capabilities.no_whole_weights:
-            raise ValueError(f"{setting} does not work with {builder.capabilities.no_whole_weights}")
+    _require(config, builder.capabilities)
     return builder
+
+
+def _require(config: TrainConfig, capabilities: Capabilities) -> None:
+    """Raise ValueError where a run asks for what an engine cannot do."""
+    for wanted, setting, refused in (
+        (config.ema_decay > 0, "ema_decay", capabilities.no_twin),
+        (config.compile, "compile", capabilities.no_twin),
+        (config.check_replicas_every > 0, "check_replicas_every", capabilities.no_replicas),
+    ):
+        if wanted and refused:
+            raise ValueError(f"{setting} does not work with {refused}")
 
 
 def _settings(config: TrainConfig, config_file: str | None) -> TrainingSettings:
@@ -111,15 +117,22 @@ def _settings(config: TrainConfig, config_file: str | None) -> TrainingSettings:
 def build_engine(
     builder: EngineBuilder, module: nn.Module, config: TrainConfig, communicator: Communicator, ranks: Ranks
 ) -> Engine:
-    """Put a network under its engine, on this rank's device. Collective."""
+    """Put a network under its engine, on this rank's device. Collective.
+
+    Raises:
+        JobError: on every rank: what the run asks for is not to be had on these hosts.
+    """
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS reads at its first use
         torch.use_deterministic_algorithms(True)
     # Convolutions of one size are worth trying out; sizes that change would be tried out again and again.
     torch.backends.cudnn.benchmark = not (config.deterministic or config.data.progressive.start_size)
     if config.compile:
-        module.compile()
-    return builder.build(module, communicator, ranks)
+        builder.compile(module)
+    engine = builder.build(module, communicator, ranks)
+    with communicator.fail_together():
+        _require(config, engine.capabilities)  # which the hosts may have decided
+    return engine
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[None]:

@@ -109,7 +109,7 @@ class HealthMonitor:
                     f"{' ...' if len(faults) > 3 else ''}. Memory, a link or a collective operation corrupted data; "
                     "resume from a checkpoint of before"
                 )
-            check_replicas(engine.communicator, engine.replicated_tensors())
+            check_replicas(engine.communicator, engine.replicated_tensors(), engine.shards_of_ranks)
 
     def report(self) -> RankReport:
         """Return what this rank saw since the last report."""

@@ -65,6 +65,7 @@ _RULES: Final = {
     OPTIMIZER: _Rule("updates would be others", "optimizer"),
     "precision": _Rule("forward and backward passes would round otherwise", "engine_settings"),
     "clip_grad_norm": _Rule("updates would be others", "engine_settings"),
+    "engine_options.": _Rule("the engine would compute otherwise", "engine_settings"),
     "deepspeed.": _Rule("DeepSpeed would compute otherwise", "engine_settings"),
 }
 """Key of the record, or how it begins → what is wrong with a difference."""

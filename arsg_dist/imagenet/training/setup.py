@@ -82,6 +82,7 @@ def train(
                 batch_size=config.micro_batch_size(communicator.world_size),
                 val=config.data.image_size,
             )
+            builder.check_network(model)
         data = train_split.fingerprint()
         check_agreement(communicator, config=dataclasses.asdict(config), data=data, seed=config.seed)
         identity = identity_of(config, builder, train_split, val_split, communicator)
@@ -96,6 +97,8 @@ def train(
             )
         average = WeightAverage(model, config.ema_decay) if config.ema_decay else None
         engine = build_engine(builder, model, config, communicator, ranks)
+        if average:
+            engine.hold(average.module)
         make_loader = partial(split_loader, data=config.data, seed=config.seed, device=engine.device)
         micro_batch_size = config.micro_batch_size(communicator.world_size)
         train_loader = make_loader(train_split, train_sampler, train=True, batch_size=micro_batch_size)
@@ -104,7 +107,7 @@ def train(
             config=config,
             engine=engine,
             model=model,
-            average=average.to(engine.device) if average else None,
+            average=average,
             schedules=Schedules(
                 config,
                 engine.optimizer,

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from arsg_dist.engine import copy_weights
 from arsg_dist.engine.job import PREEMPTED
 from arsg_dist.imagenet.data.builtin import DIGITS
 from arsg_dist.imagenet.data.dataset import Batch, batches
@@ -177,7 +176,7 @@ class Trainer:
             evaluation = loop.evaluate(parts.average.module)
             if evaluation is None:
                 return None
-            validated[EMA] = evaluation, copy_weights(parts.average.module) if parts.leader else {}
+            validated[EMA] = evaluation, parts.engine.weights_of(parts.average.module)
         return validated
 
     def _end_epoch(self, epoch: int, speed: dict[str, float], validated: _Validated) -> None:

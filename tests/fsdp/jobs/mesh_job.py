@@ -22,6 +22,7 @@ from arsg_dist.checkpoint.dcp import DCPCheckpoint, to_dcp
 from arsg_dist.engine import Communicator, discover_ranks, end_process
 from arsg_dist.engine.state import PARAMETER
 from arsg_dist.fsdp import FSDPEngine, connect, shard
+from tests.fsdp import features
 from tests.support import toy
 
 HIDDEN = (12, 8)
@@ -124,6 +125,7 @@ def main() -> None:
     for name, settings in OPTIMIZERS.items():
         results[f"row and column, {name}"] = tensor_parallel(1, settings)
         results[f"two dimensions, {name}"] = tensor_parallel(2, settings)
+    results |= features.results(communicator, directory)
     if communicator.rank == 0:
         torch.save(results, directory / "results.pt")
     communicator.close()
