@@ -16,6 +16,7 @@ from arsg_dist.engine.replicated_state import (
     optimizer_state,
     parameter_names,
     persistent_buffers,
+    split_masters,
 )
 from arsg_dist.engine.saved_state import SavedState
 from arsg_dist.engine.state import (
@@ -27,6 +28,8 @@ from arsg_dist.engine.state import (
     state_numbers,
     state_tensors,
 )
+from arsg_dist.optim.kernels.split_master import CORRECTION
+from arsg_dist.optim.state import local
 
 
 def place_of(tensor: DTensor) -> tuple[int, int]:
@@ -84,10 +87,11 @@ def sharded_state(kind: str, module: nn.Module, optimizer: torch.optim.Optimizer
                 raise ValueError(
                     f"the optimizer keeps {entry!r} of {name!r} in another shape: it is not saved"
                 )
-            spec = TensorSpec(tensor.dtype, tuple(tensor.shape))
+            correction = local(held[CORRECTION]) if entry == PARAMETER and CORRECTION in held else None
+            spec = TensorSpec(tensor.dtype if correction is None else torch.float32, tuple(tensor.shape))
             state.tensors[key_of(entry, name)] = spec
             if _writes(tensor):
-                state.add(key_of(entry, name), spec, start, numel, tensor.to_local(), 0)
+                state.add(key_of(entry, name), spec, start, numel, tensor.to_local(), 0, correction)
     add_buffers(state, module, rank)
     return state
 
@@ -121,6 +125,11 @@ def load_sharded(module: nn.Module, optimizer: torch.optim.Optimizer, saved: Sav
         _fill(parameter, saved, PARAMETER, name)
     load_tensors(((BUFFER, name, buffer) for name, buffer in persistent_buffers(module).items()), saved)
     optimizer.load_state_dict(loaded)
+
+    def master_of(parameter: Any) -> Tensor:
+        return saved.read(PARAMETER, names[parameter], *place_of(parameter))
+
+    split_masters(optimizer, master_of)
 
 
 def _fill(tensor: DTensor, saved: SavedState, entry: str, name: str) -> None:

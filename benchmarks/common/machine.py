@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from arsg_dist.optim.kernels.eight_bit import EightBit
+
 
 def device_name(device: str) -> str:
     """Return the name of the CPU or GPU, for the head of a report."""
@@ -35,10 +37,11 @@ def short_name(device: str) -> str:
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Return the size of all state tensors."""
     return sum(
-        value.numel() * value.element_size()
+        part.nbytes
         for state in optimizer.state.values()
         for value in state.values()
         if isinstance(value, torch.Tensor)
+        for part in ((value.codes, value.exponents) if isinstance(value, EightBit) else (value,))
     )
 
 
