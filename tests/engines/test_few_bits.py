@@ -32,7 +32,14 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any
     return directory, found
 
 
-@pytest.mark.parametrize("family", ["torchrun", "deepspeed", "horovod"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "torchrun",
+        pytest.param("deepspeed", marks=pytest.mark.turn(0)),
+        pytest.param("horovod", marks=pytest.mark.turn(1)),
+    ],
+)
 def test_two_ranks(family: str, alone: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     """Catches random bits that depend on where ranks cut, moments kept in float32 on the quiet, codes saved for values,
     a correction lost on the way, and a resumed run that rounds again.

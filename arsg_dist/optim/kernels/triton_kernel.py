@@ -55,6 +55,10 @@ _SIGNED_TOP = tl.constexpr(SIGNED_TOP)
 _UNSIGNED_TOP = tl.constexpr(UNSIGNED_TOP)
 
 
+# `tl.max` is made of code that was compiled or interpreted as Triton was imported, which tests choose later.
+_LARGER = tl.standard._elementwise_max
+
+
 class KernelUnavailableError(RuntimeError):
     """Say that the kernel cannot run here: no compiler, no driver, a device it is not for."""
 
@@ -607,7 +611,7 @@ def _store_eight_bits(  # type: ignore[no-untyped-def]
     bits = magnitude.to(tl.int32, bitcast=True)
     if MASKED:
         bits = tl.where(mask, bits, 0)
-    largest = tl.max(bits, axis=0)
+    largest = tl.reduce(bits, 0, _LARGER)
     top: tl.constexpr = _SIGNED_TOP if SLOT == 0 else _UNSIGNED_TOP
     highest: tl.constexpr = 127.0 if SLOT == 0 else 255.0
     exponent = tl.maximum((largest - top + 0x1FFFFFF) >> 25, -30)

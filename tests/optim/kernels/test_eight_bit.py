@@ -193,7 +193,7 @@ def test_the_gpu_kernel_has_the_bits_of_the_cpu_kernel(
     pytest.importorskip("triton")
     ours, theirs = (EightBitProblem(SHAPES, mode, dtype, master=master) for _ in range(2))
     ours.firsts = theirs.firsts = [0, 5, 7, 11, 3, 2**33 + 1, 4096]
-    for t in (1, 2, 70_001):
+    for t in (1, 70_001):
         ours.step(interpreted.triton_step, t, **changes)
         theirs.step(fused.fused_step, t, **changes)
         assert_same(ours.tensors(), theirs.tensors())
