@@ -194,10 +194,17 @@ class ARSG(Optimizer):
             What the closure returned, or None.
 
         Raises:
-            RuntimeError: for sparse gradients, inside `base_iterate`, or if a parameter's state does not fit
-                its group's settings.
+            RuntimeError: for sparse gradients, inside `base_iterate`, if a parameter's state does not fit its group's
+                settings, or within `torch.compile` with 8-bit state or split masters.
         """
         self._refuse_at_base_iterate("step")
+        if torch.compiler.is_compiling() and any(
+            group["state_dtype"] == EIGHT_BIT or group["master"] for group in self.param_groups
+        ):
+            raise RuntimeError(
+                "ARSG.step() with state_dtype='8bit' or master='split' is not for torch.compile: call it outside of "
+                "what is compiled, where it is one pass over memory"
+            )
         self._accelerator_graph_capture_health_check()
         loss = None
         if closure is not None:

@@ -67,7 +67,13 @@ def build(name: str, label: str, communicator: Any) -> Engine:
 
         shards = Shards(model.parameters())
         return DDPEngine(model, ARSG(shards.groups, **settings), communicator, shards=shards)
-    return engine_around(name, model, ARSG(model.parameters(), **settings), communicator)
+    optimizer = ARSG(model.parameters(), **settings)
+    if name == "horovod-sharded":
+        from arsg_dist import horovod
+
+        # In smaller buckets every piece would be too small for 8 bits.
+        return horovod.HorovodShardedEngine(model, optimizer, communicator, bucket_mb=1)
+    return engine_around(name, model, optimizer, communicator)
 
 
 def train(engine: Engine, first: int, last: int) -> None:

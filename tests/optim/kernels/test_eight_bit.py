@@ -252,6 +252,23 @@ def test_layouts(interpreted: ModuleType) -> None:
             assert_close(results[2].moments[slot][i].float32(), results[0].moments[slot][i].float32(), 0.07)
 
 
+@needs_kernel
+def test_threads_share_whole_blocks() -> None:
+    """Catches a block that two threads update, each with an exponent for its part."""
+    results = []
+    for threads in (1, 3):
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            problem = EightBitProblem([(50_003,), (9,), (40_000,)], "amsgrad", SINGLE)
+            for t in (1, 2):
+                problem.step(fused.fused_step, t)
+        finally:
+            torch.set_num_threads(before)
+        results.append(problem.tensors())
+    assert_same(*results)
+
+
 # The optimizer
 
 TENSORS = [(EIGHT_BIT_FROM + 500,), (8, 16, 7, 7), (10,)]
