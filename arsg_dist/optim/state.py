@@ -211,11 +211,18 @@ def places_of(param: Tensor, group: dict[str, Any]) -> Sequence[tuple[int, int, 
     """Return what `set_places` noted, or where this rank's part of a DTensor is, if the rounding depends on it."""
     if group["state_dtype"] != "bfloat16":
         return None
-    noted: Sequence[tuple[int, int, int]] | None = getattr(param, "_arsg_places", None)
-    if noted is not None or not hasattr(param, "to_local"):
-        return noted
+    if not hasattr(param, "_arsg_places"):
+        if not hasattr(param, "to_local"):
+            return None
+        param._arsg_places = _place_of_shard(param)  # type: ignore[attr-defined]
+    places: Sequence[tuple[int, int, int]] | None = param._arsg_places  # type: ignore[attr-defined]
+    return places
+
+
+def _place_of_shard(param: Tensor) -> Sequence[tuple[int, int, int]] | None:
+    """Find the place of a DTensor's own part; None where it is no stretch of the whole one's memory, or all of it."""
     own = local(param)
-    if not own.is_contiguous() or not own.numel():
+    if not param.dim() or not own.numel() or not own.is_contiguous():
         return None
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -224,8 +231,8 @@ def places_of(param: Tensor, group: dict[str, Any]) -> Sequence[tuple[int, int, 
         param.shape, sharded.device_mesh, sharded.placements
     )
     if tuple(shape[1:]) != tuple(param.shape[1:]):
-        return None  # divided along another dimension than the first: no stretch of memory
-    return [(0, own.numel(), begins[0] * math.prod(param.shape[1:]))] if param.dim() else None
+        return None  # divided along another dimension than the first
+    return ((0, own.numel(), begins[0] * math.prod(param.shape[1:])),)
 
 
 @dataclass(slots=True)
