@@ -194,10 +194,11 @@ class ARSG(Optimizer):
             What the closure returned, or None.
 
         Raises:
-            RuntimeError: for sparse gradients, inside `base_iterate`, if a parameter's state does not fit its group's
-                settings, or within `torch.compile` with 8-bit state or split masters.
+            RuntimeError: for sparse gradients, inside `base_iterate`, or if a parameter's state does not fit
+                its group's settings.
         """
         self._refuse_at_base_iterate("step")
+        # torch.compile takes the error for a reason to run this as it is.
         if torch.compiler.is_compiling() and any(
             group["state_dtype"] == EIGHT_BIT or group["master"] for group in self.param_groups
         ):

@@ -29,13 +29,13 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from arsg_dist.optim.kernels import rounding
 from arsg_dist.optim.kernels.rounding import (
     EXP_AVG_SLOT,
     EXP_AVG_SQ_SLOT,
     MAX_EXP_AVG_SQ_SLOT,
     memory_index,
     random_bits,
-    round_stochastically,
 )
 
 BLOCK: Final = 2048
@@ -203,7 +203,7 @@ def store_rounded(target: Tensor, value: Tensor, step: int | Tensor, slot: int, 
         target.store(value, step, first)
     elif target.dtype == torch.bfloat16:
         index = memory_index(target, first)
-        target.copy_(round_stochastically(value.float(), index, step, slot))
+        target.copy_(rounding.round_stochastically(value.float(), index, step, slot))
     elif target is not value:
         target.copy_(value)
 
