@@ -109,6 +109,14 @@ def qhadam(params: Params) -> torch.optim.Optimizer:
     return QHAdam(params, lr=1e-6)
 
 
+def in_bf16(params: Params) -> Params:
+    """Parameters and gradients in bfloat16 in the place of these."""
+    copies = [torch.nn.Parameter(param.detach().bfloat16()) for param in params]
+    for one in copies:
+        one.grad = torch.randn_like(one)
+    return copies
+
+
 PEERS = [
     Peer("torch Adam(amsgrad) loop", 36, lambda p: torch.optim.Adam(p, 1e-6, amsgrad=True, foreach=False)),
     Peer("torch Adam(amsgrad) foreach", 36, lambda p: torch.optim.Adam(p, 1e-6, amsgrad=True, foreach=True)),
@@ -121,6 +129,12 @@ PEERS = [
     Peer("ARSG foreach", 36, lambda p: ARSG(p, 1e-6, foreach=True)),
     Peer("ARSG fused", 36, lambda p: ARSG(p, 1e-6, fused=True)),
     Peer("ARSG fused, bf16 state", 24, lambda p: ARSG(p, 1e-6, fused=True, state_dtype="bfloat16")),
+    Peer("ARSG fused, 8-bit state", 18, lambda p: ARSG(p, 1e-6, fused=True, state_dtype="8bit")),
+    Peer(
+        "ARSG fused, bf16 parameters, split masters, 8-bit state",
+        16,
+        lambda p: ARSG(in_bf16(p), 1e-6, fused=True, state_dtype="8bit", master="split"),
+    ),
     Peer("ARSG torch.compile", 36, lambda p: CompiledARSG(p, 1e-6, fused=True), ("cpu",), optional=True),
 ]
 

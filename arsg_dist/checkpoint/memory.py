@@ -24,9 +24,7 @@ class Memory:
         """Start to provide memory for pieces like these; returns at once."""
         self._wait()
         # Without the tensors themselves: a thread that held them would keep the training's memory.
-        wanted = [
-            (piece.key, piece.start, piece.numel, piece.source.dtype, _gpu_of(piece)) for piece in pieces
-        ]
+        wanted = [(piece.key, piece.start, piece.numel, piece.dtype, _gpu_of(piece)) for piece in pieces]
 
         def touch() -> None:
             for key, start, numel, dtype, gpu in wanted:

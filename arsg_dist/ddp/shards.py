@@ -15,6 +15,7 @@ from arsg_dist.engine.replicated_state import (
     load_tensors,
     optimizer_state,
     persistent_buffers,
+    split_masters,
 )
 from arsg_dist.engine.saved_state import SavedState
 from arsg_dist.engine.state import (
@@ -31,6 +32,8 @@ from arsg_dist.engine.state import (
     state_numbers,
     state_tensors,
 )
+from arsg_dist.optim.kernels.split_master import CORRECTION
+from arsg_dist.optim.state import set_places
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,7 @@ class Shards:
                 first, last = max(at, rank * part), min(at + parameter.numel(), (rank + 1) * part)
                 if first < last:
                     own[parameter] = nn.Parameter(flat.narrow(0, first, last - first))
+                    set_places(own[parameter], [(0, last - first, first - at)])
                     self.pieces.append(Piece(parameter, first - at, own[parameter]))
                 at += parameter.numel()
         self.groups = [
@@ -171,8 +175,10 @@ def sharded_state(
                 raise ValueError(
                     f"the optimizer keeps {entry!r} of {name!r} in another shape: it is not saved"
                 )
-            spec = TensorSpec(tensor.dtype, tuple(piece.parameter.shape), piece.order)
-            state.add(key_of(entry, name), spec, piece.start, tensor.numel(), tensor, 0)
+            correction = held.get(CORRECTION) if entry == PARAMETER else None
+            dtype = tensor.dtype if correction is None else torch.float32
+            spec = TensorSpec(dtype, tuple(piece.parameter.shape), piece.order)
+            state.add(key_of(entry, name), spec, piece.start, tensor.numel(), tensor, 0, correction)
     replicated = {key_of(PARAMETER, name): parameter for name, parameter in _untrained(module, shards)}
     state.add_replicated(replicated, rank, world_size)
     add_buffers(state, module, rank)
@@ -213,6 +219,7 @@ def load_sharded(
     load_tensors(((PARAMETER, name, parameter) for name, parameter in _untrained(module, shards)), saved)
     load_tensors(((BUFFER, name, buffer) for name, buffer in persistent_buffers(module).items()), saved)
     optimizer.load_state_dict(loaded)
+    split_masters(optimizer, lambda own_part: part(PARAMETER, own[own_part]))
 
 
 def _untrained(module: nn.Module, shards: Shards) -> Iterator[tuple[str, nn.Parameter]]:

@@ -16,6 +16,7 @@ from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from arsg_dist.deepspeed.patching import Method, wrap_once
 from arsg_dist.deepspeed.versions import taken_for_fused_adam
 from arsg_dist.optim.by_name import OURS
+from arsg_dist.optim.state import has_eight_bit_state
 
 _OURS = (OffloadStateTypeEnum.hp_params, OffloadStateTypeEnum.optim_states)
 
@@ -44,6 +45,11 @@ def _with_state_of_arsg_moved(method: Method) -> Method:
             return
         asked = list(OffloadStateTypeEnum) if include is None else list(include)
         mine = [kind for kind in _OURS if kind in asked and kind not in zero.offloaded_states]
+        if OffloadStateTypeEnum.optim_states in mine and has_eight_bit_state(zero.optimizer):
+            raise ValueError(
+                "offload_states(): ARSG's state_dtype '8bit' cannot be moved by DeepSpeed; leave 'optim_states' out of "
+                "`include`, or use another state_dtype"
+            )
         with taken_for_fused_adam(zero):
             method(zero, include=[kind for kind in asked if kind not in _OURS], **options)
         if OffloadStateTypeEnum.hp_params in mine:

@@ -25,6 +25,7 @@ from arsg_dist.engine import Communicator, JobError, SingleProcessCommunicator, 
 from arsg_dist.engine.consistency import fingerprint
 from arsg_dist.engine.settings import start_comparison
 from arsg_dist.optim.by_name import OURS
+from arsg_dist.optim.state import set_places
 
 _LOOKED_AT: Final = 4096
 """Elements of this rank's shards that are looked at before each update."""
@@ -68,8 +69,20 @@ def _with_checks(method: Method) -> Method:
         method(engine, *args, **kwargs)
         if isinstance(getattr(engine, "basic_optimizer", None), OURS):
             engine._update_checks = engine.optimizer._update_checks = UpdateChecks(engine)
+            _note_places(engine)
 
     return initialize
+
+
+def _note_places(engine: Any) -> None:
+    """Have moments rounded as in a single process, wherever DeepSpeed put their elements."""
+    try:
+        shards = list(shards_of(engine))
+    except ValueError:
+        return  # of experts or NVMe
+    for shard in shards:
+        if shard.process_group is not None:
+            set_places(shard.master, [(piece.offset, piece.numel, piece.start) for piece in shard.pieces])
 
 
 def _with_backward_looked_at(method: Method) -> Method:

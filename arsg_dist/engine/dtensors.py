@@ -49,16 +49,23 @@ def shard_index(tensor: Any) -> int:
     return index
 
 
-def add_divided(state: EngineState, key: str, tensor: Any) -> None:
-    """Add this rank's shard of a tensor, where it is the first of those that hold the same."""
-    spec = TensorSpec(tensor.dtype, tuple(tensor.shape))
+def add_divided(state: EngineState, key: str, tensor: Any, correction: Tensor | None = None) -> None:
+    """Add this rank's shard of a tensor, where it is the first of those that hold the same.
+
+    Args:
+        state: of this rank.
+        key: of the tensor.
+        tensor: sharded along its first dimension.
+        correction: this rank's lower halves of a split master, of which the tensor is the upper ones.
+    """
+    spec = TensorSpec(tensor.dtype if correction is None else torch.float32, tuple(tensor.shape))
     state.tensors[key] = spec
     start, numel = place_of(tensor)
     if all(
         not placement.is_replicate() or tensor.device_mesh.get_local_rank(dim) == 0
         for dim, placement in enumerate(tensor.placements)
     ):
-        state.add(key, spec, start, numel, tensor.to_local(), 0)
+        state.add(key, spec, start, numel, tensor.to_local(), 0, correction)
 
 
 def add_tensors(state: EngineState, tensors: Mapping[str, Tensor], rank: int, world_size: int) -> None:

@@ -18,6 +18,8 @@ from arsg_dist.engine.state import (
     state_numbers,
     state_tensors,
 )
+from arsg_dist.optim.kernels.split_master import CORRECTION, split
+from arsg_dist.optim.state import local, new_correction
 
 
 def parameter_names(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[Tensor, str]:
@@ -80,12 +82,15 @@ def replicated_state(
     names = parameter_names(module, optimizer)
     state = EngineState(engine, groups=named_groups(optimizer, names), aliases=aliases_of(module, names))
     tensors: dict[str, Tensor] = {key_of(PARAMETER, name): parameter for parameter, name in names.items()}
+    corrections: dict[str, Tensor] = {}
     for parameter, held in optimizer.state.items():
         name = names[parameter]
+        if CORRECTION in held:
+            corrections[key_of(PARAMETER, name)] = held[CORRECTION]
         tensors |= {key_of(entry, name): value for entry, value in state_tensors(held)}
         if numbers := state_numbers(name, held):
             state.numbers[name] = numbers
-    state.add_replicated(tensors, rank, world_size)
+    state.add_replicated(tensors, rank, world_size, corrections)
     add_buffers(state, module, rank)
     return state
 
@@ -159,6 +164,25 @@ def load_tensors(tensors: Iterable[tuple[str, str, Tensor]], saved: SavedState) 
         tensor.copy_(saved.whole(entry, name))
 
 
+@torch.no_grad()
+def split_masters(optimizer: torch.optim.Optimizer, master_of: Callable[[Tensor], Tensor]) -> None:
+    """Give parameters that are halves of split masters, and their corrections, the values of loaded masters.
+
+    Args:
+        optimizer: with its state and parameters loaded.
+        master_of: gives this rank's part of a parameter as it was saved.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"] if group.get("master") == "split" else ():
+            state = optimizer.state.get(parameter)
+            if not state:
+                continue
+            own, master = local(parameter), master_of(parameter)
+            if CORRECTION not in state:
+                state[CORRECTION] = new_correction(parameter)
+            split(own, local(state[CORRECTION]), master.to(own.device, torch.float32).view(own.shape))
+
+
 def load_replicated(module: nn.Module, optimizer: torch.optim.Optimizer, saved: SavedState) -> None:
     """Fill model and optimizer; no other rank takes part.
 
@@ -171,3 +195,4 @@ def load_replicated(module: nn.Module, optimizer: torch.optim.Optimizer, saved: 
     load_tensors(((PARAMETER, name, parameter) for parameter, name in names.items()), saved)
     load_tensors(((BUFFER, name, buffer) for name, buffer in persistent_buffers(module).items()), saved)
     optimizer.load_state_dict(loaded)
+    split_masters(optimizer, lambda parameter: saved.whole(PARAMETER, names[parameter]))

@@ -13,6 +13,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from arsg_dist.optim.kernels.split_master import CORRECTION, joined
+
 PARAMETER: Final = "parameter"
 """The entry of a parameter's value, in the highest precision the engine has: its fp32 master, if there is one."""
 
@@ -23,7 +25,7 @@ EXTRA: Final = "extra"
 
 # How an engine computes, rather than what: each keeps its own.
 _IMPLEMENTATION: Final = frozenset(
-    {"params", "param_names", "foreach", "fused", "capturable", "differentiable"}
+    {"params", "param_names", "foreach", "fused", "capturable", "differentiable", "master"}
 )
 
 _PIECE_NUMEL: Final = 1 << 24  # a loader that wants a part reads and checks whole pieces
@@ -96,6 +98,7 @@ class Piece:
         numel: how many.
         source: a tensor that holds them, row by row from `offset`; may be the training's own.
         offset: of the first element in `source`.
+        correction: of a split master, of which `source` is the bfloat16 parameter; laid out alike.
     """
 
     key: str
@@ -103,10 +106,20 @@ class Piece:
     numel: int
     source: Tensor
     offset: int = 0
+    correction: Tensor | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the elements' dtype."""
+        return self.source.dtype if self.correction is None else torch.float32
 
     def values(self) -> Tensor:
         """Return the elements, 1-D; a view if the memory of `source` allows."""
-        return self.source.detach().reshape(-1).narrow(0, self.offset, self.numel)
+        values = self._part(self.source)
+        return values if self.correction is None else joined(values, self._part(self.correction))
+
+    def _part(self, tensor: Tensor) -> Tensor:
+        return tensor.detach().reshape(-1).narrow(0, self.offset, self.numel)
 
 
 @dataclass
@@ -146,37 +159,57 @@ class EngineState:
     loss_scale: dict[str, Any] | None = None
     counters: dict[str, int] = field(default_factory=dict)
 
-    def add(self, key: str, spec: TensorSpec, start: int, numel: int, source: Tensor, offset: int) -> None:
+    def add(
+        self,
+        key: str,
+        spec: TensorSpec,
+        start: int,
+        numel: int,
+        source: Tensor,
+        offset: int,
+        correction: Tensor | None = None,
+    ) -> None:
         """Add a piece, in parts if it is large."""
         self.tensors[key] = spec
         for first in range(0, numel, _PIECE_NUMEL):
             count = min(_PIECE_NUMEL, numel - first)
-            self.pieces.append(Piece(key, start + first, count, source, offset + first))
+            self.pieces.append(Piece(key, start + first, count, source, offset + first, correction))
 
     def add_whole(self, key: str, tensor: Tensor) -> None:
         """Add a tensor that this rank alone holds, or alone writes."""
         self.add(key, TensorSpec(tensor.dtype, tuple(tensor.shape)), 0, tensor.numel(), tensor, 0)
 
-    def add_replicated(self, tensors: Mapping[str, Tensor], rank: int, world_size: int) -> None:
+    def add_replicated(
+        self,
+        tensors: Mapping[str, Tensor],
+        rank: int,
+        world_size: int,
+        corrections: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """Add this rank's share of tensors that every rank holds alike.
 
         Args:
             tensors: key → whole tensor; the same on every rank.
             rank: of this process.
             world_size: ranks that share the writing.
+            corrections: key → correction of a split master.
         """
-        total = sum(tensor.nbytes for tensor in tensors.values())
+        whole = {
+            key: Piece(key, 0, t.numel(), t, 0, (corrections or {}).get(key)) for key, t in tensors.items()
+        }
+        sizes = {key: piece.dtype.itemsize for key, piece in whole.items()}
+        total = sum(sizes[key] * piece.numel for key, piece in whole.items())
         begin, end = total * rank // world_size, total * (rank + 1) // world_size
         at = 0
         for key, tensor in tensors.items():
-            self.tensors[key] = TensorSpec(tensor.dtype, tuple(tensor.shape))
-            size = tensor.element_size()
+            self.tensors[key] = TensorSpec(whole[key].dtype, tuple(tensor.shape))
+            size = sizes[key]
             # Rounded down on both sides, so that neighbours agree on the element in between.
             first = min(max((begin - at) // size, 0), tensor.numel())
             last = min(max((end - at) // size, 0), tensor.numel())
             if last > first:
-                self.add(key, self.tensors[key], first, last - first, tensor, first)
-            at += tensor.nbytes
+                self.add(key, self.tensors[key], first, last - first, tensor, first, whole[key].correction)
+            at += size * tensor.numel()
 
 
 def plain_settings(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -241,8 +274,12 @@ def _kind(value: Any) -> str | None:
 
 
 def state_tensors(state: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """List the entries of a state that are tensors with dimensions."""
-    return ((entry, value) for entry, value in state.items() if isinstance(value, Tensor) and value.dim())
+    """List the entries of a state that are tensors with dimensions, and saved by themselves."""
+    return (
+        (entry, value)
+        for entry, value in state.items()
+        if isinstance(value, Tensor) and value.dim() and entry != CORRECTION
+    )
 
 
 def state_numbers(name: str, state: Mapping[str, Any]) -> dict[str, Any]:
@@ -254,7 +291,7 @@ def state_numbers(name: str, state: Mapping[str, Any]) -> dict[str, Any]:
     numbers = {
         key: value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
         for key, value in state.items()
-        if not (isinstance(value, Tensor) and value.dim())
+        if not (isinstance(value, Tensor) and value.dim()) and key != CORRECTION
     }
     for key, value in numbers.items():
         if not (value is None or isinstance(value, bool | int | float | Tensor)):

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from arsg_dist.engine.dtensors import add_divided, fill, place_of, read_like
@@ -16,9 +16,12 @@ from arsg_dist.engine.replicated_state import (
     optimizer_state,
     parameter_names,
     persistent_buffers,
+    split_masters,
 )
 from arsg_dist.engine.saved_state import SavedState
 from arsg_dist.engine.state import BUFFER, PARAMETER, EngineState, key_of, state_numbers, state_tensors
+from arsg_dist.optim.kernels.split_master import CORRECTION
+from arsg_dist.optim.state import local
 
 __all__ = ["load_sharded", "place_of", "sharded_state"]
 
@@ -46,7 +49,8 @@ def sharded_state(kind: str, module: nn.Module, optimizer: torch.optim.Optimizer
                 raise ValueError(
                     f"the optimizer keeps {entry!r} of {name!r} in another shape: it is not saved"
                 )
-            add_divided(state, key_of(entry, name), tensor)
+            correction = local(held[CORRECTION]) if entry == PARAMETER and CORRECTION in held else None
+            add_divided(state, key_of(entry, name), tensor, correction)
     add_buffers(state, module, rank)
     return state
 
@@ -67,3 +71,8 @@ def load_sharded(module: nn.Module, optimizer: torch.optim.Optimizer, saved: Sav
         fill(parameter, saved, PARAMETER, name)
     load_tensors(((BUFFER, name, buffer) for name, buffer in persistent_buffers(module).items()), saved)
     optimizer.load_state_dict(loaded)
+
+    def master_of(parameter: Any) -> Tensor:
+        return saved.read(PARAMETER, names[parameter], *place_of(parameter))
+
+    split_masters(optimizer, master_of)

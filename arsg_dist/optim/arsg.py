@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Self, overload
+from typing import Any, Literal, Self, overload
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from arsg_dist.optim import convert
 from arsg_dist.optim.base_iterate import base_iterate_point, moved_to_base_iterate, refuse_at_base_iterate
 from arsg_dist.optim.hyperparameters import (
+    EIGHT_BIT,
     LOOKAHEAD_BETA1_LIMIT,
     BiasCorrection,
     Hyperparameters,
@@ -23,14 +24,18 @@ from arsg_dist.optim.hyperparameters import (
     compute_dtype,
 )
 from arsg_dist.optim.kernels.dispatch import has_triton, step_function
+from arsg_dist.optim.kernels.eight_bit import EightBit
 from arsg_dist.optim.kernels.fused import fused_step
 from arsg_dist.optim.state import (
     TensorLists,
     count_step,
+    keep_form,
     local,
+    moment_dtype,
     needs_step,
     new_state,
     new_step,
+    places_of,
     real,
     required,
     restore_loaded,
@@ -68,9 +73,11 @@ class ARSG(Optimizer):
         foreach: multi-tensor kernels. None: if `fused` is None too, on accelerators without Triton.
         fused: one pass over memory per step. None: if `foreach` is None too, for plain tensors on CPU, CUDA, ROCm.
         capturable: step without synchronising with the device, for CUDA graphs and `torch.compile`.
-        state_dtype: dtype of m, v and v̂: "float32", "bfloat16" (stochastically rounded, computed in float32)
-            or None: float32 for half-precision parameters, else the parameter's dtype. Takes effect where
-            state is created or loaded.
+        state_dtype: dtype of m, v and v̂: "float32", "bfloat16" (stochastically rounded, computed in float32), "8bit"
+            (likewise, with one exponent per block of 2,048 elements; tensors of fewer than 4,096 stay in float32) or
+            None: float32 for half-precision parameters, else the parameter's dtype. Takes effect where state is
+            created or loaded.
+        master: "split" keeps a float32 master of parameters in bfloat16 as the parameter and 16 bits more.
         lookahead_k: every k steps slow ← slow + a(x − slow), x ← slow. 0: off.
         lookahead_alpha: a in [0, 1].
         count_steps: keep the number of steps of each parameter as `state["step"]` where the update does not need it:
@@ -105,6 +112,7 @@ class ARSG(Optimizer):
         fused: bool | None = None,
         capturable: bool = False,
         state_dtype: torch.dtype | str | None = None,
+        master: Literal["split"] | None = None,
         lookahead_k: int = 0,
         lookahead_alpha: float = 0.5,
         count_steps: bool = False,
@@ -125,6 +133,11 @@ class ARSG(Optimizer):
             param_group.update(Hyperparameters.validated({**self.defaults, **param_group}))
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        try:
+            _check_forms(group)
+        except ValueError:
+            self.param_groups.pop()
+            raise
         if (
             group["lookahead_k"] > 0
             and group["betas"][0] >= LOOKAHEAD_BETA1_LIMIT
@@ -143,6 +156,7 @@ class ARSG(Optimizer):
         for group in self.param_groups:
             for name, value in _CLASS_DEFAULTS.items():
                 group.setdefault(name, value)
+            _check_forms(group)
             for param in group["params"]:
                 if param in self.state:
                     restore_loaded(self.state[param], param, group)
@@ -189,6 +203,14 @@ class ARSG(Optimizer):
         """
         self._refuse_at_base_iterate("step")
         _refuse_capture(self.param_groups)
+        # torch.compile takes the error for a reason to run this as it is.
+        if torch.compiler.is_compiling() and any(
+            group["state_dtype"] == EIGHT_BIT or group["master"] for group in self.param_groups
+        ):
+            raise RuntimeError(
+                "ARSG.step() with state_dtype='8bit' or master='split' is not for torch.compile: call it outside of "
+                "what is compiled, where it is one pass over memory"
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -220,17 +242,22 @@ class ARSG(Optimizer):
             if group["count_steps"] and not needs_step(group):
                 state.setdefault("step", new_step(0, param, group["capturable"]))
             stepped.append((param, state))
+            keep_form(state, param, group)
             counted = "step" in state or needs_step(group)
             if counted:
                 count_step(state, param, group["capturable"])
             x, grad = real(local(param)), real(local(param.grad))
-            key = (x.device, x.dtype, grad.dtype, required(state, "exp_avg").dtype, counted)
-            lists_of.setdefault(key, TensorLists()).append(x, grad, state, hyper.preconditioner)
+            exp_avg = local(required(state, "exp_avg"))
+            key = (x.device, x.dtype, grad.dtype, exp_avg.dtype, isinstance(exp_avg, EightBit), counted)
+            lists = lists_of.setdefault(key, TensorLists())
+            lists.append(x, grad, state, hyper.preconditioner, places_of(param, group))
         if not stepped:
             return
         for lists in lists_of.values():
-            if lists.steps and isinstance(lists.steps[0], Tensor):
-                torch._foreach_add_(lists.steps, 1)
+            if not lists.params:  # parts of nothing but padding
+                continue
+            if lists.counters and isinstance(lists.counters[0], Tensor):
+                torch._foreach_add_(lists.counters, 1)
             step_function(group, hyper, lists.params)(
                 lists.params,
                 lists.grads,
@@ -239,10 +266,12 @@ class ARSG(Optimizer):
                 lists.max_exp_avg_sqs,
                 lists.steps,
                 hyper=_with_scale(hyper, grad_scale, found_inf, lists.params[0].device),
+                corrections=lists.corrections,
+                firsts=lists.firsts if any(lists.firsts) else (),
             )
-            if found_inf is not None and lists.steps:
-                left_out = (found_inf != 0).to(lists.params[0].device, torch.float32)
-                torch._foreach_sub_(lists.steps, [left_out] * len(lists.steps))
+            if found_inf is not None and lists.counters:
+                left_out = (found_inf != 0).to(lists.counters[0].device, torch.float32)
+                torch._foreach_sub_(lists.counters, [left_out] * len(lists.counters))
         if group["lookahead_k"] > 0:
             for param, state in stepped:
                 lookahead_(
@@ -482,12 +511,29 @@ _CLASS_DEFAULTS = {
 """What a group holds; also what one saved before a setting existed is taken to mean."""
 
 
+<<<<<<< HEAD
 def _refuse_capture(groups: list[dict[str, Any]]) -> None:
     """Refuse a CUDA graph of an update whose numbers are the host's; torch's own check is private, and was renamed."""
     if torch.compiler.is_compiling() or not torch.cuda.is_available():
         return
     if torch.cuda.is_current_stream_capturing() and not all(group["capturable"] for group in groups):
         raise RuntimeError("the update of a CUDA graph needs ARSG(..., capturable=True), in every group")
+=======
+def _check_forms(group: dict[str, Any]) -> None:
+    """Refuse forms of state that a group's parameters cannot have.
+
+    Raises:
+        ValueError: with the reason.
+    """
+    for param in group["params"]:
+        if group["state_dtype"] == EIGHT_BIT:
+            moment_dtype(param, EIGHT_BIT)
+        if group["master"] == "split" and param.dtype != torch.bfloat16:
+            raise ValueError(
+                f"master='split' is for parameters in bfloat16, not {param.dtype}: make the model bfloat16, or leave "
+                "it out"
+            )
+>>>>>>> gpu25
 
 
 def _skips_on_device(group: dict[str, Any]) -> bool:

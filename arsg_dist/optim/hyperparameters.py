@@ -17,7 +17,14 @@ PRECONDITIONERS: tuple[str, ...] = get_args(Preconditioner)
 BiasCorrection = Literal["both", "second", "none"]
 BIAS_CORRECTIONS: tuple[str, ...] = get_args(BiasCorrection)
 
-STATE_DTYPES: Final[dict[str, torch.dtype]] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+EIGHT_BIT: Final = "8bit"
+"""A `state_dtype` that is no dtype of torch: see kernels/eight_bit.py."""
+STATE_DTYPES: Final[dict[str, torch.dtype]] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    EIGHT_BIT: torch.float32,
+}
+"""What moments are to those who read them."""
 
 # A β1 this close to 1 averages over so many steps that lookahead's pulling back mostly cancels the momentum.
 LOOKAHEAD_BETA1_LIMIT: Final = 0.99
@@ -118,6 +125,7 @@ class Hyperparameters:
             "bias_correction": bias_correction,
             **{mode: _flag(group, mode) for mode, off in MODES.items() if off is False},
             "state_dtype": state_dtype_name(group["state_dtype"]),
+            "master": _master(group),
             "lookahead_alpha": number("lookahead_alpha", group["lookahead_alpha"], at_most=1.0),
             "count_steps": _flag(group, "count_steps"),
         }
@@ -196,13 +204,13 @@ class StepFunction(Protocol):
 
     All lists are as long as `params` except those the preconditioner does not need, which are empty:
     "amsgrad" uses all three moments, "adam" no `max_exp_avg_sqs`, "none" only `exp_avgs`; `steps` is empty
-    unless the update needs it ("adam", or moments in bfloat16).
+    unless the update needs it ("adam", or moments in fewer than 32 bits).
 
     Within one call all tensors are real floating-point, on one device; the parameters share one dtype, the
-    gradients share one, and all moments share one. Shapes and strides are arbitrary (scalars and zero-size
-    tensors included); the tensors of one parameter have one shape. Arithmetic is done in
-    `compute_dtype(parameter dtype)`; moments in bfloat16 are stored by `rounding.round_stochastically`, so
-    the result is a function of the arguments alone.
+    gradients share one, and all moments share one, or are all `EightBit`. Shapes and strides are arbitrary (scalars
+    and zero-size tensors included); the tensors of one parameter have one shape. Arithmetic is done in
+    `compute_dtype(parameter dtype)`; moments in fewer than 32 bits are stored by `eight_bit.store_rounded`, so the
+    result is a function of the arguments alone.
 
     Args:
         params: x, changed in place.
@@ -213,6 +221,9 @@ class StepFunction(Protocol):
         steps: number t of this update per parameter, counted from 1 (already incremented): Python ints, or
             0-dim float32 tensors if `hyper.capturable`. Must not be changed.
         hyper: the group's settings.
+        corrections: of bfloat16 parameters, int16 (split_master.py), changed in place; empty where there are none.
+        firsts: where each parameter's first element is in the memory of the whole parameter, for stochastic rounding;
+            empty where they are whole.
     """
 
     def __call__(
@@ -225,6 +236,8 @@ class StepFunction(Protocol):
         steps: Steps,
         *,
         hyper: Hyperparameters,
+        corrections: Sequence[Tensor] = (),
+        firsts: Sequence[int] = (),
     ) -> None:
         """Update the parameters and moments."""
         ...
@@ -307,6 +320,19 @@ def _bias_correction(group: Mapping[str, Any]) -> str:
             f"bias_correction='second' is for preconditioner 'adam': {group['preconditioner']!r} corrects no moment"
         )
     return str(value)
+
+
+def _master(group: Mapping[str, Any]) -> str | None:
+    value = group["master"]
+    if value is None:
+        return None
+    if value != "split":
+        raise ValueError(f"Invalid master: {value!r}, must be None or 'split'")
+    if group["lookahead_k"] > 0:
+        raise ValueError(
+            "master='split' does not go with lookahead_k: lookahead sets the parameters from float32 copies of its own"
+        )
+    return "split"
 
 
 def _flag(group: Mapping[str, Any], name: str, *, optional: bool = False) -> bool | None:

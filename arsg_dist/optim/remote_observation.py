@@ -326,6 +326,11 @@ def _check_inner(optimizer: Any) -> None:
         raise ValueError(
             f"{name}(differentiable=True): RemoteObservation's step is in place and not differentiable"
         )
+    if any(group.get("master") == "split" for group in optimizer.param_groups):
+        raise ValueError(
+            f"{name}(master='split'): RemoteObservation moves the parameters themselves, not their masters: leave it "
+            "out"
+        )
 
 
 _OPTIONAL = inspect.Parameter("closure", inspect.Parameter.KEYWORD_ONLY, default=None)

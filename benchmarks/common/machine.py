@@ -13,6 +13,9 @@ from pathlib import Path
 
 import torch
 
+from arsg_dist.optim.kernels.eight_bit import EightBit
+from arsg_dist.optim.state import local
+
 
 def device_name(device: str) -> str:
     """Return the name of the CPU or GPU, for the head of a report."""
@@ -35,10 +38,12 @@ def short_name(device: str) -> str:
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Return the size of all state tensors, of a divided one this rank's part."""
     return sum(
-        value.nbytes if not hasattr(value, "to_local") else value.to_local().nbytes
+        part.nbytes
         for state in optimizer.state.values()
         for value in state.values()
         if isinstance(value, torch.Tensor)
+        for held in (local(value),)
+        for part in ((held.codes, held.exponents) if isinstance(held, EightBit) else (held,))
     )
 
 

@@ -152,6 +152,7 @@ def theta(study: Study, curves: list[Curve]) -> Figure:
 FIGURES: dict[str, Callable[[Study, list[Curve]], Figure]] = {
     "table": learning_curves,
     "variants": learning_curves,
+    "paired": learning_curves,
     "map": maps,
     "batch": batches,
     "engines": engines,

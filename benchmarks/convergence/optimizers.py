@@ -115,8 +115,7 @@ def arsg_arguments(name: str, settings: Settings, weight_decay: float) -> dict[s
         "weight_decay": weight_decay,
         "preconditioner": "none" if name == "RSG" else "amsgrad",
     }
-    if "state_dtype" in settings:
-        arguments["state_dtype"] = settings.pop("state_dtype")
+    arguments |= {key: settings.pop(key) for key in ("state_dtype", "master") if key in settings}
     return arguments
 
 

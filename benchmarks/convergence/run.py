@@ -37,7 +37,7 @@ class Run:
         batch_size: images per update; None for the protocol's.
         lr_scaling: lr × (batch_size / protocol's) to the power of 0 ("none"), 1/2 ("sqrt") or 1 ("linear").
         settings: replace the paper's (lr, beta1, mu, ...). `boost`: "observation" (ARSGB's default), "lr" (the same
-            cut of lr, μ stays) or "none".
+            cut of lr, μ stays) or "none". `network`: dtype of the parameters, on one process.
         engine: "single", "zero2" or "horovod-sharded".
         ranks: of the job; a single process divides each batch into as many micro-batches.
         theta: validate at ARSG's base iterate too.
@@ -86,8 +86,11 @@ def single_process_engine(module: nn.Module, run: Run) -> SingleProcessEngine:
     """Everything in this process, in as many micro-batches as the run has ranks."""
     settings = run.optimizer_settings()
     settings.pop("boost")
-    optimizer = build(run.optimizer, module.parameters(), settings, TASKS[run.task].weight_decay)
-    return SingleProcessEngine(module, optimizer, accumulation_steps=run.ranks)
+    network = getattr(torch, settings.pop("network", "float32"))
+    optimizer = build(run.optimizer, module.to(network).parameters(), settings, TASKS[run.task].weight_decay)
+    engine = SingleProcessEngine(module, optimizer, accumulation_steps=run.ranks)
+    engine.input_dtype = network
+    return engine
 
 
 def train(
@@ -155,7 +158,8 @@ def _update(engine: Engine, pixels: torch.Tensor, labels: torch.Tensor) -> torch
     total = torch.zeros((), device=pixels.device)
     for step in range(engine.accumulation_steps):
         part = slice((step * world + rank) * size, (step * world + rank + 1) * size)
-        loss = functional.cross_entropy(engine.module(pixels[part]), labels[part])
+        logits = engine.module(pixels[part].to(engine.input_dtype)).float()
+        loss = functional.cross_entropy(logits, labels[part])
         engine.backward(loss)
         engine.step()
         total += loss.detach() / engine.accumulation_steps
@@ -172,7 +176,8 @@ def _validation(engine: Engine, images: Images) -> dict[str, float]:
     engine.module.eval()
     loss, right = torch.zeros((), device=images.val_images.device), 0
     for start in range(0, len(images.val_images), 1000):
-        logits = engine.module(images.normalised(images.val_images[start : start + 1000]))
+        pixels = images.normalised(images.val_images[start : start + 1000])
+        logits = engine.module(pixels.to(engine.input_dtype)).float()
         labels = images.val_labels[start : start + 1000]
         loss += functional.cross_entropy(logits, labels, reduction="sum")
         right = right + (logits.argmax(1) == labels).sum()

@@ -20,7 +20,7 @@ from benchmarks.convergence.optimizers import NAMES
 from benchmarks.convergence.run import Run, train, write
 from benchmarks.convergence.tasks import TASKS
 
-KINDS = ("table", "map", "batch", "engines", "theta", "variants")
+KINDS = ("table", "map", "batch", "engines", "theta", "variants", "paired")
 ENGINES = ("single", "zero2", "horovod-sharded")
 _FIXED = {"epochs", "train_images", "val_images", "theta"}
 _KEYS = {

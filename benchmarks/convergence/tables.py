@@ -67,6 +67,34 @@ def variants(study: Study, curves: list[Curve]) -> str:
     return table(study, curves)
 
 
+def paired(study: Study, curves: list[Curve]) -> str:
+    """The same columns, then what every variant differs by from the first, seed by seed."""
+    groups = by_label(curves)
+    first = next(iter(groups))
+    base = {curve.run.seed: curve for curve in groups[first]}
+    rows = []
+    for label, runs in groups.items():
+        pairs = [(curve, base[curve.run.seed]) for curve in runs if curve.run.seed in base and label != first]
+        if pairs and not any(curve.diverged for pair in pairs for curve in pair):
+            losses = [one.train_loss - other.train_loss for one, other in pairs]
+            validated = [one.epochs[-1]["val_loss"] - other.epochs[-1]["val_loss"] for one, other in pairs]
+            shares = [
+                one.epochs[-1]["val_accuracy"] - other.epochs[-1]["val_accuracy"] for one, other in pairs
+            ]
+            rows.append([label, str(len(pairs)), _mean(losses), _mean(validated), _mean(shares, 100)])
+    head = [f"minus {first}", "seeds", "training loss", "validation loss", "validation accuracy, points"]
+    return (
+        f"{table(study, curves)}\n\nDifferences of runs with the same seed, mean ± standard error:\n\n"
+        f"{_rows(head, rows)}"
+    )
+
+
+def _mean(values: list[float], factor: float = 1.0) -> str:
+    scaled = [factor * value for value in values]
+    error = statistics.stdev(scaled) / len(scaled) ** 0.5 if len(scaled) > 1 else float("nan")
+    return f"{statistics.fmean(scaled):+.4f} ± {error:.4f}"
+
+
 def sensitivity(study: Study, curves: list[Curve]) -> str:
     """What each optimizer reached with the same number of trials."""
     rows = []
@@ -164,6 +192,7 @@ def theta(study: Study, curves: list[Curve]) -> str:
 TABLES: dict[str, Callable[[Study, list[Curve]], str]] = {
     "table": table,
     "variants": variants,
+    "paired": paired,
     "map": sensitivity,
     "batch": batches,
     "engines": engines,

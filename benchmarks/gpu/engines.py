@@ -27,6 +27,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 BATCH, UPDATES = 32, 5
 # Of the way that training went. In half precision a rounding of the forward pass moves small gradients' signs.
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.05, "fp16": 0.02}
+FEW_BITS, FEW_BITS_TOLERANCE = "8-bit state", 0.15
+"""End of a case's title, and how far it may be from float32 state."""
 
 
 def model() -> nn.Module:
@@ -70,15 +72,20 @@ def by_hand(precision: str, device: torch.device, *, casts: bool) -> dict[str, t
     return {name: tensor.float().cpu() for name, tensor in result.state_dict().items()}
 
 
-def settings(precision: str, config_file: str | None) -> TrainingSettings:
+def params_of(title: str) -> dict[str, Any]:
+    """Settings of the optimizer."""
+    return PARAMS | ({"state_dtype": "8bit"} if title.endswith(FEW_BITS) else {})
+
+
+def settings(precision: str, config_file: str | None, params: dict[str, Any]) -> TrainingSettings:
     """What a program asks of an engine."""
     return TrainingSettings(
         batch_size=BATCH,
         precision=precision,
         optimizer_type="ARSG",
-        optimizer_params=PARAMS,
+        optimizer_params=params,
         parameter_groups=lambda network: [{"params": list(network.parameters())}],
-        build_optimizer=lambda groups: ARSG(groups, **PARAMS),
+        build_optimizer=lambda groups: ARSG(groups, **params),
         config_file=config_file,
     )
 
@@ -117,11 +124,13 @@ def cases(name: str, device: str, *, short: bool) -> list[tuple[str, str, dict[s
             for stage in (1, 2, 3):
                 section = {"stage": stage, "offload_optimizer": offload}
                 found.append((f"ZeRO {stage}, offload", precision, section))
+        found += [(f"ZeRO {stage}, {FEW_BITS}", "bf16", {"stage": stage}) for stage in (1, 3)]
         if device == "cpu":  # DeepSpeed asks for instructions for it that not every CPU has
             found = [case for case in found if case[1] != "fp16"]
         return found[:1] if short else found  # type: ignore[return-value]
     half = [] if short or name.startswith("horovod") else ["bf16"]
-    return [(name, precision, None) for precision in ("fp32", *half)]
+    few_bits = [] if short else [(f"{name}, {FEW_BITS}", "fp32", None)]
+    return [*((name, precision, None) for precision in ("fp32", *half)), *few_bits]
 
 
 def main() -> None:
@@ -143,9 +152,13 @@ def main() -> None:
                 begin = time.perf_counter()
                 case = {"kind": "engine", "case": f"{title}, {precision}, {ranks.world_size} rank(s)"}
                 try:
-                    config = _config(Path(folder), zero)
+                    config = _config(Path(folder), zero, params_of(title))
                     builder = load_builder(name)(
-                        settings("auto" if zero is None and precision == "fp32" else precision, config),
+                        settings(
+                            "auto" if zero is None and precision == "fp32" else precision,
+                            config,
+                            params_of(title),
+                        ),
                         ranks.world_size,
                     )
                     if builder.connect not in connected:
@@ -157,7 +170,8 @@ def main() -> None:
                         expected = by_hand(precision, engine.device, casts=zero is not None)
                         off = distance(weights, expected)
                         seconds = round(time.perf_counter() - begin, 2)
-                        say(**case, ok=off <= TOLERANCE[precision], off=float(f"{off:.2g}"), seconds=seconds)
+                        most = FEW_BITS_TOLERANCE if title.endswith(FEW_BITS) else TOLERANCE[precision]
+                        say(**case, ok=off <= most, off=float(f"{off:.2g}"), seconds=seconds)
                 except Exception as error:
                     traceback.print_exc()
                     say(**case, ok=False, error=f"{type(error).__name__}: {error}"[:500])
@@ -166,7 +180,7 @@ def main() -> None:
     end_process(0)
 
 
-def _config(folder: Path, zero: dict[str, Any] | None) -> str | None:
+def _config(folder: Path, zero: dict[str, Any] | None, params: dict[str, Any]) -> str | None:
     if zero is None:
         return None
     path = folder / "deepspeed.json"
@@ -174,7 +188,7 @@ def _config(folder: Path, zero: dict[str, Any] | None) -> str | None:
     content = {
         "train_batch_size": BATCH,
         "gradient_clipping": 0.0,
-        "optimizer": {"type": "ARSG", "params": PARAMS},
+        "optimizer": {"type": "ARSG", "params": params},
         "zero_optimization": section,
         "fp16": {"enabled": False, "loss_scale": 128},
         "steps_per_print": 1_000_000,

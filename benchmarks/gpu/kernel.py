@@ -14,13 +14,13 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--device", default="cuda")
     device = parser.parse_args().device
-    for state in ("float32", "bfloat16"):
+    for state, dtype in (("float32", None), ("bfloat16", None), ("8bit", None), ("8bit", torch.bfloat16)):
         whole = torch.randn(300_001, device=device)
         params = [
-            torch.nn.Parameter(x)
+            torch.nn.Parameter(x.to(dtype) if dtype else x)
             for x in (whole[1:], torch.randn(257, 33, device=device), torch.randn(7, device=device))
         ]
-        optimizer = ARSG(params, fused=True, state_dtype=state)
+        optimizer = ARSG(params, fused=True, state_dtype=state, master="split" if dtype else None)
         for _ in range(3):
             for param in params:
                 param.grad = torch.randn_like(param)

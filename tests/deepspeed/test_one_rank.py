@@ -12,6 +12,7 @@ from typing import Any
 import deepspeed
 import pytest
 import torch
+from deepspeed.utils import safe_get_full_optimizer_state, safe_set_full_optimizer_state
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -26,6 +27,8 @@ from arsg_dist.deepspeed.config.schedules import build_scheduler
 from arsg_dist.deepspeed.universal import convert
 from arsg_dist.engine import JobError, SingleProcessCommunicator, SingleProcessEngine
 from arsg_dist.imagenet.models import weighted_logits
+from arsg_dist.optim.kernels.eight_bit import EightBit
+from arsg_dist.optim.state import MOMENTS
 from tests.deepspeed.one_rank import one_rank
 
 SETTINGS = {"lr": 0.1, "betas": [0.9, 0.5], "mu": 0.5, "eps": 1e-4}
@@ -644,3 +647,57 @@ def test_a_lost_movement_is_refused(tmp_path: Path) -> None:
     kept, again = saved(engine, tmp_path), sharded(1, AllUsed(), optimizer=adam)
     with pytest.raises(JobError, match=r"has lost \['movement'\]"):
         again.load_state(kept)
+
+
+class Wide(nn.Module):
+    """Enough elements for state in 8 bits, with gradients of many sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.small = nn.Parameter(torch.ones(6000)), nn.Parameter(torch.ones(7))
+        self.register_buffer("slopes", torch.logspace(-3, 0, 6000))
+
+    def forward(self, first: float, last: float) -> Tensor:
+        return first * (self.slopes * self.wide).sum() + last * self.small.sum()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_state_in_8_bits_goes_through_deepspeeds_own_checkpoints(stage: int, tmp_path: Path) -> None:
+    """Catches codes saved for values, float32 moments kept after a load or beside the codes by DeepSpeed's links, and a
+    part of a block that is handed out or written by name."""
+    optimizer = {"type": "ARSG", "params": {**SETTINGS, "state_dtype": "8bit"}}
+    first, second = (sharded(stage, Wide(), optimizer=optimizer) for _ in range(2))
+    go(first, (1.0, 1.0), (-2.0, 0.5), (0.25, 1.0))
+    first.engine.save_checkpoint(str(tmp_path), tag="one")
+    second.engine.load_checkpoint(str(tmp_path))
+    for engine in (first, second):
+        go(engine, (1.0, -1.0), (0.5, 1.0))
+        kept = [state[name] for state in engine.optimizer.state.values() for name in MOMENTS["amsgrad"]]
+        assert any(isinstance(moment, EightBit) for moment in kept)
+    assert torch.equal(*(whole_of(engine.engine.module.wide) for engine in (first, second)))
+    if stage:
+        for function in (safe_get_full_optimizer_state, safe_set_full_optimizer_state):
+            value = [torch.ones(6000)] if function is safe_set_full_optimizer_state else []
+            with pytest.raises(ValueError, match="8 bits"):
+                function(first.engine.module.wide, *value, "exp_avg")
+    if stage == 3:
+        with pytest.raises(ValueError, match="8bit"):
+            first.engine.offload_states()
+
+
+def whole_of(parameter: nn.Parameter) -> Tensor:
+    with deepspeed.zero.GatheredParameters([parameter]):
+        return parameter.detach().clone()
+
+
+def test_split_masters_are_refused_by_name() -> None:
+    """Catches a setting that DeepSpeed's own masters would make void: given in JSON, or by an optimizer."""
+    with pytest.raises(ValueError, match="master='split'"):
+        sharded(1, optimizer={"type": "ARSG", "params": {**SETTINGS, "master": "split"}})
+    model = Wide().bfloat16()
+    with pytest.raises(ValueError, match="master='split'"):
+        deepspeed.initialize(
+            model=model,
+            optimizer=ARSG(model.parameters(), master="split"),
+            config={"train_batch_size": 1, "bf16": {"enabled": True}, "zero_optimization": {"stage": 1}},
+        )

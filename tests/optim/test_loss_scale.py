@@ -117,7 +117,7 @@ def test_a_count_on_the_device_leaves_out_what_the_device_left_out(monkeypatch: 
     """Catches bias corrections that go on over updates that were not made."""
     asked: list[Any] = []
     monkeypatch.setattr(arsg, "_skips_on_device", lambda _: True)
-    monkeypatch.setattr(arsg, "step_function", lambda *_: lambda *_, hyper: asked.append(hyper))
+    monkeypatch.setattr(arsg, "step_function", lambda *_: lambda *_, hyper, **__: asked.append(hyper))
     params = parameters(SHAPES, dtype=torch.float32)
     optimizer = ARSG(params, preconditioner="adam", capturable=True)
     steps = gradients(SHAPES, 3, dtype=torch.float32)

@@ -19,7 +19,7 @@ from arsg_dist.deepspeed.config.side_effects import check_overwritten, side_effe
 from arsg_dist.optim import ARSG, RemoteObservation
 from arsg_dist.optim.base_iterate import MOVEMENT
 from arsg_dist.optim.by_name import NAMES, make_optimizer
-from arsg_dist.optim.hyperparameters import STATE_DTYPES
+from arsg_dist.optim.hyperparameters import EIGHT_BIT, STATE_DTYPES
 from arsg_dist.optim.state import MOMENTS
 from arsg_dist.safe_io.text import printable
 
@@ -149,7 +149,7 @@ def _state_bytes(config: dict[str, Any]) -> dict[str, int]:
     params = {} if params == AUTO else _without_auto(params)
     settings = ARSG([torch.zeros(1)], **params).defaults  # refuses what ARSG refuses
     dtype = settings["state_dtype"]
-    size = FP32 if dtype is None else STATE_DTYPES[dtype].itemsize
+    size = FP32 if dtype is None else 1 if dtype == EIGHT_BIT else STATE_DTYPES[dtype].itemsize
     names = {"exp_avg": "m", "exp_avg_sq": "v", "max_exp_avg_sq": "v̂"}
     kept = {names[key]: size for key in MOMENTS[settings["preconditioner"]]}
     return kept | ({"slow weights (lookahead)": FP32} if settings["lookahead_k"] else {})

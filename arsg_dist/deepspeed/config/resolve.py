@@ -6,6 +6,7 @@ from typing import Any, Final
 
 from arsg_dist.deepspeed.config.rules import (
     AUTO,
+    check_masters,
     check_nvme,
     check_partitioned,
     check_sections,
@@ -61,6 +62,8 @@ def check_config(config: dict[str, Any], source: str = "the DeepSpeed config") -
         _check_optimizer(section, config, source)
         check_scheduler(config.get("scheduler"), source)
         zero, params = config.get("zero_optimization"), section.get("params") or {}
+        if isinstance(params, dict):
+            check_masters([params], source)
         if isinstance(zero, dict) and isinstance(params, dict):
             check_nvme(zero, [params], source)
 

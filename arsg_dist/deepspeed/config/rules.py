@@ -9,6 +9,7 @@ from deepspeed.runtime.zero.offload_config import OffloadDeviceEnum
 from torch.optim import Optimizer
 
 from arsg_dist.optim.by_name import ELEMENT_WISE, INNER
+from arsg_dist.optim.hyperparameters import EIGHT_BIT
 from arsg_dist.optim.state import MOMENTS
 
 AUTO: Final = "auto"
@@ -215,6 +216,23 @@ def check_partitioned(inner: type[Optimizer], config: Mapping[str, Any], source:
     )
 
 
+def check_masters(groups: Iterable[Mapping[str, Any]], source: str) -> None:
+    """Refuse split masters: DeepSpeed makes masters of its own, in fp32.
+
+    Args:
+        groups: settings of the optimizer, of every parameter group.
+        source: what messages call the config.
+
+    Raises:
+        ValueError: with the setting and the reason.
+    """
+    if any(group.get("master") not in (None, AUTO) for group in groups):
+        raise ValueError(
+            f"{source} has ARSG's master='split', which is for parameters that the optimizer itself keeps in bfloat16: "
+            "under DeepSpeed it updates fp32 masters of DeepSpeed's; leave it out"
+        )
+
+
 def check_nvme(zero: Mapping[str, Any], groups: Iterable[Mapping[str, Any]], source: str) -> None:
     """Refuse an optimizer that does not fit the buffers for swapping to NVMe.
 
@@ -240,10 +258,11 @@ def check_nvme(zero: Mapping[str, Any], groups: Iterable[Mapping[str, Any]], sou
                 f"{source} offloads the optimizer to NVMe, which does not work with RemoteObservation: offload to the "
                 "CPU ('offload_optimizer': {'device': 'cpu'})"
             )
-        if str(group.get("state_dtype")).removeprefix("torch.") == "bfloat16":
+        state_dtype = str(group.get("state_dtype")).removeprefix("torch.")
+        if state_dtype in ("bfloat16", EIGHT_BIT):
             raise ValueError(
-                f"{source} offloads the optimizer to NVMe, which does not work with ARSG's state_dtype 'bfloat16': "
-                "DeepSpeed's buffers are fp32, and the state would be, too, from the second update on"
+                f"{source} offloads the optimizer to NVMe, which does not work with ARSG's state_dtype "
+                f"{state_dtype!r}: DeepSpeed's buffers are fp32, and the state would be, too, from the second update on"
             )
         moments = MOMENTS.get(str(group.get("preconditioner")), MOMENTS["amsgrad"])
         lookahead = group.get("lookahead_k", 0) not in (0, AUTO)

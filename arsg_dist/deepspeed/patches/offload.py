@@ -7,7 +7,7 @@ from deepspeed.runtime.swap_tensor.optimizer_utils import OptimizerSwapper
 from torch import Tensor
 from torch.optim import Optimizer
 
-from arsg_dist.deepspeed.config.rules import check_nvme
+from arsg_dist.deepspeed.config.rules import check_masters, check_nvme
 from arsg_dist.deepspeed.patching import Method, is_repaired, repair_once, wrap_once
 from arsg_dist.optim.by_name import OURS
 
@@ -30,6 +30,8 @@ def _with_own_arsg_accepted(method: Method) -> Method:
     """
 
     def configure(engine: Any, client_optimizer: Any, model_parameters: Any) -> Any:
+        if isinstance(client_optimizer, OURS):
+            check_masters(client_optimizer.param_groups, "the optimizer")
         if (
             "zero_force_ds_cpu_optimizer" not in engine._config._param_dict
             and engine.zero_use_cpu_optimizer()
@@ -51,6 +53,7 @@ def _with_groups_checked(method: Method) -> Method:
     def configure(engine: Any, optimizer: Any) -> Any:
         if isinstance(optimizer, OURS):
             zero = engine._config._param_dict.get("zero_optimization")
+            check_masters(optimizer.param_groups, "the optimizer")
             if isinstance(zero, dict):
                 check_nvme(zero, optimizer.param_groups, "the DeepSpeed config")
         return method(engine, optimizer)

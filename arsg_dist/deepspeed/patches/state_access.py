@@ -20,6 +20,8 @@ from torch.optim import Optimizer
 
 from arsg_dist.deepspeed.patching import Method, is_repaired, repair_once, wrap_once
 from arsg_dist.deepspeed.versions import flat_offsets, ranks_of_parameter
+from arsg_dist.optim.kernels.eight_bit import EightBit
+from arsg_dist.optim.state import has_eight_bit_state
 
 
 def patch_state_access() -> None:
@@ -118,6 +120,11 @@ def _checked(unchecked: Method, optimizer: Optimizer, master: Tensor, *args: Any
 
 def _check_state_is_there(optimizer: Optimizer, master: Tensor, key: str | None) -> None:
     state = optimizer.state.get(master, {})
+    if key is not None and isinstance(state.get(key), EightBit):
+        raise ValueError(
+            f"{key!r} is kept in 8 bits in blocks that span parameters (state_dtype '8bit'): DeepSpeed's functions "
+            "cannot get or set a parameter's part of it"
+        )
     if key is not None and not isinstance(state.get(key), Tensor):
         has = [name for name, value in state.items() if isinstance(value, Tensor)]
         raise ValueError(
@@ -134,6 +141,8 @@ def _with_every_group_linked(method: Method) -> Method:
 
     def _lazy_init_hp_params_optimizer_state(zero: Any) -> None:
         masters = zero.single_partition_of_fp32_groups
+        if is_repaired(zero.optimizer) and has_eight_bit_state(zero.optimizer):
+            return  # links would be copies in float32
         if not is_repaired(zero.optimizer) or all(zero.optimizer.state.get(m) for m in masters):
             method(zero)
 

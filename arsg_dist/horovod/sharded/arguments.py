@@ -39,6 +39,10 @@ def check_optimizer(optimizer: Any, element_wise: bool) -> None:
     for group in optimizer.param_groups:
         if group.get("differentiable"):
             raise ValueError("differentiable=True cannot be sharded")
+        if group.get("master") == "split":
+            raise ValueError(
+                "master='split' cannot be sharded: parameters in bfloat16 get sharded fp32 masters here; leave it out"
+            )
 
 
 def check_arguments(

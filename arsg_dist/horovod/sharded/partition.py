@@ -11,6 +11,7 @@ from arsg_dist.horovod.comm.process_groups import ShardGroups
 from arsg_dist.horovod.sharded.buckets import Layout, Segment
 from arsg_dist.horovod.sharded.gather import ParameterGather, PendingGather, take_over
 from arsg_dist.horovod.sharded.gradients import GradientBuckets, Reduction, Unscale
+from arsg_dist.optim.state import set_places
 
 
 class Partition:
@@ -71,6 +72,8 @@ class Partition:
             for segment in layout.pieces(self.rank)
         ]
         """What this rank owns of each parameter: its place and its memory in `masters`."""
+        for segment, piece in self.pieces:
+            set_places(piece, [(0, segment.numel, segment.parameter_start)])
 
     def _owned(self, bucket: int) -> Tensor:
         size = self.layout.buckets[bucket].shard_numel

@@ -19,12 +19,14 @@ from torch import Tensor
 PATH: Final = Path(__file__).with_name("arsg_cpu.so")
 """Where the build puts the library; not there where it was built without a compiler."""
 
-_INTERFACE: Final = 2  # of csrc/library.cpp
+_INTERFACE: Final = 3  # of csrc/library.cpp
 _TYPES: Final = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_EIGHT_BIT: Final = 4  # type of moments (eight_bit.py)
+_SPLIT: Final = 5  # type of bfloat16 parameters with corrections (split_master.py)
 _STATE_TYPES: Final = (torch.float32, torch.float64, torch.bfloat16)
 _AMSGRAD, _ADAM, _NONE = range(3)
 _FIRST: Final = {_AMSGRAD: 3, _ADAM: 4, _NONE: _NONE}  # the modes with precondition_first
-_JOB: Final = struct.Struct("=5Q2d2q")  # csrc/fused_cpu.cpp
+_JOB: Final = struct.Struct("=9Q2d3q")  # csrc/fused_cpu.cpp
 _MOVE_JOB: Final = struct.Struct("=3Qq")  # csrc/remote_cpu.cpp
 
 
@@ -47,7 +49,8 @@ def register() -> None:
         "update_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
         "Tensor(d!)[] max_exp_avg_sqs, int[] steps, *, int preconditioner, float lr, float beta1, float beta2, "
         "float mu, float eps, float coupled_decay, float decoupled_decay, float opposed_decay, float gradient_factor, "
-        "bool corrects_first, bool corrects_second, bool precondition_first) -> int[]"
+        "bool corrects_first, bool corrects_second, bool precondition_first, Tensor(e!)[] exponents, "
+        "Tensor(f!)[] corrections, int[] firsts) -> int[]"
     )
     _registered.impl("update_", _update, "CPU")  # type: ignore[no-untyped-call]
     _registered.define(  # type: ignore[no-untyped-call]
@@ -115,13 +118,17 @@ def _update(
     corrects_first: bool,
     corrects_second: bool,
     precondition_first: bool,
+    exponents: list[Tensor],
+    corrections: list[Tensor],
+    firsts: list[int],
 ) -> list[int]:
     """Update all parameters in one pass over memory; return the indices of those that are left as they are.
 
     Left, to the caller, are parameters with gaps or overlaps in memory, and those whose gradient or a moment is laid
     out otherwise. The arguments are those of `StepFunction` and `Hyperparameters`; weight_decay is split into its kinds
     (`opposed_decay` is what of the decoupled one acts also where the update moves x away from 0), bias_correction into
-    the two moments', and `gradient_factor` has the sign of `maximize`.
+    the two moments', and `gradient_factor` has the sign of `maximize`. With `exponents` (of all m, then v, then v̂) the
+    moments are the codes of `EightBit`.
     """
     count, is_adam = len(params), preconditioner == _ADAM
     if preconditioner not in _FIRST:
@@ -133,36 +140,62 @@ def _update(
     if not exp_avgs:
         raise ValueError("exp_avgs must have one entry per parameter")
     param_type, state_type = _known(params[0].dtype), exp_avgs[0].dtype
-    if state_type not in _STATE_TYPES:
+    eight_bit = bool(exponents)
+    if state_type not in _STATE_TYPES and not eight_bit:
         raise ValueError(f"state must be float32, float64 or bfloat16, not {state_type}")
-    has_steps = is_adam or state_type == torch.bfloat16
+    if eight_bit and param_type == torch.float64:
+        raise ValueError("state in 8 bits is not for float64")
+    if corrections and (param_type != torch.bfloat16 or state_type == torch.float64):
+        raise ValueError("corrections are for bfloat16")
+    has_steps = is_adam or state_type == torch.bfloat16 or eight_bit
     moments = [exp_avgs, exp_avg_sqs, max_exp_avg_sqs]
     wanted = [count, 0 if preconditioner == _NONE else count, count if preconditioner == _AMSGRAD else 0]
-    if len(grads) != count or [len(m) for m in moments] != wanted or (has_steps and len(steps) != count):
+    if (
+        len(grads) != count
+        or [len(m) for m in moments] != wanted
+        or (has_steps and len(steps) != count)
+        or len(exponents) != eight_bit * sum(wanted)
+        or len(corrections) not in (0, count)
+        or len(firsts) not in (0, count)
+    ):
         raise ValueError(
             "the lists that the preconditioner needs must have one entry per parameter, the others none"
         )
+    types = (torch.int8, torch.uint8, torch.uint8) if eight_bit else (state_type,) * 3
     addresses, left = _places(
-        [(params, param_type), *[(m, state_type) for m in moments if m], (grads, param_type)]
+        [
+            (params, param_type),
+            *[(m, dtype) for m, dtype in zip(moments, types, strict=True) if m],
+            (grads, param_type),
+            *([(corrections, torch.int16)] if corrections else []),
+        ]
     )
+    nowhere = [0] * count
+    of_corrections = addresses.pop() if corrections else nowhere
     *of_moments, of_grads = addresses[1:]
+    of_exponents = [[e.data_ptr() for e in exponents[k : k + count]] for k in range(0, len(exponents), count)]
     t_of = steps if has_steps else [0] * count
     columns = zip(
         addresses[0],
         *of_moments,
-        *[[0] * count] * (3 - len(of_moments)),
+        *[nowhere] * (3 - len(of_moments)),
         of_grads,
+        of_corrections,
+        *of_exponents,
+        *[nowhere] * (3 - len(of_exponents)),
         [(1 - mu) / (1 - beta1**t) for t in t_of] if corrects_first else [1 - mu] * count,
         [1 - beta2**t for t in t_of] if corrects_second else [1.0] * count,
         t_of,
         [p.numel() for p in params],
+        firsts or nowhere,
         strict=True,
     )
     skipped = frozenset(left)
     jobs = [_JOB.pack(*job) for k, job in enumerate(columns) if k not in skipped]
     known = _load().arsg_update(
         b"".join(jobs), len(jobs), torch.get_num_threads(),
-        _FIRST[preconditioner] if precondition_first else preconditioner, _TYPES[param_type], _TYPES[state_type],
+        _FIRST[preconditioner] if precondition_first else preconditioner,
+        _SPLIT if corrections else _TYPES[param_type], _EIGHT_BIT if eight_bit else _TYPES[state_type],
         lr, beta1, beta2, mu, eps, coupled_decay, decoupled_decay, opposed_decay, gradient_factor,
     )  # fmt: skip
     assert known

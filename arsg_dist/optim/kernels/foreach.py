@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from arsg_dist.optim.hyperparameters import Hyperparameters, Steps, bias_correction, compute_dtype
-from arsg_dist.optim.kernels.rounding import EXP_AVG_SLOT, EXP_AVG_SQ_SLOT, MAX_EXP_AVG_SQ_SLOT, store_rounded
+from arsg_dist.optim.kernels.eight_bit import plain, store_rounded
+from arsg_dist.optim.kernels.rounding import EXP_AVG_SLOT, EXP_AVG_SQ_SLOT, MAX_EXP_AVG_SQ_SLOT
+from arsg_dist.optim.kernels.split_master import joined, split
 
 _PRECONDITIONERS: Final = ("amsgrad", "adam", "none")
 _MODES: Final = (
@@ -35,6 +38,8 @@ def foreach_step(
     steps: Steps,
     *,
     hyper: Hyperparameters,
+    corrections: Sequence[Tensor] = (),
+    firsts: Sequence[int] = (),
 ) -> None:
     """Update all parameters by torch's multi-tensor kernels.
 
@@ -45,7 +50,11 @@ def foreach_step(
     if not params:
         return
     dtype = compute_dtype(params[0].dtype)
-    xs, gs, ms = _converted(params, dtype), _converted(grads, dtype), _converted(exp_avgs, dtype)
+    if corrections:
+        xs = [joined(param, correction) for param, correction in zip(params, corrections, strict=True)]
+    else:
+        xs = _converted(params, dtype)
+    gs, ms = _converted(grads, dtype), _converted(exp_avgs, dtype)
     vs, v_hats = _converted(exp_avg_sqs, dtype), _converted(max_exp_avg_sqs, dtype)
 
     alpha, beta1, beta2, mu, eps, lam = (
@@ -99,11 +108,14 @@ def foreach_step(
         torch._foreach_mul_(xs, 1 - alpha * lam)
     _move(xs, numerators, denominators, alpha)
 
-    if xs[0] is not params[0]:
+    if corrections:
+        for param, correction, x in zip(params, corrections, xs, strict=True):
+            split(param, correction, x)
+    elif xs[0] is not params[0]:
         torch._foreach_copy_(params, xs)
-    _store(exp_avgs, ms, steps, EXP_AVG_SLOT)
-    _store(exp_avg_sqs, vs, steps, EXP_AVG_SQ_SLOT)
-    _store(max_exp_avg_sqs, v_hats, steps, MAX_EXP_AVG_SQ_SLOT)
+    _store(exp_avgs, ms, steps, EXP_AVG_SLOT, firsts)
+    _store(exp_avg_sqs, vs, steps, EXP_AVG_SQ_SLOT, firsts)
+    _store(max_exp_avg_sqs, v_hats, steps, MAX_EXP_AVG_SQ_SLOT, firsts)
 
 
 def _numerators(ms: list[Tensor], gs: list[Tensor], mu: float | Tensor) -> list[Tensor]:
@@ -136,7 +148,7 @@ def _move(
 
 def _converted(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """Return the tensors themselves where they have `dtype`, else converted copies."""
-    return [tensor.to(dtype) for tensor in tensors]
+    return [plain(tensor).to(dtype) for tensor in tensors]
 
 
 def _on_device(value: float | Tensor, like: Tensor) -> float | Tensor:
@@ -144,8 +156,10 @@ def _on_device(value: float | Tensor, like: Tensor) -> float | Tensor:
     return value.to(like.device, non_blocking=True) if isinstance(value, Tensor) else value
 
 
-def _store(targets: list[Tensor], values: list[Tensor], steps: Steps, slot: int) -> None:
+def _store(
+    targets: list[Tensor], values: list[Tensor], steps: Steps, slot: int, firsts: Sequence[int]
+) -> None:
     """Write moments back where they were converted."""
     for i, (target, value) in enumerate(zip(targets, values, strict=True)):
         if value is not target:
-            store_rounded(target, value, steps[i] if steps else 0, slot)
+            store_rounded(target, value, steps[i] if steps else 0, slot, firsts[i] if firsts else 0)

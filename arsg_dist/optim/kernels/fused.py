@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from arsg_dist.optim.hyperparameters import Hyperparameters, Steps, compute_dtype
 from arsg_dist.optim.kernels import cpu_library, foreach
+from arsg_dist.optim.kernels.eight_bit import EightBit
 from arsg_dist.optim.kernels.foreach import foreach_step
 from arsg_dist.optim.kernels.reference import reference_step
 from arsg_dist.safe_io.processes import is_private
@@ -60,6 +61,8 @@ def fused_step(
     steps: Steps,
     *,
     hyper: Hyperparameters,
+    corrections: Sequence[Tensor] = (),
+    firsts: Sequence[int] = (),
 ) -> None:
     """Update all parameters in one pass over memory.
 
@@ -73,12 +76,12 @@ def fused_step(
         return
     lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs)
     if torch.compiler.is_compiling():
-        foreach_step(*lists, steps, hyper=hyper)
+        foreach_step(*lists, steps, hyper=hyper, corrections=corrections, firsts=firsts)
     elif params[0].is_cpu:
         assert hyper.found_inf is None, "a host can read it"
-        _cpu_step(*lists, steps, hyper=hyper)
+        _cpu_step(*lists, steps, hyper=hyper, corrections=corrections, firsts=firsts)
     else:
-        _gpu_step(*lists, steps, hyper=hyper)
+        _gpu_step(*lists, steps, hyper=hyper, corrections=corrections, firsts=firsts)
 
 
 def _cpu_step(
@@ -90,13 +93,19 @@ def _cpu_step(
     steps: Steps,
     *,
     hyper: Hyperparameters,
+    corrections: Sequence[Tensor] = (),
+    firsts: Sequence[int] = (),
 ) -> None:
     kernel, lists = cpu_kernel(), (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs)
     if kernel is None or grads[0].dtype != params[0].dtype:
-        foreach_step(*lists, steps, hyper=hyper)
+        foreach_step(*lists, steps, hyper=hyper, corrections=corrections, firsts=firsts)
         return
+    moments: list[Any] = [exp_avgs, exp_avg_sqs, max_exp_avg_sqs]
+    eight_bit = isinstance(exp_avgs[0], EightBit)
     left = kernel(
-        *lists,
+        params,
+        grads,
+        *([[moment.codes for moment in kept] for kept in moments] if eight_bit else moments),
         [int(step) for step in steps] if _needs_steps(exp_avgs, hyper) else [],
         preconditioner=_CPU_PRECONDITIONERS.index(hyper.preconditioner),
         lr=float(hyper.lr),
@@ -111,10 +120,18 @@ def _cpu_step(
         corrects_first=hyper.corrects_first,
         corrects_second=hyper.corrects_second,
         precondition_first=hyper.precondition_first,
+        exponents=[moment.exponents for kept in moments for moment in kept] if eight_bit else [],
+        corrections=list(corrections),
+        firsts=list(firsts),
     )
     if left:
-        x, g, m, v, v_hat = ([tensors[i] for i in left] if tensors else [] for tensors in lists)
-        reference_step(x, g, m, v, v_hat, cast(Steps, [steps[i] for i in left] if steps else []), hyper=hyper)
+        x, g, m, v, v_hat, c = (
+            [tensors[i] for i in left] if tensors else [] for tensors in (*lists, corrections)
+        )
+        reference_step(
+            x, g, m, v, v_hat, cast(Steps, [steps[i] for i in left] if steps else []), hyper=hyper,
+            corrections=c, firsts=[firsts[i] for i in left] if firsts else [],
+        )  # fmt: skip
 
 
 @cache
@@ -142,6 +159,8 @@ def _gpu_step(
     steps: Steps,
     *,
     hyper: Hyperparameters,
+    corrections: Sequence[Tensor] = (),
+    firsts: Sequence[int] = (),
 ) -> None:
     global _kernel_failed
     lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs)
@@ -152,7 +171,7 @@ def _gpu_step(
             _kernel_failed = True
         else:
             try:
-                triton_step(*lists, steps, hyper=hyper)
+                triton_step(*lists, steps, hyper=hyper, corrections=corrections, firsts=firsts)
                 return
             except KernelUnavailableError as error:
                 _kernel_failed = True
@@ -161,7 +180,7 @@ def _gpu_step(
         if bool(hyper.found_inf):
             return
         hyper = replace(hyper, found_inf=None)
-    compiled_step(*lists, steps, hyper=hyper)
+    compiled_step(*lists, steps, hyper=hyper, corrections=corrections, firsts=firsts)
 
 
 def compiled_step(
@@ -173,6 +192,8 @@ def compiled_step(
     steps: Steps,
     *,
     hyper: Hyperparameters,
+    corrections: Sequence[Tensor] = (),
+    firsts: Sequence[int] = (),
 ) -> None:
     """Run `foreach_step` compiled by `torch.compile`, for tensors on accelerators.
 
@@ -181,8 +202,9 @@ def compiled_step(
     """
     global _compiling_failed
     lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs)
-    if _compiling_failed:
-        foreach_step(*lists, steps, hyper=hyper)
+    # What has a form of its own is not compiled.
+    if _compiling_failed or corrections or firsts or isinstance(exp_avgs[0], EightBit):
+        foreach_step(*lists, steps, hyper=hyper, corrections=corrections, firsts=firsts)
         return
     device, dtype = params[0].device, compute_dtype(params[0].dtype)
     counters = _counters(steps, device, dtype) if _needs_steps(exp_avgs, hyper) else None
@@ -293,7 +315,8 @@ def _compiler_errors() -> tuple[type[Exception], ...]:
 
 
 def _needs_steps(exp_avgs: list[Tensor], hyper: Hyperparameters) -> bool:
-    return hyper.preconditioner == "adam" or exp_avgs[0].dtype == torch.bfloat16
+    few_bits = exp_avgs[0].dtype == torch.bfloat16 or isinstance(exp_avgs[0], EightBit)
+    return hyper.preconditioner == "adam" or few_bits
 
 
 def _counters(steps: Steps, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from arsg_dist.optim.hyperparameters import Hyperparameters, Steps, bias_correction, compute_dtype
-from arsg_dist.optim.kernels.rounding import EXP_AVG_SLOT, EXP_AVG_SQ_SLOT, MAX_EXP_AVG_SQ_SLOT, store_rounded
+from arsg_dist.optim.kernels.eight_bit import plain, store_rounded
+from arsg_dist.optim.kernels.rounding import EXP_AVG_SLOT, EXP_AVG_SQ_SLOT, MAX_EXP_AVG_SQ_SLOT
+from arsg_dist.optim.kernels.split_master import joined, split
 
 
 def arsg_update(
@@ -85,22 +89,28 @@ def reference_step(
     steps: Steps,
     *,
     hyper: Hyperparameters,
+    corrections: Sequence[Tensor] = (),
+    firsts: Sequence[int] = (),
 ) -> None:
     """Call `arsg_update` on each parameter; see `StepFunction` for the arguments."""
     for i, param in enumerate(params):
         dtype = compute_dtype(param.dtype)
         step = steps[i] if steps else 0
-        x, m = param.to(dtype), exp_avgs[i].to(dtype)
-        v = exp_avg_sqs[i].to(dtype) if exp_avg_sqs else None
-        v_hat = max_exp_avg_sqs[i].to(dtype) if max_exp_avg_sqs else None
+        first = firsts[i] if firsts else 0
+        x = joined(param, corrections[i]) if corrections else param.to(dtype)
+        m = plain(exp_avgs[i]).to(dtype)
+        v = plain(exp_avg_sqs[i]).to(dtype) if exp_avg_sqs else None
+        v_hat = plain(max_exp_avg_sqs[i]).to(dtype) if max_exp_avg_sqs else None
 
         arsg_update(x, grads[i].to(dtype), m, v, v_hat, step, hyper)
 
         # Where the dtypes agree these are the stored tensors themselves, already updated.
-        if x is not param:
+        if corrections:
+            split(param, corrections[i], x)
+        elif x is not param:
             param.copy_(x)
-        store_rounded(exp_avgs[i], m, step, EXP_AVG_SLOT)
+        store_rounded(exp_avgs[i], m, step, EXP_AVG_SLOT, first)
         if v is not None:
-            store_rounded(exp_avg_sqs[i], v, step, EXP_AVG_SQ_SLOT)
+            store_rounded(exp_avg_sqs[i], v, step, EXP_AVG_SQ_SLOT, first)
         if v_hat is not None:
-            store_rounded(max_exp_avg_sqs[i], v_hat, step, MAX_EXP_AVG_SQ_SLOT)
+            store_rounded(max_exp_avg_sqs[i], v_hat, step, MAX_EXP_AVG_SQ_SLOT, first)

@@ -17,6 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from arsg_dist.optim.kernels.triton_kernel import (
+    _COLUMNS,
+    _ROW,
     _TABLES,
     CHUNK,
     ELEMENTS,
@@ -91,8 +93,8 @@ def _launch(
     device = param.device
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     chunks, sizes = _TABLES.find(_chunks, tuple(row[0].numel() for row in rows), device, stream)
-    # Rows of five, as the other kernel's.
-    addresses = tuple(part.data_ptr() for row in rows for part in (*row, row[0], row[0]))
+    # Rows as long as the other kernel's.
+    addresses = tuple(part.data_ptr() for row in rows for part in (*row, *[row[0]] * (_COLUMNS - len(row))))
     pointers, aligned = _TABLES.find(_pointers, addresses, device, stream)
     total = chunks.shape[0]
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
@@ -138,7 +140,7 @@ def kernel(  # type: ignore[no-untyped-def]
         tensor = tl.load(chunks + 2 * number)
         start = tl.load(chunks + 2 * number + 1).to(tl.int64) * SIZE
         size = tl.load(sizes + tensor)
-        row = pointers + 5 * tensor.to(tl.int64)
+        row = pointers + _ROW * tensor.to(tl.int64)
         if (start + SIZE <= size) & (tl.load(aligned + tensor) == 1):
             _move_on(row, start, size, beta1, pull, reach, decay, P, DECAYS, MOVES, SIZE, False)
         else:

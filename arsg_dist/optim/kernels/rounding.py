@@ -15,7 +15,8 @@ must not be touched. The hash, in 32-bit unsigned arithmetic that wraps around:
 
 `index` is the element's position in memory counted from the stored moment's first element, the sum of
 index_k·stride_k: for a contiguous tensor the row-major index, for any dense layout (channels_last) the
-position in one linear pass over memory. `step` is the update's number t ≥ 1, `slot` says which moment it is.
+position in one linear pass over memory. Of a part of a parameter it is the position in the whole, so it does not depend
+on how many ranks divide the update. `step` is the update's number t ≥ 1, `slot` says which moment it is.
 """
 
 from __future__ import annotations
@@ -34,22 +35,6 @@ _STEP_FACTOR: Final = 0x85EBCA77
 _SLOT_FACTOR: Final = 0xC2B2AE3D
 _MIX_FACTOR_1: Final = 0x7FEB352D
 _MIX_FACTOR_2: Final = 0x846CA68B
-
-
-def store_rounded(target: Tensor, value: Tensor, step: int | Tensor, slot: int) -> None:
-    """Write `value` into the moment `target`, rounding stochastically to bfloat16.
-
-    Args:
-        target: the stored moment, changed in place.
-        value: float32 or float64, of the same shape.
-        step: t of this update, a Python int or a 0-dim float32 tensor on `target`'s device.
-        slot: which moment (`EXP_AVG_SLOT`, `EXP_AVG_SQ_SLOT`, `MAX_EXP_AVG_SQ_SLOT`).
-    """
-    if target.dtype == torch.bfloat16:
-        index = memory_index(target)
-        target.copy_(round_stochastically(value.float(), index, step, slot))
-    elif target is not value:
-        target.copy_(value)
 
 
 def round_stochastically(value: Tensor, index: Tensor, step: int | Tensor, slot: int) -> Tensor:
@@ -83,13 +68,13 @@ def random_bits(index: Tensor, step: int | Tensor, slot: int) -> Tensor:
     return _shift_right(h ^ _shift_right(h, 16), 16)
 
 
-def memory_index(tensor: Tensor) -> Tensor:
-    """Return every element's position in memory, int32 (modulo 2³²), from the first."""
+def memory_index(tensor: Tensor, first: int = 0) -> Tensor:
+    """Return every element's position in memory, int32 (modulo 2³²), the first one's being `first`."""
     if tensor.numel() == 0:
         return torch.empty(tensor.shape, dtype=torch.int32, device=tensor.device)
     extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     # int64 first: int32 arange refuses tensors of 2³¹ elements and more.
-    positions = torch.arange(extent, device=tensor.device).to(torch.int32)
+    positions = torch.arange(first, first + extent, device=tensor.device).to(torch.int32)
     return positions.as_strided(tensor.shape, tensor.stride())
 
 

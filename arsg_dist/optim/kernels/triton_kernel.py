@@ -1,8 +1,9 @@
 """Update every tensor of a list in one launch of one Triton kernel, on CUDA and ROCm.
 
 The kernel reads x, g, m, v, v̂ and writes x, m, v, v̂ once: 36 bytes per element with float32 state, 24 with bfloat16
-state. The tensors are found through a table of their addresses, cut into chunks; as many programs as fit on the device
-take chunk after chunk. Chunks that are full and aligned are read and written 128 bits at a time, the others masked.
+state, 18 with 8 bits (eight_bit.py; 16 with a bfloat16 gradient and a split master). The tensors are found through a
+table of their addresses, cut into chunks; as many programs as fit on the device take chunk after chunk. Chunks that
+are full and aligned are read and written 128 bits at a time, the others masked.
 
 Every operation is rounded once, root and quotient correctly, and none is contracted: on float32 parameters the result
 has the bits of the CPU kernel (csrc/fused_cpu.cpp), and moments in bfloat16 are rounded with the same random bits (see
@@ -12,8 +13,9 @@ rounding.py). Settings are arguments of the compiled code: changing them compile
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Final, cast
 
@@ -23,22 +25,38 @@ import triton.language as tl
 from torch import Tensor
 
 from arsg_dist.optim.hyperparameters import PRECONDITIONERS, Hyperparameters, Steps, bias_correction
+from arsg_dist.optim.kernels.eight_bit import BLOCK, SIGNED_TOP, UNSIGNED_TOP, EightBit
 from arsg_dist.optim.kernels.foreach import foreach_step
 
 CHUNK: Final = 2048
-"""Elements of a chunk: with 256 threads, 128 bits of each bfloat16 tensor for every thread."""
+"""Elements of a chunk: with 256 threads, 128 bits of each bfloat16 tensor for every thread; a block of `EightBit`."""
+assert CHUNK == BLOCK
 WARPS: Final = 8
+WARPS_FOR_EIGHT_BITS: Final = 16
+"""Rounding a block takes so many registers that more elements per thread would leave room for one small program."""
 PROGRAMS_PER_PROCESSOR: Final = 4
 
 ELEMENTS: Final = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 """Dtypes of parameters and gradients."""
 MOMENTS: Final = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
 
+_COLUMNS: Final = 10
+"""Of the table of addresses: x, g, m, v, v̂, correction, the exponents of m, v, v̂; and the index of the first element in
+the whole parameter."""
+
 # Triton's code sees constants only as these; indices in PRECONDITIONERS.
 _AMSGRAD = tl.constexpr(0)
 _NONE = tl.constexpr(2)
 _INDEX_FACTOR = tl.constexpr(0x9E3779B1)
 _STEP_FACTOR = tl.constexpr(0x85EBCA77)
+_ROW = tl.constexpr(_COLUMNS)
+# Bits of the largest c⁴ in float32, of m and of v and v̂ (eight_bit.py).
+_SIGNED_TOP = tl.constexpr(SIGNED_TOP)
+_UNSIGNED_TOP = tl.constexpr(UNSIGNED_TOP)
+
+
+# `tl.max` is made of code that was compiled or interpreted as Triton was imported, which tests choose later.
+_LARGER = tl.standard._elementwise_max
 
 
 class KernelUnavailableError(RuntimeError):
@@ -54,6 +72,8 @@ def triton_step(
     steps: Steps,
     *,
     hyper: Hyperparameters,
+    corrections: Sequence[Tensor] = (),
+    firsts: Sequence[int] = (),
 ) -> None:
     """Update all parameters in one launch, without synchronising with the device.
 
@@ -66,6 +86,7 @@ def triton_step(
     """
     lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs)
     for_others = replace(hyper, found_inf=None)  # which they do not know: it is read where they are needed
+    eight_bit = isinstance(exp_avgs[0], EightBit)
     if (
         params[0].dtype not in ELEMENTS
         or grads[0].dtype not in ELEMENTS
@@ -73,43 +94,94 @@ def triton_step(
         or max(param.numel() for param in params) > _MOST_ELEMENTS
     ):
         if hyper.found_inf is None or not hyper.found_inf:
-            foreach_step(*lists, steps, hyper=for_others)
+            foreach_step(*lists, steps, hyper=for_others, corrections=corrections, firsts=firsts)
         return
     grads = [grad.resolve_neg() for grad in grads]
+    moments = [kept for kept in (exp_avgs, exp_avg_sqs, max_exp_avg_sqs) if kept]
     rows = [
-        tuple(tensors[i] for tensors in (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs) if tensors)
+        _Row(
+            [params[i], grads[i], *(_stored(kept[i]) for kept in moments)],
+            corrections[i] if corrections else None,
+            [cast(EightBit, kept[i]).exponents for kept in moments] if eight_bit else [],
+            firsts[i] if firsts else 0,
+        )
         for i in range(len(params))
     ]
-    direct = [_is_direct(row) for row in rows]
-    taken = [i for i, row in enumerate(rows) if direct[i] and row[0].numel()]
+    direct = [row.is_direct() for row in rows]
+    taken = [i for i, row in enumerate(rows) if direct[i] and row.tensors[0].numel()]
     if taken:
         _launch([rows[i] for i in taken], cast(Steps, [steps[i] for i in taken] if steps else []), hyper)
     left = [i for i in range(len(rows)) if not direct[i]]
     if left and (hyper.found_inf is None or not hyper.found_inf):
-        x, g, m, v, v_hat = ([tensors[i] for i in left] if tensors else [] for tensors in lists)
-        foreach_step(
-            x, g, m, v, v_hat, cast(Steps, [steps[i] for i in left] if steps else []), hyper=for_others
+        x, g, m, v, v_hat, c = (
+            [tensors[i] for i in left] if tensors else [] for tensors in (*lists, corrections)
         )
+        foreach_step(
+            x, g, m, v, v_hat, cast(Steps, [steps[i] for i in left] if steps else []), hyper=for_others,
+            corrections=c, firsts=[firsts[i] for i in left] if firsts else [],
+        )  # fmt: skip
     torch.autograd.graph.increment_version(params)  # as every in-place operation: a stale graph is noticed
 
 
 _MOST_ELEMENTS: Final = CHUNK * (2**31 - 1)  # the numbers of chunks are int32
 
 
-def _is_direct(row: tuple[Tensor, ...]) -> bool:
-    """Say whether a parameter and what belongs to it have one dense layout."""
-    param = row[0]
-    return torch.ops.aten.is_non_overlapping_and_dense(param) and all(
-        tensor.stride() == param.stride() for tensor in row
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """Hold what belongs to one parameter.
+
+    Attributes:
+        tensors: x, g and the moments, or their codes.
+        correction: of a split master.
+        exponents: of moments in 8 bits.
+        first: index of the first element in the whole parameter.
+    """
+
+    tensors: list[Tensor]
+    correction: Tensor | None
+    exponents: list[Tensor]
+    first: int
+
+    def is_direct(self) -> bool:
+        """Say whether all have one dense layout."""
+        correction = [self.correction] if self.correction is not None else []
+        return _is_direct((*self.tensors, *correction))
+
+    def addresses(self) -> list[int]:
+        """Return the row of the table; of x again where there is nothing."""
+        nothing = self.tensors[0].data_ptr()
+        places = [tensor.data_ptr() for tensor in self.tensors]
+        exponents = [tensor.data_ptr() for tensor in self.exponents]
+        return [
+            *places,
+            *[nothing] * (5 - len(places)),
+            nothing if self.correction is None else self.correction.data_ptr(),
+            *exponents,
+            *[nothing] * (3 - len(exponents)),
+            self.first,
+        ]
+
+
+def _is_direct(tensors: tuple[Tensor, ...]) -> bool:
+    """Say whether tensors have one dense layout."""
+    first = tensors[0]
+    return torch.ops.aten.is_non_overlapping_and_dense(first) and all(
+        tensor.stride() == first.stride() for tensor in tensors
     )
 
 
-def _launch(rows: list[tuple[Tensor, ...]], steps: Steps, hyper: Hyperparameters) -> None:
-    param, grad, exp_avg = rows[0][:3]
+def _stored(moment: Tensor) -> Tensor:
+    """Return what a moment's elements are kept in."""
+    return moment.codes if isinstance(moment, EightBit) else moment
+
+
+def _launch(rows: list[_Row], steps: Steps, hyper: Hyperparameters) -> None:
+    param, grad, exp_avg = rows[0].tensors[:3]
+    eight_bit, split = exp_avg.dtype == torch.int8, rows[0].correction is not None
     device = param.device
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    numels = tuple(row[0].numel() for row in rows)
-    addresses = tuple(tensor.data_ptr() for row in rows for tensor in (*row, *row[:1] * (5 - len(row))))
+    numels = tuple(row.tensors[0].numel() for row in rows)
+    addresses = tuple(address for row in rows for address in row.addresses())
     chunks, sizes = _TABLES.find(_chunks, numels, device, stream)
     pointers, aligned = _TABLES.find(_pointers, addresses, device, stream)
     mu, lr = hyper.mu, hyper.lr
@@ -118,7 +190,7 @@ def _launch(rows: list[tuple[Tensor, ...]], steps: Steps, hyper: Hyperparameters
     correction2: Any = 1.0
     step: Any = 0
     per_tensor = False
-    if steps and (is_adam or exp_avg.dtype == torch.bfloat16):
+    if steps and (is_adam or exp_avg.dtype == torch.bfloat16 or eight_bit):
         first = steps[0]
         per_tensor = isinstance(first, Tensor) or any(other != first for other in steps)
         if isinstance(first, Tensor):
@@ -177,7 +249,8 @@ def _launch(rows: list[tuple[Tensor, ...]], steps: Steps, hyper: Hyperparameters
                 1.0 - float(lr) * hyper.opposed_decay,
                 P=ELEMENTS[param.dtype],
                 G=ELEMENTS[grad.dtype],
-                S=MOMENTS[exp_avg.dtype],
+                S=tl.int8 if eight_bit else MOMENTS[exp_avg.dtype],
+                SPLIT=split,
                 MODE=PRECONDITIONERS.index(hyper.preconditioner),
                 FIRST=hyper.precondition_first,
                 COUPLED=coupled != 0.0,
@@ -186,7 +259,7 @@ def _launch(rows: list[tuple[Tensor, ...]], steps: Steps, hyper: Hyperparameters
                 SCALED=scaled,
                 SKIPS=hyper.found_inf is not None,
                 SIZE=CHUNK,
-                num_warps=WARPS,
+                num_warps=WARPS_FOR_EIGHT_BITS if eight_bit else WARPS,
                 enable_fp_fusion=False,
             )
     except (
@@ -217,9 +290,9 @@ def _chunks(numels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _pointers(addresses: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a table of addresses, (tensors, 5) int64, and which rows are aligned to 128 bits, int32."""
-    table = addresses.view(-1, 5)
-    return table, (table % 16 == 0).all(1).to(torch.int32)
+    """Return a table of addresses, (tensors, 10) int64, and which rows are aligned to 128 bits, int32."""
+    table = addresses.view(-1, _COLUMNS)
+    return table, (table[:, :6] % 16 == 0).all(1).to(torch.int32)
 
 
 class _Tables:
@@ -311,6 +384,7 @@ def kernel(  # type: ignore[no-untyped-def]
     P: tl.constexpr,
     G: tl.constexpr,
     S: tl.constexpr,
+    SPLIT: tl.constexpr,
     MODE: tl.constexpr,
     FIRST: tl.constexpr,
     COUPLED: tl.constexpr,
@@ -323,8 +397,9 @@ def kernel(  # type: ignore[no-untyped-def]
     """Take chunk after chunk; see the module.
 
     Args:
-        pointers: (tensors, 5) int64: addresses of x, g, m, v, v̂; of x again where a moment is not needed.
-        aligned: (tensors,) int32: 1 where all five are multiples of 16.
+        pointers: (tensors, 10) int64: addresses of x, g, m, v, v̂, of the correction, of the moments' exponents; of x
+            again where there is none; and the index of the first element in the whole parameter.
+        aligned: (tensors,) int32: 1 where the first six are multiples of 16.
         sizes: (tensors,) int64: elements.
         chunks: (chunk_count, 2) int32: tensor, and number of the chunk in it.
         chunk_count: of all tensors.
@@ -339,7 +414,8 @@ def kernel(  # type: ignore[no-untyped-def]
         keep_opposed: likewise, where the update moves x away from 0; all of it with cautious decay.
         P: dtype of x.
         G: dtype of g.
-        S: dtype of the moments.
+        S: dtype of the moments; int8: 8 bits with exponents.
+        SPLIT: whether x is in bfloat16 with a correction.
         MODE: index in `PRECONDITIONERS`.
         FIRST: whether m averages preconditioned gradients.
         COUPLED: whether there is coupled weight decay.
@@ -370,18 +446,18 @@ def kernel(  # type: ignore[no-untyped-def]
             exp_avg_factor = exp_avg_factors
             correction2 = corrections2
             step = steps
-        row = pointers + 5 * tensor.to(tl.int64)
+        row = pointers + _ROW * tensor.to(tl.int64)
         if (start + SIZE <= size) & (tl.load(aligned + tensor) == 1):
             _update(
                 row, start, size, exp_avg_factor, correction2, step, lr, mu, beta1, one_minus_beta1, beta2,
-                one_minus_beta2, eps, floor, sign, coupled_decay, keep, keep_opposed, P, G, S, MODE, FIRST, COUPLED,
-                SIZE, False,
+                one_minus_beta2, eps, floor, sign, coupled_decay, keep, keep_opposed, P, G, S, SPLIT, MODE, FIRST,
+                COUPLED, SIZE, False,
             )  # fmt: skip
         else:
             _update(
                 row, start, size, exp_avg_factor, correction2, step, lr, mu, beta1, one_minus_beta1, beta2,
-                one_minus_beta2, eps, floor, sign, coupled_decay, keep, keep_opposed, P, G, S, MODE, FIRST, COUPLED,
-                SIZE, True,
+                one_minus_beta2, eps, floor, sign, coupled_decay, keep, keep_opposed, P, G, S, SPLIT, MODE, FIRST,
+                COUPLED, SIZE, True,
             )  # fmt: skip
 
 
@@ -389,39 +465,44 @@ def kernel(  # type: ignore[no-untyped-def]
 def _update(  # type: ignore[no-untyped-def]
     row, start, size, exp_avg_factor, correction2, step, lr, mu, beta1, one_minus_beta1, beta2,
     one_minus_beta2, eps, floor, sign, coupled_decay, keep, keep_opposed,
-    P: tl.constexpr, G: tl.constexpr, S: tl.constexpr, MODE: tl.constexpr, FIRST: tl.constexpr,
-    COUPLED: tl.constexpr, SIZE: tl.constexpr, MASKED: tl.constexpr,
+    P: tl.constexpr, G: tl.constexpr, S: tl.constexpr, SPLIT: tl.constexpr, MODE: tl.constexpr,
+    FIRST: tl.constexpr, COUPLED: tl.constexpr, SIZE: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Update a chunk, in the order of operations of csrc/fused_cpu.cpp."""
     within = start + tl.arange(0, SIZE)
     mask = within < size
+    block = start // SIZE
     step_term = step.to(tl.uint32) * _STEP_FACTOR
-    index_term = within.to(tl.uint32) * _INDEX_FACTOR
-    x = _load(row, 0, within, mask, P, MASKED)
+    index_term = (tl.load(row + 9) + within).to(tl.uint32) * _INDEX_FACTOR
+    x = _join(row, within, mask, MASKED) if SPLIT else _load(row, 0, within, mask, P, MASKED)
     g = sign * _load(row, 1, within, mask, G, MASKED)
     if COUPLED:
         g = g + coupled_decay * x
     denominator = tl.full([SIZE], 1.0, tl.float32)
     if MODE != _NONE:
-        v = beta2 * _load(row, 3, within, mask, S, MASKED) + (one_minus_beta2 * g) * g
-        _store_moment(row, 3, within, mask, v, index_term, step_term, 1, S, MASKED)
+        v = beta2 * _load_moment(row, 1, within, mask, S, MASKED, block) + (one_minus_beta2 * g) * g
+        _store_moment(row, within, mask, v, index_term, step_term, 1, S, MASKED, block)
         if MODE == _AMSGRAD:
-            old = _load(row, 4, within, mask, S, MASKED)
+            old = _load_moment(row, 2, within, mask, S, MASKED, block)
             v_hat = _at_least(floor, tl.where(old != old, old, _at_least(old, v)))
-            _store_moment(row, 4, within, mask, v_hat, index_term, step_term, 2, S, MASKED)
+            _store_moment(row, within, mask, v_hat, index_term, step_term, 2, S, MASKED, block)
             denominator = tl.sqrt_rn(v_hat)
         else:
             denominator = tl.sqrt_rn(tl.div_rn(_at_least(floor, v), correction2)) + eps
         if FIRST:
             g = tl.div_rn(g, denominator)
-    m = beta1 * _load(row, 2, within, mask, S, MASKED) + one_minus_beta1 * g
-    _store_moment(row, 2, within, mask, m, index_term, step_term, 0, S, MASKED)
+    m = beta1 * _load_moment(row, 0, within, mask, S, MASKED, block) + one_minus_beta1 * g
+    _store_moment(row, within, mask, m, index_term, step_term, 0, S, MASKED, block)
     move = exp_avg_factor * m + mu * g
     opposed = ((move > 0) & (x < 0)) | ((move < 0) & (x > 0))
     x = tl.where(opposed, keep_opposed, keep) * x
     if (MODE != _NONE) & (not FIRST):
         move = tl.div_rn(move, denominator)
-    _store(row, 0, within, mask, x - lr * move, P, MASKED)
+    x = x - lr * move
+    if SPLIT:
+        _split(row, within, mask, x, MASKED)
+    else:
+        _store(row, 0, within, mask, x, P, MASKED)
 
 
 @triton.jit
@@ -442,8 +523,7 @@ def _place(row, column, within, T: tl.constexpr, MASKED: tl.constexpr):  # type:
 def _load(row, column, within, mask, T: tl.constexpr, MASKED: tl.constexpr):  # type: ignore[no-untyped-def]
     """Load elements of dtype T as float32."""
     if tl.bfloat16 == T:
-        place = _place(row, column, within, tl.uint16, MASKED)
-        bits = tl.load(place, mask=mask, other=0) if MASKED else tl.load(place)
+        bits = _load_as(row, column, within, mask, tl.uint16, MASKED)
         return (bits.to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     place = _place(row, column, within, T, MASKED)
     return (tl.load(place, mask=mask, other=0.0) if MASKED else tl.load(place)).to(tl.float32)
@@ -455,22 +535,57 @@ def _store(row, column, within, mask, value, T: tl.constexpr, MASKED: tl.constex
     if tl.bfloat16 == T:
         bits = value.to(tl.uint32, bitcast=True)
         nearest = (bits + ((bits >> 16) & 1) + 0x7FFF) >> 16
-        _store_bits(row, column, within, mask, tl.where(value != value, 0x7FC0, nearest), MASKED)
+        _store_as(row, column, within, mask, tl.where(value != value, 0x7FC0, nearest), tl.uint16, MASKED)
     else:
-        place = _place(row, column, within, T, MASKED)
-        if MASKED:
-            tl.store(place, value.to(T), mask=mask)
+        _store_as(row, column, within, mask, value, T, MASKED)
+
+
+@triton.jit
+def _join(row, within, mask, MASKED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Load masters of bfloat16 parameters (split_master.py)."""
+    upper = _load_as(row, 0, within, mask, tl.uint16, MASKED).to(tl.uint32) << 16
+    correction = _load_as(row, 5, within, mask, tl.int16, MASKED).to(tl.int32)
+    return (upper + correction.to(tl.uint32, bitcast=True)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _split(row, within, mask, value, MASKED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Store masters as parameter and correction."""
+    bits = value.to(tl.uint32, bitcast=True)
+    upper = (bits + 0x8000) >> 16
+    correction = bits - (upper << 16)
+    _store_as(row, 0, within, mask, tl.where(value != value, 0x7FC0, upper), tl.uint16, MASKED)
+    _store_as(row, 5, within, mask, tl.where(value != value, 0, correction), tl.uint16, MASKED)
+
+
+@triton.jit
+def _load_moment(  # type: ignore[no-untyped-def]
+    row, SLOT: tl.constexpr, within, mask, S: tl.constexpr, MASKED: tl.constexpr, block
+):
+    """Load m, v or v̂ (slots 0, 1, 2) as float32."""
+    if tl.int8 == S:
+        exponent = tl.load(_exponent_place(row, SLOT, block)).to(tl.int32)
+        bits = tl.where(exponent == -128, 0x7FC00000, (127 + 4 * exponent) << 23)
+        if SLOT == 0:
+            c = _load_as(row, 2, within, mask, tl.int8, MASKED).to(tl.float32)
         else:
-            tl.store(place, value.to(T))
+            c = _load_as(row, 2 + SLOT, within, mask, tl.uint8, MASKED).to(tl.float32)
+        power = c * c
+        power = power * power
+        return tl.where(c < 0, -power, power) * bits.to(tl.float32, bitcast=True)
+    else:
+        return _load(row, 2 + SLOT, within, mask, S, MASKED)
 
 
 @triton.jit
 def _store_moment(  # type: ignore[no-untyped-def]
-    row, column, within, mask, value, index_term, step_term, SLOT: tl.constexpr, T: tl.constexpr,
-    MASKED: tl.constexpr,
+    row, within, mask, value, index_term, step_term, SLOT: tl.constexpr, S: tl.constexpr, MASKED: tl.constexpr,
+    block,
 ):  # fmt: skip
-    """Store float32 as dtype T, rounded to bfloat16 stochastically by the hash of rounding.py."""
-    if tl.bfloat16 == T:
+    """Store m, v or v̂ (slots 0, 1, 2), with fewer bits rounded stochastically (v̂ in 8 bits: up)."""
+    if tl.float32 == S:
+        _store(row, 2 + SLOT, within, mask, value, S, MASKED)
+    else:
         slot_term: tl.constexpr = (SLOT * 0xC2B2AE3D) % 0x100000000
         h = index_term + (step_term + slot_term)
         h = h ^ (h >> 16)
@@ -478,16 +593,64 @@ def _store_moment(  # type: ignore[no-untyped-def]
         h = h ^ (h >> 15)
         h = h * 0x846CA68B
         h = h ^ (h >> 16)
-        rounded = (value.to(tl.uint32, bitcast=True) + (h >> 16)) >> 16
-        _store_bits(row, column, within, mask, tl.where(value != value, 0x7FC0, rounded), MASKED)
-    else:
-        _store(row, column, within, mask, value, T, MASKED)
+        if tl.int8 == S:
+            _store_eight_bits(row, within, mask, value, h >> 16, SLOT, MASKED, block)
+        else:
+            rounded = (value.to(tl.uint32, bitcast=True) + (h >> 16)) >> 16
+            _store_as(
+                row, 2 + SLOT, within, mask, tl.where(value != value, 0x7FC0, rounded), tl.uint16, MASKED
+            )
 
 
 @triton.jit
-def _store_bits(row, column, within, mask, bits, MASKED: tl.constexpr):  # type: ignore[no-untyped-def]
-    place = _place(row, column, within, tl.uint16, MASKED)
+def _store_eight_bits(  # type: ignore[no-untyped-def]
+    row, within, mask, value, random, SLOT: tl.constexpr, MASKED: tl.constexpr, block
+):
+    """Store a block, in the order of operations of csrc/eight_bit.h."""
+    magnitude = tl.abs(value)
+    bits = magnitude.to(tl.int32, bitcast=True)
     if MASKED:
-        tl.store(place, bits.to(tl.uint16), mask=mask)
+        bits = tl.where(mask, bits, 0)
+    largest = tl.reduce(bits, 0, _LARGER)
+    top: tl.constexpr = _SIGNED_TOP if SLOT == 0 else _UNSIGNED_TOP
+    highest: tl.constexpr = 127.0 if SLOT == 0 else 255.0
+    exponent = tl.maximum((largest - top + 0x1FFFFFF) >> 25, -30)
+    finite = largest < 0x7F800000
+    y = tl.where(finite, magnitude * ((127 - 4 * exponent) << 23).to(tl.float32, bitcast=True), 0.0)
+    low = tl.sqrt_rn(tl.sqrt_rn(y)).to(tl.int32).to(tl.float32)
+    power = low * low
+    power = power * power
+    if SLOT == 2:
+        up = power < y
     else:
-        tl.store(place, bits.to(tl.uint16))
+        high = (low + 1.0) * (low + 1.0)
+        u = (2 * random.to(tl.int32) + 1).to(tl.float32) * 7.62939453125e-06
+        up = u * (high * high - power) < y - power
+    c = tl.where(up, low + 1.0, low)
+    c = tl.where(c > highest, highest, c)
+    if SLOT == 0:
+        c = tl.where(value < 0, -c, c)
+        _store_as(row, 2, within, mask, c.to(tl.int32), tl.int8, MASKED)
+    else:
+        _store_as(row, 2 + SLOT, within, mask, c.to(tl.int32), tl.uint8, MASKED)
+    tl.store(_exponent_place(row, SLOT, block), tl.where(finite, exponent, -128).to(tl.int8))
+
+
+@triton.jit
+def _exponent_place(row, SLOT: tl.constexpr, block):  # type: ignore[no-untyped-def]
+    return tl.load(row + 6 + SLOT).to(tl.pointer_type(tl.int8)) + block
+
+
+@triton.jit
+def _load_as(row, column, within, mask, T: tl.constexpr, MASKED: tl.constexpr):  # type: ignore[no-untyped-def]
+    place = _place(row, column, within, T, MASKED)
+    return tl.load(place, mask=mask, other=0) if MASKED else tl.load(place)
+
+
+@triton.jit
+def _store_as(row, column, within, mask, value, T: tl.constexpr, MASKED: tl.constexpr):  # type: ignore[no-untyped-def]
+    place = _place(row, column, within, T, MASKED)
+    if MASKED:
+        tl.store(place, value.to(T), mask=mask)
+    else:
+        tl.store(place, value.to(T))

@@ -69,6 +69,7 @@ def kernel_call(params, grads, moments, steps, mode="amsgrad") -> list[int]:
         params, grads, *moments, steps, preconditioner=PRECONDITIONERS.index(mode), lr=0.1, beta1=0.9,
         beta2=0.99, mu=0.1, eps=1e-8, coupled_decay=0.0, decoupled_decay=0.0, opposed_decay=0.0, gradient_factor=1.0,
         corrects_first=mode == "adam", corrects_second=mode == "adam", precondition_first=False,
+        exponents=[], corrections=[], firsts=[],
     )  # fmt: skip
 
 

@@ -244,22 +244,23 @@ def test_a_capture_copies_nothing_from_main_memory_and_keeps_what_it_was_given(
 ) -> None:
     """Catches a graph that replays a copy from memory long used for something else, or reads a table that was freed."""
     tables, device = interpreted._Tables(), torch.device("cpu")
-    known = tables.find(interpreted._pointers, tuple(range(16, 176, 16)), device, 1)
+    known = tables.find(interpreted._pointers, tuple(range(16, 336, 16)), device, 1)
+    row = (2**47 + 8, 2**62, 16, 32, 48, 64, 1, 2, 3, 4)
     with monkeypatch.context() as patch:
         patch.setattr(interpreted, "_capturing", lambda _: True)
         patch.setattr(interpreted, "_sent", None)
-        assert tables.find(interpreted._pointers, tuple(range(16, 176, 16)), device, 2) is known
+        assert tables.find(interpreted._pointers, tuple(range(16, 336, 16)), device, 2) is known
         made = [
-            tables.find(interpreted._pointers, (2**47 + 8, 2**62, 16, 32, 48), device, 2),
+            tables.find(interpreted._pointers, row, device, 2),
             tables.find(interpreted._chunks, (0, 2048, 4097), device, 2),
         ]
     assert [table.tolist() for pair in made for table in pair] == [
-        [[2**47 + 8, 2**62, 16, 32, 48]],
+        [[*row]],
         [0],
         [[1, 0], [2, 0], [2, 1], [2, 2]],
         [0, 2048, 4097],
     ]
-    other = tables.find(interpreted._pointers, (2**47 + 8, 2**62, 16, 32, 48), device, 2)
+    other = tables.find(interpreted._pointers, row, device, 2)
     assert other is not made[0], "the graph's own is filled when the graph runs"
     for number in range(600):
         tables.find(interpreted._chunks, (number,), device, 1)
@@ -285,7 +286,9 @@ class Code:
         usage: what the device's tools say of registers and memory.
     """
 
-    def __init__(self, capability: int, tmp_path: Path, mode: str, p: str, g: str, s: str) -> None:
+    def __init__(
+        self, capability: int, tmp_path: Path, mode: str, p: str, g: str, s: str, *, split: bool = False
+    ) -> None:
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
 
@@ -294,7 +297,11 @@ class Code:
         names = list(module.kernel.arg_names)
         types = {"P": p, "G": g, "S": s}
         constants = {
-            **{name: module.ELEMENTS[getattr(torch, dtype)] for name, dtype in types.items()},
+            **{
+                name: triton.language.int8 if dtype == "8bit" else module.ELEMENTS[getattr(torch, dtype)]
+                for name, dtype in types.items()
+            },
+            "SPLIT": split,
             "MODE": module.PRECONDITIONERS.index(mode),
             "FIRST": False,
             "COUPLED": False,
@@ -312,7 +319,8 @@ class Code:
             **dict.fromkeys(constants, "constexpr"),
         }
         source = ASTSource(module.kernel, {name: known.get(name, "fp32") for name in names}, constants)
-        options = {"num_warps": module.WARPS, "enable_fp_fusion": False}
+        warps = module.WARPS_FOR_EIGHT_BITS if s == "8bit" else module.WARPS
+        options = {"num_warps": warps, "enable_fp_fusion": False}
         compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
         self.ptx: str = compiled.asm["ptx"]
         (tmp_path / "kernel.cubin").write_bytes(compiled.asm["cubin"])
@@ -337,6 +345,8 @@ class Code:
         (100, "amsgrad", ("float32", "float32", "float32"), 5 * 2, 4 * 2),
         (90, "amsgrad", ("float32", "float32", "bfloat16"), 2 * 2 + 3, 2 + 3),  # 24 bytes
         (90, "adam", ("bfloat16", "bfloat16", "bfloat16"), 4, 3),  # 14 bytes
+        # On 512 threads: 4 of each, which are 128 bits of x and g, and 32 of codes.
+        (90, "amsgrad", ("float32", "float32", "8bit"), 2, 1),  # 18 bytes
     ],
 )
 def test_full_chunks_are_read_and_written_128_bits_at_a_time_and_rounded_correctly(

@@ -25,11 +25,13 @@
 namespace {
 
 // As cpu_library.py numbers them.
-enum Type : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
+enum Type : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3, kEightBit = 4, kSplit = 5 };
 
 // bfloat16 and float16 are handled as bits: compilers do not vectorise loads and stores of class types.
 struct BFloat16Bits {};
 struct HalfBits {};
+struct SplitBits {};  // bfloat16 with the 16 bits that it lacks of its master beside it (split_master.py)
+struct EightBitCodes {};  // with an exponent for each block beside them (eight_bit.h)
 template <typename T>
 struct StorageOf {
   using type = T;
@@ -41,6 +43,14 @@ struct StorageOf<BFloat16Bits> {
 template <>
 struct StorageOf<HalfBits> {
   using type = uint16_t;
+};
+template <>
+struct StorageOf<SplitBits> {
+  using type = uint16_t;
+};
+template <>
+struct StorageOf<EightBitCodes> {
+  using type = uint8_t;
 };
 template <typename T>
 using Storage = typename StorageOf<T>::type;
@@ -68,7 +78,7 @@ inline uint16_t half_from_float(const float value) {
 
 template <typename T, typename A>
 inline A load(const Storage<T> stored) {
-  if constexpr (std::is_same_v<T, BFloat16Bits>) {
+  if constexpr (std::is_same_v<T, BFloat16Bits> || std::is_same_v<T, SplitBits>) {
     return static_cast<A>(std::bit_cast<float>(static_cast<uint32_t>(stored) << 16));
   } else if constexpr (std::is_same_v<T, HalfBits>) {
     return static_cast<A>(half_to_float(stored));
@@ -89,6 +99,21 @@ inline Storage<T> store(const A value) {
   } else {
     return static_cast<T>(value);
   }
+}
+
+// The float32 master of a bfloat16 parameter: itself and the 16 bits that it lacks.
+inline float join(const uint16_t param, const int16_t correction) {
+  return std::bit_cast<float>((static_cast<uint32_t>(param) << 16) + static_cast<uint32_t>(int32_t{correction}));
+}
+
+inline uint16_t split_upper(const float master) {
+  const uint32_t upper = (std::bit_cast<uint32_t>(master) + 0x8000u) >> 16;
+  return static_cast<uint16_t>(master != master ? 0x7FC0u : upper);
+}
+
+inline int16_t split_correction(const float master) {
+  const uint32_t bits = std::bit_cast<uint32_t>(master);
+  return static_cast<int16_t>(master != master ? 0u : bits - (((bits + 0x8000u) >> 16) << 16));
 }
 
 // The larger of the two; NaN where `value` is NaN. `floor` is not.

@@ -2,6 +2,7 @@
 //
 // The rule is arsg_dist/optim/kernels/reference.py's, the stochastic rounding arsg_dist/optim/kernels/rounding.py's.
 
+#include "eight_bit.h"
 #include "elements.h"
 #include "parallel.h"
 
@@ -31,12 +32,15 @@ struct Scalars {
 struct Job {
   void *param, *exp_avg, *exp_avg_sq, *max_exp_avg_sq;
   const void* grad;
+  void* correction;    // of a split master, else nothing
+  void* exponents[3];  // of m, v, v_hat in 8 bits, else nothing
   double exp_avg_factor;    // 1 - mu, over its bias correction where there is one
   double bias_correction2;  // 1 where there is none
   int64_t step;             // for stochastic rounding only
   int64_t numel;
+  int64_t first_index;  // of the first element in the whole parameter, for stochastic rounding
 };
-static_assert(sizeof(Job) == 72);
+static_assert(sizeof(Job) == 112);
 
 // The hash of rounding.py: 16 random bits from the element's position in memory, the step and the moment's slot.
 // The terms of position and step are multiplied by their factors already (kIndexFactor, kStepFactor).
@@ -67,9 +71,60 @@ inline Storage<T> store_moment(const A value, const uint32_t index_term, const u
   }
 }
 
+template <typename P, typename A>
+inline A load_param(const Storage<P> param, [[maybe_unused]] const int16_t* correction) {
+  if constexpr (std::is_same_v<P, SplitBits>) {
+    return join(param, *correction);
+  } else {
+    return load<P, A>(param);
+  }
+}
+
+template <typename P, typename A>
+inline void store_param(Storage<P>& param, [[maybe_unused]] int16_t* correction, const A value) {
+  if constexpr (std::is_same_v<P, SplitBits>) {
+    param = split_upper(value);
+    *correction = split_correction(value);
+  } else {
+    param = store<P>(value);
+  }
+}
+
+// Updates one element: x, m, v and v_hat (the latter two where the mode has them).
+template <Mode kMode, bool kCoupledDecay, typename A>
+inline void update_element(
+    A& x, A g, A& m, A& v, A& v_hat, const Scalars<A>& s, const A exp_avg_factor, const A bias_correction2) {
+  g = s.sign * g;
+  if constexpr (kCoupledDecay) {
+    g = g + s.coupled_decay * x;
+  }
+  A denominator = 1;
+  if constexpr (kMode != kNone) {
+    // In this order, as torch's: g² by itself overflows fp32 from |g| = 1.8e19 on.
+    v = s.beta2 * v + (s.one_minus_beta2 * g) * g;
+    if constexpr (is_amsgrad(kMode)) {
+      v_hat = at_least(s.floor, maximum(v_hat, v));
+      denominator = std::sqrt(v_hat);
+    } else {
+      denominator = std::sqrt(at_least(s.floor, v) / bias_correction2) + s.eps;
+    }
+  }
+  if constexpr (is_first(kMode)) {
+    g = g / denominator;
+  }
+  m = s.beta1 * m + s.one_minus_beta1 * g;
+  A move = exp_avg_factor * m + s.mu * g;
+  x = (((move > 0) & (x < 0)) | ((move < 0) & (x > 0)) ? s.keep_opposed : s.keep) * x;
+  if constexpr (kMode == kAMSGrad || kMode == kAdam) {
+    move = move / denominator;
+  }
+  x = x - s.lr * move;
+}
+
 template <Mode kMode, bool kCoupledDecay, typename P, typename S, typename A>
 MULTIVERSION void update(
     Storage<P>* __restrict param,
+    int16_t* __restrict correction,
     const Storage<P>* __restrict grad,
     Storage<S>* __restrict exp_avg,
     Storage<S>* __restrict exp_avg_sq,
@@ -81,35 +136,113 @@ MULTIVERSION void update(
     const uint32_t step_term,
     uint32_t index_term) {
   for (int64_t i = 0; i < numel; ++i, index_term += kIndexFactor) {
-    A x = load<P, A>(param[i]);
-    A g = s.sign * load<P, A>(grad[i]);
-    if constexpr (kCoupledDecay) {
-      g = g + s.coupled_decay * x;
-    }
-    A denominator = 1;
+    A x = load_param<P, A>(param[i], correction + i), m = load<S, A>(exp_avg[i]), v = 0, v_hat = 0;
     if constexpr (kMode != kNone) {
-      // In this order, as torch's: g² by itself overflows fp32 from |g| = 1.8e19 on.
-      const A v = s.beta2 * load<S, A>(exp_avg_sq[i]) + (s.one_minus_beta2 * g) * g;
-      exp_avg_sq[i] = store_moment<S, 1>(v, index_term, step_term);
-      if constexpr (is_amsgrad(kMode)) {
-        const A v_hat = at_least(s.floor, maximum(load<S, A>(max_exp_avg_sq[i]), v));
-        max_exp_avg_sq[i] = store_moment<S, 2>(v_hat, index_term, step_term);
-        denominator = std::sqrt(v_hat);
-      } else {
-        denominator = std::sqrt(at_least(s.floor, v) / bias_correction2) + s.eps;
-      }
+      v = load<S, A>(exp_avg_sq[i]);
     }
-    if constexpr (is_first(kMode)) {
-      g = g / denominator;
+    if constexpr (is_amsgrad(kMode)) {
+      v_hat = load<S, A>(max_exp_avg_sq[i]);
     }
-    const A m = s.beta1 * load<S, A>(exp_avg[i]) + s.one_minus_beta1 * g;
+    update_element<kMode, kCoupledDecay>(x, load<P, A>(grad[i]), m, v, v_hat, s, exp_avg_factor, bias_correction2);
+    store_param<P>(param[i], correction + i, x);
     exp_avg[i] = store_moment<S, 0>(m, index_term, step_term);
-    A move = exp_avg_factor * m + s.mu * g;
-    x = (((move > 0) & (x < 0)) | ((move < 0) & (x > 0)) ? s.keep_opposed : s.keep) * x;
-    if constexpr (kMode == kAMSGrad || kMode == kAdam) {
-      move = move / denominator;
+    if constexpr (kMode != kNone) {
+      exp_avg_sq[i] = store_moment<S, 1>(v, index_term, step_term);
     }
-    param[i] = store<P>(x - s.lr * move);
+    if constexpr (is_amsgrad(kMode)) {
+      max_exp_avg_sq[i] = store_moment<S, 2>(v_hat, index_term, step_term);
+    }
+  }
+}
+
+// Where a block's moments are: codes and exponents of m, v, v_hat.
+struct EightBitMoments {
+  uint8_t* codes[3];
+  int8_t* exponents[3];
+};
+
+// Rounds the new moments of one block, when its largest elements are known.
+template <uint32_t kSlot>
+inline void store_block(
+    const float* __restrict values,
+    const int32_t largest,
+    uint8_t* __restrict codes,
+    int8_t& exponent,
+    const int64_t numel,
+    const uint32_t step_term,
+    uint32_t index_term) {
+  using Form = std::conditional_t<kSlot == 0, Signed, Unsigned>;
+  if (!is_finite_block(largest)) {
+    exponent = kNotFinite;
+    for (int64_t i = 0; i < numel; ++i) {
+      codes[i] = 0;
+    }
+    return;
+  }
+  exponent = static_cast<int8_t>(exponent_of<Form>(largest));
+  const float inverse = inverse_of(exponent);
+  for (int64_t i = 0; i < numel; ++i, index_term += kIndexFactor) {
+    if constexpr (kSlot == 2) {
+      codes[i] = encode_up(values[i], inverse);
+    } else {
+      const float u = uniform(random_bits(index_term, step_term, kSlot));
+      codes[i] = kSlot == 0 ? encode_signed(values[i], inverse, u) : encode_unsigned(values[i], inverse, u);
+    }
+  }
+}
+
+inline int32_t larger(const int32_t a, const int32_t b) {
+  return a > b ? a : b;
+}
+
+// One block, whose new moments have to be known before the first of them can be stored.
+template <Mode kMode, bool kCoupledDecay, typename P>
+MULTIVERSION void update_block(
+    Storage<P>* __restrict param,
+    int16_t* __restrict correction,
+    const Storage<P>* __restrict grad,
+    const EightBitMoments moments,
+    const int64_t numel,
+    const Scalars<float> s,
+    const float exp_avg_factor,
+    const float bias_correction2,
+    const uint32_t step_term,
+    const uint32_t index_term) {
+  float ms[kEightBitBlock], vs[kEightBitBlock], v_hats[kEightBitBlock];
+  const uint8_t* __restrict m_codes = moments.codes[0];
+  const uint8_t* __restrict v_codes = moments.codes[1];
+  const uint8_t* __restrict v_hat_codes = moments.codes[2];
+  const float m_scale = scale_of(*moments.exponents[0]);
+  const float v_scale = kMode == kNone ? 0.0f : scale_of(*moments.exponents[1]);
+  const float v_hat_scale = is_amsgrad(kMode) ? scale_of(*moments.exponents[2]) : 0.0f;
+  int32_t most_m = 0, most_v = 0, most_v_hat = 0;
+  for (int64_t i = 0; i < numel; ++i) {
+    float x = load_param<P, float>(param[i], correction + i), m = decode_signed(m_codes[i], m_scale), v = 0, v_hat = 0;
+    if constexpr (kMode != kNone) {
+      v = decode_unsigned(v_codes[i], v_scale);
+    }
+    if constexpr (is_amsgrad(kMode)) {
+      v_hat = decode_unsigned(v_hat_codes[i], v_hat_scale);
+    }
+    update_element<kMode, kCoupledDecay>(x, load<P, float>(grad[i]), m, v, v_hat, s, exp_avg_factor, bias_correction2);
+    store_param<P>(param[i], correction + i, x);
+    ms[i] = m;
+    most_m = larger(most_m, magnitude_bits(m));
+    if constexpr (kMode != kNone) {
+      vs[i] = v;
+      most_v = larger(most_v, magnitude_bits(v));
+    }
+    if constexpr (is_amsgrad(kMode)) {
+      v_hats[i] = v_hat;
+      most_v_hat = larger(most_v_hat, magnitude_bits(v_hat));
+    }
+  }
+  store_block<0>(ms, most_m, moments.codes[0], *moments.exponents[0], numel, step_term, index_term);
+  if constexpr (kMode != kNone) {
+    store_block<1>(vs, most_v, moments.codes[1], *moments.exponents[1], numel, step_term, index_term);
+  }
+  if constexpr (is_amsgrad(kMode)) {
+    store_block<2>(v_hats, most_v_hat, moments.codes[2], *moments.exponents[2], numel, step_term, index_term);
   }
 }
 
@@ -119,22 +252,41 @@ struct Jobs {
   int threads;
 };
 
+// `moved` of nothing is nothing.
+template <typename T>
+inline T* moved(void* start, const int64_t by) {
+  return start == nullptr ? nullptr : static_cast<T*>(start) + by;
+}
+
 template <Mode kMode, bool kCoupledDecay, typename P, typename S, typename A>
 void update_all(const Jobs& jobs, const Scalars<A>& s) {
-  parallel_elements(jobs.first, jobs.count, jobs.threads, [&](const Job& job, const int64_t from, const int64_t to) {
-    update<kMode, kCoupledDecay, P, S, A>(
-        static_cast<Storage<P>*>(job.param) + from,
-        static_cast<const Storage<P>*>(job.grad) + from,
-        static_cast<Storage<S>*>(job.exp_avg) + from,
-        job.exp_avg_sq == nullptr ? nullptr : static_cast<Storage<S>*>(job.exp_avg_sq) + from,
-        job.max_exp_avg_sq == nullptr ? nullptr : static_cast<Storage<S>*>(job.max_exp_avg_sq) + from,
-        to - from,
-        s,
-        static_cast<A>(job.exp_avg_factor),
-        static_cast<A>(job.bias_correction2),
-        static_cast<uint32_t>(job.step) * kStepFactor,
-        static_cast<uint32_t>(from) * kIndexFactor);
-  });
+  constexpr bool is_eight_bit = std::is_same_v<S, EightBitCodes>;
+  const auto part = [&](const Job& job, const int64_t from, const int64_t to) {
+    const uint32_t step_term = static_cast<uint32_t>(job.step) * kStepFactor;
+    const auto term = [&](const int64_t index) { return static_cast<uint32_t>(job.first_index + index) * kIndexFactor; };
+    auto* const param = static_cast<Storage<P>*>(job.param);
+    auto* const grad = static_cast<const Storage<P>*>(job.grad);
+    const A factor = static_cast<A>(job.exp_avg_factor), correction2 = static_cast<A>(job.bias_correction2);
+    if constexpr (is_eight_bit) {
+      for (int64_t begin = from; begin < to; begin += kEightBitBlock) {
+        const int64_t numel = to - begin < kEightBitBlock ? to - begin : kEightBitBlock, block = begin / kEightBitBlock;
+        const EightBitMoments moments{
+            {moved<uint8_t>(job.exp_avg, begin), moved<uint8_t>(job.exp_avg_sq, begin),
+             moved<uint8_t>(job.max_exp_avg_sq, begin)},
+            {moved<int8_t>(job.exponents[0], block), moved<int8_t>(job.exponents[1], block),
+             moved<int8_t>(job.exponents[2], block)}};
+        update_block<kMode, kCoupledDecay, P>(
+            param + begin, moved<int16_t>(job.correction, begin), grad + begin, moments, numel, s, factor, correction2,
+            step_term, term(begin));
+      }
+    } else {
+      update<kMode, kCoupledDecay, P, S, A>(
+          param + from, moved<int16_t>(job.correction, from), grad + from, moved<Storage<S>>(job.exp_avg, from),
+          moved<Storage<S>>(job.exp_avg_sq, from), moved<Storage<S>>(job.max_exp_avg_sq, from), to - from, s, factor,
+          correction2, step_term, term(from));
+    }
+  };
+  parallel_elements<is_eight_bit ? kEightBitBlock : 64>(jobs.first, jobs.count, jobs.threads, part);
 }
 
 template <Mode kMode, typename P, typename S>
@@ -159,9 +311,17 @@ bool dispatch_state(const int state, const Jobs& jobs, const Scalars<double>& s)
     case kFloat32:
       return dispatch_compute<kMode, P, float>(jobs, s), true;
     case kFloat64:
-      return dispatch_compute<kMode, P, double>(jobs, s), true;
+      if constexpr (!std::is_same_v<P, SplitBits>) {
+        return dispatch_compute<kMode, P, double>(jobs, s), true;
+      }
+      return false;
     case kBFloat16:
       return dispatch_compute<kMode, P, BFloat16Bits>(jobs, s), true;
+    case kEightBit:
+      if constexpr (!std::is_same_v<P, double>) {
+        return dispatch_compute<kMode, P, EightBitCodes>(jobs, s), true;
+      }
+      return false;
     default:
       return false;
   }
@@ -178,6 +338,8 @@ bool dispatch_param(const int param, const int state, const Jobs& jobs, const Sc
       return dispatch_state<kMode, BFloat16Bits>(state, jobs, s);
     case kFloat16:
       return dispatch_state<kMode, HalfBits>(state, jobs, s);
+    case kSplit:
+      return dispatch_state<kMode, SplitBits>(state, jobs, s);
     default:
       return false;
   }

@@ -6,7 +6,7 @@
 // To be raised, here and in cpu_library.py, whenever a function's arguments or a struct change: a library that was
 // compiled before that is recognised and left alone.
 EXPORTED int arsg_interface() {
-  return 2;
+  return 3;
 }
 
 EXPORTED void arsg_use_openmp(void* parallel, void* num_threads, void* thread_num) {

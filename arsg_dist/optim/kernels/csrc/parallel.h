@@ -44,17 +44,16 @@ void parallel_for(const int64_t count, const int64_t grain, const int threads, c
 
 // Cuts the elements of all tensors into shares: one fork and join per step, however many tensors there are. Shares
 // begin at whole blocks so that vector loads stay aligned. `function` gets a job and the range of its elements.
-constexpr int64_t kBlock = 64;
-constexpr int64_t kGrainBlocks = 256;
+constexpr int64_t kGrain = 16384;
 
-template <typename Job, typename Function>
+template <int64_t kBlock = 64, typename Job, typename Function>
 void parallel_elements(const Job* jobs, const int64_t count, const int threads, const Function& function) {
   const auto blocks_of = [](const Job& job) { return (job.numel + kBlock - 1) / kBlock; };
   int64_t blocks = 0;
   for (int64_t k = 0; k < count; ++k) {
     blocks += blocks_of(jobs[k]);
   }
-  parallel_for(blocks, kGrainBlocks, threads, [&](const int64_t begin, const int64_t end) {
+  parallel_for(blocks, kGrain / kBlock, threads, [&](const int64_t begin, const int64_t end) {
     int64_t first = 0;  // block of this share's numbering at which job k begins
     for (int64_t k = 0; k < count && first < end; ++k) {
       const Job& job = jobs[k];
