@@ -1,1 +1,1 @@
-"""Submissions of ARSG and of RemoteObservation around AdamW to AlgoPerf's training-algorithms benchmark: docs/algoperf.md."""
+"""Submissions of ARSG and of RemoteObservation around AdamW to AlgoPerf: docs/algoperf.md."""

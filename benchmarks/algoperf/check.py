@@ -2,9 +2,9 @@
 
     python -m benchmarks.algoperf.check --mnist DIR --output runs/algoperf
 
-In an environment with AlgoPerf's package (docs/algoperf.md). Only where the images come from is replaced: the workload asks
-TensorFlow Datasets for them, which would download them. First every update of a short run is compared with a plain loop over the
-same batches; then the benchmark's runner makes a trial of each ruleset, with its evaluations and checkpoints.
+In an environment with AlgoPerf's package (docs/algoperf.md). Only where the images come from is replaced: the workload
+asks TensorFlow Datasets for them, which would download them. The updates of a short run are compared with a plain loop
+over the same batches. Then the benchmark's runner makes a trial of each ruleset, with its evaluations and checkpoints.
 """
 
 from __future__ import annotations
@@ -13,13 +13,10 @@ import argparse
 import copy
 import gzip
 import json
-import math
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 from torch.nn import functional
 
@@ -53,9 +50,9 @@ def offer_images(folder: Path) -> None:
 def compare(name: str, steps: int) -> dict[str, float]:
     """Make updates by the submission and by a plain loop; return the first and last loss and the largest difference."""
     import jax
+
     from algoperf import random_utils
     from algoperf.workloads.mnist.mnist_pytorch.workload import MnistWorkload
-
     from benchmarks.algoperf import shared
 
     module = __import__(f"benchmarks.algoperf.{name}.submission", fromlist=["submission"])
@@ -72,7 +69,17 @@ def compare(name: str, steps: int) -> dict[str, float]:
     for step in range(steps):
         batch = module.data_selection(workload, queue, state, model, model_state, None, step, key)
         state, model, model_state = module.update_params(
-            workload, model, workload.model_params_types, model_state, None, batch, workload.loss_type, state, [], step, key
+            workload,
+            model,
+            workload.model_params_types,
+            model_state,
+            None,
+            batch,
+            workload.loss_type,
+            state,
+            [],
+            step,
+            key,
         )
         for group, lr in zip(optimizer.param_groups, base, strict=True):
             group["lr"] = lr * factor(step)
@@ -82,7 +89,9 @@ def compare(name: str, steps: int) -> dict[str, float]:
         nn.utils.clip_grad_norm_(plain.parameters(), settings.grad_clip)
         optimizer.step()
         losses.append(loss.item())
-    apart = max((a - b).abs().max().item() for a, b in zip(model.parameters(), plain.parameters(), strict=True))
+    apart = max(
+        (a - b).abs().max().item() for a, b in zip(model.parameters(), plain.parameters(), strict=True)
+    )
     mean = steps // 10
     found = {"first": sum(losses[:mean]) / mean, "last": sum(losses[-mean:]) / mean, "apart": apart}
     assert found["last"] < 0.7 * found["first"], found
@@ -120,11 +129,15 @@ def trial(name: str, ruleset: str, output: Path, steps: int) -> None:
 
 def main() -> None:
     """Compare, then run one trial; the runner keeps its workload's paths, so each trial is a process of its own."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--mnist", type=Path, required=True, help="folder of the four IDX files")
     parser.add_argument("--output", type=Path, default=Path("runs/algoperf"), help="(default: %(default)s)")
     parser.add_argument("--steps", type=int, default=200, help="updates of each run (default: %(default)s)")
-    parser.add_argument("--trial", nargs=2, metavar=("SUBMISSION", "RULESET"), help="only this trial of the runner")
+    parser.add_argument(
+        "--trial", nargs=2, metavar=("SUBMISSION", "RULESET"), help="only this trial of the runner"
+    )
     options = parser.parse_args()
     offer_images(options.mnist)
     if options.trial:

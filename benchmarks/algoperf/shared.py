@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from algoperf import spec
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+
+from algoperf import spec
 
 LOWEST = 0.01
 """Of the learning rate's factor: a run that goes on after the end of its schedule still learns."""
@@ -65,6 +66,7 @@ class WarmupCosine:
         self.total = max(total, warmup + 1)
 
     def __call__(self, update: int) -> float:
+        """Return the factor of an update, counted from 0."""
         if update < self.warmup:
             return (update + 1) / self.warmup
         done = min(1.0, (update - self.warmup) / (self.total - self.warmup))
@@ -242,5 +244,7 @@ class Submission:
             ValueError: for a variant of a workload; the benchmark then asks for the workload itself.
         """
         if workload_name not in BATCH_SIZES:
-            raise ValueError(f"no batch size for the workload {workload_name!r}; there is {', '.join(BATCH_SIZES)}")
+            raise ValueError(
+                f"no batch size for the workload {workload_name!r}; there is {', '.join(BATCH_SIZES)}"
+            )
         return BATCH_SIZES[workload_name]

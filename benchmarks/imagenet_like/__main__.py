@@ -2,9 +2,9 @@
 
     python -m benchmarks.imagenet_like --cifar10 PATH --output runs/imagenet_like
 
-`--cifar10` is a tree train/CLASS/*.jpg, test/CLASS/*.jpg, or a tar file of it; nothing is downloaded. Every run is one of
-`arsg-imagenet train --config base.yaml --config OPTIMIZER.yaml`; one that was interrupted goes on from its last epoch, and one
-that is done is not done again. `--minutes 8` starts no run after eight minutes.
+`--cifar10` is a tree train/CLASS/*.jpg, test/CLASS/*.jpg, or a tar file of it; nothing is downloaded. Every run is
+one of `arsg-imagenet train --config base.yaml --config OPTIMIZER.yaml`; one that was interrupted goes on, and one that
+is done is not done again. `--minutes 8` starts no run after eight minutes.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ import torch
 
 from arsg_dist.imagenet.cli import train_command
 from arsg_dist.imagenet.output.run_directory import read_metrics
-from benchmarks.common.machine import device_name
 from benchmarks.common.kept_results import machine_results, this_command, write_report
+from benchmarks.common.machine import device_name
 
 HERE = Path(__file__).parent
 LEARNING_RATES = {
@@ -136,7 +136,9 @@ def epochs_of(directory: Path) -> list[dict[str, Any]]:
         return []
 
 
-def carry_out(run: Run, protocol: Protocol, tree: Path, output: Path, deadline: float) -> list[dict[str, Any]]:
+def carry_out(
+    run: Run, protocol: Protocol, tree: Path, output: Path, deadline: float
+) -> list[dict[str, Any]]:
     """Train if it has not been done, and return the records of the epochs."""
     records = epochs_of(output / run.name)
     if len(records) < run.epochs:
@@ -179,9 +181,9 @@ def table(protocol: Protocol, results: list[dict[str, Any]], chosen: dict[str, f
     lines = [
         f"# The ImageNet recipe on CIFAR-10 as JPEGs: {protocol.model}, {protocol.side} pixels",
         "",
-        f"{10 * protocol.train_images:,} training and {10 * protocol.val_images:,} validation images, batch {protocol.batch}, "
-        f"{protocol.epochs} epochs of {updates} updates, cosine with a warm-up of a quarter of an epoch. Means over "
-        f"{protocol.seeds} seeds (each of them in brackets).",
+        f"{10 * protocol.train_images:,} training and {10 * protocol.val_images:,} validation images, "
+        f"batch {protocol.batch}, {protocol.epochs} epochs of {updates} updates, cosine with a warm-up of a quarter "
+        f"of an epoch. Means over {protocol.seeds} seeds (each of them in brackets).",
         "",
         "| | lr tried, then chosen | training loss, last epoch | validation loss | validation top-1, % |",
         "| --- | --- | --- | --- | --- |",
@@ -189,9 +191,14 @@ def table(protocol: Protocol, results: list[dict[str, Any]], chosen: dict[str, f
     for name, tried in LEARNING_RATES.items():
         lines.append(
             f"| {NAMES[name]} | {', '.join(f'{lr:g}' for lr in tried)}: {chosen[name]:g} "
-            f"| {spread(last(name, 'train_loss'))} | {spread(last(name, 'val_loss'))} | {spread(last(name, 'val_top1'), 100)} |"
+            f"| {spread(last(name, 'train_loss'))} | {spread(last(name, 'val_loss'))} "
+            f"| {spread(last(name, 'val_top1'), 100)} |"
         )
-    lines += ["", "Validation loss, ARSG minus the other with the same seed, mean and 95 % interval (Student's t):", ""]
+    lines += [
+        "",
+        "Validation loss, ARSG minus the other with the same seed, mean and 95 % interval (Student's t):",
+        "",
+    ]
     for name in ("sgd", "adamw"):
         mean, half = paired(last("arsg", "val_loss"), last(name, "val_loss"))
         verdict = "no difference shown" if abs(mean) <= half else "lower" if mean < 0 else "higher"
@@ -199,10 +206,10 @@ def table(protocol: Protocol, results: list[dict[str, Any]], chosen: dict[str, f
     edges = [NAMES[name] for name, tried in LEARNING_RATES.items() if chosen[name] in (tried[0], tried[-1])]
     lines += [
         "",
-        f"The learning rate of each is the one of three with the lowest validation loss after {protocol.search_epochs} epoch(s) "
-        f"with seed {SEARCH_SEED}"
+        f"The learning rate of each is the one of three with the lowest validation loss after {protocol.search_epochs} "
+        f"epoch(s) with seed {SEARCH_SEED}"
         + (f"; the best lies at the end of the range for {', '.join(edges)}" if edges else "")
-        + ". The images that chose it are those validated on. Weight decay, momentum and μ are those of the recipes, not tuned.",
+        + ". The images that chose it are those validated on. All else is as in the recipes, not tuned.",
         "",
         f"[Numbers of all runs](imagenet_like.json); {device}, torch {torch.__version__}:",
         "",
@@ -214,10 +221,16 @@ def table(protocol: Protocol, results: list[dict[str, Any]], chosen: dict[str, f
 
 def main() -> None:
     """Do what is missing of the runs and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--cifar10", type=Path, required=True, help="tree or tar file of JPEGs")
-    parser.add_argument("--output", type=Path, default=Path("runs/imagenet_like"), help="directory of the runs")
-    parser.add_argument("--report", type=Path, help="Markdown file (default: benchmarks/results/MACHINE/imagenet_like.md)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/imagenet_like"), help="directory of the runs"
+    )
+    parser.add_argument(
+        "--report", type=Path, help="Markdown file (default: benchmarks/results/MACHINE/imagenet_like.md)"
+    )
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no run after so many")
     parser.add_argument("--model", default="resnet18", help="(default: %(default)s)")
     for name, number, text in (
@@ -237,7 +250,9 @@ def main() -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     settings, kept = options.output / "protocol.json", asdict(protocol)
     if settings.exists() and json.loads(settings.read_text()) != kept:
-        sys.exit(f"{options.output} holds runs of another protocol, {settings.read_text()}: choose another --output")
+        sys.exit(
+            f"{options.output} holds runs of another protocol, {settings.read_text()}: choose another --output"
+        )
     settings.write_text(json.dumps(kept))
     tree = options.output / "images"
     make_tree(options.cifar10, tree, protocol)
@@ -258,7 +273,9 @@ def main() -> None:
         )
         for name, tried in LEARNING_RATES.items()
     }
-    for seed in range(1, protocol.seeds + 1):  # all optimizers of a seed before the next: what is there is paired
+    for seed in range(
+        1, protocol.seeds + 1
+    ):  # all optimizers of a seed before the next: what is there is paired
         for name, lr in chosen.items():
             records("final", Run(name, lr, SEARCH_SEED + seed, protocol.epochs))
     report = options.report or machine_results(device) / "imagenet_like.md"

@@ -3,8 +3,8 @@
     python -m benchmarks.nanogpt --data DIR --output runs/nanogpt --optimizers muon remote-muon --seeds 0 1 --steps 3250
     torchrun --nproc_per_node 8 -m benchmarks.nanogpt ...
 
-A run that was interrupted goes on from its last validation, one that is done is not done again. `--minutes 9` stops at the first
-validation after nine minutes, and starts no other run. benchmarks/nanogpt/README.md has the data, the rules and the settings.
+A run that was interrupted goes on from its last validation, one that is done is not done again. `--minutes 9` stops at
+the first validation after nine minutes, and starts no other run. README.md beside this has data, rules and settings.
 """
 
 from __future__ import annotations
@@ -68,7 +68,9 @@ class Job:
     def __init__(self) -> None:
         self.rank, self.ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         cuda = torch.cuda.is_available()
-        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+        self.device = (
+            torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+        )
         if cuda:
             torch.cuda.set_device(self.device)
         if self.ranks > 1 and not dist.is_initialized():
@@ -137,9 +139,15 @@ class Run:
             return
         saved = torch.load(path, map_location=self.job.device, weights_only=True)
         ours = json.loads(json.dumps(self.records[0]))
-        other = {key for key in ours if saved["records"][0].get(key) != ours[key]} - {"ranks", "device", "torch"}
+        other = {key for key in ours if saved["records"][0].get(key) != ours[key]} - {
+            "ranks",
+            "device",
+            "torch",
+        }
         if other:
-            raise ValueError(f"{path} is of a run with another {', '.join(sorted(other))}: choose another --output")
+            raise ValueError(
+                f"{path} is of a run with another {', '.join(sorted(other))}: choose another --output"
+            )
         self.model.load_state_dict(saved["model"])
         for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)
@@ -186,7 +194,10 @@ class Run:
         self.records.append({**record, "train_seconds": round(self.seconds, 3)})
         self._save()
         if self.job.rank == 0:
-            print("RESULT " + json.dumps({"optimizer": self.name, "seed": self.records[0]["seed"], **self.records[-1]}))
+            print(
+                "RESULT "
+                + json.dumps({"optimizer": self.name, "seed": self.records[0]["seed"], **self.records[-1]})
+            )
             sys.stdout.flush()
 
     def update(self, tokens: Tensor, following: Tensor) -> float:
@@ -231,16 +242,22 @@ def finished(folder: Path, steps: int) -> bool:
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True, help="folder with *_train_*.bin and *_val_*.bin")
     parser.add_argument("--output", type=Path, default=Path("runs/nanogpt"), help="(default: %(default)s)")
-    parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=["muon", "remote-muon"], metavar="NAME")
+    parser.add_argument(
+        "--optimizers", nargs="+", choices=OPTIMIZERS, default=["muon", "remote-muon"], metavar="NAME"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--minutes", type=float, default=math.inf, help="of all runs together")
     parser.add_argument("--lr-scale", type=float, default=1.0, help="factor on all learning rates")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16", help="(default: %(default)s)")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available())
-    parser.add_argument("--synthetic", type=int, metavar="TOKENS", help="make --data, with so many tokens a file")
+    parser.add_argument(
+        "--synthetic", type=int, metavar="TOKENS", help="make --data, with so many tokens a file"
+    )
     for name, number, text in (
         ("steps", 3250, "updates of a run"),
         ("tokens", TRACK_BATCH, "per update, over all ranks"),

@@ -1,7 +1,7 @@
 """Read tokens in the format of the track's FineWeb shards, and make shards of synthetic ones.
 
-A shard is a header of 256 int32 (the number 20240520, the version 1, the number of tokens, zeros) and tokens as uint16, all
-little-endian.
+A shard is a header of 256 int32 (the number 20240520, the version 1, the number of tokens, zeros) and tokens as uint16,
+all little-endian.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ def read_shard(path: Path) -> Tensor:
     if len(header) < HEADER or header[0] != MAGIC or header[1] != VERSION:
         raise ValueError(f"{path} is no shard of tokens: its header must begin with {MAGIC}, {VERSION}")
     if size != 4 * HEADER + 2 * int(header[2]):
-        raise ValueError(f"{path} says that it has {header[2]} tokens, but is {size} bytes long: copy it again")
+        raise ValueError(
+            f"{path} says that it has {header[2]} tokens, but is {size} bytes long: copy it again"
+        )
     return torch.from_numpy(np.fromfile(path, "<u2", offset=4 * HEADER))
 
 
@@ -46,7 +48,9 @@ def shards(folder: Path, split: str) -> list[Path]:
     """
     found = sorted(folder.glob(f"*_{split}_*.bin"))
     if not found:
-        raise ValueError(f"{folder} has no file *_{split}_*.bin: see benchmarks/nanogpt/README.md for the data")
+        raise ValueError(
+            f"{folder} has no file *_{split}_*.bin: see benchmarks/nanogpt/README.md for the data"
+        )
     return found
 
 
@@ -97,7 +101,9 @@ def write_synthetic(folder: Path, vocabulary: int, tokens: int, files: int = 2) 
     generator = np.random.default_rng(0)
     follows = generator.permutation(vocabulary)
     chances = 1 / np.arange(2, vocabulary + 2)
-    names = [f"synthetic_train_{number:06}.bin" for number in range(1, files + 1)] + ["synthetic_val_000000.bin"]
+    names = [f"synthetic_train_{number:06}.bin" for number in range(1, files + 1)] + [
+        "synthetic_val_000000.bin"
+    ]
     for name in names:
         drawn = generator.choice(vocabulary, tokens, p=chances / chances.sum())
         free = generator.random(tokens) < 0.5

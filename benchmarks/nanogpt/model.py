@@ -59,7 +59,7 @@ def rotate(x: Tensor) -> Tensor:
     """Turn the features of heads by their position.
 
     Args:
-        x: shape (batch, heads, time, features). Pairs are (i, i + features/2); the second half of the pairs stands still.
+        x: shape (batch, heads, time, features). Pairs are (i, i + features/2); their second half stands still.
     """
     half = x.shape[-1] // 2
     rates = ROTARY_BASE ** -torch.linspace(0, 1, half // 2, device=x.device)
@@ -88,7 +88,11 @@ class Attention(nn.Module):
             return rotate(functional.rms_norm(heads(projected), (self.head,)))
 
         mixed = functional.scaled_dot_product_attention(
-            turned(self.query(x)), turned(self.key(x)), heads(self.value(x)), scale=ATTENTION_SCALE, is_causal=True
+            turned(self.query(x)),
+            turned(self.key(x)),
+            heads(self.value(x)),
+            scale=ATTENTION_SCALE,
+            is_causal=True,
         )
         out: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
         return out

@@ -20,7 +20,7 @@ NEWTON_SCHULZ: Final = {"ns_coefficients": (2.0, -1.5, 0.5), "ns_steps": 12}
 
 
 def groups_of(model: GPT) -> Groups:
-    """Divide the parameters as the track's baseline does: embedding, head, the blocks' matrices, what has one dimension."""
+    """Divide the parameters as the track's baseline does."""
     groups: Groups = {"embedding": [], "head": [], "matrices": [], "vectors": []}
     for name, param in model.named_parameters():
         if param.ndim < 2:
@@ -32,7 +32,9 @@ def groups_of(model: GPT) -> Groups:
     return groups
 
 
-def _around(groups: Groups, scale: float, names: tuple[str, ...] = ("embedding", "head", "vectors")) -> list[Any]:
+def _around(
+    groups: Groups, scale: float, names: tuple[str, ...] = ("embedding", "head", "vectors")
+) -> list[Any]:
     """Return groups with the track's learning rates for all but the matrices, times a factor."""
     rates = {"embedding": 0.7, "head": 0.004, "vectors": 0.015}
     return [{"params": groups[name], "lr": scale * rates[name]} for name in names]
@@ -92,8 +94,8 @@ def remote_adamw(groups: Groups, scale: float) -> list[Optimizer]:
 def remote_muon(groups: Groups, scale: float) -> list[Optimizer]:
     """RemoteObservation around the whole baseline, with the inner settings and the distance of the track's result 39.
 
-    Its EMA-Nesterov has β = 0.6 and γ = 0.99, which is μ = 0.4 and β1 = 0.996; there β follows the learning rate, and is 0
-    in the first 500 updates and after 2,400; here it is constant.
+    Its EMA-Nesterov has β = 0.6 and γ = 0.99, which is μ = 0.4 and β1 = 0.996. There β follows the learning rate, and
+    is 0 in the first 500 updates and after 2,400. Here it is constant.
     """
     inner = [
         AdamW(_around(groups, scale), betas=(0.8, 0.95), eps=1e-10, weight_decay=0.001),
@@ -124,7 +126,7 @@ def make(name: str, model: nn.Module, scale: float = 1.0) -> list[Optimizer]:
 
 
 def set_learning_rates(optimizers: list[Optimizer], update: int, steps: int, warmup: int) -> float:
-    """Set the learning rates of an update: a rise where there is one, then constant, then down to 0 in the last 70 %."""
+    """Set the learning rates of an update: a rise, if any, a constant, down to 0 in the last 70 %."""
     factor = min(1.0, (1 - update / steps) / 0.7) * (min(1.0, (update + 1) / warmup) if warmup else 1.0)
     for group in (group for optimizer in optimizers for group in optimizer.param_groups):
         group["lr"] = group["initial_lr"] * factor

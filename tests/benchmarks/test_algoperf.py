@@ -52,7 +52,9 @@ def plain_optimizer(name: str, params: Any) -> ARSG | RemoteObservation:
 def plain_update(model: nn.Module, optimizer: Any, lr: float, step: int) -> None:
     """One update, written down without the submission."""
     batch, updates = batch_of(step), 10  # of the schedule: half of the step hint; two of them rise
-    factor = (step + 1) / 2 if step < 2 else 0.01 + 0.99 * (1 + math.cos(math.pi * min(1, (step - 2) / 8))) / 2
+    factor = (
+        (step + 1) / 2 if step < 2 else 0.01 + 0.99 * (1 + math.cos(math.pi * min(1, (step - 2) / 8))) / 2
+    )
     assert updates == 10
     for group in optimizer.param_groups:
         group["lr"] = lr * factor
@@ -74,14 +76,18 @@ def test_the_functions_are_those_that_the_benchmark_calls(name: str) -> None:
     for function, arguments in ARGUMENTS.items():
         assert tuple(inspect.signature(getattr(module, function)).parameters) == arguments
     assert module.get_batch_size("imagenet_resnet") == 1024
-    with pytest.raises(ValueError, match="no batch size"):  # the runner then asks for the workload it is a variant of
+    with pytest.raises(
+        ValueError, match="no batch size"
+    ):  # the runner then asks for the workload it is a variant of
         module.get_batch_size("imagenet_resnet_silu")
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_corner_of_the_search_space_can_be_trained_with(name: str) -> None:
     """Catches a range in another form than the official one, a point that the optimizer refuses, a setting unread."""
-    space = json.loads((REPOSITORY / "benchmarks" / "algoperf" / name / "tuning_search_space.json").read_text())
+    space = json.loads(
+        (REPOSITORY / "benchmarks" / "algoperf" / name / "tuning_search_space.json").read_text()
+    )
     assert set(space) == set(GIVEN)
     ends: dict[str, list[Any]] = {}
     for key, found in space.items():
@@ -127,7 +133,7 @@ def test_an_update_is_that_of_a_plain_loop(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_run_goes_on_from_the_benchmarks_checkpoint(name: str) -> None:
-    """Catches x lost with a checkpoint that the benchmark saves while the parameters are at θ, and a schedule begun anew."""
+    """Catches x lost with a checkpoint that is saved while the parameters are at θ, and a schedule begun anew."""
     module, workload = submission(name), Workload()
     given = point(**{**GIVEN, "evaluate_at": "theta"})
     model = workload.init_model_fn(0)
@@ -165,7 +171,9 @@ def test_ranks_have_the_same_bits_and_are_one_process(tmp_path: Path) -> None:
         state = module.init_optimizer_state(workload, model, None, None, None)
         for step in range(4):
             state = run(module, workload, model, state, None, step, batch_of(step))
-        assert workload.dropout_rates == [0.5] * 4  # the self-tuning ruleset's one setting leaves it to the workload
+        assert (
+            workload.dropout_rates == [0.5] * 4
+        )  # the self-tuning ruleset's one setting leaves it to the workload
         for ours, theirs in zip(first, model.parameters(), strict=True):
             torch.testing.assert_close(ours, theirs.detach(), rtol=1e-4, atol=1e-6)
 

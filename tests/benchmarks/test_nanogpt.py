@@ -18,10 +18,20 @@ from benchmarks.nanogpt.model import GPT, Affine, Size, rotate
 from benchmarks.nanogpt.optimizers import OPTIMIZERS, groups_of, make, set_learning_rates
 from tests.support.launchers import launch
 
-TINY = (
-    "--vocabulary 64 --layers 1 --width 16 --head 8 --time 8 --tokens 64 --micro 2 --val-tokens 64 --val-every 2 "
-    "--steps 4 --warmup 2 --dtype float32 --no-compile --synthetic 700"
-).split()
+SIZES = {
+    **{
+        "vocabulary": 64,
+        "layers": 1,
+        "width": 16,
+        "head": 8,
+        "time": 8,
+        "tokens": 64,
+        "micro": 2,
+        "val-tokens": 64,
+    },
+    **{"val-every": 2, "steps": 4, "warmup": 2, "synthetic": 700},
+}
+TINY = [*(f"--{name}={number}" for name, number in SIZES.items()), "--dtype=float32", "--no-compile"]
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
@@ -37,11 +47,13 @@ def test_the_updates_tokens_come_in_the_tracks_order(tmp_path: Path) -> None:
     # 26 tokens, 8 an update: 0-8, 8-16, 16-24; the loader of the track asks that one more follows: 24 + 1 < 26.
     begins = [0, 8, 16, 100, 108, 116]
     for rank in (0, 1):
-        got = []
+        got, batches = [], Batches(paths, 8, 4, rank, 2).after(0)
+        for _ in begins:
+            tokens, following = next(batches)
+            got.append(tokens[0].tolist())
+            assert following[0].tolist() == [token + 1 for token in got[-1]]
         with pytest.raises(ValueError, match="used up"):
-            for tokens, following in Batches(paths, 8, 4, rank, 2).after(0):
-                got.append(tokens[0].tolist())
-                assert following[0].tolist() == [token + 1 for token in got[-1]]
+            next(batches)
         assert got == [list(range(begin + 4 * rank, begin + 4 * rank + 4)) for begin in begins]
     assert next(Batches(paths, 8, 4).after(4))[0].tolist() == [[108, 109, 110, 111], [112, 113, 114, 115]]
     (tmp_path / "y_val_000000.bin").write_bytes(paths[0].read_bytes()[:-1])
@@ -55,7 +67,9 @@ def test_the_network_is_the_tracks() -> None:
     """Catches a position that sees later ones, a rotation of the wrong half, logits without their cap."""
     model = GPT(Size(64, 2, 16, 8), torch.float32)
     model.start(1)
-    assert math.isclose(model(torch.zeros(1, 8).long(), torch.ones(1, 8).long()).item(), 8 * math.log(64), rel_tol=1e-6)
+    assert math.isclose(
+        model(torch.zeros(1, 8).long(), torch.ones(1, 8).long()).item(), 8 * math.log(64), rel_tol=1e-6
+    )
     assert math.isclose(model.blocks[0].up.weight.std().item(), (3 * 16) ** -0.5, rel_tol=0.1)
     with torch.no_grad():
         for param in model.parameters():
@@ -128,10 +142,12 @@ def test_an_interrupted_run_ends_as_the_uninterrupted(name: str, tmp_path: Path)
 
 
 def test_two_ranks_are_one_process(tmp_path: Path) -> None:
-    """Catches gradients of one rank alone, a rank that trains on the other's tokens, and a loss counted once too often."""
+    """Catches gradients of one rank alone, a rank that trains on the other's tokens, and a loss counted twice."""
     common = ["--data", str(tmp_path / "data"), "--optimizers", "remote-muon", "arsg", *TINY]
     assert command.main([*common, "--output", str(tmp_path / "one")]) == 0
-    job = launch("warm torchrun", 2, "benchmarks/nanogpt/__main__.py", *common, "--output", str(tmp_path / "two"))
+    job = launch(
+        "warm torchrun", 2, "benchmarks/nanogpt/__main__.py", *common, "--output", str(tmp_path / "two")
+    )
     assert job.code == 0, job.output[-3000:]
     for name in ("remote-muon", "arsg"):
         one, two = (records(tmp_path / which / f"{name}_seed0") for which in ("one", "two"))
