@@ -129,7 +129,7 @@ class Run:
             **asdict(self.settings),
             "ranks": self.job.ranks,
             "device": device_name(self.job.device.type),
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),
             "as_the_track": self.settings.tokens == TRACK_BATCH and self.settings.size == Size(),
         }
 

@@ -106,8 +106,12 @@ def write_synthetic(folder: Path, vocabulary: int, tokens: int, files: int = 2) 
     ]
     for name in names:
         drawn = generator.choice(vocabulary, tokens, p=chances / chances.sum())
-        free = generator.random(tokens) < 0.5
-        for place in range(1, tokens):
-            if not free[place]:
-                drawn[place] = follows[drawn[place - 1]]
+        places = np.arange(tokens)
+        free = (generator.random(tokens) < 0.5) | (places == 0)
+        after = places - np.maximum.accumulate(
+            np.where(free, places, 0)
+        )  # how long ago the last free one was
+        for distance in range(1, after.max() + 1):
+            bound = places[after == distance]
+            drawn[bound] = follows[drawn[bound - 1]]
         write_shard(folder / name, drawn)

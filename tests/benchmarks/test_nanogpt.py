@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional
 
 from benchmarks.nanogpt import __main__ as command
-from benchmarks.nanogpt.data import Batches, read_shard, shards, write_shard
+from benchmarks.nanogpt.data import Batches, read_shard, shards, write_shard, write_synthetic
 from benchmarks.nanogpt.model import GPT, Affine, Size, rotate
 from benchmarks.nanogpt.optimizers import OPTIMIZERS, groups_of, make, set_learning_rates
 from tests.support.launchers import launch
@@ -103,7 +103,7 @@ def test_each_optimizer_has_every_parameter_once_and_the_schedule(name: str) -> 
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     held = [id(param) for group in groups for param in group["params"]]
     assert sorted(held) == sorted(id(param) for param in model.parameters())
-    assert [len(found) for found in groups_of(model).values()] == [1, 1, 12, 18]
+    assert [len(found) for found in groups_of(model).values()] == [1, 1, 12, 19]
     begun = [group["lr"] for group in groups]
     for update, warmup, factor in ((0, 4, 0.25), (29, 0, 1.0), (65, 0, 0.5), (99, 0, 0.01 / 0.7)):
         assert math.isclose(set_learning_rates(optimizers, update, 100, warmup), factor)
@@ -155,3 +155,13 @@ def test_two_ranks_are_one_process(tmp_path: Path) -> None:
         for key in ("val_loss", "val_loss_theta"):
             assert [r.get(key) for r in two[2:]] == pytest.approx([r[key] for r in one[2:]], rel=1e-4)
         assert one[-1]["val_loss"] < one[1]["val_loss"]
+
+
+def test_synthetic_tokens_follow_from_the_one_before_half_of_the_time(tmp_path: Path) -> None:
+    """Catches shards in which nothing can be learned, or everything."""
+    write_synthetic(tmp_path, 64, 5000, 1)
+    tokens = read_shard(shards(tmp_path, "train")[0]).long()
+    pairs = torch.bincount(64 * tokens[:-1] + tokens[1:], minlength=64 * 64).view(64, 64)
+    share = pairs.max(dim=1).values.sum() / (len(tokens) - 1)
+    assert 0.5 < share < 0.6
+    assert not torch.equal(tokens, read_shard(shards(tmp_path, "val")[0]).long())
