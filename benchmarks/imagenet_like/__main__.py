@@ -235,7 +235,7 @@ def main() -> None:
     parser.add_argument("--model", default="resnet18", help="(default: %(default)s)")
     for name, number, text in (
         ("side", 32, "of images, pixels"),
-        ("train-images", 192, "per class"),
+        ("train-images", 640, "per class"),
         ("val-images", 50, "per class"),
         ("batch", 32, "images per update"),
         ("epochs", 2, "of a run"),

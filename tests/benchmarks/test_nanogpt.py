@@ -165,3 +165,12 @@ def test_synthetic_tokens_follow_from_the_one_before_half_of_the_time(tmp_path: 
     share = pairs.max(dim=1).values.sum() / (len(tokens) - 1)
     assert 0.5 < share < 0.6
     assert not torch.equal(tokens, read_shard(shards(tmp_path, "val")[0]).long())
+
+
+def test_every_optimizer_trains_in_bfloat16(tmp_path: Path) -> None:
+    """Catches an optimizer that refuses the track's embedding, whose dtype is another than the rest's."""
+    common = ["--data", str(tmp_path / "data"), "--output", str(tmp_path), "--optimizers", *OPTIMIZERS, *TINY]
+    assert command.main([*common, "--dtype=bfloat16", "--steps=2", "--warmup=1"]) == 0
+    for name in OPTIMIZERS:
+        begin, end = records(tmp_path / f"{name}_seed0")[1:]
+        assert end["val_loss"] < begin["val_loss"]
