@@ -11,8 +11,12 @@ from __future__ import annotations
 
 import argparse
 import copy
+import csv
 import gzip
+import importlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +53,12 @@ def offer_images(folder: Path) -> None:
 
 def compare(name: str, steps: int) -> dict[str, float]:
     """Make updates by the submission and by a plain loop; return the first and last loss and the largest difference."""
-    import jax
 
     from algoperf import random_utils
     from algoperf.workloads.mnist.mnist_pytorch.workload import MnistWorkload
     from benchmarks.algoperf import shared
 
-    module = __import__(f"benchmarks.algoperf.{name}.submission", fromlist=["submission"])
+    module = importlib.import_module(f"benchmarks.algoperf.{name}.submission")
     workload, key = MnistWorkload(), random_utils.PRNGKey(0)
     model, model_state = workload.init_model_fn(key)
     plain = copy.deepcopy(model)
@@ -96,14 +99,13 @@ def compare(name: str, steps: int) -> dict[str, float]:
     found = {"first": sum(losses[:mean]) / mean, "last": sum(losses[-mean:]) / mean, "apart": apart}
     assert found["last"] < 0.7 * found["first"], found
     assert apart < 1e-4, found
-    del jax
     return found
 
 
 def trial(name: str, ruleset: str, output: Path, steps: int) -> None:
     """Let the benchmark's runner make one trial of so many updates; it parses its own command line."""
     import submission_runner
-    from absl import app, flags
+    from absl import flags
 
     space = f"benchmarks/algoperf/{name}/tuning_search_space.json"
     external = [f"--tuning_search_space={space}", "--num_tuning_trials=1"] if ruleset == "external" else []
@@ -122,19 +124,27 @@ def trial(name: str, ruleset: str, output: Path, steps: int) -> None:
         "--notorch_compile",
         "--overwrite",
     ]
-    del app
     flags.FLAGS(arguments)
     submission_runner.main(arguments)
 
 
+def evaluations(folder: Path) -> dict[str, float]:
+    """Return what the runner recorded of its last evaluation, and how many there were."""
+    (path,) = folder.glob("**/eval_measurements.csv")
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    names = ("validation/loss", "validation/accuracy", "global_step")
+    return {"evaluations": len(rows), **{name: float(rows[-1][name]) for name in names}}
+
+
 def main() -> None:
-    """Compare, then run one trial; the runner keeps its workload's paths, so each trial is a process of its own."""
+    """Compare, then let the runner make its trials; it keeps its workload's path, so each has a process of its own."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--mnist", type=Path, required=True, help="folder of the four IDX files")
     parser.add_argument("--output", type=Path, default=Path("runs/algoperf"), help="(default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=200, help="updates of each run (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=300, help="updates of each run (default: %(default)s)")
     parser.add_argument(
         "--trial", nargs=2, metavar=("SUBMISSION", "RULESET"), help="only this trial of the runner"
     )
@@ -145,6 +155,19 @@ def main() -> None:
         return
     for name in SUBMISSIONS:
         print(json.dumps({"submission": name, **compare(name, options.steps)}), flush=True)
+        for ruleset in ("external", "self"):
+            command = [
+                sys.executable,
+                "-m",
+                "benchmarks.algoperf.check",
+                *sys.argv[1:],
+                "--trial",
+                name,
+                ruleset,
+            ]
+            subprocess.run(command, check=True)
+            found = evaluations(options.output / f"{name}_{ruleset}")
+            print(json.dumps({"submission": name, "ruleset": ruleset, **found}), flush=True)
 
 
 if __name__ == "__main__":
