@@ -234,15 +234,15 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no run after so many")
     parser.add_argument("--model", default="resnet18", help="(default: %(default)s)")
     for name, number, text in (
-        ("side", 32, "of images, pixels"),
-        ("train-images", 640, "per class"),
-        ("val-images", 50, "per class"),
-        ("batch", 32, "images per update"),
-        ("epochs", 2, "of a run"),
-        ("search-epochs", 1, "of a run of the search"),
-        ("seeds", 3, "after the search"),
+        ("--side", 32, "of images, pixels"),
+        ("--train-images", 640, "per class"),
+        ("--val-images", 50, "per class"),
+        ("--batch", 32, "images per update"),
+        ("--epochs", 2, "of a run"),
+        ("--search-epochs", 1, "of a run of the search"),
+        ("--seeds", 3, "after the search"),
     ):
-        parser.add_argument(f"--{name}", type=int, default=number, help=f"{text} (default: %(default)s)")
+        parser.add_argument(name, type=int, default=number, help=f"{text} (default: %(default)s)")
     options = parser.parse_args()
     deadline = time.monotonic() + 60 * options.minutes
     protocol = Protocol(**{name: getattr(options, name) for name in Protocol.__dataclass_fields__})

@@ -259,19 +259,19 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         "--synthetic", type=int, metavar="TOKENS", help="make --data, with so many tokens a file"
     )
     for name, number, text in (
-        ("steps", 3250, "updates of a run"),
-        ("tokens", TRACK_BATCH, "per update, over all ranks"),
-        ("time", 1024, "length of a sequence"),
-        ("micro", 64, "sequences per forward pass"),
-        ("val-tokens", 20 * TRACK_BATCH, "of validation"),
-        ("val-every", 125, "updates between two validations"),
-        ("warmup", 250, "updates, for optimizers without Muon"),
-        ("vocabulary", Size.vocabulary, "of the network"),
-        ("layers", Size.layers, "of the network"),
-        ("width", Size.width, "of the network"),
-        ("head", Size.head, "width of an attention head"),
+        ("--steps", 3250, "updates of a run"),
+        ("--tokens", TRACK_BATCH, "per update, over all ranks"),
+        ("--time", 1024, "length of a sequence"),
+        ("--micro", 64, "sequences per forward pass"),
+        ("--val-tokens", 20 * TRACK_BATCH, "of validation"),
+        ("--val-every", 125, "updates between two validations"),
+        ("--warmup", 250, "updates, for optimizers without Muon"),
+        ("--vocabulary", Size.vocabulary, "of the network"),
+        ("--layers", Size.layers, "of the network"),
+        ("--width", Size.width, "of the network"),
+        ("--head", Size.head, "width of an attention head"),
     ):
-        parser.add_argument(f"--{name}", type=int, default=number, help=f"{text} (default: %(default)s)")
+        parser.add_argument(name, type=int, default=number, help=f"{text} (default: %(default)s)")
     return parser.parse_args(arguments)
 
 
