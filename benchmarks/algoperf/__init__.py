@@ -1,0 +1,1 @@
+"""Submissions of ARSG and of RemoteObservation around AdamW to AlgoPerf: docs/algoperf.md."""

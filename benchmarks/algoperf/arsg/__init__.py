@@ -1,0 +1,1 @@
+"""ARSG, for both rulesets."""

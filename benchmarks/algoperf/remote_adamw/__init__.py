@@ -1,0 +1,1 @@
+"""RemoteObservation around AdamW, for both rulesets."""
