@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--data", type=Path, metavar="DIR", default=Path("../shared/data"), help="holds text/, mnist/"
     )
     run.add_argument("--optimizers", nargs="+", metavar="NAME", help="not the others")
-    run.add_argument("--seeds", type=int, default=5, help="of every winner; default %(default)s")
+    run.add_argument("--seeds", type=int, default=10, help="of every winner; default %(default)s")
     run.add_argument(
         "--minutes", type=float, help="per task: start no run after so many; call again to go on"
     )

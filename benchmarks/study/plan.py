@@ -12,7 +12,7 @@ from benchmarks.study.problem import Task
 from benchmarks.study.tasks import TASKS
 from benchmarks.study.trial import train
 
-SEEDS = 5
+SEEDS = 10
 """Of a winner; other numbers than the one seed of the trials."""
 _PILOT = range(901, 906)
 

@@ -169,8 +169,18 @@ def power_table(ledgers: dict[str, Ledger]) -> str:
         if min(map(len, values)) < 2 or None in values[0] + values[1]:
             continue
         differences = [b - a for a, b in zip(*values, strict=True)]
-        lines.append([TASKS[name].title, *(_number(detectable(differences, n)) for n in (SEEDS, 10, 20))])
-    return _table(["", f"{SEEDS} seeds", "10 seeds", "20 seeds"], lines)
+        rows = [row for row in rows_of(TASKS[name], ledger) if row.name != BASE and row.difference]
+        seen = sorted((row.difference.high - row.difference.low) / 2 for row in rows if row.difference)
+        lines.append(
+            [
+                TASKS[name].title,
+                *(_number(detectable(differences, n)) for n in (5, 10, 20)),
+                _number(seen[len(seen) // 2] if seen else None),
+            ]
+        )
+    return _table(
+        ["", "5 seeds", "10 seeds", "20 seeds", "afterwards: half of the intervals' width, median"], lines
+    )
 
 
 def batch_table(measured: list[dict[str, Any]]) -> str:

@@ -172,20 +172,22 @@ def stored_rows() -> list[tuple[str, str]]:
 def test_a_stored_row_comes_out_again(task_name: str, name: str) -> None:
     """Catches an optimizer, a task or a schedule that changed since the numbers in the documents were made.
 
-    The tolerances are for other processors, whose sums round differently: 40 times what AVX2 and plain code differ by
-    from AVX512 on the quadratic and the network.
+    The tolerances are for other processors, whose sums round differently: on this one the curves are equal. With plain
+    code in place of AVX512 the quadratic's differ by 1e-5, the network's by 0.02 where it learns fastest, by 0.004 at
+    the end.
     """
     task = TASKS[task_name]
     if task_name == "gpt-0.1M" and not (DATA / TEXT).is_file():
         pytest.skip(f"no {TEXT} in {DATA}; ARSG_STUDY_DATA names its directory")
     kept: dict[str, Any] = ledger_of(STORED, task).chosen(kind="seed", optimizer=name)[0]
     again = train(task, name, kept["settings"], kept["seed"], DATA, True)
-    tolerance = {"quadratic": 2e-3, "factorisation": 0.3, "gpt-0.1M": 0.02}[task_name]
-    assert len(kept["curve"]) == POINTS
+    assert len(again["curve"]) == len(kept["curve"]) == POINTS
     # a factorisation ends at the rounding of its sums: its log10 is compared while it is above that
-    pairs = [(a, b) for a, b in zip(again["curve"], kept["curve"], strict=True) if b > -4]
+    pairs = [(a, b) for a, b in zip(again["curve"], kept["curve"], strict=True) if b > -3]
     assert len(pairs) > 5
-    np.testing.assert_allclose(*zip(*pairs, strict=True), rtol=0, atol=tolerance)
+    early, late = {"quadratic": (2e-3, 2e-3), "factorisation": (0.1, 0.1), "gpt-0.1M": (0.1, 0.02)}[task_name]
+    np.testing.assert_allclose(*zip(*pairs, strict=True), rtol=0, atol=early)
+    assert abs(pairs[-1][0] - pairs[-1][1]) <= late
 
 
 def fake(name: str, seed: int, val: float, slope: float) -> dict[str, Any]:
@@ -198,14 +200,14 @@ def fake(name: str, seed: int, val: float, slope: float) -> dict[str, Any]:
 def test_the_report_says_what_the_numbers_say(tmp_path: Path) -> None:
     """Catches a "better" within the noise, a share of the wrong optimizer's updates, and rows of too few seeds."""
     ledger = ledger_of(tmp_path, TASKS["digits"])
-    noise = [0.01, -0.02, 0.015, -0.01, 0.0]
-    for seed in range(1, 6):
+    noise = [0.01, -0.02, 0.015, -0.01, 0.0] * 2
+    for seed in range(1, SEEDS + 1):
         ledger.append(fake("AdamW", seed, 1.0 + seed / 10, 0.1))
         ledger.append(fake("ARSG", seed, 0.5 + seed / 10, 0.1))  # AdamW's end five points earlier
         ledger.append(fake("Lion", seed, 1.0 + seed / 10 + noise[seed - 1], 0.1))
         ledger.append(fake("SGD", seed, 2.0 + seed / 10, 0.1))
         ledger.append(fake("NAdamW", seed, 0.1, 0.1) | ({"val": None} if seed == 3 else {}))
-        if seed < 5:
+        if seed < SEEDS:
             ledger.append(fake("LaProp", seed, 0.1, 0.1))
     document = tmp_path / "page.md"
     document.write_text(
@@ -218,9 +220,9 @@ def test_the_report_says_what_the_numbers_say(tmp_path: Path) -> None:
     assert rows["ARSG"] == "80 % (80 to 80), **better**"
     assert rows["Lion"].endswith("no difference")
     assert rows["SGD"] == "not reached, worse"
-    assert rows["NAdamW"] == "not reached, diverges on 1 of 5 seeds"
+    assert rows["NAdamW"] == "not reached, diverges on 1 of 10 seeds"
     assert "LaProp" not in rows
-    assert rows["together"] == "29 | 1 | 0.29"
+    assert rows["together"] == "59 | 1 | 0.59"
     assert "old" not in document.read_text()
     for picture in ("differences.png", "learning.png"):
         assert (tmp_path / "images/study" / picture).stat().st_size > 5_000
