@@ -49,7 +49,7 @@ def draw_differences(studies: dict[str, list[Row]], path: Path) -> None:
         _forest(axes, rows)
         unit = "log10 of the loss" if TASKS[name].exact else "validation loss"
         axes.set_title(TASKS[name].title, fontsize=10)
-        axes.set_xlabel(f"{unit} minus AdamW's, 95 %", fontsize=9)
+        axes.set_xlabel(f"{unit} minus AdamW's, 95 % (← better)", fontsize=9)
     for axes in np.ravel(figure.axes)[len(panels) :]:
         axes.set_visible(False)
     figure.savefig(path)
@@ -81,6 +81,7 @@ def _forest(axes: Axes, rows: list[Row]) -> None:
                 fontsize=8,
                 color=_AXIS,
             )
+    axes.set_ylim(-0.7, len(rows) - 0.3)
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.grid(axis="x", color="0.9")
     axes.set_axisbelow(True)
@@ -107,7 +108,7 @@ def draw_learning(studies: dict[str, list[Row]], ledgers: dict[str, Ledger], pat
                 range(1, len(expected) + 1), expected, style, color=color, label=row.name, linewidth=1.8
             )
     ends = [curve[-1] for curve in last]
-    left.set_ylim(min(ends) - 0.05, min(ends) + 1.0)
+    left.set_ylim(min(ends) - 0.03, min(ends) + 0.6)
     left.set_xlabel("updates")
     left.set_ylabel("validation loss, mean of the seeds")
     left.set_title(f"{task.title}: each tuned", fontsize=10)
@@ -115,7 +116,7 @@ def draw_learning(studies: dict[str, list[Row]], ledgers: dict[str, Ledger], pat
     right.set_xlabel("trials of tuning")
     right.set_ylabel("expected best validation loss")
     right.set_xlim(1, TRIALS)
-    right.set_ylim(min(ends) - 0.05, min(ends) + 1.0)
+    right.set_ylim(min(ends) - 0.03, min(ends) + 0.3)
     right.set_title("What tuning buys", fontsize=10)
     for axes in (left, right):
         axes.grid(color="0.9")
