@@ -1,0 +1,1 @@
+"""Optimizers compared after the same tuning, on small tasks of today's kinds and on the paper's."""

@@ -1,0 +1,141 @@
+"""The study's two pictures."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from benchmarks.study.ledger import Ledger
+from benchmarks.study.optimizers import OPTIMIZERS, TRIALS
+from benchmarks.study.tasks import TASKS
+
+if TYPE_CHECKING:
+    from benchmarks.study.report import Row
+
+# Okabe and Ito's, which colour-blind readers can tell apart; ours are the warm ones, with markers of their own too.
+_OURS, _PEER, _AXIS = "#D55E00", "#0072B2", "0.35"
+_LINES = {
+    "AdamW": ("black", "-"),
+    "RemoteObservation(AdamW)": ("#D55E00", "-"),
+    "ARSG adam": ("#E69F00", "-"),
+    "ARSG": ("#CC79A7", "--"),
+    "NAdamW": ("#0072B2", ":"),
+    "Lion": ("#56B4E9", "-."),
+    "Muon": ("#009E73", "--"),
+    "RemoteObservation(Muon)": ("#D55E00", ":"),
+}
+
+
+def draw_differences(studies: dict[str, list[Row]], path: Path) -> None:
+    """Draw, per task, every optimizer's validation loss minus tuned AdamW's with its interval."""
+    panels = {
+        name: [row for row in rows if row.difference and row.name != "AdamW"]
+        for name, rows in studies.items()
+    }
+    panels = {name: rows for name, rows in panels.items() if rows}
+    columns = min(2, len(panels))
+    lines = math.ceil(len(panels) / columns)
+    tallest = max(map(len, panels.values()))
+    figure = Figure(figsize=(6.2 * columns, lines * (1.1 + 0.27 * tallest)), layout="constrained", dpi=110)
+    for axes, (name, rows) in zip(
+        np.ravel(figure.subplots(lines, columns, squeeze=False)), panels.items(), strict=False
+    ):
+        _forest(axes, rows)
+        unit = "log10 of the loss" if TASKS[name].exact else "validation loss"
+        axes.set_title(TASKS[name].title, fontsize=10)
+        axes.set_xlabel(f"{unit} minus AdamW's, 95 % (← better)", fontsize=9)
+    for axes in np.ravel(figure.axes)[len(panels) :]:
+        axes.set_visible(False)
+    figure.savefig(path)
+
+
+def _forest(axes: Axes, rows: list[Row]) -> None:
+    for place, row in enumerate(reversed(rows)):
+        ours = OPTIMIZERS[row.name].source == "arsg_dist" and row.name != "Lion"
+        color, marker = (_OURS, "D") if ours else (_PEER, "o")
+        interval = row.difference
+        axes.plot([interval.low, interval.high], [place, place], color=color, linewidth=2)
+        face = color if interval.differs else "white"
+        axes.plot(interval.mean, place, marker, color=color, markerfacecolor=face, markersize=6)
+    axes.axvline(0, color=_AXIS, linewidth=1)
+    axes.set_yticks(range(len(rows)), [row.name for row in reversed(rows)], fontsize=9)
+    # What is far behind would squeeze the others into one point.
+    middle = np.median([abs(row.difference.mean) for row in rows]) or 1.0
+    low = min(min(row.difference.low for row in rows), 0)
+    high = max(min(row.difference.high, 4 * middle) for row in rows)
+    margin = 0.06 * (high - low)
+    axes.set_xlim(low - margin, high + margin)
+    for place, row in enumerate(reversed(rows)):
+        if row.difference.mean > high:
+            axes.annotate(
+                f"{row.difference.mean:+.2f} →",
+                (high, place),
+                ha="right",
+                va="center",
+                fontsize=8,
+                color=_AXIS,
+            )
+    axes.set_ylim(-0.7, len(rows) - 0.3)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.grid(axis="x", color="0.9")
+    axes.set_axisbelow(True)
+
+
+def draw_learning(studies: dict[str, list[Row]], ledgers: dict[str, Ledger], path: Path) -> None:
+    """Draw the smallest GPT's validation curves, and what so many trials of tuning lead to expect."""
+    name = "gpt-0.1M" if "gpt-0.1M" in studies else next(iter(studies))
+    task, ledger = TASKS[name], ledgers[name]
+    figure = Figure(figsize=(11.5, 4.3), layout="constrained", dpi=110)
+    left, right = figure.subplots(1, 2)
+    last = []
+    for row in studies[name]:
+        if row.name not in _LINES or row.difference is None:
+            continue
+        color, style = _LINES[row.name]
+        curves = np.array([run["curve"] for run in row.runs], dtype=float)
+        x = (1 + np.arange(curves.shape[1])) * task.updates / curves.shape[1]
+        left.plot(x, curves.mean(0), style, color=color, label=row.name, linewidth=1.8)
+        last.append(curves.mean(0))
+        expected = expected_best([trial["val"] for trial in ledger.chosen(kind="trial", optimizer=row.name)])
+        if expected:
+            right.plot(
+                range(1, len(expected) + 1), expected, style, color=color, label=row.name, linewidth=1.8
+            )
+    ends = [curve[-1] for curve in last]
+    left.set_ylim(min(ends) - 0.03, min(ends) + 0.6)
+    left.set_xlabel("updates")
+    left.set_ylabel("validation loss, mean of the seeds")
+    left.set_title(f"{task.title}: each tuned", fontsize=10)
+    left.legend(fontsize=8)
+    right.set_xlabel("trials of tuning")
+    right.set_ylabel("expected best validation loss")
+    right.set_xlim(1, TRIALS)
+    right.set_ylim(min(ends) - 0.03, min(ends) + 0.3)
+    right.set_title("What tuning buys", fontsize=10)
+    for axes in (left, right):
+        axes.grid(color="0.9")
+    figure.savefig(path)
+
+
+def expected_best(values: list[Any]) -> list[float]:
+    """Return the expected lowest of k trials drawn without replacement, for k from 1 on; diverged ones are the worst.
+
+    Args:
+        values: of all trials; None for a diverged one, which counts as the highest of the others.
+    """
+    ended = [value for value in values if value is not None]
+    if not ended:
+        return []
+    ordered = sorted(ended + [max(ended)] * (len(values) - len(ended)))
+    count = len(ordered)
+    return [
+        sum(value * math.comb(count - 1 - place, k - 1) for place, value in enumerate(ordered))
+        / math.comb(count, k)
+        for k in range(1, count + 1)
+    ]

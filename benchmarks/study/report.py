@@ -1,0 +1,281 @@
+"""Tables and pictures of the study; renews the generated parts of a document."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.study import batch
+from benchmarks.study.ledger import Ledger
+from benchmarks.study.optimizers import OPTIMIZERS, Settings, at_edge, available
+from benchmarks.study.paper.report import renewed
+from benchmarks.study.plan import SEEDS, ledger_of
+from benchmarks.study.problem import Task
+from benchmarks.study.statistics import Interval, detectable, paired, updates_to
+from benchmarks.study.tasks import TASKS
+
+BASE = "AdamW"
+"""What the others are compared with."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """An optimizer's winner on a task, against tuned AdamW with the same seeds.
+
+    Attributes:
+        name: of the optimizer.
+        settings: its winner's.
+        runs: of its seeds.
+        ended: how many did not diverge.
+        difference: of the validation losses, negative where it is better; None unless all ended.
+        share: of AdamW's updates until AdamW's last validation loss is reached; a seed that does not reach it counts as
+            1, so the interval is a bound where `reached` is below the number of seeds.
+        reached: how many seeds reach it.
+    """
+
+    name: str
+    settings: Settings
+    runs: list[dict[str, Any]]
+    ended: int
+    difference: Interval | None
+    share: Interval | None
+    reached: int
+
+    def mean(self, key: str) -> float | None:
+        """Return the mean of a result over the seeds; None if one lacks it."""
+        values = [run.get(key) for run in self.runs]
+        return None if None in values else sum(values) / len(values)
+
+    @property
+    def verdict(self) -> str:
+        """Return what the difference says."""
+        if self.name == BASE:
+            return "–"
+        if self.difference is None:
+            return f"diverges on {len(self.runs) - self.ended} of {len(self.runs)} seeds"
+        if not self.difference.differs:
+            return "no difference"
+        return "better" if self.difference.mean < 0 else "worse"
+
+
+def rows_of(task: Task, ledger: Ledger) -> list[Row]:
+    """Return the rows that are complete, by validation loss; none before AdamW's."""
+    base = {run["seed"]: run for run in ledger.chosen(kind="seed", optimizer=BASE)}
+    rows = []
+    for name in available(task):
+        runs = ledger.chosen(kind="seed", optimizer=name)
+        if len(runs) < SEEDS or not {run["seed"] for run in runs} <= set(base):
+            continue
+        ended = [run for run in runs if run["val"] is not None]
+        difference = share = None
+        shares = [
+            updates_to(run["curve"], base[run["seed"]]["curve"][-1], task.updates)
+            if run["val"] is not None
+            else None
+            for run in runs
+        ]
+        if len(ended) == len(runs):
+            difference = paired([run["val"] - base[run["seed"]]["val"] for run in runs])
+            share = paired([(one if one is not None else task.updates) / task.updates for one in shares])
+        reached = sum(one is not None for one in shares)
+        rows.append(Row(name, runs[0]["settings"], runs, len(ended), difference, share, reached))
+    return sorted(rows, key=lambda row: row.mean("val") if row.mean("val") is not None else float("inf"))
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def _number(value: float | None, digits: int = 3, sign: bool = False) -> str:
+    return "–" if value is None else f"{value:{'+' if sign else ''}.{digits}f}".replace("-", "−")
+
+
+def _share(row: Row) -> str:
+    if row.name == BASE:
+        return "100 %"
+    if row.share is None or row.reached == 0:
+        return "not reached"
+    low, high = (max(0.0, min(1.0, end)) for end in (row.share.low, row.share.high))
+    text = f"{100 * row.share.mean:.0f} % ({100 * low:.0f} to {100 * high:.0f})"
+    return text if row.reached == len(row.runs) else f"{text}, {row.reached} of {len(row.runs)} seeds"
+
+
+def _difference(row: Row) -> str:
+    if row.name == BASE or row.difference is None:
+        return "–"
+    ends = f"({_number(row.difference.low, sign=True)} to {_number(row.difference.high, sign=True)})"
+    return f"{_number(row.difference.mean, sign=True)} {ends}"
+
+
+def _settings(settings: Settings) -> str:
+    names = {"weight_decay": "λ", "mu": "μ", "beta1": "β1", "beta2": "β2"}
+    return ", ".join(f"{names.get(key, key)} {value:.3g}" for key, value in settings.items())
+
+
+def task_table(task: Task, rows: list[Row]) -> str:
+    """Return all that is known of a task, an optimizer a line."""
+    head = ["", "updates to AdamW's loss", "validation loss", "against AdamW (95 %)", "", "training loss"]
+    head += ["at half: x", "θ", "settings"]
+    lines = []
+    for row in rows:
+        edge = (
+            " (learning rate at the box's end)"
+            if task.settings_of is None and at_edge(row.name, task, row.settings)
+            else ""
+        )
+        lines.append(
+            [
+                row.name,
+                _share(row),
+                _number(row.mean("val")),
+                _difference(row),
+                row.verdict,
+                *(_number(row.mean(key)) for key in ("train", "half", "half_theta")),
+                _settings(row.settings) + edge,
+            ]
+        )
+    return _table(head, lines)
+
+
+def overview(studies: dict[str, list[Row]]) -> str:
+    """Return optimizer × task: updates to AdamW's final validation loss."""
+    tasks = [TASKS[name] for name in studies]
+    by_name = {task.name: {row.name: row for row in studies[task.name]} for task in tasks}
+    marks = {"better": " **better**", "worse": " worse", "no difference": " no difference"}
+    lines = []
+    for name in OPTIMIZERS:
+        cells = []
+        for task in tasks:
+            row = by_name[task.name].get(name)
+            if row is None:
+                cells.append("·")
+            else:
+                cells.append(
+                    _share(row) + ("," + marks.get(row.verdict, f" {row.verdict}") if name != BASE else "")
+                )
+        if set(cells) != {"·"}:
+            lines.append([name, *cells])
+    return _table(["", *(task.title for task in tasks)], lines)
+
+
+def power_table(ledgers: dict[str, Ledger]) -> str:
+    """Return which difference could be seen, from the pilots."""
+    lines = []
+    for name, ledger in ledgers.items():
+        pilot = [ledger.chosen(kind="pilot", trial=half) for half in (0, 1)]
+        values = [[run["val"] for run in half] for half in pilot]
+        if min(map(len, values)) < 2 or None in values[0] + values[1]:
+            continue
+        differences = [b - a for a, b in zip(*values, strict=True)]
+        rows = [row for row in rows_of(TASKS[name], ledger) if row.name != BASE and row.difference]
+        seen = sorted((row.difference.high - row.difference.low) / 2 for row in rows if row.difference)
+        lines.append(
+            [
+                TASKS[name].title,
+                *(_number(detectable(differences, n)) for n in (5, 10, 20)),
+                _number(seen[len(seen) // 2] if seen else None),
+            ]
+        )
+    return _table(
+        ["", "5 seeds", "10 seeds", "20 seeds", "afterwards: half of the intervals' width, median"], lines
+    )
+
+
+def batch_table(measured: list[dict[str, Any]]) -> str:
+    """Return the best μ at each batch size, the theory's, and what a μ for all would cost."""
+    lines = []
+    for line in measured:
+        kind = "RSG" if line["preconditioner"] == "none" else "ARSG adam"
+        losses = dict(zip(batch.MUS, line["losses"], strict=True))
+        best = min(losses.values())
+        near = [mu for mu, loss in losses.items() if loss <= 1.05 * best]
+        theirs = "–" if line.get("theory_mu") is None else _number(line["theory_mu"], 2)
+        lr = line["lrs"][batch.MUS.index(line["mu"])]
+        lines.append(
+            [
+                f"{kind}, β1 {line['beta1']:g}",
+                str(line["batch"]),
+                f"{lr:.3g}",
+                f"{line['mu']:g}",
+                f"{min(near):g} to {max(near):g}",
+                theirs,
+                f"{best:.3g}",
+            ]
+        )
+    head = [
+        "",
+        "batch",
+        "best learning rate",
+        "best μ",
+        "μ within 5 % of the best loss",
+        "theory's μ",
+        "loss",
+    ]
+    return _table(head, lines)
+
+
+def core_hours(ledger: Ledger) -> float:
+    """Return what the runs of a task took."""
+    return sum(record["seconds"] for record in ledger.records.values()) / 3600
+
+
+def parts(results: Path) -> dict[str, str]:
+    """Return the generated parts of a document.
+
+    Raises:
+        ValueError: there is no row beside AdamW's.
+    """
+    ledgers, studies = _read(results)
+    budget = []
+    for name, ledger in ledgers.items():
+        lost = sum(record["val"] is None for record in ledger.records.values())
+        budget.append([TASKS[name].title, len(ledger.records), lost, core_hours(ledger)])
+    budget.append(["together", *(sum(line[column] for line in budget) for column in (1, 2, 3))])
+    return {
+        "overview": overview(studies),
+        "power": power_table(ledgers),
+        "batch_mu": batch_table(batch.read(results)),
+        "budget": _table(
+            ["", "runs", "of them diverged", "core-hours"],
+            [[name, str(runs), str(lost), f"{hours:.2f}"] for name, runs, lost, hours in budget],
+        ),
+    }
+
+
+def write(results: Path, document: Path | None = None) -> None:
+    """Write `TASK.md` for every task with rows, and `study.md`; draw the pictures; renew a document's parts.
+
+    Args:
+        results: of `run` and `batch`; tables go there too.
+        document: Markdown file; pictures go to `images/study` beside it, else to the results.
+
+    Raises:
+        ValueError: there is no row beside AdamW's.
+    """
+    from benchmarks.study.figures import draw_differences, draw_learning
+
+    ledgers, studies = _read(results)
+    pictures = document.parent / "images/study" if document else results
+    pictures.mkdir(parents=True, exist_ok=True)
+    for name, rows in studies.items():
+        text = f"# {TASKS[name].title}\n\n{task_table(TASKS[name], rows)}"
+        (results / f"{name}.md").write_text(text)
+    draw_differences(studies, pictures / "differences.png")
+    draw_learning(studies, ledgers, pictures / "learning.png")
+    generated = parts(results)
+    everything = "\n".join(f"## {name}\n\n{part}" for name, part in generated.items())
+    (results / "study.md").write_text(f"# Study\n\n{everything}")
+    if document is not None:
+        document.write_text(renewed(document.read_text(), generated))
+
+
+def _read(results: Path) -> tuple[dict[str, Ledger], dict[str, list[Row]]]:
+    ledgers = {name: ledger_of(results, task) for name, task in TASKS.items()}
+    ledgers = {name: ledger for name, ledger in ledgers.items() if ledger.records}
+    studies = {name: rows_of(TASKS[name], ledger) for name, ledger in ledgers.items()}
+    studies = {name: rows for name, rows in studies.items() if len(rows) > 1}
+    if not studies:
+        raise ValueError(f"--results: no complete rows in {results}; `run` makes them")
+    return ledgers, studies
