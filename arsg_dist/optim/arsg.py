@@ -511,14 +511,14 @@ _CLASS_DEFAULTS = {
 """What a group holds; also what one saved before a setting existed is taken to mean."""
 
 
-<<<<<<< HEAD
 def _refuse_capture(groups: list[dict[str, Any]]) -> None:
     """Refuse a CUDA graph of an update whose numbers are the host's; torch's own check is private, and was renamed."""
     if torch.compiler.is_compiling() or not torch.cuda.is_available():
         return
     if torch.cuda.is_current_stream_capturing() and not all(group["capturable"] for group in groups):
         raise RuntimeError("the update of a CUDA graph needs ARSG(..., capturable=True), in every group")
-=======
+
+
 def _check_forms(group: dict[str, Any]) -> None:
     """Refuse forms of state that a group's parameters cannot have.
 
@@ -533,7 +533,6 @@ def _check_forms(group: dict[str, Any]) -> None:
                 f"master='split' is for parameters in bfloat16, not {param.dtype}: make the model bfloat16, or leave "
                 "it out"
             )
->>>>>>> gpu25
 
 
 def _skips_on_device(group: dict[str, Any]) -> bool:
