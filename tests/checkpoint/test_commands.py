@@ -7,7 +7,10 @@ import torch
 from safetensors.torch import load_file
 
 from arsg_dist import ARSG
+from arsg_dist.checkpoint import CheckpointStore, SavedRun, save_run
+from arsg_dist.checkpoint.convert import to_portable
 from arsg_dist.cli.main import main
+from arsg_dist.engine import SingleProcessCommunicator
 from tests.checkpoint.runs import Tied, engine, saved
 
 
@@ -61,6 +64,16 @@ def test_converted_for_torch_it_goes_on_in_plain_torch(tmp_path: Path) -> None:
     optimizer.step()
     for name, tensor in made.module.state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor), name
+
+
+def test_the_engines_counters_go_along(tmp_path: Path) -> None:
+    """Catches a converted DeepSpeed run that counts its updates, and so its schedule, from 0 again."""
+    made, communicator = engine(), SingleProcessCommunicator()
+    state = made.state()
+    state.counters = {"global_steps": 4}
+    path = save_run(CheckpointStore(tmp_path / "runs", communicator), 1, state, {}, communicator)
+    to_portable(SavedRun(path), tmp_path / "again", "single", {})
+    assert SavedRun(tmp_path / "again").counters == {"global_steps": 4}
 
 
 def test_exported_weights_are_those_of_the_module(tmp_path: Path) -> None:

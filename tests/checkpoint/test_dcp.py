@@ -1,5 +1,6 @@
 """Checkpoints of `torch.distributed.checkpoint`: read, written, and refused where they are bad."""
 
+import dataclasses
 import io
 import os
 import pickle
@@ -12,7 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from arsg_dist import ARSG
@@ -21,6 +22,7 @@ from arsg_dist.checkpoint.dcp import DCPCheckpoint
 from arsg_dist.checkpoint.dcp_index import read_index
 from arsg_dist.checkpoint.pickles import read_value
 from arsg_dist.engine import SingleProcessEngine
+from arsg_dist.engine.state import PARAMETER, in_order, order_of
 from tests.checkpoint.runs import Tied
 from tests.checkpoint.test_commands import command
 from tests.support.hostile import Payload
@@ -221,6 +223,53 @@ def test_a_damaged_checkpoint_is_refused_with_the_reason(
         raise ValueError(said)
     assert said.count("\n") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["theirs"]
+
+
+def test_parts_that_overlap_leave_nothing_unset(tmp_path: Path) -> None:
+    """Catches parts that are as many elements as the tensor, and of which two overlap: others are not set."""
+    model, optimizer = script("sgd")
+    update(model, optimizer, 0)
+    state = {**state_of(model, optimizer, "dcp"), "part": model.get_parameter("conv.weight").detach()[:3]}
+    dcp.save(state, checkpoint_id=tmp_path)
+    index = pickle.loads((tmp_path / ".metadata").read_bytes())
+    places = {key.fqn: key for key in index.storage_data}
+    whole, part = places["model.conv.weight"], index.storage_data[places["part"]]
+    del index.storage_data[whole]
+    index.state_dict_metadata["model.conv.weight"].chunks = [
+        ChunkStorageMetadata(torch.Size([row, 0, 0, 0]), torch.Size([3, 4, 3, 3])) for row in (0, 2)
+    ]
+    for row in (0, 2):
+        index.storage_data[dataclasses.replace(whole, offset=torch.Size([row, 0, 0, 0]))] = part
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(index))
+    saved = DCPCheckpoint(tmp_path, frozen=["scale"])
+    with pytest.raises(ValueError, match=r"incomplete: parts of .model\.conv\.weight. are missing"):
+        saved.whole(PARAMETER, "conv.weight")
+
+
+def test_elements_are_read_in_any_order_of_dimensions(tmp_path: Path) -> None:
+    """Catches a rank whose part of a channels_last parameter is that of a contiguous one."""
+    model, _ = saved_by_script(tmp_path, "arsg", "dcp")
+    saved, weight = DCPCheckpoint(tmp_path, frozen=["scale"]), model.get_parameter("conv.weight").detach()
+    order = order_of(weight.stride(), weight.shape)
+    assert order != tuple(range(4))
+    part = saved.read(PARAMETER, "conv.weight", 5, 20, order)
+    assert torch.equal(part, in_order(weight, order)[5:25])
+    assert not torch.equal(part, weight.reshape(-1)[5:25])
+
+
+def test_zeros_are_no_further_name_of_other_zeros(tmp_path: Path) -> None:
+    """Catches a frozen bias that never moved, taken for a further name of a trained one that has not yet."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    for layer in model:
+        nn.init.zeros_(layer.bias)
+    model[0].bias.requires_grad_(False)
+    optimizer = torch.optim.SGD([x for x in model.parameters() if x.requires_grad], lr=0.0, momentum=0.9)
+    model(torch.ones(2, 3)).sum().backward()
+    optimizer.step()
+    dcp.save(state_of(model, optimizer, "dcp"), checkpoint_id=tmp_path)
+    with pytest.raises(ValueError, match=r"does not tell whether 0\.bias are frozen"):
+        DCPCheckpoint(tmp_path)
+    assert DCPCheckpoint(tmp_path, frozen=["0.bias"]).aliases == {}
 
 
 class Shell:

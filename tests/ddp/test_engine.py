@@ -13,6 +13,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from arsg_dist import ARSG
 from arsg_dist.checkpoint import CheckpointStore, SavedRun, save_run
 from arsg_dist.ddp import DDPEngine, Shards, connect
+from arsg_dist.ddp.shards import load_sharded
 from arsg_dist.engine import Communicator, Ranks, SingleProcessEngine, discover_ranks, load_builder
 from tests.ddp.jobs.shards_job import groups
 from tests.engines.test_registry import settings
@@ -245,6 +246,24 @@ def test_the_parts_of_all_ranks_make_the_whole_update(ranks: int, monkeypatch: p
                 torch.testing.assert_close(module.state_dict()[name], tensor, rtol=1e-5, atol=1e-7)
     assert len({part.numel() for part in parts}) == 1
     assert torch.equal(modules[0][3].weight, network()[3].weight)
+
+
+def test_every_rank_has_the_settings_of_every_group_after_a_load(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a rank that has no part of a group and writes its first learning rate into the next checkpoint."""
+    module = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 1, bias=False))
+    groups_of = [{"params": [layer.weight], "lr": lr} for layer, lr in zip(module, (0.1, 0.02), strict=True)]
+    alone = SingleProcessEngine(module, ARSG(groups_of))
+    path = save_run(CheckpointStore(tmp_path, alone.communicator), 1, alone.state(), {}, alone.communicator)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    for rank, parts in ((0, [1, 0]), (1, [1, 1])):
+        monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
+        shards = Shards([{"params": [layer.weight]} for layer in module])
+        optimizer = ARSG(shards.groups, lr=9.0)
+        assert [len(group["params"]) for group in optimizer.param_groups] == parts
+        load_sharded(module, optimizer, shards, SavedRun(path))
+        assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.02]
 
 
 def test_an_update_that_looks_across_elements_is_not_divided(communicator: Communicator) -> None:

@@ -78,7 +78,6 @@ def _convert_by_deepspeed(source: Path, target: Path) -> None:
 def resumed_on(ranks: int, saved_on: int, selection: str) -> tuple[Finished, dict[str, Any], Path]:
     """Resumes on another number of ranks; results, and the directory with what was saved again."""
     directory = converted(saved_on, selection)
-    script = "tests/deepspeed/jobs/universal.py"
-    job = launch("warm deepspeed", ranks, script, directory, selection, timeout=590)
+    job = launch("deepspeed", ranks, "tests/deepspeed/jobs/universal.py", directory, selection, timeout=590)
     output = directory / f"resumed{ranks}.pt"
     return job, torch.load(output, weights_only=True) if output.exists() else {}, directory

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from torch.distributed.tensor import Replicate, Shard
 
 from arsg_dist import ARSG
+from arsg_dist.checkpoint import CheckpointStore, SavedRun, save_run
 from arsg_dist.engine import SingleProcessCommunicator, SingleProcessEngine, discover_ranks, load_builder
 from arsg_dist.fsdp import FSDPEngine, shard, units_of
 from arsg_dist.fsdp.state import place_of
@@ -333,6 +335,55 @@ def test_blocks_are_compiled_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None
         torch.testing.assert_close(weights[1][name], tensor, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.usefixtures("_alone")
+def test_ranks_begin_with_rank_0s_parameters_and_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches batch norm's statistics of other ranks that begin as each rank made them."""
+    module = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    sent = list[int]()
+    monkeypatch.setattr(dist, "broadcast", lambda tensor, source: sent.append(tensor.data_ptr()))
+    expected = [tensor.data_ptr() for tensor in module.state_dict().values()]
+    shard(module)
+    assert sent == expected
+
+
+@pytest.mark.usefixtures("_alone")
+def test_moments_keep_their_dtype_through_a_load(tmp_path: Path) -> None:
+    """Catches moments in fp32 of parameters in bf16, rounded to these by a load."""
+    engines = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        module = nn.Linear(5, 3).bfloat16()
+        shard(module)
+        engines.append(
+            FSDPEngine(module, ARSG(module.parameters(), lr=0.1, eps=1e-3), SingleProcessCommunicator())
+        )
+    trained, loaded = engines
+    store = CheckpointStore(tmp_path, trained.communicator)
+    trained.backward(trained.module(torch.randn(4, 5).bfloat16()).square().mean())
+    trained.step()
+    loaded.load_state(SavedRun(save_run(store, 1, trained.state(), {}, trained.communicator)))
+    saved = moments(trained)
+    assert len(saved) == 4
+    for key, piece in moments(loaded).items():
+        assert piece.dtype == torch.float32
+        assert torch.equal(piece, saved[key]), key
+    inputs = torch.randn(4, 5).bfloat16()
+    for engine in engines:
+        engine.backward(engine.module(inputs).square().mean())
+        engine.step()
+    for name, tensor in trained.whole_weights().items():
+        assert torch.equal(loaded.whole_weights()[name], tensor), name
+
+
+def moments(engine: FSDPEngine) -> dict[str, torch.Tensor]:
+    return {
+        f"{number} {entry}": value.to_local()
+        for number, parameter in enumerate(engine.module.parameters())
+        for entry, value in engine.optimizer.state[parameter].items()
+        if entry.startswith("exp_avg")
+    }
+
+
 def test_the_plan_of_a_recipe_names_what_is_gathered(capsys: pytest.CaptureFixture[str]) -> None:
     """Catches a plan that starts a training, or sums up other parameters than the network has; and an option that is
     read as text."""
@@ -354,12 +405,22 @@ def test_the_plan_of_a_recipe_names_what_is_gathered(capsys: pytest.CaptureFixtu
     assert sum(numbers) == sum(x.numel() for x in build_model("regnet_y_400mf", 1000).parameters())
 
 
+class Around(nn.Module):
+    def __init__(self, layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = layers
+
+
 def test_networks_that_cannot_be_computed_twice_are_refused() -> None:
     """Catches batch norm's statistics that count each batch twice, and an option without an effect."""
     with pytest.raises(
         ValueError, match=r"statistics of its bn1 \(batch norm\) would count every batch twice"
     ):
         recompute_activations(build_model("resnet18", 10))
+    deep = [nn.Sequential(nn.Linear(2, 2)), nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))]
+    within = nn.ModuleList(Around(layers) for layers in deep)
+    with pytest.raises(ValueError, match=r"computes 1 twice .* statistics of its layers\.1 \(batch norm\)"):
+        recompute_activations(within)
     with pytest.raises(ValueError, match="needs a network with blocks"):
         recompute_activations(nn.Linear(2, 2))
 

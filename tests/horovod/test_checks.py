@@ -38,8 +38,7 @@ def test_a_replicated_optimizer_keeps_its_promise(output: str, name: str) -> Non
 @pytest.mark.parametrize(
     ("launcher", "ranks", "names"),
     [
-        ("warm horovodrun", 2, list(SHARDED)),
-        pytest.param("mpirun", 2, list(SHARDED), marks=pytest.mark.turn(1)),
+        ("mpirun", 2, list(SHARDED)),
         pytest.param("mpirun", 3, OUTLIVED, marks=pytest.mark.turn(1)),
         pytest.param("alone", 1, list(SHARDED), marks=pytest.mark.turn(0)),
         pytest.param("horovodrun", 3, list(SHARDED), marks=pytest.mark.turn(2)),

@@ -21,6 +21,8 @@ from arsg_dist.imagenet.config import DataConfig
 from arsg_dist.imagenet.data.builtin import SyntheticSplit
 from arsg_dist.imagenet.data.transforms import normalised
 from arsg_dist.imagenet.torchvision_compat import torchvision, v2
+from arsg_dist.imagenet.trained import open_trained
+from arsg_dist.imagenet.training import setup as training
 from tests.imagenet.jobs.small_network import SmallResNet
 from tests.imagenet.test_run_by_hand import ByHand, _linear_network, build_model, recipe, start
 from tests.support.launchers import launch
@@ -69,6 +71,52 @@ def test_a_runs_checkpoint_scores_what_was_worked_out_at_each_point(run: Path, t
     # A flag wins over the run's settings.
     more = evaluated(run, "--data.synthetic_images", 7, tmp_path / "found.json")
     assert more["images"] == 7
+
+
+class Tied(nn.Module):
+    """The linear network, its weight under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.again = build_model(), nn.Module()
+        self.again.weight = self.layers[1].weight
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.layers(images)
+        return logits
+
+
+def test_the_average_of_a_network_with_two_names_for_a_parameter_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches an average of which the second name is missing, as a checkpoint has it once."""
+    for module in (training, evaluate):
+        monkeypatch.setattr(module, "build_model", lambda *_, **__: Tied())
+    assert start(tmp_path / "run", recipe()) == 0
+    right = ByHand(recipe()).run().records[-1]["ema_val_loss"]
+    found = evaluated(tmp_path / "run", "--at", "ema", tmp_path / "found.json")
+    assert found["loss"] == pytest.approx(right, rel=1e-5)
+
+
+def test_ranks_compare_the_weights_that_they_have_read(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches hosts with different files under one path, whose scores would be averaged."""
+    compared = list[Any]()
+    monkeypatch.setattr(evaluate, "check_agreement", lambda _, **values: compared.append(values["weights"]))
+    for at in ("x", "ema", "x"):
+        evaluated(run, "--at", at, tmp_path / "found.json")
+    assert compared[0] == compared[2] != compared[1]
+
+
+def test_only_a_prefix_of_all_names_is_ddps(tmp_path: Path) -> None:
+    """Catches a network with a part of its own that is called module, whose names lose it."""
+    for names, expected in (
+        (["module.weight", "head.weight"], {"module.weight", "head.weight"}),
+        (["module.body.weight", "module.head.weight"], {"body.weight", "head.weight"}),
+    ):
+        torch.save({name: torch.ones(1) for name in names}, tmp_path / "weights.pth")
+        assert set(open_trained(tmp_path / "weights.pth").weights) == expected
 
 
 # On ranks, against a count by hand
@@ -179,7 +227,7 @@ def test_torchvisions_weights_score_as_torchvision_measures_them(tree: Path, tmp
     model = scattered(torchvision.models.resnet18(num_classes=3))
     state = {f"module.{name}": tensor for name, tensor in model.state_dict().items()}
     torch.save({"model": state, "epoch": 3, "args": argparse.Namespace(lr=0.1)}, tmp_path / "weights.pth")
-    for resize, bicubic in ((None, False), (40, True)):
+    for resize, bicubic in ((None, False), (40, True), (28, True)):  # the last one is the crop's own size
         how = v2.InterpolationMode.BICUBIC if bicubic else v2.InterpolationMode.BILINEAR
         transform = v2.Compose(
             [

@@ -32,7 +32,15 @@ LIBRARIES = (
     "torch",
     "torch._dynamo.repro.after_dynamo",
     "torch.utils.tensorboard",
+    "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor.parallel",
+    "safetensors.torch",
+    "PIL.Image",
     "deepspeed",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "horovod.torch",
+    "matplotlib.figure",
     "sklearn.datasets",
     # Plugins of pytest, whose source each child would rewrite anew.
     "hypothesis",
@@ -87,15 +95,22 @@ def main() -> int:
                     flush=True,
                 )
             results |= without_mistakes(found, copy, options.limit, passing)
-            write(results, everything)
+            save(results, chosen, everything)
     finally:
         shutil.rmtree(copy)
-    write(results, everything)
+    save(results, chosen, everything)
     unexpected = [m.name for m in chosen if results[m.name].outcome != (UNSEEN if m.unseen else SEEN)]
     print(f"{len(chosen) - len(unexpected)} of {len(chosen)} as expected")
     for name in unexpected:
         print(f"  {name}: {results[name].outcome} {results[name].by}")
     return 1 if unexpected else 0
+
+
+def save(results: dict[str, Result], chosen: list[Mutation], everything: list[Mutation]) -> None:
+    """Writes the results of what this campaign chose, and leaves those of others that run at the same time."""
+    own = {mutation.name for mutation in chosen}
+    others = {name: result for name, result in read().items() if name not in own}
+    write(others | {name: result for name, result in results.items() if name in own}, everything)
 
 
 def copy_repository(copy: Path) -> None:
@@ -227,6 +242,8 @@ def in_child(copy: Path, tests: Iterable[str], log: Path, outcomes: Path, to_the
     # A byte-code file is taken for current by the second and the size of its source, which a mistake can share.
     sys.dont_write_bytecode = True
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+    warm_ranks = importlib.import_module("tests.support.warm_ranks")
+    warm_ranks.prepare()
     options = ["-q", "-p", "no:cacheprovider", *([] if to_the_end else ["-x"])]
     code = pytest.main([*options, *tests], plugins=[Outcomes(outcomes)])
     import arsg_dist

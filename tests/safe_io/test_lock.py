@@ -2,11 +2,15 @@
 
 import errno
 import fcntl
+import json
 import os
 import signal
+import socket
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -80,12 +84,57 @@ def test_a_later_start_of_the_same_batch_job_takes_it_over(tmp_path: Path) -> No
 
 def test_one_that_is_let_go_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches a start right after a kill that is refused, since the killed process is still about to end."""
-    monkeypatch.setattr(lock, "PATIENCE", 60.0)
+    monkeypatch.setattr(lock, "PATIENCE", 600.0)
+    first, second = taken(tmp_path), DirectoryLock(tmp_path, ".lock")
+    assert not second.take()
+    assert not second.take()
+    first.close()
+    assert second.take()
+    second.close()
+
+
+@pytest.mark.parametrize(("host", "patience"), [(socket.gethostname(), 10), ("elsewhere", 120)])
+def test_a_lock_of_another_host_is_waited_for_longer(
+    host: str, patience: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a requeued job that is refused on another host while the server still counts its old lock."""
+    now = 1000.0
+    monkeypatch.setattr(lock, "PATIENCE", 10.0)
+    monkeypatch.setattr(lock, "PATIENCE_ELSEWHERE", 120.0)
     first = taken(tmp_path)
-    begin = time.monotonic()
-    threading.Timer(0.3, first.close).start()
-    taken(tmp_path).close()
-    assert 0.2 < time.monotonic() - begin < 50
+    signed = json.loads((tmp_path / ".lock").read_text())
+    (tmp_path / ".lock").write_text(json.dumps(signed | {"host": host}))
+    monkeypatch.setattr(lock, "time", SimpleNamespace(monotonic=lambda: now))
+    second = DirectoryLock(tmp_path, ".lock")
+    assert not second.take()
+    now += patience - 1
+    assert not second.take()
+    now += 2
+    with pytest.raises(InUseError, match=f"on {host}"):
+        second.take()
+    first.close()
+
+
+def test_what_was_signed_before_is_gone(tmp_path: Path) -> None:
+    """Catches a record with the end of a longer one behind it, which names nobody."""
+    (tmp_path / ".lock").write_text("x" * 900)
+    held = taken(tmp_path)
+    assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
+    held.close()
+
+
+def test_directories_that_a_first_try_made_are_removed_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches an empty directory that is left where another process had the lock for a moment."""
+    held = DirectoryLock(tmp_path / "runs" / "a", ".lock")
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", raising(BlockingIOError()))
+        patch.setattr(lock, "PATIENCE", 600.0)
+        assert not held.take()
+    assert held.take()
+    held.close()
+    assert not (tmp_path / "runs").exists()
 
 
 def test_it_is_never_two_processes_own(tmp_path: Path) -> None:
@@ -139,16 +188,20 @@ def test_what_somebody_wrote_into_it_is_only_shown(tmp_path: Path) -> None:
             assert "\x1b" not in str(refused.value)
 
 
+def raising(error: OSError) -> Callable[..., None]:
+    def fails(*_: Any) -> None:
+        raise error
+
+    return fails
+
+
 @pytest.mark.parametrize(("function", "number"), [("open_lock", errno.EROFS), ("flock", errno.ENOLCK)])
 def test_where_there_are_no_locks_nobody_is_held_off(
     function: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches a run that cannot be started on a file system without locks, or be looked at on one that is read-only."""
-
-    def fails(*arguments: Any) -> None:
-        raise OSError(number, "no")
-
-    monkeypatch.setattr(lock if function == "open_lock" else fcntl, function, fails)
+    error = OSError(number, "no")
+    monkeypatch.setattr(lock if function == "open_lock" else fcntl, function, raising(error))
     held = taken(tmp_path)
     taken(tmp_path).close()
     held.close()

@@ -38,7 +38,7 @@ from arsg_dist.imagenet.config import TrainConfig
 from arsg_dist.imagenet.training.engines import build_engine, prepare
 from tests.deepspeed.jobs.files import PRECISIONS, STATE
 from tests.support.hostile import Own, Payload
-from tests.support.launchers import REPOSITORY, launch
+from tests.support.launchers import REPOSITORY
 
 SAVED = [f"zero{stage}-{precision}" for stage, precision in itertools.product(range(4), PRECISIONS)]
 
@@ -48,8 +48,15 @@ def saved() -> Path:
     """Run the job once: a checkpoint for each of `SAVED`, and `loaded.json`."""
     directory = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, directory, ignore_errors=True)
-    finished = launch("warm alone", 1, "tests/deepspeed/jobs/files.py", directory, timeout=400)
-    assert finished.code == 0, finished.output[-5000:]
+    finished = subprocess.run(
+        [sys.executable, "-m", "tests.deepspeed.jobs.files", directory],
+        cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert finished.returncode == 0, finished.stderr[-5000:]
     for config in ("zero1-fp32", "zero3-fp32"):
         universal.convert(directory / config, directory / f"{config}-universal" / "converted")
     return directory

@@ -92,7 +92,7 @@ def test_a_pass_ends_with_the_reason(fate: str, message: str) -> None:
     assert seen == [1, 2, 3, 4][: len(seen)]
     if fate == "silent":  # what hangs does not end with its rank
         for process in iterator._processes():
-            process.join(120)
+            process.join(30)
             assert process.exitcode == -signal.SIGKILL
 
 

@@ -253,6 +253,17 @@ def test_an_export_for_timm_is_a_directory_that_it_loads(
     assert how["interpolation"] == "bilinear"
 
 
+def test_timm_crops_as_the_run_did(tmp_path: Path) -> None:
+    """Catches a network that was validated on the middle of larger images and is given them whole."""
+    pytest.importorskip("timm")
+    module = torchvision.models.resnet18(num_classes=2).eval()
+    source = formats._Source("resnet18", module, ["a", "b"], 56, cropped=True)
+    (extra,) = formats._timm(source)
+    extra.write(tmp_path / "config.json")
+    how = json.loads((tmp_path / "config.json").read_text())["pretrained_cfg"]
+    assert (how["crop_mode"], how["crop_pct"]) == ("center", 56 / 64)
+
+
 def test_an_export_to_onnx_computes_the_same_for_any_number_of_images(
     run: Path, right_logits: tuple[torch.Tensor, torch.Tensor], tmp_path: Path
 ) -> None:
@@ -275,6 +286,11 @@ def test_an_export_to_onnx_computes_the_same_for_any_number_of_images(
     torch.testing.assert_close(torch.from_numpy(logits), right, rtol=1e-4, atol=1e-4)
 
 
+class Nan(torch.nn.Module):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images * torch.nan
+
+
 def test_a_format_that_cannot_be_is_refused_and_nothing_is_made(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -292,6 +308,9 @@ def test_a_format_that_cannot_be_is_refused_and_nothing_is_made(
         return model
 
     monkeypatch.setattr(formats, "build_model", other)
+    assert export_command([*command, "timm"]) == 2
+    assert "timm's resnet18 computes other logits" in capsys.readouterr().err
+    monkeypatch.setattr(torch.nn, "Identity", Nan)
     assert export_command([*command, "timm"]) == 2
     assert "timm's resnet18 computes other logits" in capsys.readouterr().err
     deeper = {"timm:resnet18": "resnet34"}
