@@ -128,6 +128,9 @@ def resumed(engine: FSDPEngine, average: WeightAverage, communicator: Communicat
     its_average.load_state_dict(
         {name: read_like(saved, EXTRA, name, like) for name, like in its_average.state_dict().items()}
     )
+    # Buffers are each rank's own, which the program saves beside.
+    for buffer, saved_buffer in zip(its_average.module.buffers(), average.module.buffers(), strict=True):
+        buffer.copy_(saved_buffer)
     return other, its_average, module
 
 
