@@ -175,7 +175,7 @@ def results(communicator: Communicator, directory: Path) -> dict[str, Any]:
         train(engine, average, module, 3, toy.UPDATES)
         found[name] = engine.whole_weights(), engine.weights_of(average.module)
         found[f"{name}: held"] = communicator.all_gather_object(
-            sum(local(tensor).numel() for tensor in average.module.parameters())  # type: ignore[operator]
+            sum(local(tensor).numel() for tensor in average.module.parameters())
         )
         if name == "replicas" and communicator.rank == 3:
             next(engine.local_parameters()).detach().view(-1)[0] += 1e-6
