@@ -158,6 +158,10 @@ def measure(row: Row, ranks: int, directory: Path) -> dict[str, float]:
             updated = time.monotonic() - begin
         finally:
             for process in jobs:
+                # torchrun's ranks have sessions of their own.
+                for pid in {*ranks_of(process.pid, str(run), 0), process.pid}:
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
                 with suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
@@ -270,7 +274,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=machine_results("cpu") / "restart.md")
     arguments = parser.parse_args()
     measured: dict[str, list[dict[str, Any]]] = {}
-    with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
         for _ in range(arguments.rounds):
             for name in arguments.rows:
                 found = measure(ROWS[name], 1 if name == "single" else arguments.ranks, Path(directory))
