@@ -158,12 +158,14 @@ def measure(row: Row, ranks: int, directory: Path) -> dict[str, float]:
             updated = time.monotonic() - begin
         finally:
             for process in jobs:
-                # torchrun's ranks have sessions of their own.
-                for pid in {*ranks_of(process.pid, str(run), 0), process.pid}:
+                if process.poll() is not None:
+                    continue
+                # The launcher first, which would start them again; torchrun's ranks have sessions of their own.
+                left = ranks_of(process.pid, str(run), 0)
+                os.killpg(process.pid, signal.SIGKILL)
+                for pid in left:
                     with suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGKILL)
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
     return {"again": again, "opened": opened, "updated": updated, "first": first, "lost": lost - at}
 
