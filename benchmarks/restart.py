@@ -158,8 +158,14 @@ def measure(row: Row, ranks: int, directory: Path) -> dict[str, float]:
             updated = time.monotonic() - begin
         finally:
             for process in jobs:
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
+                if process.poll() is not None:
+                    continue
+                # The launcher first, which would start them again; torchrun's ranks have sessions of their own.
+                left = ranks_of(process.pid, str(run), 0)
+                os.killpg(process.pid, signal.SIGKILL)
+                for pid in left:
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
                 process.wait()
     return {"again": again, "opened": opened, "updated": updated, "first": first, "lost": lost - at}
 
@@ -270,7 +276,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=machine_results("cpu") / "restart.md")
     arguments = parser.parse_args()
     measured: dict[str, list[dict[str, Any]]] = {}
-    with tempfile.TemporaryDirectory() as directory:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
         for _ in range(arguments.rounds):
             for name in arguments.rows:
                 found = measure(ROWS[name], 1 if name == "single" else arguments.ranks, Path(directory))

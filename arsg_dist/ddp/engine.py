@@ -37,7 +37,9 @@ class DDPEngine(LocalEngine):
 
     def __new__(cls, *_: Any, shards: Shards | None = None, **__: Any) -> Self:
         """Make the engine that divides the update, where there are shards."""
-        return super().__new__(ShardedDDPEngine if shards is not None and cls is DDPEngine else cls)  # type: ignore[return-value]
+        kind: Any = ShardedDDPEngine if shards is not None and cls is DDPEngine else cls
+        made: Self = super().__new__(kind)
+        return made
 
     def __init__(
         self,

@@ -117,7 +117,7 @@ class FSDPBuilder(LocalBuilder):
 def _policies(chosen: Mapping[str, Any]) -> dict[str, Any]:
     """Make `fully_shard`'s policies from options."""
     policies: dict[str, Any] = {}
-    kinds = {
+    kinds: dict[str, Any] = {
         option: _DTYPES[chosen[option]] for option in ("param_dtype", "reduce_dtype") if option in chosen
     }
     if any(kinds.values()):

@@ -128,8 +128,9 @@ class FSDPEngine(LocalEngine):
         """Gather a state dict tensor by tensor; only rank 0 keeps them."""
         whole = {}
         for name, tensor in module.state_dict().items():
-            # Offloaded shards meet where the mesh is.
-            gathered = tensor.to(self.device).full_tensor() if isinstance(tensor, DTensor) else tensor
+            gathered: Any = tensor.to(self.device)  # where offloaded shards can meet
+            if isinstance(gathered, DTensor):
+                gathered = gathered.full_tensor()
             if self.communicator.rank == 0:
                 whole[name] = copy_weight(gathered)
         return whole

@@ -17,6 +17,7 @@ from arsg_dist.engine.dtensors import add_tensors, read_like
 from arsg_dist.engine.state import EXTRA, key_of
 from arsg_dist.fsdp import FSDPEngine, shard, units_of
 from arsg_dist.imagenet.training.ema import WeightAverage
+from arsg_dist.optim.state import local
 from tests.support import toy
 
 WIDTH, ACCUMULATION, DECAY = 12, 2, 0.75
@@ -128,6 +129,9 @@ def resumed(engine: FSDPEngine, average: WeightAverage, communicator: Communicat
     its_average.load_state_dict(
         {name: read_like(saved, EXTRA, name, like) for name, like in its_average.state_dict().items()}
     )
+    # Buffers are each rank's own, which the program saves beside.
+    for buffer, saved_buffer in zip(its_average.module.buffers(), average.module.buffers(), strict=True):
+        buffer.copy_(saved_buffer)
     return other, its_average, module
 
 
@@ -171,7 +175,7 @@ def results(communicator: Communicator, directory: Path) -> dict[str, Any]:
         train(engine, average, module, 3, toy.UPDATES)
         found[name] = engine.whole_weights(), engine.weights_of(average.module)
         found[f"{name}: held"] = communicator.all_gather_object(
-            sum(tensor.to_local().numel() for tensor in average.module.parameters())  # type: ignore[operator]
+            sum(local(tensor).numel() for tensor in average.module.parameters())
         )
         if name == "replicas" and communicator.rank == 3:
             next(engine.local_parameters()).detach().view(-1)[0] += 1e-6

@@ -99,7 +99,8 @@ def test_weights_and_their_average_are_those_of_one_process(name: str) -> None:
         actual, expected, moved_from = (
             {key: made[key] for key in moved} for made in (actual, expected, start)
         )
-        assert_same_weights(actual, expected, started_from=moved_from)
+        # The average of a bias has moved so little that a unit of its last place is 3e-5 of that.
+        assert_same_weights(actual, expected, started_from=moved_from, relative=1e-4)
 
 
 @pytest.mark.ranks
