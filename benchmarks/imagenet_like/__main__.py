@@ -27,7 +27,7 @@ import torch
 
 from arsg_dist.imagenet.cli import train_command
 from arsg_dist.imagenet.output.run_directory import read_metrics
-from benchmarks.common.kept_results import machine_results, this_command, write_report
+from benchmarks.common.kept_results import machine_results, write_report
 from benchmarks.common.machine import device_name
 
 HERE = Path(__file__).parent
@@ -177,6 +177,7 @@ def table(protocol: Protocol, results: list[dict[str, Any]], chosen: dict[str, f
     def spread(values: list[float], scale: float = 1) -> str:
         return f"{scale * statistics.fmean(values):.3f} ({', '.join(f'{scale * x:.3f}' for x in values)})"
 
+    options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in asdict(protocol).items())
     updates = math.ceil(10 * protocol.train_images / protocol.batch)
     lines = [
         f"# The ImageNet recipe on CIFAR-10 as JPEGs: {protocol.model}, {protocol.side} pixels",
@@ -213,7 +214,7 @@ def table(protocol: Protocol, results: list[dict[str, Any]], chosen: dict[str, f
         "",
         f"[Numbers of all runs](imagenet_like.json); {device}, torch {torch.__version__}:",
         "",
-        f"    {this_command()}",
+        f"    python -m benchmarks.imagenet_like --cifar10 PATH {options}",
         "",
     ]
     return "\n".join(lines)

@@ -295,7 +295,7 @@ def main(arguments: list[str] | None = None) -> int:
     for seed in options.seeds:  # all optimizers of a seed before the next
         for name in options.optimizers:
             folder = options.output / f"{name}_seed{seed}"
-            if finished(folder, settings.steps):
+            if job.agree(finished(folder, settings.steps)):
                 continue
             if job.agree(time.monotonic() > deadline):
                 return 75
