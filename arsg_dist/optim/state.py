@@ -125,8 +125,9 @@ class TensorLists:
         """Add one parameter."""
         self.params.append(param)
         self.grads.append(grad)
-        for moments, name in zip(
-            (self.exp_avgs, self.exp_avg_sqs, self.max_exp_avg_sqs), MOMENTS[preconditioner], strict=False
+        # Without strict=False, which torch 2.6's compiler takes for True.
+        for moments, name in zip(  # noqa: B905
+            (self.exp_avgs, self.exp_avg_sqs, self.max_exp_avg_sqs), MOMENTS[preconditioner]
         ):
             moments.append(real(local(required(state, name))))
         if "step" in state:

@@ -17,6 +17,7 @@ from torch.distributed.fsdp import fully_shard
 
 from arsg_dist import ARSG
 from arsg_dist.engine import end_process
+from tests.support.compare import skip_without_sharding_on_cpu
 
 WORLD = 2
 SETTINGS = [
@@ -82,4 +83,5 @@ def check_on_rank(rank: int, rendezvous: str) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_sharded_training_and_its_checkpoint_equal_one_process(tmp_path: FilePath) -> None:
     """Catches plain tensors mixed with DTensors, empty shards, and settings that checkpoints cannot store."""
+    skip_without_sharding_on_cpu()
     torch.multiprocessing.spawn(check_on_rank, (str(tmp_path / "rendezvous"),), nprocs=WORLD)
