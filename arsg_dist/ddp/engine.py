@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any, Self
 
 import torch
@@ -70,9 +71,12 @@ class DDPEngine(LocalEngine):
             self._shards = shards
         on_gpu = [self.device] if self.device.type == "cuda" else None
         distribution = {"gradient_as_bucket_view": True, **distribution}
-        self._parallel = DistributedDataParallel(
-            module, device_ids=on_gpu, forward_sync_buffers=False, **distribution
-        )
+        # Before torch 2.13 the one argument, broadcast_buffers, leaves buffers out at the start too.
+        older = "forward_sync_buffers" not in signature(DistributedDataParallel).parameters
+        buffers = {} if older else {"forward_sync_buffers": False}
+        self._parallel = DistributedDataParallel(module, device_ids=on_gpu, **buffers, **distribution)
+        if older:
+            self._parallel.broadcast_buffers = False
         self.module = self._parallel
         self._announce_micro_batch()
 

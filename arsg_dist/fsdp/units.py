@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed._composable.checkpoint_activation import checkpoint
@@ -189,12 +190,17 @@ def shard(
         options: further keyword arguments of `torch.distributed.fsdp.fully_shard`, such as `mp_policy`.
 
     Raises:
-        ValueError: a parameter has no dimension.
+        ValueError: a parameter has no dimension; the module is on CPU, and this torch cannot shard there.
     """
     scalars = [name for name, parameter in module.named_parameters() if not parameter.dim()]
     if scalars:
         raise ValueError(
             f"{scalars[0]!r} has no dimension to be sharded along: make it a parameter of one element, or use the "
+            "engine ddp"
+        )
+    if next(module.parameters()).is_cpu and not hasattr(torch.cpu.Stream, "record_event"):
+        raise ValueError(
+            f"fully_shard of torch {torch.__version__} does not work on CPU: take a newer torch or a GPU, or use the "
             "engine ddp"
         )
     for tensor in module.state_dict().values():

@@ -9,7 +9,7 @@ from typing import Any, Final, TypeVar
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, Adam, Optimizer
+from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from arsg_dist import theory
 from arsg_dist.optim.arsg import ARSG
@@ -264,7 +264,7 @@ def _denominator(optimizer: Optimizer, group: dict[str, Any], param: Tensor, squ
         if group["momentum"]:
             raise TypeError("advise() knows RemoteObservation around SGD without momentum only")
         return torch.ones_like(square)
-    adaptive = isinstance(inner, Adam)
+    adaptive = isinstance(inner, Adam | AdamW)  # in torch 2.6 AdamW is no Adam
     if adaptive and group["betas"][0]:
         raise TypeError("advise() knows RemoteObservation around Adam and AdamW with betas[0] = 0 only")
     if not (adaptive or isinstance(optimizer, ARSG)):

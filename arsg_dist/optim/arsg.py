@@ -306,9 +306,8 @@ class ARSG(Optimizer):
             TypeError: another kind of optimizer.
             ValueError: differentiable=True.
         """
-        nesterov = convert.is_nesterov(optimizer)
         groups = convert.converted_groups(
-            optimizer, lambda group: convert.adam_group(group, nesterov=nesterov), settings
+            optimizer, lambda group: convert.adam_group(group, optimizer), settings
         )
         return cls._converted(optimizer, groups, convert.adam_state if keep_state else None)
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, Adam, NAdam, Optimizer
+from torch.optim import SGD, Adam, AdamW, NAdam, Optimizer
 
 from arsg_dist.optim.hyperparameters import Hyperparameters, bias_correction
 from arsg_dist.optim.state import MOMENTS
@@ -22,14 +22,16 @@ _CARRIED = ("params", "param_names", "initial_lr")
 """Entries of a group that are no settings of the method."""
 
 
-def adam_group(group: Settings, *, nesterov: bool) -> Settings:
-    """Return ARSG's settings for a group of Adam, AdamW or NAdam (`nesterov`).
+def adam_group(group: Settings, optimizer: Optimizer) -> Settings:
+    """Return ARSG's settings for a group of Adam, AdamW or NAdam.
 
     Raises:
+        TypeError: the optimizer is none of them.
         ValueError: for differentiable=True.
     """
     if group.get("differentiable", False):
         raise ValueError("differentiable=True has no counterpart in ARSG")
+    nesterov = is_nesterov(optimizer)
     beta1, beta2 = (float(beta) for beta in group["betas"])
     amsgrad = group.get("amsgrad", False)
     converted = {
@@ -37,11 +39,13 @@ def adam_group(group: Settings, *, nesterov: bool) -> Settings:
         "betas": (beta1, beta2),
         "eps": group["eps"] ** 2 if amsgrad else group["eps"],
         "weight_decay": group["weight_decay"],
+        # Torch 2.6 says it by the class alone.
+        "decoupled_weight_decay": group.get("decoupled_weight_decay", isinstance(optimizer, AdamW)),
         "preconditioner": "amsgrad" if amsgrad else "adam",
     }
     if nesterov:
         converted["mu"] = 1.0 - beta1
-    for name in ("decoupled_weight_decay", "maximize", "capturable", "foreach", "fused"):
+    for name in ("maximize", "capturable", "foreach", "fused"):
         if name in group:
             converted[name] = group[name]
     return converted
@@ -315,6 +319,6 @@ def is_nesterov(optimizer: Optimizer) -> bool:
     Raises:
         TypeError: neither torch's Adam, AdamW nor NAdam.
     """
-    if not isinstance(optimizer, Adam | NAdam):
+    if not isinstance(optimizer, Adam | AdamW | NAdam):  # in torch 2.6 AdamW is no Adam
         raise TypeError(f"from_adam takes torch's Adam, AdamW or NAdam, got {type(optimizer).__name__}")
     return isinstance(optimizer, NAdam)

@@ -269,8 +269,9 @@ class TensorLists:
         """
         columns = [self.params, self.grads]
         tensors = [param, grad if places is None else grad.contiguous()]
-        for moments, name in zip(
-            (self.exp_avgs, self.exp_avg_sqs, self.max_exp_avg_sqs), MOMENTS[preconditioner], strict=False
+        # Without strict=False, which torch 2.6's compiler takes for True.
+        for moments, name in zip(  # noqa: B905
+            (self.exp_avgs, self.exp_avg_sqs, self.max_exp_avg_sqs), MOMENTS[preconditioner]
         ):
             columns.append(moments)
             tensors.append(real(local(required(state, name))))

@@ -1,6 +1,7 @@
 """The engine `ddp` in one process; what several ranks do is in tests/engines, tests/imagenet and tests/checkpoint."""
 
 from collections.abc import Iterator
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from arsg_dist import ARSG
 from arsg_dist.checkpoint import CheckpointStore, SavedRun, save_run
 from arsg_dist.ddp import DDPEngine, Shards, connect
+from arsg_dist.ddp import engine as engine_module
 from arsg_dist.ddp.shards import load_sharded
 from arsg_dist.engine import Communicator, Ranks, SingleProcessEngine, discover_ranks, load_builder
 from tests.ddp.jobs.shards_job import groups
@@ -65,10 +67,14 @@ def test_names_are_those_of_the_network(communicator: Communicator) -> None:
     assert {key.partition(":")[2] for key in engine.state().tensors} >= {"0.weight", "1.running_mean"}
 
 
+@pytest.mark.parametrize("older", [False, True])
 def test_buffers_are_sent_at_the_start_only(
-    communicator: Communicator, monkeypatch: pytest.MonkeyPatch
+    communicator: Communicator, monkeypatch: pytest.MonkeyPatch, older: bool
 ) -> None:
-    """Catches batch norm's statistics of every rank that are replaced by rank 0's at every forward pass."""
+    """Catches batch norm's statistics of every rank that are replaced by rank 0's at every forward pass, and a torch
+    before 2.13, which has another argument for it, with which nothing is sent at the start either."""
+    if older:
+        monkeypatch.setattr(engine_module, "signature", lambda _: signature(lambda broadcast_buffers: None))
     sent, broadcast = list[int](), dist._broadcast_coalesced
 
     def counted(group: Any, tensors: list[torch.Tensor], *rest: Any) -> None:

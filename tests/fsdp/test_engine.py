@@ -27,11 +27,12 @@ from tests.fsdp import features
 from tests.fsdp.jobs.mesh_job import HIDDEN, OPTIMIZERS
 from tests.imagenet.jobs.small_network import SmallResNet
 from tests.support import toy
-from tests.support.compare import assert_same_weights
+from tests.support.compare import assert_same_weights, skip_without_sharding_on_cpu
 from tests.support.results import results_of
 
 
 def result(name: str) -> Any:
+    skip_without_sharding_on_cpu()
     return results_of("warm torchrun", 4, "fsdp/jobs/mesh_job")[name]
 
 
@@ -159,6 +160,7 @@ def test_the_base_iterate_is_reached_through_shards() -> None:
 @pytest.fixture
 def _alone() -> Iterator[None]:
     """A process group of this process."""
+    skip_without_sharding_on_cpu()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
@@ -526,6 +528,15 @@ def test_units_are_the_blocks(module: nn.Module, expected: list[str]) -> None:
     assert [name for name, _ in units_of(module)] == expected
 
 
+def test_a_torch_that_cannot_shard_on_cpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches the AttributeError of torch 2.6's streams at the first forward pass."""
+    monkeypatch.delattr(torch.cpu.Stream, "record_event", raising=False)
+    with pytest.raises(
+        ValueError, match="does not work on CPU: take a newer torch or a GPU, or use the engine ddp"
+    ):
+        shard(nn.Linear(2, 2))
+
+
 def test_what_does_not_work_is_refused_before_training() -> None:
     """Catches whole parameters under an engine of shards, scalars, and options that another engine has."""
     for options, message in (
@@ -552,11 +563,12 @@ def test_what_does_not_work_is_refused_before_training() -> None:
         load_builder("fsdp")(half, world_size=2).check_network(build_model("resnet18", 10))
     with pytest.raises(ValueError, match="no blocks were found in Linear"):
         load_builder("fsdp")(settings(), world_size=2).check_network(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="engine horovod: it has none"):
-        load_builder("horovod").check_options("horovod", {"reshard_after_forward": True})
     module = nn.Linear(2, 2)
     with pytest.raises(ValueError, match=r"call arsg_dist\.fsdp\.shard"):
         FSDPEngine(module, ARSG(module.parameters()), SingleProcessCommunicator())
     module.scale = nn.Parameter(torch.tensor(1.0))
     with pytest.raises(ValueError, match="'scale' has no dimension"):
         shard(module)
+    pytest.importorskip("horovod", reason="the rest of the test is about another engine")
+    with pytest.raises(ValueError, match="engine horovod: it has none"):
+        load_builder("horovod").check_options("horovod", {"reshard_after_forward": True})

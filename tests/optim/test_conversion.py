@@ -93,6 +93,16 @@ def test_settings_of_adam_are_mapped() -> None:
     assert (overridden["preconditioner"], overridden["eps"], overridden["mu"]) == ("amsgrad", 1e-3, 0.2)
 
 
+@pytest.mark.parametrize(("source", "decoupled"), [(torch.optim.Adam, False), (torch.optim.AdamW, True)])
+def test_adamw_is_decoupled_where_its_groups_do_not_say_so(
+    source: type[torch.optim.Adam], decoupled: bool
+) -> None:
+    """Catches the decay of an AdamW of torch 2.6 that becomes part of the gradient."""
+    adam = source(parameters([(2,)]), weight_decay=0.2)
+    adam.param_groups[0].pop("decoupled_weight_decay", None)
+    assert ARSG.from_adam(adam).param_groups[0]["decoupled_weight_decay"] is decoupled
+
+
 @pytest.mark.parametrize("preconditioner", ["amsgrad", "adam", "none"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_state_of_adam_fits_every_preconditioner(preconditioner: str, dtype: torch.dtype) -> None:

@@ -12,6 +12,7 @@ This file is also the program of such a process: it reads requests (JSON lines),
 import atexit
 import contextlib
 import functools
+import importlib.util
 import json
 import os
 import random
@@ -401,15 +402,19 @@ def _serve() -> None:
     os.dup2(2, 1)  # imports print
     # Beside what a program imports, what DeepSpeed and the others import or load when they are used first: seconds of
     # every rank. Nothing here starts a thread, which a fork would lose.
-    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  (torch's compiler, by a decorator)
-    import horovod.torch  # noqa: F401
+    if importlib.util.find_spec("deepspeed"):  # launch/test_versions.sh does without the engines
+        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  (torch's compiler, by a decorator)
+
+        import arsg_dist.deepspeed
+    if importlib.util.find_spec("horovod"):
+        import horovod.torch  # noqa: F401
+
+        import arsg_dist.horovod
     import matplotlib.figure
     import torch.utils.tensorboard  # noqa: F401
 
     import arsg_dist.ddp
-    import arsg_dist.deepspeed
     import arsg_dist.fsdp
-    import arsg_dist.horovod
     import arsg_dist.imagenet.cli  # noqa: F401
     from tests.support import fault_points  # noqa: F401
 

@@ -38,6 +38,15 @@ class GroupScheduler(LRScheduler):
         """Return the groups' current learning rates (copies, if they are tensors)."""
         return [_copied(group["lr"]) for group in self.optimizer.param_groups]
 
+    if not hasattr(LRScheduler, "_update_lr"):  # an older torch, whose step() has no hook
+
+        def step(self, epoch: int | None = None) -> None:
+            """Step as a newer torch does."""
+            last_epoch, last_lr = self.last_epoch, getattr(self, "_last_lr", [])
+            super().step()  # counts, warns of a wrong order, and assigns each group the lr that it has
+            self.last_epoch, self._last_lr = last_epoch, last_lr
+            self._update_lr(epoch)
+
     def _update_lr(self, epoch: int | None = None) -> None:
         # Torch's hook: called by step(), and by SequentialLR with epoch 0 where it hands over.
         if epoch is None:

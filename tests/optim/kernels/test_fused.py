@@ -367,9 +367,11 @@ def test_compiled_code_that_fails_on_its_way_is_not_followed_by_another_update(m
 def test_the_package_can_do_with_a_torch_that_does_not_know_recompile_limit(monkeypatch, known: bool) -> None:
     """Catches torch 2.11, whose torch.compile refuses the argument: the package could not even be imported."""
     given = []
+    config = torch._dynamo.config
+    limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # torch 2.6
 
     def old(function, *, fullgraph, dynamic):
-        return lambda *_: given.append(torch._dynamo.config.recompile_limit)
+        return lambda *_: given.append(getattr(config, limit))
 
     def new(function, *, fullgraph, dynamic, recompile_limit):
         return lambda *_: given.append(recompile_limit)

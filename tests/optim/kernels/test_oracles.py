@@ -83,7 +83,7 @@ def test_mu_zero_is_torch_amsgrad_started_late(path: Path, decoupled: bool) -> N
     params, others = parameters(SHAPES), parameters(SHAPES)
     settings = {"lr": 0.02, "betas": (0.95, 0.98), "weight_decay": 0.02}
     ours = ARSG(params, mu=0.0, eps=eps, decoupled_weight_decay=decoupled, **settings, **path.settings)
-    adam = torch.optim.Adam(others, eps=0.0, amsgrad=True, decoupled_weight_decay=decoupled, **settings)
+    adam = (torch.optim.AdamW if decoupled else torch.optim.Adam)(others, eps=0.0, amsgrad=True, **settings)
     for x in others:
         adam.state[x] = {
             "step": torch.tensor(1e6),
