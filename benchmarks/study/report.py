@@ -184,36 +184,19 @@ def power_table(ledgers: dict[str, Ledger]) -> str:
 
 
 def batch_table(measured: list[dict[str, Any]]) -> str:
-    """Return the best μ at each batch size, the theory's, and what a μ for all would cost."""
-    lines = []
+    """Return, for each batch size, the best learning rate and μ, which μ cost at most 5 % of loss, and the theory's."""
+    rows: dict[tuple[str, float], list[str]] = {}
     for line in measured:
-        kind = "RSG" if line["preconditioner"] == "none" else "ARSG adam"
         losses = dict(zip(batch.MUS, line["losses"], strict=True))
-        best = min(losses.values())
-        near = [mu for mu, loss in losses.items() if loss <= 1.05 * best]
-        theirs = "–" if line.get("theory_mu") is None else _number(line["theory_mu"], 2)
+        near = [mu for mu, loss in losses.items() if loss <= 1.05 * min(losses.values())]
         lr = line["lrs"][batch.MUS.index(line["mu"])]
-        lines.append(
-            [
-                f"{kind}, β1 {line['beta1']:g}",
-                str(line["batch"]),
-                f"{lr:.3g}",
-                f"{line['mu']:g}",
-                f"{min(near):g} to {max(near):g}",
-                theirs,
-                f"{best:.3g}",
-            ]
-        )
-    head = [
-        "",
-        "batch",
-        "best learning rate",
-        "best μ",
-        "μ within 5 % of the best loss",
-        "theory's μ",
-        "loss",
-    ]
-    return _table(head, lines)
+        text = f"lr {lr:.2g}, μ {line['mu']:g} ({min(near):g} to {max(near):g})"
+        if line.get("theory_mu") is not None:
+            text += f"; {_number(line['theory_mu'], 2)}"
+        rows.setdefault((line["preconditioner"], line["beta1"]), []).append(text)
+    names = {"none": "RSG", "adam": "ARSG adam"}
+    lines = [[f"{names[kind]}, β1 {beta1:g}", *texts] for (kind, beta1), texts in rows.items()]
+    return _table(["", *(f"batch {size}" for size in batch.BATCHES)], lines)
 
 
 def core_hours(ledger: Ledger) -> float:
