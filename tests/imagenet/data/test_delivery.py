@@ -250,7 +250,8 @@ def test_a_small_dev_shm_ends_a_run(case: str, tmp_path: Path) -> None:
     assert "Traceback" not in job.stderr
     (began,) = re.findall(r"begins at ([\d.]+)", job.stdout)
     print(f"{case}: {ended - float(began):.1f} s")
-    assert ended - float(began) < 10  # promised, with the start of loader processes and all
+    # 0.4 to 4.6 s were measured on a machine with a core to spare, 27 on one with none; `data.timeout` would be 300.
+    assert ended - float(began) < 60
 
 
 def run() -> None:
