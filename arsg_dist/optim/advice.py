@@ -13,6 +13,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from arsg_dist import theory
 from arsg_dist.optim.arsg import ARSG
+from arsg_dist.optim.convert import is_decoupled
 from arsg_dist.optim.hyperparameters import bias_correction
 from arsg_dist.optim.remote_observation import RemoteObservation
 
@@ -149,7 +150,7 @@ def advise(
         for param in of_group:
             denominator = _denominator(optimizer, group, param, next(squares))
             scales.append((relative / denominator).sqrt())
-            decays.append(_coupled_decay(group))
+            decays.append(_coupled_decay(group, optimizer))
     spread = [
         torch.stack(
             [
@@ -282,8 +283,9 @@ def _denominator(optimizer: Optimizer, group: dict[str, Any], param: Tensor, squ
     return v.sqrt().add(group["eps"]).clamp(min=torch.finfo(square.dtype).tiny)
 
 
-def _coupled_decay(group: dict[str, Any]) -> float:
-    return 0.0 if group.get("decoupled_weight_decay") else float(group.get("weight_decay", 0.0))
+def _coupled_decay(group: dict[str, Any], optimizer: Optimizer) -> float:
+    inner = optimizer.optimizer if isinstance(optimizer, RemoteObservation) else optimizer
+    return 0.0 if is_decoupled(group, inner) else float(group.get("weight_decay", 0.0))
 
 
 def _gradient(loss: Tensor, params: list[Tensor]) -> list[Tensor]:

@@ -39,8 +39,7 @@ def adam_group(group: Settings, optimizer: Optimizer) -> Settings:
         "betas": (beta1, beta2),
         "eps": group["eps"] ** 2 if amsgrad else group["eps"],
         "weight_decay": group["weight_decay"],
-        # Torch 2.6 says it by the class alone.
-        "decoupled_weight_decay": group.get("decoupled_weight_decay", isinstance(optimizer, AdamW)),
+        "decoupled_weight_decay": is_decoupled(group, optimizer),
         "preconditioner": "amsgrad" if amsgrad else "adam",
     }
     if nesterov:
@@ -311,6 +310,12 @@ def fill_state(new: Settings, source: Settings) -> None:
             value.copy_(torch.as_tensor(source[name]))
         else:
             new[name] = source[name]
+
+
+def is_decoupled(group: Settings, optimizer: Optimizer) -> bool:
+    """Say whether the weight decay of a group of ARSG or one of torch's optimizers is decoupled."""
+    # Torch 2.6 says it by the class alone.
+    return bool(group.get("decoupled_weight_decay", isinstance(optimizer, AdamW)))
 
 
 def is_nesterov(optimizer: Optimizer) -> bool:
