@@ -37,8 +37,14 @@ _TITAN: Final = ("optimizer.", "lr_scheduler.", "dataloader.", "train_state.")
 _STATISTICS: Final = frozenset({"running_mean", "running_var", "num_batches_tracked"})
 _SHOWN: Final = 5
 
-# What torch's optimizers have in their groups and our format leaves out: a load asks for it.
-_IMPLEMENTATION: Final = {"foreach": None, "fused": None, "capturable": False, "differentiable": False}
+# What optimizers have in their groups and our format leaves out: a load asks for it.
+_IMPLEMENTATION: Final = {
+    "foreach": None,
+    "fused": None,
+    "capturable": False,
+    "differentiable": False,
+    "master": None,
+}
 
 
 class DCPCheckpoint(SavedState):
