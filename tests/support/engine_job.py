@@ -41,7 +41,7 @@ def main() -> None:
             part = slice(start, start + micro_batch)
             engine.backward(toy.loss_of(engine.module(inputs[part]), targets[part]))
             engine.step()
-    if builder.capabilities.no_whole_weights:
+    if builder.capabilities.no_replicas:  # no rank holds the whole
         whole = communicator.from_rank_0(engine.whole_weights())
         weights = {name: whole[name] for name, _ in model.named_parameters()}
     else:
