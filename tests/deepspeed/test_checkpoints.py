@@ -208,10 +208,11 @@ def test_saving_inside_an_update_warns(tmp_path: Path, monkeypatch: pytest.Monke
     )
     called: list[Any] = []
 
-    def save(engine: Any, directory: str, tag: str | None) -> None:
+    def save(engine: Any, directory: str, *rest: Any) -> None:
         called.append(directory)
 
     monkeypatch.setattr("deepspeed.comm.get_rank", lambda: 0)
+    monkeypatch.setattr("arsg_dist.deepspeed.checkpoint.guard._agree", lambda engine, check: check())
     with pytest.warns(UserWarning, match="1 of 4 micro-batches"):
         _guarded_save(save)(engine, str(tmp_path))
     assert called == [str(tmp_path)]
