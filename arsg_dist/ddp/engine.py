@@ -69,7 +69,7 @@ class DDPEngine(LocalEngine):
         distribution = {"gradient_as_bucket_view": True, **distribution}
         # Before torch 2.13 the one argument, broadcast_buffers, leaves buffers out at the start too.
         older = "forward_sync_buffers" not in signature(DistributedDataParallel).parameters
-        buffers = {} if older else {"forward_sync_buffers": False}
+        buffers: dict[str, Any] = {} if older else {"forward_sync_buffers": False}
         self._parallel = DistributedDataParallel(module, device_ids=on_gpu, **buffers, **distribution)
         if older:
             self._parallel.broadcast_buffers = False

@@ -213,7 +213,7 @@ def meet(environ: Mapping[str, str], label: str, timeout: timedelta) -> Any:
     of_agent = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun's, which listens already
     leads = rank == 0 and not of_agent
     listener = _listener(address, port) if leads else None
-    options = {
+    options: dict[str, Any] = {
         "is_master": leads,
         "timeout": timeout,
         "multi_tenant": True,
