@@ -213,16 +213,17 @@ def meet(environ: Mapping[str, str], label: str, timeout: timedelta) -> Any:
     of_agent = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun's, which listens already
     leads = rank == 0 and not of_agent
     listener = _listener(address, port) if leads else None
+    options: dict[str, Any] = {
+        "is_master": leads,
+        "timeout": timeout,
+        "multi_tenant": True,
+        "master_listen_fd": None if listener is None else listener.detach(),
+    }
     try:
-        store: Any = TCPStore(
-            address,
-            port,
-            world_size,
-            is_master=leads,
-            timeout=timeout,
-            multi_tenant=True,
-            master_listen_fd=None if listener is None else listener.detach(),
-        )
+        try:
+            store: Any = TCPStore(address, port, world_size, **options)
+        except NotImplementedError:  # torch 2.6, whose newer kind of server takes no socket
+            store = TCPStore(address, port, world_size, use_libuv=False, **options)
     except DistNetworkError as error:
         if leads and "EADDRINUSE" in str(error):
             raise ValueError(_port_is_taken(address, port)) from None

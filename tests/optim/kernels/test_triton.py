@@ -353,6 +353,10 @@ def test_full_chunks_are_read_and_written_128_bits_at_a_time_and_rounded_correct
     tmp_path: Path, capability: int, mode: str, dtypes: tuple[str, str, str], loads: int, stores: int
 ) -> None:
     """Catches scalar accesses, a second pass over memory, approximate roots and quotients, contraction, and spills."""
+    if triton.__version__.startswith("3.2."):
+        pytest.skip(
+            "Triton 3.2 cannot compile after its interpreter was used, and flushes subnormal roots to 0"
+        )
     code = Code(capability, tmp_path, mode, *dtypes)
     assert code.count(r"ld\.global\S*\.v4\.b32") == loads
     assert code.count(r"st\.global\S*\.v4\.b32") == stores
