@@ -114,7 +114,22 @@ class ShardedDDPEngine(DDPEngine):
 
     def _own_state(self) -> EngineState:
         rank, world_size = self.communicator.rank, self.communicator.world_size
+        self._tell_base_iterate_scales()
         return sharded_state(self.kind, self._network, self.optimizer, self._shards, rank, world_size)
+
+    def _tell_base_iterate_scales(self) -> None:
+        """Bring α·η of the last update to ranks that have no part of a group: what is saved of groups is rank 0's."""
+        groups = self.optimizer.param_groups
+        own = [
+            float(group["base_iterate_scale"]) if group["params"] and "base_iterate_scale" in group else None
+            for group in groups
+        ]
+        for group, scales in zip(
+            groups, zip(*self.communicator.all_gather_object(own), strict=True), strict=True
+        ):
+            known = [scale for scale in scales if scale is not None]
+            if known and not group["params"]:
+                group["base_iterate_scale"] = known[0]
 
     def load_state(self, saved: SavedState) -> None:
         """Load what this rank holds, and bring the parts together. Collective."""

@@ -29,14 +29,13 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-MASTERLESS = ("single", "ddp", "ddp, divided", "fsdp", "horovod")
+MASTERLESS = ("single", "ddp", "ddp-divided", "fsdp", "horovod")
 """Engines in which the optimizer has the parameters themselves, in their dtype."""
 
 
 def engines_of(family: str, label: str) -> list[str]:
     """Engines that can: those with masters of their own do without split ones."""
-    names = [*FAMILIES[family], *(["ddp, divided"] if family == "torchrun" else [])]
-    return [name for name in names if "split" not in label or name in MASTERLESS]
+    return [name for name in FAMILIES[family] if "split" not in label or name in MASTERLESS]
 
 
 def build(name: str, label: str, communicator: Any) -> Engine:
@@ -58,22 +57,19 @@ def build(name: str, label: str, communicator: Any) -> Engine:
         return DeepSpeedEngine(model, config, communicator)
     if "split" in label:
         model = model.bfloat16()
-    if name == "fsdp":
-        from arsg_dist import fsdp
-
-        fsdp.shard(model)
-    if name == "ddp, divided":
-        from arsg_dist.ddp import DDPEngine, Shards
-
-        shards = Shards(model.parameters())
-        return DDPEngine(model, ARSG(shards.groups, **settings), communicator, shards=shards)
-    optimizer = ARSG(model.parameters(), **settings)
     if name == "horovod-sharded":
         from arsg_dist import horovod
 
         # In smaller buckets every piece would be too small for 8 bits.
+        optimizer = ARSG(model.parameters(), **settings)
         return horovod.HorovodShardedEngine(model, optimizer, communicator, bucket_mb=1)
-    return engine_around(name, model, optimizer, communicator)
+    return engine_around(
+        name,
+        model,
+        lambda module: [{"params": list(module.parameters())}],
+        lambda groups: ARSG(groups, **settings),
+        communicator,
+    )
 
 
 def train(engine: Engine, first: int, last: int) -> None:
