@@ -26,9 +26,10 @@ HALF_PRECISION_ROUNDINGS = 8
 
 LAUNCHES: list[tuple[int, str, list[pytest.MarkDecorator]]] = [
     (2, "core", []),
-    (1, "all", [pytest.mark.turn(0)]),
+    (3, "rest", [pytest.mark.turn(0)]),
     (2, "rest", [pytest.mark.turn(1)]),
-    (3, "all", [pytest.mark.turn(2)]),
+    (3, "core", [pytest.mark.turn(2)]),
+    (1, "all", [pytest.mark.turn(2)]),
 ]
 ALL = [
     pytest.param(
