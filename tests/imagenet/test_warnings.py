@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from arsg_dist.imagenet.cli import _future_warnings_once
-from tests.support.warm_ranks import ENGINES, WarmRanks, warm_ranks
+from tests.support.engines import ENGINES, STAGES
+from tests.support.warm_ranks import WarmRanks, warm_ranks
 
 
 @pytest.fixture
@@ -62,10 +63,11 @@ def test_a_run_of_two_ranks_shows_each_future_warning_once(
         **{"data.image_size": 8, "data.workers": 2, "model": "resnet20", "batch_size": 12, "epochs": 2},
         **{"optimizer.params": "{lr: 0.01}", "output": tmp_path / "run"},
     }
+    started = (ENGINES | STAGES)[engine]
     job = warm.run_program(
-        "horovodrun" if engine.startswith("horovod") else "torchrun",
+        started.launcher,
         "tests/imagenet/jobs/warnings_job.py",
-        *ENGINES[engine],
+        *started.options,
         *(text for name, value in settings.items() for text in (f"--{name}", value)),
         environment={**os.environ},
         ranks=2,

@@ -15,6 +15,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ from arsg_dist.deepspeed.checkpoint import pickles
 from arsg_dist.deepspeed.checkpoint.reader import read_checkpoint
 from arsg_dist.deepspeed.config.resolve import resolve_config
 from arsg_dist.deepspeed.config.side_effects import check_swap_directory
-from arsg_dist.engine import SingleProcessCommunicator, discover_ranks
+from arsg_dist.engine import Capabilities, SingleProcessCommunicator, discover_ranks
 from arsg_dist.imagenet.config import TrainConfig
 from arsg_dist.imagenet.training.engines import build_engine, prepare
 from tests.deepspeed.jobs.files import PRECISIONS, STATE
@@ -547,7 +548,8 @@ def test_a_config_imports_nothing_new() -> None:
 
 def test_the_program_says_what_a_config_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Catches effects that only check-config says, to whom runs it."""
-    monkeypatch.setattr(arsg_dist.deepspeed.build, "DeepSpeedEngine", lambda *_, **__: None)
+    made = SimpleNamespace(capabilities=Capabilities())
+    monkeypatch.setattr(arsg_dist.deepspeed.build, "DeepSpeedEngine", lambda *_, **__: made)
     config = {"csv_monitor": {"enabled": True, "output_path": "/logs"}}
     (tmp_path / "ds.json").write_text(json.dumps(config))
     builder = prepare("deepspeed", TrainConfig(), str(tmp_path / "ds.json"), 1)

@@ -97,7 +97,7 @@ BAD = {
     "EPS": (EPS, KNOWN_NO_MORE),
     "WMF": (b"\xd7\xcd\xc6\x9a" + bytes(60), KNOWN_NO_MORE),
     "DDS header": (b"DDS " + struct.pack("<I", 124) + bytes(120), KNOWN_NO_MORE),
-    "AVIF": (b"\0\0\0\x1cftypavif" + bytes(40), KNOWN_NO_MORE),
+    "AVIF": (b"\0\0\0\x1cftypavif" + bytes(40), "AVIF, none of"),
     "PCX": (encoded("PCX"), KNOWN_NO_MORE),
     "PDF": (b"%PDF-1.4\n" + bytes(60), KNOWN_NO_MORE),
     "text": (b"no image", KNOWN_NO_MORE),
