@@ -33,7 +33,7 @@ from arsg_dist.checkpoint import SavedRun
 from arsg_dist.engine.job import PREEMPTED
 from arsg_dist.imagenet.signals import MARKER
 from tests.imagenet.test_training import without_speed
-from tests.support.engines import ENGINES
+from tests.support.engines import ENGINES, STAGES
 from tests.support.warm_ranks import EndedJob, WarmRanks, warm_ranks
 
 JOB = "tests/imagenet/jobs/imagenet_job.py"
@@ -232,10 +232,11 @@ class StruckRun:
 def run(
     warm: WarmRanks, engine: str, *arguments: object, faults: tuple[dict[str, Any], ...] = ()
 ) -> EndedJob:
+    started = (ENGINES | STAGES)[engine]
     return warm.run_program(
-        ENGINES[engine].launcher,
+        started.launcher,
         JOB,
-        *ENGINES[engine].options,
+        *started.options,
         *SETTINGS,
         *arguments,
         environment={**os.environ, "ARSG_TEST_SMALL_NETWORK": "1"},
