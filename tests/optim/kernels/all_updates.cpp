@@ -32,7 +32,7 @@ std::vector<Storage<T>> values(const bool positive) {
   for (auto& value : made) {
     const double number = uniform();
     if constexpr (std::is_same_v<T, EightBitCodes>) {
-      value = static_cast<uint8_t>(positive ? 255 * std::fabs(number) : static_cast<int8_t>(127 * number));
+      value = static_cast<uint8_t>(static_cast<int>(positive ? 255 * std::fabs(number) : 127 * number));
     } else if constexpr (std::is_same_v<T, SplitBits>) {
       value = split_upper(static_cast<float>(number));
     } else {
