@@ -29,7 +29,6 @@ SETTINGS = [
         pytest.param("horovod", "horovod-sharded", marks=pytest.mark.turn(1)),
         pytest.param("horovod-sharded", "deepspeed", marks=pytest.mark.turn(2)),
         pytest.param("deepspeed", "ddp", marks=pytest.mark.turn(1)),
-        pytest.param("horovod", "fsdp", marks=pytest.mark.turn(0)),
     ],
 )
 def test_a_run_of_an_older_revision_goes_on(saved_by: str, engine: str, tmp_path: Path) -> None:
