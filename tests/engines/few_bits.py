@@ -7,11 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from arsg_dist import ARSG
-from arsg_dist.checkpoint import CheckpointStore, SavedRun, save_run
+from arsg_dist.checkpoint import SavedRun
 from arsg_dist.engine import Engine
 from arsg_dist.optim.kernels.eight_bit import EightBit
+from arsg_dist.optim.state import local
 from tests.support import toy
-from tests.support.checkpoint_matrix import FAMILIES, STAGES, engine_around
+from tests.support.checkpoint_matrix import FAMILIES, STAGES, engine_around, save
 
 SAVE_AFTER, UPDATES = 3, 6
 SIZES = (
@@ -91,16 +92,14 @@ def moments(engine: Engine) -> int:
     if hasattr(engine.optimizer, "inner"):
         states = engine.optimizer.inner.state
     tensors = [value for state in states.values() for value in state.values() if isinstance(value, Tensor)]
-    return sum(isinstance(getattr(tensor, "_local_tensor", tensor), EightBit) for tensor in tensors)
+    return sum(isinstance(local(tensor), EightBit) for tensor in tensors)
 
 
 def follow(name: str, label: str, communicator: Any, directory: Path, source: Path | None) -> dict[str, Any]:
     """What an engine makes of a case: its weights, resumed, and gone on from another's checkpoint."""
     engine = build(name, label, communicator)
     train(engine, 0, SAVE_AFTER)
-    store = CheckpointStore(directory, communicator)
-    saved = save_run(store, 1, engine.state(), {}, communicator)
-    store.finish()
+    saved = save(engine, directory, {})
     found: dict[str, Any] = {"saved": weights(engine), "moments": moments(engine)}
     train(engine, SAVE_AFTER, UPDATES)
     found["end"] = weights(engine)

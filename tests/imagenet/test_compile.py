@@ -18,13 +18,14 @@ from arsg_dist.imagenet.config import OptimizerConfig, TrainConfig
 from arsg_dist.imagenet.training.engines import build_engine, prepare
 from tests.imagenet.jobs.small_network import SmallResNet
 from tests.imagenet.test_training import epochs_of
+from tests.support import engines
 from tests.support.compare import assert_same_weights
 from tests.support.launchers import launch
 
 ENGINES = {
-    "single": ("warm alone", 1, []),
-    "zero2": ("warm deepspeed", 2, ["--deepspeed_config", "configs/deepspeed/zero2.json"]),
-    "horovod-sharded": ("warm horovodrun", 2, ["--engine", "horovod-sharded"]),
+    "single": engines.ENGINES["single"],
+    "zero2": engines.STAGES["deepspeed-2"],
+    "horovod-sharded": engines.ENGINES["horovod-sharded"],
 }
 JOB = "tests/imagenet/jobs/imagenet_job.py"
 SMALL = {"ARSG_TEST_SMALL_NETWORK": "1"}
@@ -84,13 +85,14 @@ def test_the_compiled_network_is_the_network() -> None:
 def test_a_compiled_run_is_the_run(engine: str, recipe: list[str], tmp_path: Path) -> None:
     """Catches keys with _orig_mod, a graph of the training mode used in validation, and hooks of an engine that
     compilation loses; the compiled run is interrupted in its second epoch and resumed."""
-    launcher, ranks, options = ENGINES[engine]
-    settings = [*recipe, *options, "--checkpoint_every", "6"]
+    started = ENGINES[engine]
+    settings = [*recipe, *started.options, "--checkpoint_every", "6"]
     exact = {**SMALL, "ARSG_TEST_COMPILE_BACKEND": "aot_eager"}
     for more in (["--max_updates", "7"], ["--resume"]):
-        job = launch(launcher, ranks, JOB, *settings, "--compile", "true", *more, variables=exact)
+        job = launch(started.warm, started.ranks, JOB, *settings, "--compile", "true", *more, variables=exact)
         assert job.code == 0, job.output[-5000:]
-    job = launch(launcher, ranks, JOB, *settings, "--output", tmp_path / "plain", variables=SMALL)
+    plainly = [*settings, "--output", tmp_path / "plain"]
+    job = launch(started.warm, started.ranks, JOB, *plainly, variables=SMALL)
     assert job.code == 0, job.output[-5000:]
     compiled, plain = (load_file(tmp_path / name / "weights/last.safetensors") for name in ("run", "plain"))
     assert compiled.keys() == plain.keys() == SmallResNet(3).state_dict().keys()
@@ -106,12 +108,12 @@ def test_a_compiled_run_is_the_run(engine: str, recipe: list[str], tmp_path: Pat
 @pytest.mark.ranks
 def test_ranks_compile(recipe: list[str], tmp_path: Path) -> None:
     """Catches ranks that are in each other's way in the compiler's cache, and losses that have nothing in common."""
-    launcher, ranks, options = ENGINES["horovod-sharded"]
+    started = ENGINES["horovod-sharded"]
     cache = {**SMALL, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
-    settings = [*recipe, *options, "--epochs", "1"]
+    settings = [*recipe, *started.options, "--epochs", "1"]
     for output, value in (("run", "true"), ("plain", "false")):
         arguments = [*settings, "--compile", value, "--output", str(tmp_path / output)]
-        job = launch(launcher, ranks, JOB, *arguments, timeout=500, variables=cache)
+        job = launch(started.warm, started.ranks, JOB, *arguments, timeout=500, variables=cache)
         assert job.code == 0, job.output[-5000:]
     (here,), (there,) = epochs_of(tmp_path / "run"), epochs_of(tmp_path / "plain")
     assert here["train_loss"] == pytest.approx(there["train_loss"], rel=0.01)
