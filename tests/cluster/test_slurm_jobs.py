@@ -3,6 +3,7 @@
 import json
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,14 @@ from tests.cluster.starts import start, wait_for_batch_job
 from tests.support.launchers import REPOSITORY
 
 pytestmark = [pytest.mark.cluster, pytest.mark.ranks]
+
+
+@pytest.fixture(autouse=True)
+def no_job_stays(cluster: Cluster) -> Iterator[None]:
+    """Ends what a failed test leaves to Slurm: it would hold the nodes of the next."""
+    yield
+    cluster.run_on("node1", ["scancel", "--user=root"], timeout=60)
+
 
 NODES = ["--nodes", "2", "--ranks-per-node", "1", "--engine", "deepspeed", "--time", "10"]
 
@@ -287,7 +296,7 @@ def test_a_cancelled_training_saves_and_stays_cancelled(cluster: Cluster, tmp_pa
     assert saved.progress["position"]["update"] == marker["update"]
     slurm.wait_for_idle(cluster, len(cluster.names))
     shown = cluster.run_on("node1", ["scontrol", "show", "job", "-o", job], timeout=60).output
-    assert "JobState=CANCELLED" in shown
+    assert "JobState=CANCELLED" in shown, text_of(log)[-5000:]
     assert "Restarts=0" in shown
 
 

@@ -1,6 +1,5 @@
 """A job that came up on fewer hosts than it was started for ends before it trains, whatever the engine."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -65,16 +64,14 @@ def test_a_single_process_started_for_two_hosts_is_refused(monkeypatch: pytest.M
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("rendezvous", ["torch", "horovod"])
-def test_every_engine_refuses_on_every_rank(rendezvous: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", [name for name, entry in ENGINES.items() if entry.rendezvous])
+def test_every_engine_refuses_on_every_rank(engine: str, tmp_path: Path) -> None:
     """Catches an engine whose ranks train on one host where two were asked for, and a rank that does not hear of it."""
-    names = [name for name, entry in ENGINES.items() if entry.rendezvous == rendezvous]
-    launcher = "warm deepspeed" if rendezvous == "torch" else "warm horovodrun"
+    launcher = "warm horovodrun" if ENGINES[engine].rendezvous == "horovod" else "warm deepspeed"
     job = launch(
-        launcher, 2, "tests/engines/jobs/few_hosts.py", tmp_path, *names, variables={EXPECTED_HOSTS: "2"}
+        launcher, 2, "tests/engines/jobs/few_hosts.py", tmp_path, engine, variables={EXPECTED_HOSTS: "2"}
     )  # fmt: skip
     assert job.code == 0, job.output[-5000:]
     for rank in range(2):
-        said = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert set(said) == set(names)
-        assert all("started for 2 hosts and its 2 ranks came up on 1" in text for text in said.values()), said
+        said = (tmp_path / f"{rank}.txt").read_text()
+        assert "started for 2 hosts and its 2 ranks came up on 1" in said

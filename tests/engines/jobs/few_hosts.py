@@ -1,16 +1,16 @@
-"""Connects by each of some engines, and writes what each says of the hosts."""
+"""Connects by an engine, and writes what it says of the hosts."""
 
-import json
 import sys
 from pathlib import Path
 
 from arsg_dist.engine import JobError, discover_ranks, end_process, load_builder
 
-ranks, said = discover_ranks(), {}
-for name in sys.argv[2:]:
-    try:
-        load_builder(name).connect(ranks)
-    except JobError as error:
-        said[name] = str(error)
-(Path(sys.argv[1]) / f"{ranks.rank}.json").write_text(json.dumps(said))
+directory, engine = sys.argv[1:3]
+ranks = discover_ranks()
+try:
+    load_builder(engine).connect(ranks)
+    said = "nothing"
+except JobError as error:
+    said = str(error)
+(Path(directory) / f"{ranks.rank}.txt").write_text(said)
 end_process(0)

@@ -287,8 +287,13 @@ _WAIT = (
 )
 _REQUEUE = (
     f'if [ "$code" = {PREEMPTED} ]; then  # saved, and not done',
-    '    echo "saved: requeueing"',
-    '    scontrol requeue "$SLURM_JOB_ID" && sleep 60',
+    '    state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)',
+    '    if [ "$state" = RUNNING ]; then',
+    '        echo "saved: requeueing"',
+    '        scontrol requeue "$SLURM_JOB_ID" && sleep 60',
+    "    else  # Slurm would requeue also what its user has just cancelled",
+    '        echo "saved: not requeued, the job is ${state:-gone}"',
+    "    fi",
     "fi",
 )
 _SIGNAL = (
