@@ -132,8 +132,16 @@ class Shards:
     @torch.no_grad()
     def gather(self) -> None:
         """Bring every rank's parts to all of them. Collective."""
+        under_way = []
         for flat, part in self._flats:
-            dist.all_gather_into_tensor(flat, part.clone())
+            if flat.device.type != "cpu":
+                dist.all_gather_into_tensor(flat, part)
+                continue
+            # Gloo's all-gather makes the whole again in new memory, which costs more than its messages.
+            for source, sent in enumerate(flat.view(dist.get_world_size(), part.numel())):
+                under_way.append(dist.broadcast(sent, source, async_op=True))
+        for work in under_way:
+            work.wait()
 
 
 @torch.no_grad()
