@@ -258,7 +258,9 @@ def exchange_alone(kind: str, numel: int, micro_batches: int, device: torch.devi
             else:
                 dist.all_reduce(whole)
             for _ in range(gathers):
-                if kind == "divided" and device.type == "cpu":  # as Shards.gather and ZeroRedundancyOptimizer do
+                if (
+                    kind == "divided" and device.type == "cpu"
+                ):  # as Shards.gather and ZeroRedundancyOptimizer do
                     sends = [
                         dist.broadcast(sent, source, async_op=True)
                         for source, sent in enumerate(whole.view(ranks, -1))
