@@ -70,7 +70,7 @@ def test_ranks_equal_one_process_and_go_on_from_each_others_checkpoints(
             # three ranks Horovod adds up in an order of the moment, and DistributedDataParallel forms its buckets anew
             # after its first pass.
             of_theta = max(case.relative, THETA)
-            again = case.relative if ranks == 3 and name in ("ddp", "ddp-divided", "horovod") else 0.0
+            again = case.relative if ranks == 3 and name in ("ddp", "horovod") else 0.0
             for what, actual, right, relative in (
                 ("end", found["end"], expected[label]["end"], case.relative),
                 ("resumed", found["resumed"], found["end"], again),

@@ -28,6 +28,10 @@ ENGINES = {
         "warm torchrun",
         ["--engine", "ddp", "--ema_decay", "0.9", "--engine_options.find_unused_parameters", "true"],
     ),
+    "ddp-sharded": (
+        "warm torchrun",
+        ["--engine", "ddp", "--ema_decay", "0.9", "--engine_options.shard_update", "true"],
+    ),
     "fsdp": (
         "warm torchrun",
         ["--engine", "fsdp", "--engine_options", "{reshard_after_forward: false}", "--ema_decay", "0.9"],
@@ -35,7 +39,7 @@ ENGINES = {
     "horovod": ("warm horovodrun", ["--engine", "horovod", "--ema_decay", "0.9"]),
     "horovod-sharded": ("warm horovodrun", ["--engine", "horovod-sharded", "--ema_decay", "0.9"]),
 }
-TURNS = {"ddp": 0, "zero3": 1, "horovod": 2}
+TURNS = {"ddp": 0, "zero3": 1, "horovod": 2, "ddp-sharded": 2}
 FP16 = [
     "--precision",
     "fp16",
@@ -59,6 +63,7 @@ def parameters(path: Path) -> dict[str, torch.Tensor]:
         ),
         pytest.param("horovod", FP16, marks=pytest.mark.turn(0)),
         pytest.param("ddp", FP16, marks=pytest.mark.turn(2)),
+        pytest.param("ddp-sharded", FP16, marks=pytest.mark.turn(0)),
         pytest.param("fsdp", FP16, marks=pytest.mark.turn(1)),
     ],
 )
