@@ -70,7 +70,7 @@ class Reducer:
         for parameter in gradients.views:
             needed = parameter.requires_grad
             parameter.requires_grad_()  # also what is unfrozen later
-            handles.append(parameter.register_post_accumulate_grad_hook(take))
+            handles.append(parameter.register_post_accumulate_grad_hook(take))  # type: ignore[no-untyped-call]
             parameter.requires_grad_(needed)
         return handles
 

@@ -143,7 +143,7 @@ class Shards:
                 under_way.append(dist.all_gather_into_tensor(bucket.whole, bucket.part, async_op=True))
                 continue
             # Gloo's all-gather makes the whole again in new memory, which costs more than its messages.
-            for source, sent in enumerate(bucket.whole.split(max(bucket.part.numel(), 1))):
+            for source, sent in enumerate(torch.split(bucket.whole, max(bucket.part.numel(), 1))):
                 under_way.append(dist.broadcast(sent, source, async_op=True))
         for work in under_way:
             work.wait()

@@ -313,7 +313,10 @@ def test_what_a_loss_leaves_out_is_found_or_refused(
     and an option that is lost on its way."""
     options = {"find_unused_parameters": find, "shard_update": divided}
     module = _Branches()
-    engine = load_builder("ddp")(settings(engine_options=options), 1).build(module, communicator, ALONE)
+    wanted = settings(
+        engine_options=options, build_optimizer=lambda groups: torch.optim.SGD(groups, 0.1, momentum=0.9)
+    )
+    engine = load_builder("ddp")(wanted, 1).build(module, communicator, ALONE)
 
     def update() -> set[str]:
         before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
