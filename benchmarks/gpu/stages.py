@@ -124,6 +124,7 @@ def stages(setting: Setting) -> list[Stage]:
         *("--time", "64", "--micro", "4", "--vocabulary", "512", "--layers", "2", "--width", "64") * dry,
         *("--head", "32", "--dtype", "float32", "--no-compile") * dry,
     )
+    saving = 240 if dry else 60  # a rehearsal's disk and processors are anybody's
     kernel = module("gpu.kernel", "--device", device)
     gpu_tests = "not gpu" if dry else "gpu"
     found = [
@@ -231,7 +232,7 @@ def stages(setting: Setting) -> list[Stage]:
         ),
         Stage(
             "checkpoint",
-            60,
+            saving,
             []
             if short
             else [
@@ -242,7 +243,7 @@ def stages(setting: Setting) -> list[Stage]:
                         *("--device", device, "--ranks", 1, "--rounds", 1 if dry else 3),
                         *("--workloads", "resnet50", "--output", output / "checkpoint_save.md"),
                     ),
-                    60,
+                    saving,
                     {SAVING: "one process, saved in the background and loaded"},
                 )
             ],
