@@ -113,12 +113,13 @@ class StopRequest:
             return  # somebody else's
         if self._communicator is None:
             self._end_untrained(number)
-        elif number == signal.SIGINT and self._interrupted is None:
-            self._interrupted = now
-            if self._communicator.rank == 0:
-                _say("Ctrl-C: saving after this update; once more ends at once, unsaved")
-        elif number == signal.SIGINT and now - self._interrupted > _ONE_KEYSTROKE:
-            os._exit(128 + signal.SIGINT)
+        elif number == signal.SIGINT:
+            if self._interrupted is None:
+                self._interrupted = now
+                if self._communicator.rank == 0:
+                    _say("Ctrl-C: saving after this update; once more ends at once, unsaved")
+            elif now - self._interrupted > _ONE_KEYSTROKE:
+                os._exit(128 + signal.SIGINT)
 
     def _end_untrained(self, number: int) -> None:
         with self._ending:  # of two threads, one
