@@ -303,11 +303,18 @@ def without_core(pids: Iterable[int]) -> float:
 
     Of the thread that waited longest. A limit that is given so much more does not count a busy machine as a hang.
     """
-    longest, left = 0.0, list(pids)
+    return max(each_without_core(pids).values(), default=0.0)
+
+
+def each_without_core(pids: Iterable[int]) -> dict[int, float]:
+    """The same of each of these processes and of those below them."""
+    longest, left = dict[int, float](), list(pids)
     while left:
+        pid = left.pop()
         with contextlib.suppress(OSError):  # processes and threads end meanwhile
-            for thread in Path(f"/proc/{left.pop()}/task").iterdir():
-                longest = max(longest, int((thread / "schedstat").read_text().split()[1]) / 1e9)
+            for thread in Path(f"/proc/{pid}/task").iterdir():
+                waited = int((thread / "schedstat").read_text().split()[1]) / 1e9
+                longest[pid] = max(longest.get(pid, 0.0), waited)
                 left += map(int, (thread / "children").read_text().split())
     return longest
 
