@@ -125,8 +125,8 @@ cached() {
         # A failure anywhere in the build shows as a missing wheel ('set -e' does not reach into a tested command).
         (cd "$work" && "$build" "$work/$name") >"$log" 2>&1 || true
         if ! compgen -G "$work/$name/*.whl" >/dev/null; then
-            # What went wrong, which setuptools' traceback hides: more than 40 lines at the end.
-            grep -m 3 -A 4 -E 'CMake Error|fatal|[Ee]rror: |cannot find' "$log" >&2 || true
+            # The first errors: at the end there are setuptools' tracebacks alone.
+            grep -m 3 -A 4 -E 'CMake Error|fatal|: error:|cannot find|Error:' "$log" >&2 || true
             tail -n 5 "$log" >&2
             cp "$log" "$cache/$name-failed.log"
             die "$name did not build; the whole log is in $cache/$name-failed.log"
