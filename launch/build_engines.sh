@@ -89,7 +89,7 @@ if [ "$gpu" = cuda ]; then
     if ! { compiled --dryrun "${targets[@]}" -c && compiled -o "$work/program" -lcudart; }; then
         remedy=""
         [ -e "$cuda_home/lib64/libcudart.so" ] || [ ! -e "$cuda_home/lib/libcudart_static.a" ] ||
-            remedy="; NVIDIA's Python packages lack two links: (cd $cuda_home; ln -s lib lib64; ln -s libcudart.so.* lib/libcudart.so)"
+            remedy="; NVIDIA's Python packages lack two links: (cd $cuda_home; ln -s lib lib64; cd lib; ln -s libcudart.so.* libcudart.so)"
         die "$cuda_home/bin/nvcc makes no program for HOROVOD_BUILD_CUDA_CC_LIST=$HOROVOD_BUILD_CUDA_CC_LIST: $(
             grep -iE 'error|fatal|cannot find' "$work/program.log" | head -1)$remedy"
     fi
