@@ -3,7 +3,7 @@
 #
 #   launch/build_engines.sh CACHE_DIR OUTPUT_DIR
 #
-#   ARSG_GPU=cuda|none            Horovod with NCCL or without; default: with, where torch is a CUDA build
+#   ARSG_GPU=cuda|none            Horovod with NCCL, or for CPU tensors alone; default: with, where torch is a CUDA build
 #                                 and this machine has nvcc and a GPU
 #   HOROVOD_CUDA_HOME             CUDA toolkit; default CUDA_HOME, else what the nvcc on PATH says
 #   HOROVOD_NCCL_HOME             NCCL with headers; default the one that torch's CUDA wheels bring (nvidia.nccl)
@@ -141,7 +141,11 @@ source_of() {
     local sha256=$1_sha256
     printf '%s==%s --hash=sha256:%s\n' "$1" "${!1}" "${!sha256}" > "$1.txt"
     python -m pip download --require-hashes --no-deps --no-build-isolation --no-binary :all: -r "$1.txt" &&
-        tar xzf "$1-${!1}.tar.gz" && cd "$1-${!1}"
+        tar xzf "$1-${!1}.tar.gz" && cd "$1-${!1}" || return
+    # Horovod's part for torch takes any CUDA toolkit it comes across, and ends where that one is of no use.
+    if [ "$1 $gpu" = "horovod none" ] && ! compgen -e | grep -q '^HOROVOD_GPU'; then
+        sed -i 's/(CUDA_HOME is not None)/False/' cmake/Modules/FindPytorch.cmake
+    fi
 }
 
 build_horovod() {

@@ -351,6 +351,35 @@ def test_what_horovods_cuda_build_needs_is_looked_for_before_it_compiles(
     assert "compiling" not in ended.stdout
 
 
+@pytest.mark.parametrize(
+    ("variables", "looks"),
+    [
+        ({"ARSG_GPU": "none"}, False),
+        ({"ARSG_GPU": "none", "HOROVOD_GPU_ALLREDUCE": "MPI"}, True),
+        ({"ARSG_GPU": "cuda"}, True),
+    ],
+)
+def test_horovod_without_gpus_takes_no_toolkit_that_happens_to_be_there(
+    cuda: Callable[..., subprocess.CompletedProcess[str]],
+    tmp_path: Path,
+    variables: dict[str, str],
+    looks: bool,
+) -> None:
+    """Catches a build for CPU that ends in CMake since an nvcc is on PATH and torch's build is for CUDA."""
+    source = tmp_path / "horovod-0.28.1"
+    (source / "cmake/Modules").mkdir(parents=True)
+    # The line of Horovod 0.28.1.
+    (source / "cmake/Modules/FindPytorch.cmake").write_text("(CUDA_HOME is not None)) else False)")
+    shutil.make_archive(str(source), "gztar", tmp_path, source.name)
+    script(
+        tmp_path / "usr/bin/python",
+        f"""case "$*" in *__version__*) echo 2.13.0 13.0;; *'pip download'*horovod.txt) cp {source}.tar.gz .;;
+        *'pip wheel'*) cp cmake/Modules/FindPytorch.cmake {tmp_path}/built_with; exit 1;; esac""",
+    )
+    assert cuda(**variables).returncode, "this python builds nothing"
+    assert ("CUDA_HOME" in (tmp_path / "built_with").read_text()) is looks
+
+
 def test_every_requirement_is_pinned() -> None:
     """Catches a dependency left out of constraints.txt: a new release of it could break a fresh set-up."""
     import tomllib
