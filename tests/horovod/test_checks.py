@@ -38,10 +38,11 @@ def test_a_replicated_optimizer_keeps_its_promise(output: str, name: str) -> Non
 @pytest.mark.parametrize(
     ("launcher", "ranks", "names"),
     [
-        ("mpirun", 2, list(SHARDED)),
-        pytest.param("mpirun", 3, OUTLIVED, marks=pytest.mark.turn(1)),
-        pytest.param("alone", 1, list(SHARDED), marks=pytest.mark.turn(0)),
-        pytest.param("horovodrun", 3, list(SHARDED), marks=pytest.mark.turn(2)),
+        pytest.param("warm horovodrun", 2, list(SHARDED), id="two ranks"),
+        pytest.param("mpirun", 3, OUTLIVED, id="mpirun, outlived", marks=pytest.mark.turn(1)),
+        pytest.param("warm alone", 1, list(SHARDED), id="one rank", marks=pytest.mark.turn(0)),
+        pytest.param("mpirun", 2, list(SHARDED), id="mpirun", marks=pytest.mark.turn(0)),
+        pytest.param("warm horovodrun", 3, list(SHARDED), id="three ranks", marks=pytest.mark.turn(2)),
     ],
 )
 def test_what_users_know_of_a_sharded_optimizer_works_or_is_refused(

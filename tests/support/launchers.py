@@ -60,8 +60,10 @@ def launch(
         if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     }
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(REPOSITORY)}
-    # Where the cores are shared: 30 s is little, and a rank that waits would keep a core from the others.
+    # Where the cores are shared: 30 s is little, and a rank that waits would keep a core from the others. Horovod looks
+    # every so many milliseconds at what the other ranks want: every one, and that is half of what a rank does.
     environment.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", "120")
+    environment.setdefault("HOROVOD_CYCLE_TIME", "3")
     environment.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     environment |= variables or {}

@@ -149,7 +149,7 @@ class WarmRanks:
         Args:
             launcher: whose variables the ranks find: "deepspeed", "torchrun", "horovodrun" (over Gloo) or "alone".
             program: relative to the repository, or absolute.
-            arguments: of the program.
+            arguments: of the program; {rank} stands for the rank.
             environment: all variables, besides those of the launcher.
             ranks: how many.
             faults: see `fault_points.install`.
@@ -173,7 +173,7 @@ class WarmRanks:
             fork = self._forks[rank % FORKS]
             request = {
                 "program": str(REPOSITORY / program),
-                "arguments": [*map(str, arguments)],
+                "arguments": [str(argument).replace("{rank}", str(rank)) for argument in arguments],
                 "environment": {
                     **environment,
                     **{key: value.format(rank=rank) for key, value in variables.items()},
