@@ -122,13 +122,13 @@ def kept_cases(selection: str) -> Iterator[Kept]:
 
 
 def transfers(selection: str) -> Iterator[tuple[Kept, Kept]]:
-    """Universal checkpoints: from which configuration to which."""
-    for source in kept_cases(selection):
+    """Universal checkpoints: from which configuration to which; in the core each to one other stage."""
+    for number, source in enumerate(kept_cases(selection)):
         if source.case.groups == "one":
             continue
         precision = source.case.precision
         for stage in range(4):
-            if selection == "core" and (stage - source.case.stage) % 4 not in (1, 2):
+            if selection == "core" and (stage - source.case.stage) % 4 != 1 + number % 2:
                 continue
             target = "bf16" if (stage, precision) == (0, "bf16-fp32grads") else precision
             settings = {"extra": source.extra, "schedule": source.schedule}
