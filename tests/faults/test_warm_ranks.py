@@ -1,12 +1,14 @@
-"""Ranks of the tests themselves: none outlives the session that wanted it."""
+"""Ranks and jobs of the tests themselves: none outlives the session that wanted it."""
 
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
+from tests.support.launchers import launch
 from tests.support.warm_ranks import WarmRanks, _end_with
 
 PROGRAM = """
@@ -50,3 +52,29 @@ def test_a_process_ends_with_its_parent(when: str) -> None:
     os.waitpid(parent, 0)
     assert os.read(ends, 5) == b""  # nobody has the other end any more
     os.close(ends)
+
+
+def test_an_interrupted_session_leaves_no_job(tmp_path: Path) -> None:
+    """Catches a launcher, and ranks below it, that go on when the session that waits for them is interrupted."""
+    program, started = tmp_path / "program.py", tmp_path / "started"
+    os.mkfifo(started)
+    program.write_text(
+        "import os, sys, time\nopen(sys.argv[1], 'w').write(str(os.getpid()))\ntime.sleep(60)\n"
+    )
+    pids = []
+
+    def interrupt() -> None:
+        pids.append(int(started.read_text()))
+        os.kill(os.getpid(), signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        thread = threading.Thread(target=interrupt)
+        thread.start()
+        with pytest.raises(KeyboardInterrupt):
+            launch("alone", 1, program, started)
+        thread.join()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with pytest.raises(ProcessLookupError):
+        os.kill(pids[0], 0)

@@ -1,5 +1,6 @@
 """Starts real ranks, through the real launchers or forked from processes that are warm."""
 
+import contextlib
 import os
 import resource
 import signal
@@ -110,19 +111,27 @@ def _run(
         ),
     )
     begin, limit = time.monotonic(), timeout
-    while True:
-        try:
-            output, _ = process.communicate(timeout=max(1.0, begin + limit - time.monotonic()))
-            return Finished(process.returncode, output)
-        except subprocess.TimeoutExpired:
-            limit = timeout + without_core([process.pid])
-            if time.monotonic() < begin + limit:
-                continue
+    try:
+        while True:
+            try:
+                output, _ = process.communicate(timeout=max(1.0, begin + limit - time.monotonic()))
+                return Finished(process.returncode, output)
+            except subprocess.TimeoutExpired:
+                limit = timeout + without_core([process.pid])
+                if time.monotonic() < begin + limit:
+                    continue
+                os.killpg(process.pid, signal.SIGKILL)
+                output, _ = process.communicate()
+                raise AssertionError(
+                    f"{' '.join(command)} was still running after {timeout} s:\n{output[-5000:]}"
+                ) from None
+    except KeyboardInterrupt:  # an interrupted session leaves no job
+        os.killpg(process.pid, signal.SIGTERM)  # by which a launcher ends its ranks
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.communicate(timeout=30)
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-            output, _ = process.communicate()
-            raise AssertionError(
-                f"{' '.join(command)} was still running after {timeout} s:\n{output[-5000:]}"
-            ) from None
+        raise
 
 
 def _command(launcher: str, ranks: int, port: int) -> list[str]:
