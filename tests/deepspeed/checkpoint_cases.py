@@ -93,7 +93,7 @@ HALF_STATE = (("state_dtype", "bfloat16"),)
 
 
 def kept_cases(selection: str) -> Iterator[Kept]:
-    """Every stage and precision, offload, lookahead, state in bf16, a schedule: the "core", or a part of all."""
+    """Every stage and precision, offload, lookahead, bf16 state, a schedule: the "core", a "few", or a part of all."""
     cases = [
         kept(stage, precision)
         for stage, precision in itertools.product(range(4), matrix.DTYPES)
@@ -117,8 +117,10 @@ def kept_cases(selection: str) -> Iterator[Kept]:
         "zero3-bf16",
         "zero3-fp32-lookahead_k-betas",
     }
-    in_core = [case for case in cases if str(case) in core]
-    yield from in_core if selection == "core" else part_of(cases, selection)
+    few = {"zero1-bf16-fp32grads", "zero3-bf16"}
+    named = {"core": core, "few": few}
+    chosen = [case for case in cases if str(case) in named.get(selection, ())]
+    yield from chosen if selection in named else part_of(cases, selection)
 
 
 def transfers(selection: str) -> Iterator[tuple[Kept, Kept]]:
@@ -128,12 +130,12 @@ def transfers(selection: str) -> Iterator[tuple[Kept, Kept]]:
             continue
         precision = source.case.precision
         for stage in range(4):
-            if selection == "core" and (stage - source.case.stage) % 4 != 1 + number % 2:
+            if selection in ("core", "few") and (stage - source.case.stage) % 4 != 1 + number % 2:
                 continue
             target = "bf16" if (stage, precision) == (0, "bf16-fp32grads") else precision
             settings = {"extra": source.extra, "schedule": source.schedule}
             yield source, kept(stage, target, offload=source.offload and stage > 0, **settings)
-        if source in (kept(3, "bf16"), kept(2, "fp16")):
+        if selection != "few" and source in (kept(3, "bf16"), kept(2, "fp16")):
             yield source, kept(1, "fp32")
 
 

@@ -25,12 +25,9 @@ HALF_PRECISION_ROUNDINGS = 8  # as in the matrix
 
 LAUNCHES: list[tuple[int, int, str, list[pytest.MarkDecorator]]] = [
     (2, 3, "core", []),
-    # Of what test_checkpoints has saved in this turn, and on one rank.
-    *(
-        (saved_on, ranks, part, marks)
-        for part, marks in parts()
-        for saved_on, ranks in ((1, 2), (2, 3), (3, 1))
-    ),
+    (1, 2, "few", [pytest.mark.turn(2)]),
+    # Of what test_checkpoints has saved in this turn.
+    *((saved_on, ranks, part, marks) for part, marks in parts() for saved_on, ranks in ((2, 3), (3, 1))),
 ]
 ALL = [
     pytest.param(
@@ -39,7 +36,7 @@ ALL = [
         selection,
         source,
         target,
-        id=f"{saved_on}to{ranks}ranks-{'' if selection == 'core' else f'part{selection}-'}{source}-to-{target}",
+        id=f"{saved_on}to{ranks}ranks-{f'part{selection}-' if selection.isdecimal() else ''}{source}-to-{target}",
         marks=[pytest.mark.ranks, *marks],
     )
     for saved_on, ranks, selection, marks in LAUNCHES
