@@ -24,7 +24,7 @@ from tests.support.launchers import REPOSITORY, Finished, launch
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """With --full every cell, with --sample some of them, else enough for every pair of values."""
+    """With --full every cell, with --sample some of them, else enough, in three turns, for every pair of values."""
     if "case" not in metafunc.fixturenames:
         return
     selection = selection_of(metafunc.config)
@@ -33,8 +33,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     quick = load_cases.quick_cases()
     cases = [
-        pytest.param(case, id=str(case), marks=[] if case in quick else [pytest.mark.slow])
-        for case in load_cases.few_cases()
+        pytest.param(case, id=str(case), marks=[] if case in quick else [pytest.mark.turn(number % 3)])
+        for number, case in enumerate(load_cases.few_cases())
     ]
     metafunc.parametrize("case", cases)
 

@@ -218,8 +218,13 @@ def test_shared_memory_is_refused_that_the_batches_do_not_fit_into(
     require()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", ["checked at the start", "found on the way", "full already"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=pytest.mark.turn(turn))
+        for turn, case in enumerate(("checked at the start", "found on the way", "full already"))
+    ],
+)
 def test_a_small_dev_shm_ends_a_run(case: str, tmp_path: Path) -> None:
     """Catches the hang of a container with too little shared memory, or one of minutes, on the real one."""
     mounted = ["unshare", "-m", "bash", "-c", 'mount -t tmpfs -o size=4m tmpfs /dev/shm && "$@"', "-"]
