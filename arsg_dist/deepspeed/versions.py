@@ -30,6 +30,14 @@ def is_optimized_parameter(parameter: Any) -> bool:
     return bool(own(parameter) if own is not None else parameter.requires_grad)
 
 
+def leaves_out_frozen() -> bool:
+    """Tell whether at stage 0 in half precision DeepSpeed takes frozen parameters out of the optimizer's groups.
+
+    Older ones make masters of them, which weight decay moves.
+    """
+    return hasattr(deepspeed.runtime.utils, "is_optimized_parameter")
+
+
 def load_config(path: str) -> dict[str, Any]:
     """Read a config as DeepSpeed does: of a file, or of base64."""
     file = Path(path)
@@ -49,6 +57,13 @@ def loss_scaler(wrapper: Any) -> Any:
 def fails_over_further_passes(zero: Any) -> bool:
     """Tell whether a further backward pass after an update's last one ends in a TypeError (stages 1 and 2)."""
     return _before("0.18.3") and not zero.cpu_offload
+
+
+def expert_file(engine: Any, directory: Path, layer: int, expert: int) -> Path:
+    """Return where the weights of an expert of a mixture are in a checkpoint."""
+    own = getattr(engine, "checkpoint_mp_rank", None)
+    rank = {"checkpoint_mp_rank": own} if own is not None else {"mpu": engine.mpu}
+    return Path(engine._get_expert_ckpt_name(str(directory.parent), layer, expert, directory.name, **rank))
 
 
 def resumes_stage_0() -> bool:
