@@ -66,11 +66,15 @@ def expert_file(engine: Any, directory: Path, layer: int, expert: int) -> Path:
     return Path(engine._get_expert_ckpt_name(str(directory.parent), layer, expert, directory.name, **rank))
 
 
+def saves_stage_0() -> bool:
+    """Tell whether DeepSpeed saves the optimizer at stage 0 in bf16, which it forgot until 0.18.4."""
+    return not _before("0.18.5")
+
+
 def resumes_stage_0() -> bool:
     """Tell whether DeepSpeed loads all of what it saves at stage 0.
 
-    Until 0.18.4 it leaves out the optimizer in bf16, and until 0.19.2 looks for that of experts in the wrong file in
-    fp32.
+    Until 0.18.4 it leaves out the optimizer in bf16, and until 0.19.2 looks for that of experts in the wrong file.
     """
     return not _before("0.19.3")
 

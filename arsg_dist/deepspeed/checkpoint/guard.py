@@ -43,6 +43,7 @@ from arsg_dist.deepspeed.checkpoint.zero_state import (
 )
 from arsg_dist.deepspeed.config.schedules import follow_schedule, scheduled_settings
 from arsg_dist.deepspeed.patching import Method, wrap_once
+from arsg_dist.deepspeed.versions import saves_stage_0
 from arsg_dist.engine import TorchCommunicator
 from arsg_dist.engine.replicated_state import aliases_of
 from arsg_dist.engine.saved_state import SavedState
@@ -101,6 +102,9 @@ def _with_arsg_section_among_the_clients(method: Method) -> Method:
         client_state = dict(client_state or {})
         if _has_arsg(engine):
             client_state[ARSG_SECTION] = _arsg_section(engine)
+            plain = not engine.zero_optimization() and not engine.has_moe_layers
+            if plain and engine.bfloat16_enabled() and not saves_stage_0():
+                client_state["optimizer"] = engine.optimizer.state_dict()
             if engine.has_moe_layers:  # what DeepSpeed puts there itself for other models
                 client_state["buffer_names"] = engine._get_buffer_names()
                 if engine.zero_optimization():
