@@ -14,7 +14,7 @@ import torch
 from packaging.version import Version
 from safetensors.torch import load_file
 
-from arsg_dist.deepspeed import export
+from arsg_dist.deepspeed import export, update_checks
 from arsg_dist.deepspeed.checkpoint import load_check
 from arsg_dist.deepspeed.universal import convert
 from tests.deepspeed import load_cases
@@ -533,6 +533,17 @@ def test_pipelines_that_cannot_resume_are_refused_before_they_train() -> None:
         load_cases.build(plain(0, "bf16", "pipeline"), "source")
     engine = load_cases.build(plain(1, "bf16", "pipeline"), "source")
     assert any("base_iterate, universal checkpoints" in said for said in engine.warned)
+
+
+def test_pipelines_train_with_an_older_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a pipeline's gradients, which are reduced apart from the backward passes, taken for discarded ones."""
+    after = []
+    for older in (False, True):
+        monkeypatch.setattr(update_checks, "fails_over_further_passes", lambda _, older=older: older)
+        engine = load_cases.build(plain(1, "fp32", "pipeline"), "source")
+        load_cases.train(engine, 0, 1)
+        after.append(load_cases.weights(load_cases.snapshot(engine)))
+    assert load_cases.differences(*after) == []
 
 
 def test_loading_inside_an_update_is_refused() -> None:
