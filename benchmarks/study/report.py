@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.study import batch
 from benchmarks.study.ledger import Ledger
-from benchmarks.study.optimizers import FEW_BITS, OPTIMIZERS, Settings, at_edge, available
+from benchmarks.study.optimizers import FEW_BITS, OPTIMIZERS, TRIALS, Settings, at_edge, available
 from benchmarks.study.paper.report import renewed
 from benchmarks.study.plan import BITS, SEEDS, ledger_of
 from benchmarks.study.problem import Task
@@ -205,6 +205,27 @@ def batch_table(measured: list[dict[str, Any]]) -> str:
     return _table(["", *(f"batch {size}" for size in batch.BATCHES)], lines)
 
 
+def unfinished_table(ledgers: dict[str, Ledger]) -> str:
+    """Return what is known of optimizers that have no row yet: their trials, which have the one seed of the tuning."""
+    lines = []
+    for task, ledger in ((TASKS[name], ledger) for name, ledger in ledgers.items()):
+        best = _trial_losses(ledger, BASE)
+        whole = {row.name for row in rows_of(task, ledger)}
+        for name in (name for name in available(task) if name not in whole):
+            losses, done = _trial_losses(ledger, name), len(ledger.chosen(kind="trial", optimizer=name))
+            if losses and best:
+                below = f"{sum(loss < best[0] for loss in losses)} of {done}"
+                lowest = [_number(values[0]) for values in (losses, best)]
+                lines.append([f"{name}, {task.title}", f"{done} of {TRIALS}", *lowest, below])
+    head = ["", "trials", "lowest validation loss", f"AdamW's lowest of {TRIALS}", "trials below that"]
+    return _table(head, lines)
+
+
+def _trial_losses(ledger: Ledger, name: str) -> list[float]:
+    trials = ledger.chosen(kind="trial", optimizer=name)
+    return sorted(trial["val"] for trial in trials if trial["val"] is not None)
+
+
 def bits_table(task: Task, ledger: Ledger) -> str:
     """Return what few bits of state cost each winner, against its own runs with the same seeds in float32."""
     lines = []
@@ -242,16 +263,19 @@ def parts(results: Path) -> dict[str, str]:
         lost = sum(record["val"] is None for record in ledger.records.values())
         budget.append([TASKS[name].title, len(ledger.records), lost, core_hours(ledger)])
     budget.append(["together", *(sum(line[column] for line in budget) for column in (1, 2, 3))])
-    return {
+    found = {
         "overview": overview(studies),
+        "unfinished": unfinished_table(ledgers),
         "power": power_table(ledgers),
         "batch_mu": batch_table(batch.read(results)),
-        "bits": bits_table(TASKS[BITS], ledgers[BITS]) if BITS in ledgers else "",
         "budget": _table(
             ["", "runs", "of them diverged", "core-hours"],
             [[name, str(runs), str(lost), f"{hours:.2f}"] for name, runs, lost, hours in budget],
         ),
     }
+    if BITS in ledgers and any(ledgers[BITS].chosen(kind="seed", optimizer=name) for name in FEW_BITS):
+        found["bits"] = bits_table(TASKS[BITS], ledgers[BITS])
+    return found
 
 
 def write(results: Path, document: Path | None = None) -> None:

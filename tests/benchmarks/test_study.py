@@ -206,9 +206,13 @@ def test_the_report_says_what_the_numbers_say(tmp_path: Path) -> None:
         ledger.append(fake("NAdamW", seed, 0.1, 0.1) | ({"val": None} if seed == 3 else {}))
         if seed < SEEDS:
             ledger.append(fake("LaProp", seed, 0.1, 0.1))
+    for number, val in enumerate((0.9, 0.7, None, 0.5)):
+        ledger.append(fake("AdamW", 0, 0.6, 0.1) | {"kind": "trial", "trial": number})
+        ledger.append(fake("QHAdam", 0, 0.1, 0.1) | {"kind": "trial", "trial": number, "val": val})
     document = tmp_path / "page.md"
     document.write_text(
         "a\n<!-- study overview -->\nold\n<!-- end -->\nb\n<!-- study budget -->\n<!-- end -->\n"
+        "c\n<!-- study unfinished -->\n<!-- end -->\n"
     )
     report.write(tmp_path, document)
     lines = document.read_text().splitlines()
@@ -219,7 +223,8 @@ def test_the_report_says_what_the_numbers_say(tmp_path: Path) -> None:
     assert rows["SGD"] == "not reached, worse"
     assert rows["NAdamW"] == "not reached, diverges on 1 of 10 seeds"
     assert "LaProp" not in rows
-    assert rows["together"] == "59 | 1 | 0.59"
+    assert rows["QHAdam, digits, logistic regression"] == "4 of 30 | 0.500 | 0.600 | 1 of 4"
+    assert rows["together"] == "67 | 2 | 0.67"
     assert "old" not in document.read_text()
     for picture in ("differences.png", "learning.png"):
         assert (tmp_path / "images/study" / picture).stat().st_size > 5_000
