@@ -51,8 +51,20 @@ def offer_images(folder: Path) -> None:
     tfds.load = load
 
 
+def give_flags(*arguments: str) -> list[str]:
+    """Let the benchmark's flags have these values: its functions, and not only its runner, ask for them."""
+    import submission_runner
+    from absl import flags
+
+    flags.FLAGS.unparse_flags()
+    given = [submission_runner.__name__, "--framework=pytorch", *arguments]
+    flags.FLAGS(given)
+    return given
+
+
 def compare(name: str, steps: int) -> dict[str, float]:
     """Make updates by the submission and by a plain loop; return the first and last loss and the largest difference."""
+    give_flags()
 
     from algoperf import random_utils
     from algoperf.workloads.mnist.mnist_pytorch.workload import MnistWorkload
@@ -105,14 +117,10 @@ def compare(name: str, steps: int) -> dict[str, float]:
 def trial(name: str, ruleset: str, output: Path, steps: int) -> None:
     """Let the benchmark's runner make one trial of so many updates; it parses its own command line."""
     import submission_runner
-    from absl import flags
 
     space = f"benchmarks/algoperf/{name}/tuning_search_space.json"
     external = [f"--tuning_search_space={space}", "--num_tuning_trials=1"] if ruleset == "external" else []
-    flags.FLAGS.unparse_flags()
-    arguments = [
-        "submission_runner",
-        "--framework=pytorch",
+    arguments = give_flags(
         "--workload=mnist",
         f"--submission_path=benchmarks/algoperf/{name}/submission.py",
         f"--tuning_ruleset={ruleset}",
@@ -123,8 +131,7 @@ def trial(name: str, ruleset: str, output: Path, steps: int) -> None:
         "--rng_seed=1",
         "--notorch_compile",
         "--overwrite",
-    ]
-    flags.FLAGS(arguments)
+    )
     submission_runner.main(arguments)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,57 +34,61 @@ _LINES = {
 
 
 def draw_differences(studies: dict[str, list[Row]], path: Path) -> None:
-    """Draw, per task, every optimizer's validation loss minus tuned AdamW's with its interval."""
+    """Draw, per task, every optimizer's validation loss minus tuned AdamW's with its interval.
+
+    The panels share their lines: optimizers are ordered by the first task's result, those it lacks stand last.
+    """
     panels = {
-        name: [row for row in rows if row.difference and row.name != "AdamW"]
+        name: {row.name: row for row in rows if row.difference and row.name != "AdamW"}
         for name, rows in studies.items()
     }
     panels = {name: rows for name, rows in panels.items() if rows}
-    columns = min(2, len(panels))
-    lines = math.ceil(len(panels) / columns)
-    tallest = max(map(len, panels.values()))
-    figure = Figure(figsize=(6.2 * columns, lines * (1.1 + 0.27 * tallest)), layout="constrained", dpi=110)
+    names = list(dict.fromkeys(name for rows in panels.values() for name in rows))
+    figure = Figure(
+        figsize=(2.4 + 3.1 * len(panels), 1.1 + 0.27 * max(len(names), 4)), layout="constrained", dpi=110
+    )
     for axes, (name, rows) in zip(
-        np.ravel(figure.subplots(lines, columns, squeeze=False)), panels.items(), strict=False
+        np.ravel(figure.subplots(1, len(panels), squeeze=False, sharey=True)), panels.items(), strict=True
     ):
-        _forest(axes, rows)
+        _forest(axes, names, rows)
         unit = "log10 of the loss" if TASKS[name].exact else "validation loss"
-        axes.set_title(TASKS[name].title, fontsize=10)
-        axes.set_xlabel(f"{unit} minus AdamW's, 95 % (← better)", fontsize=9)
-    for axes in np.ravel(figure.axes)[len(panels) :]:
-        axes.set_visible(False)
+        axes.set_title(textwrap.fill(TASKS[name].title, 32), fontsize=9)
+        axes.set_xlabel(f"{unit} minus AdamW's\n← better", fontsize=9)
     figure.savefig(path)
 
 
-def _forest(axes: Axes, rows: list[Row]) -> None:
-    for place, row in enumerate(reversed(rows)):
-        ours = OPTIMIZERS[row.name].source == "arsg_dist" and row.name != "Lion"
-        color, marker = (_OURS, "D") if ours else (_PEER, "o")
-        interval = row.difference
-        axes.plot([interval.low, interval.high], [place, place], color=color, linewidth=2)
-        face = color if interval.differs else "white"
-        axes.plot(interval.mean, place, marker, color=color, markerfacecolor=face, markersize=6)
-    axes.axvline(0, color=_AXIS, linewidth=1)
-    axes.set_yticks(range(len(rows)), [row.name for row in reversed(rows)], fontsize=9)
-    # What is far behind would squeeze the others into one point.
-    middle = np.median([abs(row.difference.mean) for row in rows]) or 1.0
-    low = min(min(row.difference.low for row in rows), 0)
-    high = max(min(row.difference.high, 4 * middle) for row in rows)
+def _forest(axes: Axes, names: list[str], rows: dict[str, Row]) -> None:
+    places = {name: len(names) - 1 - number for number, name in enumerate(names)}
+    # What is far off would squeeze the others into one point.
+    reach = 4 * float(np.median([abs(row.difference.mean) for row in rows.values()]) or 1.0)
+    low = max(-reach, min(0.0, *(row.difference.low for row in rows.values())))
+    high = min(reach, max(0.0, *(row.difference.high for row in rows.values())))
     margin = 0.06 * (high - low)
     axes.set_xlim(low - margin, high + margin)
-    for place, row in enumerate(reversed(rows)):
-        if row.difference.mean > high:
+    for name, row in rows.items():
+        ours = OPTIMIZERS[name].source == "arsg_dist" and name != "Lion"
+        color, marker = (_OURS, "D") if ours else (_PEER, "o")
+        interval, place = row.difference, places[name]
+        if low <= interval.mean <= high:
+            axes.plot([interval.low, interval.high], [place, place], color=color, linewidth=2)
+            face = color if interval.differs else "white"
+            axes.plot(interval.mean, place, marker, color=color, markerfacecolor=face, markersize=6)
+        else:
+            above = interval.mean > high
+            text = f"{interval.mean:+.2f} →" if above else f"← {interval.mean:+.2f}"
             axes.annotate(
-                f"{row.difference.mean:+.2f} →",
-                (high, place),
-                ha="right",
+                text,
+                (high if above else low, place),
+                ha="right" if above else "left",
                 va="center",
                 fontsize=8,
-                color=_AXIS,
+                color=color,
             )
-    axes.set_ylim(-0.7, len(rows) - 0.3)
-    axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.grid(axis="x", color="0.9")
+    axes.axvline(0, color=_AXIS, linewidth=1)
+    axes.set_yticks(list(places.values()), list(places), fontsize=9)
+    axes.set_ylim(-0.7, len(names) - 0.3)
+    axes.xaxis.set_major_locator(MaxNLocator(4))
+    axes.grid(color="0.9")
     axes.set_axisbelow(True)
 
 

@@ -15,7 +15,7 @@ import torch
 from benchmarks.common.machine import device_name
 
 Record = dict[str, Any]
-_PACKAGES = ("arsg-dist", "numpy", "pytorch_optimizer", "scipy")
+_PACKAGES = ("arsg-dist", "numpy", "pytorch_optimizer", "scipy", "torchao", "bitsandbytes")
 
 
 @cache

@@ -7,6 +7,7 @@ and RSG have no second moment: RSG has μ, SGD Nesterov's point or not. The poin
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -106,7 +107,8 @@ def build(name: str, problem: Problem, settings: Settings) -> Optimizer:
     for (matrix, decayed), parameters in kinds.items():
         decay = settings["weight_decay"] if decayed else 0.0
         groups.append({"params": parameters, "weight_decay": decay, "matrix": matrix})
-    return OPTIMIZERS[name].make(groups, settings)
+    make = OPTIMIZERS[name].make if name in OPTIMIZERS else FEW_BITS[name][1]
+    return make(groups, settings)
 
 
 def _plain(groups: Groups) -> Groups:
@@ -211,6 +213,19 @@ def _lookahead(groups: Groups, s: Settings) -> Optimizer:
     return pytorch_optimizer.Lookahead(inner, k=5, alpha=s["alpha"])
 
 
+def _eight_bit_adamw(module: str) -> Callable[[Groups, Settings], Optimizer]:
+    """Of a package that is not in the extra: both bring compilers or libraries of their own."""
+
+    def make(groups: Groups, s: Settings) -> Optimizer:
+        try:
+            kind = importlib.import_module(module).AdamW8bit
+        except ImportError as error:
+            raise ImportError(f"{error}; pip install torchao bitsandbytes") from None
+        return kind(_plain(groups), lr=s["lr"], betas=_betas(s))
+
+    return make
+
+
 _WITH_BETA2 = ("1-beta2", _REST_OF_BETA2)
 _WITH_MU = ("mu", _MU)
 _PEER, _OURS = "pytorch_optimizer", "arsg_dist"
@@ -265,6 +280,16 @@ OPTIMIZERS: dict[str, Entry] = {
     ),
 }
 """Name → entry, the most wanted first: a study that is cut short has whole rows."""
+
+FEW_BITS: dict[str, tuple[str, Callable[[Groups, Settings], Optimizer]]] = {
+    "ARSG adam, bf16 state": ("ARSG adam", _arsg("adam", state_dtype="bfloat16")),
+    "ARSG adam, 8-bit state": ("ARSG adam", _arsg("adam", state_dtype="8bit")),
+    "ARSG, bf16 state": ("ARSG", _arsg("amsgrad", state_dtype="bfloat16")),
+    "ARSG, 8-bit state": ("ARSG", _arsg("amsgrad", state_dtype="8bit")),
+    "torchao's AdamW8bit": ("AdamW", _eight_bit_adamw("torchao.optim")),
+    "bitsandbytes' AdamW8bit": ("AdamW", _eight_bit_adamw("bitsandbytes.optim")),
+}
+"""Name → whose winner's settings it takes and is compared with, and how it is made; not tuned itself."""
 
 BOOSTED, RAISED = "ARSGB", "ARSG, paper's β1 and μ, Beta1Warmup"
 """Those whose settings move during a run, beside the learning rate."""

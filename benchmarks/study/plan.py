@@ -7,13 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.study.ledger import Ledger, Record
-from benchmarks.study.optimizers import TRIALS, Settings, available, trial_settings
+from benchmarks.study.optimizers import FEW_BITS, TRIALS, Settings, available, trial_settings
 from benchmarks.study.problem import Task
 from benchmarks.study.tasks import TASKS
 from benchmarks.study.trial import train
 
 SEEDS = 10
 """Of a winner; other numbers than the one seed of the trials."""
+BITS = "gpt-0.1M"
+"""The task on which few bits of state are tried."""
 _PILOT = range(901, 906)
 
 
@@ -40,7 +42,7 @@ def missing(
     seeds, one optimizer after the other.
     """
     ledger = ledger_of(results, task)
-    ordered = [name for name in available(task) if not names or name in names]
+    ordered = [name for name in names or available(task) if name in available(task)]
     if task.settings_of is None:
         middle = trial_settings("AdamW", task, 0) | {"lr": task.lr["adam"] / 2, "beta1": 0.9, "beta2": 0.99}
         for half, settings in enumerate((middle, middle | {"lr": task.lr["adam"] / 4})):
@@ -63,6 +65,17 @@ def missing(
                 yield record | {"settings": best}
 
 
+def missing_in_few_bits(task: Task, results: Path, names: list[str] | None = None) -> Iterator[Record]:
+    """Yield the runs of winners with few bits of state that are missing; their seeds are the winners'."""
+    ledger = ledger_of(results, task)
+    for name, (base, _) in FEW_BITS.items():
+        best = winner(ledger, base)
+        for seed in range(1, SEEDS + 1):
+            record = {"kind": "seed", "optimizer": name, "seed": seed}
+            if best is not None and (not names or name in names) and record not in ledger:
+                yield record | {"settings": best}
+
+
 def carry_out(
     task: Task,
     results: Path,
@@ -70,14 +83,16 @@ def carry_out(
     names: list[str] | None = None,
     seeds: int = SEEDS,
     minutes: float | None = None,
+    few_bits: bool = False,
 ) -> int:
-    """Do the runs of a task that are missing, in this process.
+    """Do the runs of a task that are missing, in this process; with `few_bits` those of winners with such a state.
 
     Returns:
         How many were done.
     """
     ledger, done, begin = ledger_of(results, task), 0, time.monotonic()
-    for record in missing(task, results, names, seeds):
+    wanted = missing_in_few_bits(task, results, names) if few_bits else missing(task, results, names, seeds)
+    for record in wanted:
         if minutes is not None and time.monotonic() - begin > 60 * minutes:
             break
         outcome = train(

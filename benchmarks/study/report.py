@@ -8,9 +8,9 @@ from typing import Any
 
 from benchmarks.study import batch
 from benchmarks.study.ledger import Ledger
-from benchmarks.study.optimizers import OPTIMIZERS, Settings, at_edge, available
+from benchmarks.study.optimizers import FEW_BITS, OPTIMIZERS, TRIALS, Settings, at_edge, available
 from benchmarks.study.paper.report import renewed
-from benchmarks.study.plan import SEEDS, ledger_of
+from benchmarks.study.plan import BITS, SEEDS, ledger_of
 from benchmarks.study.problem import Task
 from benchmarks.study.statistics import Interval, detectable, paired, updates_to
 from benchmarks.study.tasks import TASKS
@@ -92,21 +92,26 @@ def _number(value: float | None, digits: int = 3, sign: bool = False) -> str:
     return "–" if value is None else f"{value:{'+' if sign else ''}.{digits}f}".replace("-", "−")
 
 
-def _share(row: Row) -> str:
+def _share(row: Row, reached: bool = True) -> str:
     if row.name == BASE:
         return "100 %"
     if row.share is None or row.reached == 0:
         return "not reached"
     low, high = (max(0.0, min(1.0, end)) for end in (row.share.low, row.share.high))
     text = f"{100 * row.share.mean:.0f} % ({100 * low:.0f} to {100 * high:.0f})"
-    return text if row.reached == len(row.runs) else f"{text}, {row.reached} of {len(row.runs)} seeds"
+    whole = row.reached == len(row.runs) or not reached
+    return text if whole else f"{text}, {row.reached} of {len(row.runs)} seeds"
 
 
 def _difference(row: Row) -> str:
     if row.name == BASE or row.difference is None:
         return "–"
-    ends = f"({_number(row.difference.low, sign=True)} to {_number(row.difference.high, sign=True)})"
-    return f"{_number(row.difference.mean, sign=True)} {ends}"
+    return _interval(row.difference)
+
+
+def _interval(found: Interval, digits: int = 3) -> str:
+    mean, low, high = (_number(value, digits, sign=True) for value in (found.mean, found.low, found.high))
+    return f"{mean} ({low} to {high})"
 
 
 def _settings(settings: Settings) -> str:
@@ -153,7 +158,8 @@ def overview(studies: dict[str, list[Row]]) -> str:
                 cells.append("·")
             else:
                 cells.append(
-                    _share(row) + ("," + marks.get(row.verdict, f" {row.verdict}") if name != BASE else "")
+                    _share(row, reached=False)
+                    + ("," + marks.get(row.verdict, f" {row.verdict}") if name != BASE else "")
                 )
         if set(cells) != {"·"}:
             lines.append([name, *cells])
@@ -199,6 +205,47 @@ def batch_table(measured: list[dict[str, Any]]) -> str:
     return _table(["", *(f"batch {size}" for size in batch.BATCHES)], lines)
 
 
+def unfinished_table(ledgers: dict[str, Ledger]) -> str:
+    """Return what is known of optimizers that have no row yet: their trials, which have the one seed of the tuning."""
+    lines = []
+    for task, ledger in ((TASKS[name], ledger) for name, ledger in ledgers.items()):
+        best = _trial_losses(ledger, BASE)
+        whole = {row.name for row in rows_of(task, ledger)}
+        for name in (name for name in available(task) if name not in whole):
+            losses, done = _trial_losses(ledger, name), len(ledger.chosen(kind="trial", optimizer=name))
+            if losses and best:
+                below = f"{sum(loss < best[0] for loss in losses)} of {done}"
+                lowest = [_number(values[0]) for values in (losses, best)]
+                lines.append([f"{name}, {task.title}", f"{done} of {TRIALS}", *lowest, below])
+    head = ["", "trials", "lowest validation loss", f"AdamW's lowest of {TRIALS}", "trials below that"]
+    return _table(head, lines)
+
+
+def _trial_losses(ledger: Ledger, name: str) -> list[float]:
+    trials = ledger.chosen(kind="trial", optimizer=name)
+    return sorted(trial["val"] for trial in trials if trial["val"] is not None)
+
+
+def bits_table(task: Task, ledger: Ledger) -> str:
+    """Return what few bits of state cost each winner, against its own runs with the same seeds in float32."""
+    lines = []
+    for name, (base, _) in FEW_BITS.items():
+        whole = {run["seed"]: run for run in ledger.chosen(kind="seed", optimizer=base)}
+        runs = ledger.chosen(kind="seed", optimizer=name)
+        if len(runs) < SEEDS:
+            continue
+        if any(run["val"] is None for run in runs):
+            lines.append([name, base, "diverges", "–", "–", "–"])
+            continue
+        at = {key: paired([run[key] - whole[run["seed"]][key] for run in runs]) for key in ("val", "train")}
+        differs = at["val"].differs
+        verdict = ("better" if at["val"].mean < 0 else "worse") if differs else "no difference"
+        val = _number(sum(run["val"] for run in runs) / len(runs))
+        lines.append([name, base, val, _interval(at["val"], 4), verdict, _interval(at["train"], 4)])
+    head = ["", "against float32 state of", "validation loss", "minus float32's (95 %)", "", "training loss"]
+    return _table(head, lines)
+
+
 def core_hours(ledger: Ledger) -> float:
     """Return what the runs of a task took."""
     return sum(record["seconds"] for record in ledger.records.values()) / 3600
@@ -216,8 +263,9 @@ def parts(results: Path) -> dict[str, str]:
         lost = sum(record["val"] is None for record in ledger.records.values())
         budget.append([TASKS[name].title, len(ledger.records), lost, core_hours(ledger)])
     budget.append(["together", *(sum(line[column] for line in budget) for column in (1, 2, 3))])
-    return {
+    found = {
         "overview": overview(studies),
+        "unfinished": unfinished_table(ledgers),
         "power": power_table(ledgers),
         "batch_mu": batch_table(batch.read(results)),
         "budget": _table(
@@ -225,6 +273,9 @@ def parts(results: Path) -> dict[str, str]:
             [[name, str(runs), str(lost), f"{hours:.2f}"] for name, runs, lost, hours in budget],
         ),
     }
+    if BITS in ledgers and any(ledgers[BITS].chosen(kind="seed", optimizer=name) for name in FEW_BITS):
+        found["bits"] = bits_table(TASKS[BITS], ledgers[BITS])
+    return found
 
 
 def write(results: Path, document: Path | None = None) -> None:

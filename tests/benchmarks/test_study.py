@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.common.machine import state_bytes
 from benchmarks.study import batch, report
 from benchmarks.study.__main__ import main
 from benchmarks.study.figures import expected_best
 from benchmarks.study.ledger import Ledger
-from benchmarks.study.optimizers import OPTIMIZERS, TRIALS, available, build, trial_settings
-from benchmarks.study.plan import SEEDS, ledger_of, missing, winner
+from benchmarks.study.optimizers import FEW_BITS, OPTIMIZERS, TRIALS, available, build, trial_settings
+from benchmarks.study.plan import SEEDS, ledger_of, missing, missing_in_few_bits, winner
 from benchmarks.study.statistics import detectable, paired, updates_to
 from benchmarks.study.tasks import TASKS
 from benchmarks.study.text import TEXT
@@ -205,9 +206,13 @@ def test_the_report_says_what_the_numbers_say(tmp_path: Path) -> None:
         ledger.append(fake("NAdamW", seed, 0.1, 0.1) | ({"val": None} if seed == 3 else {}))
         if seed < SEEDS:
             ledger.append(fake("LaProp", seed, 0.1, 0.1))
+    for number, val in enumerate((0.9, 0.7, None, 0.5)):
+        ledger.append(fake("AdamW", 0, 0.6, 0.1) | {"kind": "trial", "trial": number})
+        ledger.append(fake("QHAdam", 0, 0.1, 0.1) | {"kind": "trial", "trial": number, "val": val})
     document = tmp_path / "page.md"
     document.write_text(
         "a\n<!-- study overview -->\nold\n<!-- end -->\nb\n<!-- study budget -->\n<!-- end -->\n"
+        "c\n<!-- study unfinished -->\n<!-- end -->\n"
     )
     report.write(tmp_path, document)
     lines = document.read_text().splitlines()
@@ -218,10 +223,41 @@ def test_the_report_says_what_the_numbers_say(tmp_path: Path) -> None:
     assert rows["SGD"] == "not reached, worse"
     assert rows["NAdamW"] == "not reached, diverges on 1 of 10 seeds"
     assert "LaProp" not in rows
-    assert rows["together"] == "59 | 1 | 0.59"
+    assert rows["QHAdam, digits, logistic regression"] == "4 of 30 | 0.500 | 0.600 | 1 of 4"
+    assert rows["together"] == "67 | 2 | 0.67"
     assert "old" not in document.read_text()
     for picture in ("differences.png", "learning.png"):
         assert (tmp_path / "images/study" / picture).stat().st_size > 5_000
+
+
+def test_few_bits_are_the_winners_own_and_compared_with_it(tmp_path: Path) -> None:
+    """Catches 8 bits that are 32, that run at other settings than the winner, or are compared with another one."""
+    name, task = "ARSG adam, 8-bit state", TASKS["digits"]
+    ledger = ledger_of(tmp_path, task)
+    for base, best in (("ARSG adam", 7), ("ARSG", 3)):
+        for trial in range(TRIALS):
+            record = {"kind": "trial", "optimizer": base, "trial": trial, "seed": 0, "seconds": 1.0}
+            settings = trial_settings(base, task, trial)
+            ledger.append(record | {"settings": settings, "val": abs(trial - best)})
+    todo = list(missing_in_few_bits(task, tmp_path, [name]))
+    assert [(run["optimizer"], run["seed"]) for run in todo] == [(name, seed) for seed in range(1, SEEDS + 1)]
+    assert all(run["settings"] == trial_settings("ARSG adam", task, 7) for run in todo)
+
+    for seed in range(1, SEEDS + 1):
+        ledger.append(fake("ARSG adam", seed, 1.0 + seed / 10, 0.1))
+        ledger.append(fake("ARSG", seed, 9.0, 0.1))
+        ledger.append(fake("ARSG adam", seed, 1.25 + seed / 10, 0.1) | {"optimizer": name})
+    assert not list(missing_in_few_bits(task, tmp_path, [name]))
+    line = report.bits_table(task, ledger).splitlines()[-1]
+    assert line.startswith(f"| {name} | ARSG adam | 1.800 | +0.2500 (+0.2500 to +0.2500) | worse |")
+
+    x = torch.nn.Parameter(torch.randn(64, 128))
+    x.grad = torch.randn_like(x)
+    optimizer = FEW_BITS[name][1]([{"params": [x], "matrix": True}], todo[0]["settings"])
+    optimizer.step()
+    assert (
+        state_bytes(optimizer) < 2.1 * x.numel()
+    )  # two of the three: the adam preconditioner has no maximum
 
 
 def test_the_page_has_the_stored_numbers() -> None:
