@@ -40,6 +40,7 @@ def send_at(updates: int, number: signal.Signals, target: str) -> None:
             if target == "self-twice":
                 time.sleep(1.2)
                 os.kill(os.getpid(), number)
+                time.sleep(20)  # until it is heard, which another thread does
 
     Schedules.after_update = after_update  # type: ignore[method-assign]
 
