@@ -370,13 +370,13 @@ def _check_places(engine: Any, model: dict[str, Any], directory: Path) -> None:
     if saved == own:
         return
     trained_then, trained_now = ({name for group in part for name, _ in group} for part in (saved, own))
-    for names, said in (
+    for names, what in (
         (trained_now - trained_then, "has no optimizer state of {}, which this engine trains"),
         (trained_then - trained_now, "has the optimizer state of {}, which this engine does not train"),
     ):
         if names:
             raise ValueError(
-                f"{directory} {said.format(repr(min(names)))}: load the weights alone (load_optimizer_states=False; "
+                f"{directory} {what.format(repr(min(names)))}: load the weights alone (load_optimizer_states=False; "
                 "load_module_strict=False, too, where the models differ)"
             )
     for index, (there, here) in enumerate(zip(saved, own, strict=False)):
