@@ -140,13 +140,14 @@ def check_ranks_that_differ() -> None:
     with refused(RuntimeError, "hvd.broadcast_parameters(model.state_dict(), root_rank=0)"):
         update(model, optimizer)
     optimizer.close()
-    mixed = TwoDtypes()
-    with torch.no_grad():
-        mixed.head.bias[1] += hvd.rank()
-    optimizer = ShardedOptimizer(torch.optim.SGD(mixed.parameters(), lr=0.1), mixed.named_parameters())
-    with refused(RuntimeError, "hvd.broadcast_parameters(model.state_dict(), root_rank=0)"):
-        update(mixed, optimizer)
-    optimizer.close()
+    for part in ("body", "head"):  # of one dtype each
+        mixed = TwoDtypes()
+        with torch.no_grad():
+            mixed.get_submodule(part).bias[1] += hvd.rank()
+        optimizer = ShardedOptimizer(torch.optim.SGD(mixed.parameters(), lr=0.1), mixed.named_parameters())
+        with refused(RuntimeError, "hvd.broadcast_parameters(model.state_dict(), root_rank=0)"):
+            update(mixed, optimizer)
+        optimizer.close()
     other = nn.Linear(3, 2 + hvd.rank())
     with refused((ValueError, JobError), "differ from rank 0's"):
         build(other)
