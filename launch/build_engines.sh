@@ -3,11 +3,11 @@
 #
 #   launch/build_engines.sh CACHE_DIR OUTPUT_DIR
 #
-#   ARSG_GPU=cuda|none            Horovod with NCCL (not yet run) or without; default: with, where torch is a CUDA build
+#   ARSG_GPU=cuda|none            Horovod with NCCL, or for CPU tensors alone; default: with, where torch is a CUDA build
 #                                 and this machine has nvcc and a GPU
-#   HOROVOD_CUDA_HOME             CUDA toolkit; default CUDA_HOME, else where nvcc is
+#   HOROVOD_CUDA_HOME             CUDA toolkit; default CUDA_HOME, else what the nvcc on PATH says
 #   HOROVOD_NCCL_HOME             NCCL with headers; default the one that torch's CUDA wheels bring (nvidia.nccl)
-#   HOROVOD_BUILD_CUDA_CC_LIST    compute capabilities, e.g. 80,90; default those of the GPUs in this machine, else all
+#   HOROVOD_BUILD_CUDA_CC_LIST    compute capabilities, e.g. 80,90; default those of the GPUs in this machine, else all of nvcc's
 #   HOROVOD_...                   Horovod's other build variables, e.g. HOROVOD_GPU_ALLREDUCE, HOROVOD_WITHOUT_MPI
 #
 # Horovod 0.28.1 is patched in two places: it declares C++14 and torch needs C++20; and under Gloo its stall check knows
@@ -28,8 +28,16 @@ die() { echo "build_engines: $*" >&2; exit 1; }
 . "$(dirname "${BASH_SOURCE[0]}")/wheel_shelf.sh"
 unusable=$(make_shelves "$cache") || die "$unusable"
 
+work=$(mktemp -d); trap 'wait; rm -rf "$work"' EXIT
+
+# The folder of its toolkit is said by nvcc itself: on PATH there may be a link to it or a script that calls it.
+toolkit_of() {
+    local said
+    said=$("$1" --dryrun -x cu /dev/null 2>&1 | sed -n 's/^#\$ TOP=//p' || true)
+    realpath -- "${said:-$(dirname "$(dirname "$1")")}"
+}
 nvcc=$(command -v nvcc || true)
-cuda_home="${HOROVOD_CUDA_HOME:-${CUDA_HOME:-${nvcc:+$(dirname "$(dirname "$nvcc")")}}}"
+cuda_home="${HOROVOD_CUDA_HOME:-${CUDA_HOME:-${nvcc:+$(toolkit_of "$nvcc")}}}"
 gpu=${ARSG_GPU:-none}
 if [ -z "${ARSG_GPU:-}" ] && python -c 'import sys, torch; sys.exit(torch.version.cuda is None)'; then
     if [ -x "$cuda_home/bin/nvcc" ] && nvidia-smi -L >/dev/null 2>&1; then
@@ -39,9 +47,16 @@ if [ -z "${ARSG_GPU:-}" ] && python -c 'import sys, torch; sys.exit(torch.versio
     fi
 fi
 if [ "$gpu" = cuda ]; then
-    export HOROVOD_CUDA_HOME=$cuda_home
     [ -x "$cuda_home/bin/nvcc" ] ||
-        die "Horovod with NCCL needs the CUDA toolkit: put nvcc on PATH, or set HOROVOD_CUDA_HOME or ARSG_GPU=none"
+        die "Horovod with NCCL needs the CUDA toolkit, and there is no '$cuda_home/bin/nvcc': put nvcc on PATH, or set HOROVOD_CUDA_HOME or ARSG_GPU=none"
+    # torch looks for the toolkit too, by itself: both have to find the same one.
+    export HOROVOD_CUDA_HOME=$cuda_home CUDA_HOME=$cuda_home
+    read -r torch torch_cuda < <(python -c 'import torch; print(torch.__version__, torch.version.cuda or "")') || true
+    [ -n "$torch_cuda" ] ||
+        die "Horovod with NCCL needs a CUDA build of torch, and $torch is none: pip's own index has it (see PIP_INDEX_URL, PIP_FIND_LINKS), or set ARSG_GPU=none"
+    nvcc_cuda=$("$cuda_home/bin/nvcc" --version | sed -n 's/.*release \([0-9.]*\).*/\1/p')
+    [ "${nvcc_cuda%%.*}" = "${torch_cuda%%.*}" ] ||
+        die "torch $torch was built with CUDA $torch_cuda, and $cuda_home has CUDA ${nvcc_cuda:-of no known version}: set HOROVOD_CUDA_HOME to a toolkit of CUDA ${torch_cuda%%.*}"
     export HOROVOD_NCCL_HOME="${HOROVOD_NCCL_HOME:-$(python -c 'import nvidia.nccl as n; print(list(n.__path__)[0])' 2>/dev/null || true)}"
     [ -e "$HOROVOD_NCCL_HOME/include/nccl.h" ] ||
         die "no NCCL headers in '${HOROVOD_NCCL_HOME:-the Python package nvidia.nccl}': set HOROVOD_NCCL_HOME to an NCCL with include/nccl.h"
@@ -59,6 +74,25 @@ if [ "$gpu" = cuda ]; then
         found=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | tr -d . | sort -un | paste -sd, || true)
         [ -z "$found" ] || export HOROVOD_BUILD_CUDA_CC_LIST=$found
     fi
+    # Horovod would ask the nvcc on PATH, which need not be this one, and takes an empty list for one.
+    if [ -z "${HOROVOD_BUILD_CUDA_CC_LIST:-}" ]; then
+        HOROVOD_BUILD_CUDA_CC_LIST=$("$cuda_home/bin/nvcc" --list-gpu-arch | sed -n 's/^compute_\([0-9]*\)$/\1/p' | paste -sd,)
+        export HOROVOD_BUILD_CUDA_CC_LIST
+    fi
+    # What CMake says badly after a minute: a g++ too new for this nvcc, a GPU too old for it, a toolkit that does not link.
+    echo 'int main() {}' > "$work/program.cu"
+    targets=()
+    for capability in ${HOROVOD_BUILD_CUDA_CC_LIST//,/ }; do
+        targets+=("-gencode=arch=compute_$capability,code=sm_$capability")
+    done
+    compiled() { "$cuda_home/bin/nvcc" "$@" "$work/program.cu" >"$work/program.log" 2>&1; }
+    if ! { compiled --dryrun "${targets[@]}" -c && compiled -o "$work/program" -lcudart; }; then
+        remedy=""
+        [ -e "$cuda_home/lib64/libcudart.so" ] || [ ! -e "$cuda_home/lib/libcudart_static.a" ] ||
+            remedy="; NVIDIA's Python packages lack two links: (cd $cuda_home; ln -s lib lib64; cd lib; ln -s libcudart.so.* libcudart.so)"
+        die "$cuda_home/bin/nvcc makes no program for HOROVOD_BUILD_CUDA_CC_LIST=$HOROVOD_BUILD_CUDA_CC_LIST: $(
+            grep -iE 'error|fatal|cannot find' "$work/program.log" | head -1)$remedy"
+    fi
 fi
 
 nvme=0 cpu=1
@@ -68,15 +102,14 @@ if [ "$gpu" = none ] && printf '#include <libaio.h>\nint main() { return io_queu
     nvme=1
 fi
 
+prefix=$(python -c 'import sys; print(sys.prefix)')  # differs between checkouts, and nothing in a wheel depends on it
 built_against="$(python -c 'import sys, sysconfig, torch
 print(sys.version, sysconfig.get_platform(), torch.__version__, torch.version.cuda)')
 $(mpirun --version | head -1)
 g++ $(g++ -dumpfullversion)
 gpu=$gpu $( [ "$gpu" = cuda ] && "$cuda_home/bin/nvcc" --version | tail -1 || true )
 cpu $(grep -m1 '^flags' /proc/cpuinfo | sha256sum)
-$(env | grep -E '^HOROVOD_(GPU|CUDA|NCCL|BUILD|WITH|ROCM|CCL|MPICXX|ALLOW)' | sort || true)"
-
-work=$(mktemp -d); trap 'wait; rm -rf "$work"' EXIT
+$(env | grep -E '^HOROVOD_(GPU|CUDA|NCCL|BUILD|WITH|ROCM|CCL|MPICXX|ALLOW)' | sed "s|=$prefix/|=|" | sort || true)"
 
 # cached NAME BUILD_FUNCTION [WITH]: BUILD_FUNCTION leaves one wheel in $work/NAME; its output goes to a log shown on
 # failure. WITH is what that wheel alone depends on.
@@ -92,7 +125,9 @@ cached() {
         # A failure anywhere in the build shows as a missing wheel ('set -e' does not reach into a tested command).
         (cd "$work" && "$build" "$work/$name") >"$log" 2>&1 || true
         if ! compgen -G "$work/$name/*.whl" >/dev/null; then
-            tail -n 40 "$log" >&2
+            # The first errors: at the end there are setuptools' tracebacks alone.
+            grep -m 3 -A 4 -E 'CMake Error|fatal|: error:|cannot find|Error:' "$log" >&2 || true
+            tail -n 5 "$log" >&2
             cp "$log" "$cache/$name-failed.log"
             die "$name did not build; the whole log is in $cache/$name-failed.log"
         fi
@@ -106,7 +141,11 @@ source_of() {
     local sha256=$1_sha256
     printf '%s==%s --hash=sha256:%s\n' "$1" "${!1}" "${!sha256}" > "$1.txt"
     python -m pip download --require-hashes --no-deps --no-build-isolation --no-binary :all: -r "$1.txt" &&
-        tar xzf "$1-${!1}.tar.gz" && cd "$1-${!1}"
+        tar xzf "$1-${!1}.tar.gz" && cd "$1-${!1}" || return
+    # Horovod's part for torch takes any CUDA toolkit it comes across, and ends where that one is of no use.
+    if [ "$1 $gpu" = "horovod none" ] && ! compgen -e | grep -q '^HOROVOD_GPU'; then
+        sed -i 's/(CUDA_HOME is not None)/False/' cmake/Modules/FindPytorch.cmake
+    fi
 }
 
 build_horovod() {

@@ -5,7 +5,7 @@
 #   launch/setup.sh --first    only what arsg_dist needs on torch alone: nothing is compiled but its kernel
 #   launch/setup.sh            PYTHON=python3.11         interpreter to use
 #                              ARSG_CACHE_DIR=DIR        where built wheels are kept (default ~/.cache/arsg_dist)
-#                              ARSG_GPU=cuda             build Horovod with NCCL (docs/setup.md; not yet run)
+#                              ARSG_GPU=cuda|none        Horovod with or without NCCL (docs/setup.md); kept until another is given
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -25,9 +25,13 @@ PYTHON=${PYTHON:-$(find_python)}
 inputs=(constraints.txt requirements.lock pyproject.toml setup.py launch/setup.sh launch/build_engines.sh launch/wheel_shelf.sh)
 [ -d arsg_dist/optim/kernels/csrc ] && inputs+=(arsg_dist/optim/kernels/csrc/*)
 libaio=$([ -e /usr/include/libaio.h ] && echo yes || echo no)  # installed later, DeepSpeed is built anew with its operators for NVMe
-state="$(cat "${inputs[@]}" | sha256sum | cut -d' ' -f1) $("$PYTHON" -V 2>&1) gpu=${ARSG_GPU:-none} libaio=$libaio $PWD"
 stamp=.venv/.setup-complete
 first_stamp=.venv/.setup-first
+# What was asked for once holds for the next 'make test' as well: without it that would put another Horovod in place.
+if [ -z "${ARSG_GPU:-}" ] && [ -f "$first_stamp" ] && [[ "$(cat "$first_stamp")" =~ \ ARSG_GPU=([a-z]+)\  ]]; then
+    export ARSG_GPU=${BASH_REMATCH[1]}
+fi
+state="$(cat "${inputs[@]}" | sha256sum | cut -d' ' -f1) $("$PYTHON" -V 2>&1) ARSG_GPU=${ARSG_GPU:-} libaio=$libaio $PWD"
 is_done() { [ -f "$1" ] && [ "$(cat "$1")" = "$state" ]; }
 case "${1:-}" in
     "") ;;
@@ -59,8 +63,13 @@ for place in . "$cache" "${TMPDIR:-/tmp}"; do
 done
 case "${ARSG_GPU:-none}" in
     none) ;;
-    cuda) [ -x "${HOROVOD_CUDA_HOME:-${CUDA_HOME:-}}/bin/nvcc" ] || command -v nvcc >/dev/null ||
-        die "ARSG_GPU=cuda needs the CUDA toolkit: put nvcc on PATH, or set CUDA_HOME" ;;
+    cuda)
+        cuda_home=${HOROVOD_CUDA_HOME:-${CUDA_HOME:-}}
+        if [ -n "$cuda_home" ]; then
+            [ -x "$cuda_home/bin/nvcc" ] || die "there is no $cuda_home/bin/nvcc: set CUDA_HOME or HOROVOD_CUDA_HOME to the CUDA toolkit, or neither where nvcc is on PATH"
+        else
+            command -v nvcc >/dev/null || die "ARSG_GPU=cuda needs the CUDA toolkit: put nvcc on PATH, or set CUDA_HOME"
+        fi ;;
     *) die "ARSG_GPU=$ARSG_GPU is not known; use ARSG_GPU=cuda or leave it unset" ;;
 esac
 

@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
+from tests.support.turns import TURNS
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run beside several ranks on few cores
 
 
@@ -15,10 +17,6 @@ settings.register_profile("hunt", derandomize=False, database=None, deadline=Non
 settings.load_profile("repeatable")
 
 
-TURNS = 3
-"""CI runs a third of the tests with the mark `turn`, which are slow; another commit, another third."""
-
-
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--record-detection", metavar="FILE", help="append what injected faults cost (JSON lines)"
@@ -26,7 +24,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--kills",
         type=int,
-        default=12,
+        default=8,
         help="kill points of the slow test, per engine; hundreds take half an hour",
     )
     parser.addoption(
@@ -70,7 +68,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if mark:
             item.add_marker("slow")
         asked_for = item.nodeid in named or item.nodeid.startswith(tuple(f"{name}[" for name in named))
-        due = not mark or mark.args[0] == now or config.getoption("--full") or asked_for
+        due = (
+            not mark
+            or mark.args[0] == now % mark.kwargs.get("of", 3)
+            or config.getoption("--full")
+            or asked_for
+        )
         (kept if due else others).append(item)
     config.hook.pytest_deselected(items=others)
     items[:] = kept

@@ -33,7 +33,7 @@ class DDPBuilder(LocalBuilder):
         settings = self._settings
         groups = settings.parameter_groups(module)
         if settings.engine_options.get("shard_update"):
-            self._shards = Shards(groups)
+            self._shards = Shards(groups, order=module.parameters())
             groups = self._shards.groups
         return settings.build_optimizer(groups)
 

@@ -6,11 +6,13 @@ from inspect import signature
 from typing import Any, Self
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from arsg_dist.ddp.reducer import Reducer
 from arsg_dist.ddp.shards import Shards, load_sharded, sharded_state
-from arsg_dist.engine import Communicator, EngineState, LocalEngine, SavedState
+from arsg_dist.engine import Communicator, EngineState, JobError, LocalEngine, SavedState, all_finite
 from arsg_dist.optim.by_name import check_element_wise, inner_of
 
 
@@ -28,10 +30,12 @@ class DDPEngine(LocalEngine):
         skip_nonfinite: leave out updates whose gradient is not finite; under loss scaling they are in any case.
         shards: divide the update and the optimizer's state among the ranks; the optimizer is over their `groups`.
         distribution: further keyword arguments of `DistributedDataParallel`, such as `bucket_cap_mb` or
-            `find_unused_parameters`.
+            `find_unused_parameters`; with shards only the latter.
 
     Raises:
-        TypeError: the update is to be divided, and the optimizer is not known to update each element by itself.
+        TypeError: the update is to be divided, and the optimizer is not known to update each element by itself, or
+            there are other arguments of `DistributedDataParallel`.
+        JobError: it is to be divided, and a rank has another network.
     """
 
     kind = "ddp"
@@ -64,21 +68,22 @@ class DDPEngine(LocalEngine):
             loss_scaling=loss_scaling,
             skip_nonfinite=skip_nonfinite,
         )
+        self._distribute(shards, distribution)
+        self._announce_micro_batch()
+
+    def _distribute(self, shards: Shards | None, distribution: dict[str, Any]) -> None:
+        """Put what exchanges gradients around the network. Collective."""
         if shards is not None:
-            if not isinstance(self, ShardedDDPEngine):
-                raise TypeError(f"{type(self).__name__} with shards: derive it from ShardedDDPEngine")
-            check_divided(type(inner_of(optimizer)))
-            self._shards = shards
+            raise TypeError(f"{type(self).__name__} with shards: derive it from ShardedDDPEngine")
         on_gpu = [self.device] if self.device.type == "cuda" else None
         distribution = {"gradient_as_bucket_view": True, **distribution}
         # Before torch 2.13 the one argument, broadcast_buffers, leaves buffers out at the start too.
         older = "forward_sync_buffers" not in signature(DistributedDataParallel).parameters
         buffers: dict[str, Any] = {} if older else {"forward_sync_buffers": False}
-        self._parallel = DistributedDataParallel(module, device_ids=on_gpu, **buffers, **distribution)
+        self._parallel = DistributedDataParallel(self._network, device_ids=on_gpu, **buffers, **distribution)
         if older:
             self._parallel.broadcast_buffers = False
         self.module = self._parallel
-        self._announce_micro_batch()
 
     def _announce_micro_batch(self) -> None:
         """Exchange gradients in the last micro-batch only."""
@@ -89,24 +94,71 @@ class ShardedDDPEngine(DDPEngine):
     """Replicate the model, and divide the update and the optimizer's state; what `DDPEngine` with `shards` is."""
 
     _shards: Shards
+    _reducer: Reducer
+
+    def _distribute(self, shards: Shards | None, distribution: dict[str, Any]) -> None:
+        if shards is None:
+            raise TypeError(f"{type(self).__name__} needs shards")
+        find_unused = bool(distribution.pop("find_unused_parameters", False))
+        if distribution:
+            raise TypeError(
+                f"{', '.join(distribution)}: of DistributedDataParallel, which a divided update does without; leave it "
+                "out (Shards takes bucket_cap_mb)"
+            )
+        check_divided(type(inner_of(self.optimizer)))
+        self._check_networks()
+        self._shards = shards
+        self._reducer = Reducer(self._network, shards, self.communicator, find_unused=find_unused)
+        divided = {parameter for bucket in shards.buckets for parameter in bucket.starts}
+        whole = [parameter for parameter in self._network.parameters() if parameter not in divided]
+        for tensor in (*(bucket.whole for bucket in shards.buckets), *whole, *self._network.buffers()):
+            sent = tensor.detach().contiguous()
+            dist.broadcast(sent, 0)
+            tensor.detach().copy_(sent)
+
+    def _check_networks(self) -> None:
+        """Refuse networks of which a rank has another. Collective."""
+        own = [
+            [name, list(tensor.shape), str(tensor.dtype)]
+            for name, tensor in (*self._network.named_parameters(), *self._network.named_buffers())
+        ]
+        of_ranks = self.communicator.all_gather_object(own)
+        if others := [rank for rank, held in enumerate(of_ranks) if held != of_ranks[0]]:
+            raise JobError(f"rank {', '.join(map(str, others))} has another network than rank 0")
+
+    def _announce_micro_batch(self) -> None:
+        self._reducer.begin(ends_update=self._ends_update)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradient; in the last micro-batch of an update, until this rank's parts have their average."""
+        super().backward(loss)
+        self._reducer.finish()
 
     def _update(self) -> None:
-        self._shards.take_gradients()
         super()._update()
         self._network.zero_grad()
+
+    def _gradient_is_finite(self) -> bool:
+        finite = all_finite([*self._gradients(), *self._gradients_of_others()])
+        return not self.communicator.start_any(not finite)()
+
+    def _gradients(self) -> list[torch.Tensor]:
+        return [piece.part.grad for piece in self._shards.pieces() if piece.part.grad is not None]
+
+    def _gradients_of_others(self) -> list[torch.Tensor]:
+        """Return those of parameters that no group has, which every rank has whole."""
+        return [parameter.grad for parameter in self._reducer.others if parameter.grad is not None]
 
     def _clip(self) -> None:
         if self.loss_scaling:
             self._unscale_shards()
         if self._clip_grad_norm:
-            # What no group has counts in the norm as it does undivided; every rank has it whole.
-            trained = {parameter for members in self._shards.members for parameter in members}
-            others = [p.grad for p in self._network.parameters() if p.grad is not None and p not in trained]
+            # They count in the norm as they do undivided.
             square = sum(
-                (grad.float().square().sum() for grad in others), torch.zeros((), device=self.device)
+                (grad.float().square().sum() for grad in self._gradients_of_others()),
+                torch.zeros((), device=self.device),
             )
-            parts = [piece.part.grad for piece in self._shards.pieces if piece.part.grad is not None]
-            self._clip_parts(parts, besides=square / self.communicator.world_size)
+            self._clip_parts(self._gradients(), besides=square / self.communicator.world_size)
 
     def _step(self) -> None:
         super()._step()

@@ -44,29 +44,39 @@ class Piece:
         parameter: whole, on every rank.
         start: of its first element, in the order of the parameter's memory.
         part: the elements, in the parameter's own memory; what the optimizer has.
+        at: of its first element, in this rank's part of the bucket.
     """
 
     parameter: nn.Parameter
     start: int
     part: nn.Parameter
+    at: int
 
     @property
     def order(self) -> tuple[int, ...]:
         """Return the order of elements in the parameter's memory."""
         return order_of(self.parameter.stride(), self.parameter.shape)
 
-    def take_gradient(self) -> None:
-        """Give the part its share of the parameter's gradient."""
-        gradient = self.parameter.grad
-        self.part.grad = (
-            None
-            if gradient is None
-            else in_order(gradient, self.order).narrow(0, self.start, self.part.numel())
-        )
+
+@dataclass(frozen=True)
+class Bucket:
+    """Hold parameters whose gradients travel together, one after another in one memory.
+
+    Attributes:
+        starts: parameter → place of its first element.
+        whole: the memory, padded to as many equal parts as there are ranks.
+        part: this rank's part of it.
+        pieces: of this rank.
+    """
+
+    starts: dict[nn.Parameter, int]
+    whole: Tensor
+    part: Tensor
+    pieces: list[Piece]
 
 
 class Shards:
-    """Lay parameters out in one memory for each dtype, of which each rank has an equal part to update.
+    """Lay parameters out in buckets, of each of which each rank has an equal part to update.
 
     The optimizer is made over `groups`, the engine over the optimizer and these shards::
 
@@ -78,17 +88,25 @@ class Shards:
     Args:
         parameters: of the model, or groups of them as an optimizer takes them; on the device of the training, and not
             to be moved or cast afterwards.
+        order: `model.parameters()`, where groups have them in another order: neighbours in it travel together.
+        bucket_cap_mb: MiB of parameters of one dtype whose gradients travel together, as of `DistributedDataParallel`.
 
     Raises:
         ValueError: a parameter is twice in it, or has a layout with gaps.
 
     Attributes:
         groups: the same groups, with this rank's part of each parameter; a group of which it has none is empty.
-        pieces: of this rank.
+        buckets: those of the parameters that come last first: a backward pass begins there.
         members: whole parameters of each group.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]]) -> None:
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
+        *,
+        order: Iterable[nn.Parameter] = (),
+        bucket_cap_mb: float = 25.0,
+    ) -> None:
         rank, world_size = dist.get_rank(), dist.get_world_size()
         given: list[Any] = list(parameters)
         whole = (
@@ -100,40 +118,65 @@ class Shards:
         listed = [parameter for members in self.members for parameter in members]
         if len({*listed}) != len(listed):
             raise ValueError("a parameter is in two groups, or twice in one")
-        of_dtype: dict[torch.dtype, list[nn.Parameter]] = {}
-        for parameter in listed:
-            of_dtype.setdefault(parameter.dtype, []).append(parameter)
-        self.pieces: list[Piece] = []
-        self._flats: list[tuple[Tensor, Tensor]] = []
-        own: dict[Tensor, nn.Parameter] = {}
-        for dtype, alike in of_dtype.items():
-            part = -(-sum(parameter.numel() for parameter in alike) // world_size)
-            flat = torch.zeros(part * world_size, dtype=dtype, device=alike[0].device)
-            self._flats.append((flat, flat.narrow(0, rank * part, part)))
-            at = 0
-            for parameter in alike:
-                _move(parameter, flat.narrow(0, at, parameter.numel()))
-                first, last = max(at, rank * part), min(at + parameter.numel(), (rank + 1) * part)
-                if first < last:
-                    own[parameter] = nn.Parameter(flat.narrow(0, first, last - first))
-                    set_places(own[parameter], [(0, last - first, first - at)])
-                    self.pieces.append(Piece(parameter, first - at, own[parameter]))
-                at += parameter.numel()
+        place = {parameter: index for index, parameter in enumerate(order)}
+        listed.sort(key=lambda parameter: place.get(parameter, 0))
+        self.buckets = [
+            _bucket(members, rank, world_size) for members in _divide(listed, bucket_cap_mb * 2**20)
+        ]
+        own = {piece.parameter: piece.part for piece in self.pieces()}
         self.groups = [
             {**group, "params": [own[parameter] for parameter in group["params"] if parameter in own]}
             for group in whole
         ]
 
-    def take_gradients(self) -> None:
-        """Give this rank's parts their shares of the averaged gradients."""
-        for piece in self.pieces:
-            piece.take_gradient()
+    def pieces(self) -> Iterator[Piece]:
+        """Yield this rank's."""
+        for bucket in self.buckets:
+            yield from bucket.pieces
 
     @torch.no_grad()
     def gather(self) -> None:
         """Bring every rank's parts to all of them. Collective."""
-        for flat, part in self._flats:
-            dist.all_gather_into_tensor(flat, part.clone())
+        under_way: list[Any] = []
+        for bucket in self.buckets:
+            if bucket.whole.device.type != "cpu":
+                under_way.append(dist.all_gather_into_tensor(bucket.whole, bucket.part, async_op=True))
+                continue
+            # Gloo's all-gather makes the whole again in new memory, which costs more than its messages.
+            for source, sent in enumerate(torch.split(bucket.whole, max(bucket.part.numel(), 1))):
+                under_way.append(dist.broadcast(sent, source, async_op=True))
+        for work in under_way:
+            work.wait()
+
+
+def _divide(parameters: list[nn.Parameter], limit: float) -> list[list[nn.Parameter]]:
+    """Put neighbours of one dtype together, the last first, up to a number of bytes."""
+    open_of: dict[torch.dtype, list[nn.Parameter]] = {}
+    divided: list[list[nn.Parameter]] = []
+    for parameter in reversed(parameters):
+        members = open_of.get(parameter.dtype)
+        if members is None or sum(member.nbytes for member in (*members, parameter)) > limit:
+            members = open_of[parameter.dtype] = []
+            divided.append(members)
+        members.append(parameter)
+    return divided
+
+
+def _bucket(parameters: list[nn.Parameter], rank: int, world_size: int) -> Bucket:
+    size = -(-sum(parameter.numel() for parameter in parameters) // world_size)
+    whole = torch.zeros(size * world_size, dtype=parameters[0].dtype, device=parameters[0].device)
+    made = Bucket({}, whole, whole.narrow(0, rank * size, size), [])
+    at = 0
+    for parameter in parameters:
+        _move(parameter, whole.narrow(0, at, parameter.numel()))
+        made.starts[parameter] = at
+        first, last = max(at, rank * size), min(at + parameter.numel(), (rank + 1) * size)
+        if first < last:
+            part = nn.Parameter(whole.narrow(0, first, last - first))
+            set_places(part, [(0, last - first, first - at)])
+            made.pieces.append(Piece(parameter, first - at, part, first - rank * size))
+        at += parameter.numel()
+    return made
 
 
 @torch.no_grad()
@@ -166,7 +209,7 @@ def sharded_state(
         for group, members in zip(optimizer.param_groups, shards.members, strict=True)
     ]
     state = EngineState(kind, groups=groups, aliases=aliases_of(module, names))
-    for piece in shards.pieces:
+    for piece in shards.pieces():
         name, held = names[piece.parameter], optimizer.state.get(piece.part, {})
         if numbers := state_numbers(name, held):
             state.numbers[name] = numbers
@@ -196,7 +239,7 @@ def load_sharded(
     """
     names: Mapping[Tensor, str] = {parameter: name for name, parameter in module.named_parameters()}
     check_model(module, saved)
-    piece_of = {names[piece.parameter]: piece for piece in shards.pieces}
+    piece_of = {names[piece.parameter]: piece for piece in shards.pieces()}
 
     def part(entry: str, name: str) -> Tensor:
         piece, spec = piece_of[name], saved.spec(entry, name)
@@ -206,7 +249,7 @@ def load_sharded(
             )
         return saved.read(entry, name, piece.start, piece.part.numel(), piece.order).clone()
 
-    own: dict[Tensor, str] = {piece.part: names[piece.parameter] for piece in shards.pieces}
+    own: dict[Tensor, str] = {piece.part: names[piece.parameter] for piece in shards.pieces()}
     loaded = optimizer_state(optimizer, own, saved, part)
     count = len(optimizer.param_groups)
     for index, (packed, members) in enumerate(zip(loaded["param_groups"], shards.members, strict=True)):

@@ -26,7 +26,7 @@ from arsg_dist.deepspeed.patches.state_access import patch_state_access
 from arsg_dist.deepspeed.patches.training_step import patch_training_step
 from arsg_dist.deepspeed.patching import Method, check_known, is_repaired, wrap_once
 from arsg_dist.deepspeed.update_checks import check_updates
-from arsg_dist.deepspeed.versions import is_optimized_parameter
+from arsg_dist.deepspeed.versions import is_optimized_parameter, leaves_out_frozen
 from arsg_dist.optim import ARSG, RemoteObservation
 from arsg_dist.optim.by_name import NAMES, OURS, make_optimizer
 
@@ -147,7 +147,7 @@ def _with_built_arsg_check(method: Method) -> Method:
         if isinstance(basic_optimizer, OURS):
             _tell_what_will_not_work(engine, wrapper)
             if wrapper is not None:  # None: stage 0 in fp32
-                _drop_frozen_groups(basic_optimizer)
+                _drop_frozen(basic_optimizer)
         return wrapper
 
     return check
@@ -192,17 +192,20 @@ def _with_fused_refused(method: Method) -> Method:
     return _configure_fp16_optimizer
 
 
-def _drop_frozen_groups(optimizer: Optimizer) -> None:
-    """Drop groups whose parameters are all frozen, as DeepSpeed drops empty ones.
+def _drop_frozen(optimizer: Optimizer) -> None:
+    """Drop groups whose parameters are all frozen, as DeepSpeed drops empty ones, and frozen parameters of others.
 
-    Stages 1 and 2 fail on them with an IndexError. They are dropped at every stage and precision where DeepSpeed makes
-    masters, so that an engine has the same groups in all of these, and schedules go from one to another.
+    Stages 1 and 2 fail on such groups with an IndexError. They are dropped at every stage and precision where DeepSpeed
+    makes masters, so that an engine has the same groups in all of these, and schedules go from one to another.
     """
     groups = optimizer.param_groups
     trained = [group for group in groups if any(map(is_optimized_parameter, group["params"]))]
     if not trained:
         raise ValueError("every parameter of the optimizer is frozen: give it some with requires_grad=True")
     groups[:] = trained
+    if not leaves_out_frozen():
+        for group in trained:
+            group["params"] = [parameter for parameter in group["params"] if parameter.requires_grad]
 
 
 def makes_ours(client: Any) -> bool:

@@ -210,7 +210,8 @@ class UpdateChecks:
 
     def forget_backwards(self) -> None:
         """Note that gradients were discarded."""
-        if self._in_epilogue:  # by DeepSpeed itself, which has taken them
+        # By DeepSpeed itself, which has taken them; a pipeline does it between backward passes and update.
+        if self._in_epilogue or self._engine.pipeline_parallelism:
             return
         self._passes = self._last_passes = 0
         self._gone = bool(self._engine.zero_optimization())

@@ -30,6 +30,14 @@ def is_optimized_parameter(parameter: Any) -> bool:
     return bool(own(parameter) if own is not None else parameter.requires_grad)
 
 
+def leaves_out_frozen() -> bool:
+    """Tell whether at stage 0 in half precision DeepSpeed takes frozen parameters out of the optimizer's groups.
+
+    Older ones make masters of them, which weight decay moves.
+    """
+    return hasattr(deepspeed.runtime.utils, "is_optimized_parameter")
+
+
 def load_config(path: str) -> dict[str, Any]:
     """Read a config as DeepSpeed does: of a file, or of base64."""
     file = Path(path)
@@ -51,11 +59,22 @@ def fails_over_further_passes(zero: Any) -> bool:
     return _before("0.18.3") and not zero.cpu_offload
 
 
+def expert_file(engine: Any, directory: Path, layer: int, expert: int) -> Path:
+    """Return where the weights of an expert of a mixture are in a checkpoint."""
+    own = getattr(engine, "checkpoint_mp_rank", None)
+    rank = {"checkpoint_mp_rank": own} if own is not None else {"mpu": engine.mpu}
+    return Path(engine._get_expert_ckpt_name(str(directory.parent), layer, expert, directory.name, **rank))
+
+
+def saves_stage_0() -> bool:
+    """Tell whether DeepSpeed saves the optimizer at stage 0 in bf16, which it forgot until 0.18.4."""
+    return not _before("0.18.5")
+
+
 def resumes_stage_0() -> bool:
     """Tell whether DeepSpeed loads all of what it saves at stage 0.
 
-    Until 0.18.4 it leaves out the optimizer in bf16, and until 0.19.2 looks for that of experts in the wrong file in
-    fp32.
+    Until 0.18.4 it leaves out the optimizer in bf16, and until 0.19.2 looks for that of experts in the wrong file.
     """
     return not _before("0.19.3")
 

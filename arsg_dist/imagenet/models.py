@@ -149,12 +149,19 @@ def require_image_sizes(
 
 def _passes(model: nn.Module, images: int, size: int, device: str) -> Exception | None:
     """Call the network on copies of its buffers; return what it raised."""
-    parameters = {name: parameter.detach().to(device) for name, parameter in model.named_parameters()}
-    buffers = {name: buffer.to(device, copy=True) for name, buffer in model.named_buffers()}
+    given: dict[str, torch.Tensor] = {}
+    copies: dict[torch.Tensor, torch.Tensor] = {}
+    # Each module by one name, each tensor of it by all: functional_call, which finds further names of a module by its
+    # tensors, would leave the copies there.
+    for prefix, module in model.named_modules():
+        for name, parameter in module.named_parameters(prefix, recurse=False, remove_duplicate=False):
+            given[name] = copies.setdefault(parameter, parameter.detach().to(device))
+        for name, buffer in module.named_buffers(prefix, recurse=False, remove_duplicate=False):
+            given[name] = copies.setdefault(buffer, buffer.to(device, copy=True))
     with torch.no_grad(), torch.random.fork_rng(devices=()):
         try:
             zeros = torch.zeros(images, 3, size, size, device=device)
-            weighted_logits(functional_call(model, {**parameters, **buffers}, (zeros,)))
+            weighted_logits(functional_call(model, given, (zeros,), tie_weights=False))
         except Exception as error:  # of whatever a network checks
             return error
     return None

@@ -30,6 +30,9 @@ class StopRequest:
     Before training, while a rank connects, there is nothing to save: a signal ends it at once, with the code that
     has the job started again. A second Ctrl-C, a second or more after the first, ends the process at once.
 
+    Python runs a handler when the main thread is back from what it does outside Python, such as a wait for other ranks:
+    late, or never. So a thread hears of signals when they come.
+
     Attributes:
         received: name of the first signal this rank got, or None.
     """
@@ -39,6 +42,7 @@ class StopRequest:
         self._communicator: Communicator | None = None
         self._interrupted: float | None = None
         self._answer: Callable[[], bool] | None = None
+        self._ending = threading.RLock()
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -58,10 +62,34 @@ class StopRequest:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN
         }
         try:
-            yield
+            with self._listening():
+                yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+    @contextmanager
+    def _listening(self) -> Iterator[None]:
+        source, sink = os.pipe()
+        os.set_blocking(sink, False)
+        before = signal.set_wakeup_fd(sink, warn_on_full_buffer=False)
+        _sinks.add(sink)
+        listener = threading.Thread(target=self._listen, args=(source,), name="signals", daemon=True)
+        listener.start()
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(before)
+            _sinks.remove(sink)
+            os.close(sink)
+            listener.join()
+            os.close(source)
+
+    def _listen(self, source: int) -> None:
+        while numbers := os.read(source, 64):
+            now = time.monotonic()
+            for number in numbers:
+                self._hear(number, now)
 
     def begin(self, communicator: Communicator) -> None:
         """Take a signal from now on as one to stop after the step under way.
@@ -72,21 +100,32 @@ class StopRequest:
         self._communicator = communicator
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        name = signal.Signals(number).name
+        """Note a signal, in the main thread."""
         if number == signal.SIGHUP:
             leave_terminal()
         if self._communicator is None:
+            self._end_untrained(number)
+        self.received = self.received or signal.Signals(number).name
+
+    def _hear(self, number: int, now: float) -> None:
+        """End the process where a signal is to end it at once, whatever the main thread does."""
+        if number not in SIGNALS:
+            return  # somebody else's
+        if self._communicator is None:
+            self._end_untrained(number)
+        elif number == signal.SIGINT:
+            if self._interrupted is None:
+                self._interrupted = now
+                if self._communicator.rank == 0:
+                    _say("Ctrl-C: saving after this update; once more ends at once, unsaved")
+            elif now - self._interrupted > _ONE_KEYSTROKE:
+                os._exit(128 + signal.SIGINT)
+
+    def _end_untrained(self, number: int) -> None:
+        with self._ending:  # of two threads, one
+            name = signal.Signals(number).name
             _say(f"stopped by {name} before training began; start again (exit code {PREEMPTED})")
             os._exit(PREEMPTED)
-        first, self.received = self.received is None, self.received or name
-        if number != signal.SIGINT:
-            return
-        now = time.monotonic()
-        if self._interrupted is not None and now - self._interrupted > _ONE_KEYSTROKE:
-            os._exit(128 + signal.SIGINT)
-        self._interrupted = self._interrupted or now
-        if first and self._communicator.rank == 0:
-            _say("Ctrl-C: saving after this update; once more ends at once, unsaved")
 
     def agreed(self) -> bool:
         """Tell whether to stop now, once per step, alike on all ranks. Collective.
@@ -104,6 +143,19 @@ class StopRequest:
         if self._answer is not None:
             self._answer()
             self._answer = None
+
+
+_sinks: set[int] = set()  # where signals are told to threads that listen
+
+
+def _tell_nothing() -> None:
+    told = signal.set_wakeup_fd(-1)
+    if told not in _sinks:
+        signal.set_wakeup_fd(told)
+
+
+# What a forked process is told is not meant for the one that listens.
+os.register_at_fork(after_in_child=_tell_nothing)
 
 
 def _say(text: str) -> None:

@@ -115,6 +115,16 @@ def stages(setting: Setting) -> list[Stage]:
         command = module("throughput", "--device", device, "--precision", "bf16", *size, *options)
         return Task(f"resnet50{kind}", [*command, "--output", str(output / f"throughput{kind}.md")], 100)
 
+    tokens, updates, every = (1024, 4, 2) if dry else (65_536, 100, 25)
+    nanogpt = module(
+        "nanogpt",
+        *("--data", output / "tokens", "--synthetic", 100 * tokens, "--output", output / "nanogpt"),
+        *("--optimizers", "muon", "remote-muon", "adamw", "arsg", "--minutes", 1.5),
+        *("--tokens", tokens, "--steps", updates, "--val-every", every, "--val-tokens", 2 * tokens),
+        *("--time", "64", "--micro", "4", "--vocabulary", "512", "--layers", "2", "--width", "64") * dry,
+        *("--head", "32", "--dtype", "float32", "--no-compile") * dry,
+    )
+    saving = 240 if dry else 60  # a rehearsal's disk and processors are anybody's
     kernel = module("gpu.kernel", "--device", device)
     gpu_tests = "not gpu" if dry else "gpu"
     found = [
@@ -222,7 +232,7 @@ def stages(setting: Setting) -> list[Stage]:
         ),
         Stage(
             "checkpoint",
-            60,
+            saving,
             []
             if short
             else [
@@ -233,7 +243,7 @@ def stages(setting: Setting) -> list[Stage]:
                         *("--device", device, "--ranks", 1, "--rounds", 1 if dry else 3),
                         *("--workloads", "resnet50", "--output", output / "checkpoint_save.md"),
                     ),
-                    60,
+                    saving,
                     {SAVING: "one process, saved in the background and loaded"},
                 )
             ],
@@ -259,5 +269,6 @@ def stages(setting: Setting) -> list[Stage]:
             100,
             [] if short else [throughput("--channels-last", "--compile", "--only", "ARSG", "AdamW")],
         ),
+        Stage("nanogpt", 110, [] if short else [Task("four optimizers", nanogpt, 110)]),
     ]
     return found

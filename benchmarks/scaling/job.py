@@ -65,6 +65,7 @@ def torch_stack() -> tuple[Steps, Steps]:
             f"all_reduce {size}": lambda whole=whole: dist.all_reduce(whole),
             f"reduce_scatter {size}": lambda part=part, whole=whole: dist.reduce_scatter_tensor(part, whole),
             f"all_gather {size}": lambda part=part, whole=whole: dist.all_gather_into_tensor(whole, part),
+            f"all_to_all {size}": lambda whole=whole: dist.all_to_all_single(torch.empty_like(whole), whole),
         }
     inputs = torch.randn(4, WIDTH)
     communicator = TorchCommunicator(torch.device("cpu"))
@@ -78,9 +79,10 @@ def torch_stack() -> tuple[Steps, Steps]:
             shard(network)
             engine = FSDPEngine(network, ARSG(network.parameters(), lr=1e-6), communicator)
         else:
-            shards = Shards(network.parameters()) if name == "ddp-sharded" else None
+            bucket: Any = {"bucket_cap_mb": BUCKET / 2**20}
+            shards = Shards(network.parameters(), **bucket) if name == "ddp-sharded" else None
             optimizer = ARSG(shards.groups if shards else network.parameters(), lr=1e-6, fused=True)
-            engine = DDPEngine(network, optimizer, communicator, shards=shards, bucket_cap_mb=BUCKET / 2**20)
+            engine = DDPEngine(network, optimizer, communicator, shards=shards, **({} if shards else bucket))
 
         def step() -> None:
             engine.backward(engine.module(inputs).square().mean())

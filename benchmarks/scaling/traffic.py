@@ -104,9 +104,10 @@ def exchanges(strategy: str, load: Load, cluster: Cluster, ranks: int, gathers: 
             Exchange("all_gather", size, pieces, "forward", "node"),
         ]
     if strategy == "ddp-sharded":
+        scatter: Operation = "all_to_all" if cluster.two_pass_reduce_scatter else "reduce_scatter"
         return [
-            Exchange("all_reduce", size, pieces, "backward"),
-            Exchange("all_gather", size, 1, "nothing"),
+            Exchange(scatter, size, pieces, "backward"),
+            Exchange("all_gather", size, pieces, "nothing"),
         ]
     if strategy == "fsdp":
         units = load.units or len(load.parameters)

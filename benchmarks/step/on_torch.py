@@ -28,7 +28,7 @@ SMALL = Workload(
     16384,
 )
 BASELINE = "DDP, torch Adam(amsgrad) fused"
-PASSES = {"ddp": (1, 0), "divided": (1, 1), "fsdp": (0.5, 2)}
+PASSES = {"ddp": (1, 0), "divided": (0.5, 1), "ZeRO": (1, 1), "fsdp": (0.5, 2)}
 """How a step exchanges → all-reduces of the gradients, all-gathers of the parameters; a reduce-scatter is half of an
 all-reduce."""
 
@@ -51,7 +51,7 @@ class OnTorch(StepBenchmark):
         "fully_shard, ARSG fused",
     )
     exchanged: Mapping[str, str] = dict(
-        zip(peers, ("ddp", "divided", "fsdp", "ddp", "ddp", "divided", "fsdp"), strict=True)
+        zip(peers, ("ddp", "divided", "fsdp", "ddp", "ddp", "ZeRO", "fsdp"), strict=True)
     )
     variant = "micro-batch"
     variants = (1, 2, 4)
@@ -249,16 +249,27 @@ def exchange_alone(kind: str, numel: int, micro_batches: int, device: torch.devi
     ranks = dist.get_world_size()
     size = min(25 * 2**20 // 4, numel) // ranks * ranks
     whole, part = torch.zeros(size, device=device), torch.zeros(size // ranks, device=device)
+    received = torch.zeros_like(whole)
     gathers = PASSES[kind][1] * (micro_batches if kind == "fsdp" else 1)
+
+    def gather() -> None:
+        if kind == "fsdp" or device.type != "cpu":
+            dist.all_gather_into_tensor(whole, part)
+            return
+        sent = [dist.broadcast(x, source, async_op=True) for source, x in enumerate(whole.chunk(ranks))]
+        for work in sent:
+            work.wait()
 
     def call() -> None:
         for _ in range(-(-numel // size)):
-            if kind == "fsdp":
+            if kind in ("ddp", "ZeRO"):
+                dist.all_reduce(whole)
+            elif kind == "fsdp" or device.type != "cpu":
                 dist.reduce_scatter_tensor(part, whole)
             else:
-                dist.all_reduce(whole)
+                dist.all_to_all_single(received, whole)
             for _ in range(gathers):
-                dist.all_gather_into_tensor(whole, part)
+                gather()
 
     return call
 

@@ -51,8 +51,9 @@ def test_volumes_are_those_of_the_papers(ranks: int) -> None:
         for strategy in ("ddp", "zero3", "horovod-sharded", "fsdp", "ddp-sharded")
     }
     assert total["ddp"] == pytest.approx(2 * size * (ranks - 1) / ranks)
-    assert total["horovod-sharded"] == pytest.approx(total["ddp"])
-    for strategy in ("zero3", "fsdp", "ddp-sharded"):
+    for strategy in ("horovod-sharded", "ddp-sharded"):
+        assert total[strategy] == pytest.approx(total["ddp"])
+    for strategy in ("zero3", "fsdp"):
         assert total[strategy] == pytest.approx(1.5 * total["ddp"])
 
 

@@ -35,9 +35,9 @@ def test_on_torch_alone_the_exchange_is_what_a_step_takes_beyond_passes_and_opti
     assert on_torch.hidden([each]) == "25%"
     assert on_torch.hidden([{**each, "whole": 130.0}]) == "none"
     assert on_torch.hidden([{**each, "whole": 50.0}]) == "100%"
-    sent = [on_torch.wire_bytes(kind, on_torch.SMALL, 4) for kind in ("ddp", "divided", "fsdp")]
-    assert sent[0] == 2 * 4 * 25_909_632 * 3 / 4
-    assert sent[1] == sent[2] == 1.5 * sent[0]
+    sent = [on_torch.wire_bytes(kind, on_torch.SMALL, 4) for kind in ("ddp", "divided", "ZeRO", "fsdp")]
+    assert sent[0] == sent[1] == 2 * 4 * 25_909_632 * 3 / 4
+    assert sent[2] == sent[3] == 1.5 * sent[0]
     assert {*on_torch.OnTorch.exchanged} == {*on_torch.OnTorch.peers}
 
 

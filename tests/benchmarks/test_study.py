@@ -246,7 +246,7 @@ def test_few_bits_are_the_winners_own_and_compared_with_it(tmp_path: Path) -> No
     for seed in range(1, SEEDS + 1):
         ledger.append(fake("ARSG adam", seed, 1.0 + seed / 10, 0.1))
         ledger.append(fake("ARSG", seed, 9.0, 0.1))
-        ledger.append(fake(name, seed, 1.25 + seed / 10, 0.1))
+        ledger.append(fake("ARSG adam", seed, 1.25 + seed / 10, 0.1) | {"optimizer": name})
     assert not list(missing_in_few_bits(task, tmp_path, [name]))
     line = report.bits_table(task, ledger).splitlines()[-1]
     assert line.startswith(f"| {name} | ARSG adam | 1.800 | +0.2500 (+0.2500 to +0.2500) | worse |")

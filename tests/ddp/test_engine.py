@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from inspect import signature
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,8 +16,9 @@ from arsg_dist import ARSG
 from arsg_dist.checkpoint import CheckpointStore, SavedRun, save_run
 from arsg_dist.ddp import DDPEngine, Shards, connect
 from arsg_dist.ddp import engine as engine_module
+from arsg_dist.ddp.reducer import Reducer
 from arsg_dist.ddp.shards import load_sharded
-from arsg_dist.engine import Communicator, Ranks, SingleProcessEngine, discover_ranks, load_builder
+from arsg_dist.engine import Communicator, JobError, Ranks, SingleProcessEngine, discover_ranks, load_builder
 from tests.ddp.jobs.shards_job import groups
 from tests.engines.test_registry import settings
 from tests.support import toy
@@ -54,6 +56,29 @@ def test_gradients_travel_in_the_last_micro_batch_of_an_update_only(communicator
         engine.backward(engine.module(torch.ones(4, 3)).sum())
         engine.step()
     assert exchanged_at == [2, 5]
+
+
+def test_a_divided_update_sends_buckets_as_they_become_complete(
+    communicator: Communicator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches an exchange that begins when the backward pass is over, or is made in every micro-batch."""
+    module = nn.Sequential(nn.Linear(3, 2, bias=False), nn.Linear(2, 2, bias=False))
+    happened, send = list[str](), dist.all_to_all_single
+    module[0].weight.register_post_accumulate_grad_hook(lambda _: happened.append("first layer"))
+    shards = Shards(module.parameters(), bucket_cap_mb=24 / 2**20)
+    engine = DDPEngine(module, ARSG(shards.groups, lr=0.1), communicator, accumulation_steps=2, shards=shards)
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        happened.append("sent")
+        return send(*arguments, **options)
+
+    monkeypatch.setattr(dist, "all_to_all_single", counted)
+    for _ in range(4):
+        happened.append("micro-batch")
+        engine.backward(engine.module(torch.ones(4, 3)).square().sum())
+        engine.step()
+    update = ["micro-batch", "first layer", "micro-batch", "sent", "first layer", "sent"]
+    assert happened == 2 * update
 
 
 def test_names_are_those_of_the_network(communicator: Communicator) -> None:
@@ -109,26 +134,6 @@ def test_the_base_iterate_is_reached_and_left(communicator: Communicator) -> Non
     assert not torch.equal(expected, before)
 
 
-def test_parameters_that_the_loss_leaves_out_are_found_where_it_is_asked_for(
-    communicator: Communicator,
-) -> None:
-    """Catches an option that is lost on its way: torch ends the run in the next forward pass."""
-    for find in (True, False):
-        builder = load_builder("ddp")(settings(engine_options={"find_unused_parameters": find}), world_size=1)
-        module = nn.ModuleDict({"used": nn.Linear(3, 2), "unused": nn.Linear(3, 2)})
-        module.forward = module["used"].forward  # type: ignore[method-assign]
-        engine = builder.build(module, communicator, ALONE)
-        before = module["used"].weight.detach().clone()
-        engine.backward(engine.module(torch.ones(4, 3)).sum())
-        engine.step()
-        assert not torch.equal(module["used"].weight, before)
-        if find:
-            engine.module(torch.ones(4, 3))
-        else:
-            with pytest.raises(RuntimeError, match="find_unused_parameters"):
-                engine.module(torch.ones(4, 3))
-
-
 def divided(name: str) -> Any:
     return results_of("warm torchrun", 2, "ddp/jobs/shards_job")[name]
 
@@ -150,7 +155,7 @@ def test_a_divided_update_equals_one_process() -> None:
     """Catches elements that no rank updates or two do, a part of the gradient's norm, the first group's settings for
     all, parameters of other ranks that stay as they were, and a rank that leaves an update out alone."""
     start = {name: tensor.detach().clone() for name, tensor in toy.build_model().state_dict().items()}
-    for name, norm in (("fp32", 0.0), ("clipped", 0.5), ("skipping", 0.0)):
+    for name, norm in (("fp32", 0.0), ("clipped", 0.5), ("buckets", 0.0), ("skipping", 0.0)):
         weights, expected = divided(name), dict(alone(norm).module.state_dict())
         assert torch.equal(weights["0.bias"], start["0.bias"])  # which no group has
         trained = start.keys() - {"0.bias"}
@@ -208,12 +213,12 @@ def test_shards_keep_the_layout_of_their_parameters(communicator: Communicator, 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 7])
 def test_the_parts_of_all_ranks_make_the_whole_update(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Catches elements that no rank updates or two do, a part of a parameter that takes another's state, and a
-    parameter without a gradient that is moved."""
+    """Catches elements that no rank updates or two do, a part that takes another's gradient, and gradients that are
+    sent before all micro-batches are in them."""
 
     def network() -> nn.Sequential:
         torch.manual_seed(0)
-        made = nn.Sequential(nn.Conv2d(3, 4, 2), nn.Flatten(), nn.Linear(4, 3), nn.Linear(1, 1))
+        made = nn.Sequential(nn.Conv2d(3, 4, 2), nn.Flatten(), nn.Linear(4, 3), nn.Linear(3, 1))
         return made.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
     def groups_of(module: nn.Sequential) -> list[dict[str, Any]]:
@@ -222,36 +227,144 @@ def test_the_parts_of_all_ranks_make_the_whole_update(ranks: int, monkeypatch: p
             {"params": [*module[2:].parameters()], "mu": 0.5},
         ]
 
-    def backward(module: nn.Sequential, update: int) -> None:
-        torch.manual_seed(update)
-        module[:3](torch.randn(5, 3, 2, 2)).square().sum().backward()
+    def backward(module: nn.Sequential, seed: int, weight: float) -> None:
+        torch.manual_seed(seed)
+        (weight * module(torch.randn(5, 3, 2, 2)).square().sum()).backward()
 
+    acting, parts = 0, list[list[torch.Tensor]]()
+    sent_by: list[list[torch.Tensor]] = [[] for _ in range(ranks)]
+
+    def all_to_all(received: torch.Tensor, whole: torch.Tensor, *, async_op: bool) -> SimpleNamespace:
+        assert async_op
+        number, rank = len(sent_by[acting]), acting
+        sent_by[rank].append(whole.clone())
+        return SimpleNamespace(
+            wait=lambda: received.copy_(torch.cat([sent[number].chunk(ranks)[rank] for sent in sent_by]))
+        )
+
+    def broadcast(sent: torch.Tensor, source: int, *, async_op: bool) -> SimpleNamespace:
+        assert async_op
+        bucket = number[0] // ranks
+        number[0] += 1
+        return SimpleNamespace(wait=lambda: sent.copy_(parts[source][bucket]))
+
+    monkeypatch.setattr(dist, "all_to_all_single", all_to_all)
+    monkeypatch.setattr(dist, "broadcast", broadcast)
+    monkeypatch.setattr(dist, "get_world_size", lambda: ranks)
     whole = network()
     expected = ARSG(groups_of(whole), eps=1e-3)
-    monkeypatch.setattr(dist, "get_world_size", lambda: ranks)
-    modules, shards, optimizers = [], [], []
+    modules, shards, optimizers, reducers = [], [], [], []
     for rank in range(ranks):
         monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
         modules.append(network())
-        shards.append(Shards(groups_of(modules[-1])))
+        shards.append(
+            Shards(groups_of(modules[-1]), order=modules[-1].parameters(), bucket_cap_mb=68 / 2**20)
+        )
         optimizers.append(ARSG(shards[-1].groups, eps=1e-3))
-    monkeypatch.setattr(dist, "all_gather_into_tensor", lambda flat, part: flat.copy_(torch.cat([*parts])))
+        communicator: Any = SimpleNamespace(
+            rank=rank, world_size=ranks, start_sum=lambda used: lambda: used * ranks
+        )
+        reducers.append(Reducer(modules[-1], shards[-1], communicator, find_unused=False))
+    assert [[*bucket.starts.values()] for bucket in shards[0].buckets] == [[0, 1, 4], [0, 12], [0]]
     for update in range(3):
         expected.zero_grad()
-        backward(whole, update)
+        for micro_batch in range(2):
+            backward(whole, 2 * update + micro_batch, 1.0)
         expected.step()
-        for module, own, optimizer in zip(modules, shards, optimizers, strict=True):
-            module.zero_grad()
-            backward(module, update)
-            own.take_gradients()
+        for acting in range(ranks):
+            for micro_batch in range(2):
+                reducers[acting].begin(ends_update=micro_batch == 1)
+                backward(modules[acting], 2 * update + micro_batch, 1 + 0.1 * (acting - (ranks - 1) / 2))
+            assert len(sent_by[acting]) == 3 * (update + 1)
+        for acting in range(ranks):
+            reducers[acting].finish()
+        for optimizer in optimizers:
             optimizer.step()
-        parts = [own._flats[0][1].detach().clone() for own in shards]
+        parts = [[bucket.part.clone() for bucket in own.buckets] for own in shards]
         for module, own in zip(modules, shards, strict=True):
+            number = [0]
             own.gather()
             for name, tensor in whole.state_dict().items():
                 torch.testing.assert_close(module.state_dict()[name], tensor, rtol=1e-5, atol=1e-7)
-    assert len({part.numel() for part in parts}) == 1
-    assert torch.equal(modules[0][3].weight, network()[3].weight)
+    assert len({tuple(part.numel() for part in of_rank) for of_rank in parts}) == 1
+
+
+class _Branches(nn.ModuleDict):
+    """Leaves one branch out of the second forward pass."""
+
+    passes = 0
+
+    def __init__(self) -> None:
+        super().__init__({name: nn.Linear(3, 2) for name in ("used", "left_out", "frozen")})
+        self["frozen"].requires_grad_(False)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        self.passes += 1
+        names = ("used", "left_out", "frozen") if self.passes == 1 else ("used", "frozen")
+        return torch.stack([self[name](inputs) for name in names]).sum(0)
+
+
+@pytest.mark.parametrize("divided", [False, True])
+@pytest.mark.parametrize("find", [False, True])
+def test_what_a_loss_leaves_out_is_found_or_refused(
+    communicator: Communicator, divided: bool, find: bool
+) -> None:
+    """Catches a parameter that goes on by its momentum although no loss has used it, a frozen one taken for left out,
+    and an option that is lost on its way."""
+    options = {"find_unused_parameters": find, "shard_update": divided}
+    module = _Branches()
+    wanted = settings(
+        engine_options=options, build_optimizer=lambda groups: torch.optim.SGD(groups, 0.1, momentum=0.9)
+    )
+    engine = load_builder("ddp")(wanted, 1).build(module, communicator, ALONE)
+
+    def update() -> set[str]:
+        before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+        engine.backward(engine.module(torch.ones(4, 3)).square().sum())
+        engine.step()
+        now = module.state_dict()
+        return {
+            name.partition(".")[0] for name, tensor in before.items() if not torch.equal(now[name], tensor)
+        }
+
+    assert update() == {"used", "left_out"}
+    if find:
+        assert update() == {"used"}
+        assert update() == {"used"}
+    else:
+        with pytest.raises((JobError, RuntimeError), match="find_unused_parameters"):
+            update(), update()  # torch says it in the next forward pass
+
+
+def test_a_divided_update_of_what_is_unfrozen_later(communicator: Communicator) -> None:
+    """Catches gradients that begin to come after the engine was made, and never get to the parts."""
+    module = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    module[0].requires_grad_(False)
+    shards = Shards(module.parameters())
+    engine = DDPEngine(module, ARSG(shards.groups, lr=0.1), communicator, shards=shards)
+    before = module[0].weight.clone()
+    for moves in (False, True):
+        engine.backward(engine.module(torch.ones(4, 3)).square().sum())
+        engine.step()
+        assert torch.equal(module[0].weight, before) is not moves
+        module[0].requires_grad_(True)
+        engine._announce_micro_batch()
+
+
+def test_a_second_backward_pass_of_one_micro_batch_is_refused(communicator: Communicator) -> None:
+    """Catches a gradient that is added to one that has been sent, and lost; and hooks that outlive their engine."""
+    module = nn.Linear(3, 2)
+    shards = Shards(module.parameters())
+    engine = DDPEngine(module, ARSG(shards.groups, lr=0.1), communicator, shards=shards)
+    engine.backward(engine.module(torch.ones(4, 3)).sum())
+    with pytest.raises(RuntimeError, match=r"weight has a gradient from a second backward pass|bias has"):
+        engine.backward(engine.module(torch.ones(4, 3)).sum())
+    with pytest.raises(TypeError, match=r"bucket_cap_mb: of DistributedDataParallel, .* leave it out"):
+        DDPEngine(module, engine.optimizer, communicator, shards=shards, bucket_cap_mb=1)
+    del engine
+    module.zero_grad()
+    module(torch.ones(4, 3)).sum().backward()
+    assert module.weight.grad is not None
 
 
 def test_every_rank_has_the_settings_of_every_group_after_a_load(
@@ -263,7 +376,7 @@ def test_every_rank_has_the_settings_of_every_group_after_a_load(
     alone = SingleProcessEngine(module, ARSG(groups_of))
     path = save_run(CheckpointStore(tmp_path, alone.communicator), 1, alone.state(), {}, alone.communicator)
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
-    for rank, parts in ((0, [1, 0]), (1, [1, 1])):
+    for rank, parts in ((0, [1, 1]), (1, [1, 0])):
         monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
         shards = Shards([{"params": [layer.weight]} for layer in module])
         optimizer = ARSG(shards.groups, lr=9.0)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tests.deepspeed import matrix
 from tests.support import toy
+from tests.support.turns import part_of
 
 SAVE_AFTER = 4  # updates, of toy.UPDATES; after the overflow
 
@@ -92,7 +93,7 @@ HALF_STATE = (("state_dtype", "bfloat16"),)
 
 
 def kept_cases(selection: str) -> Iterator[Kept]:
-    """Every stage and precision, offload, lookahead, state in bf16, a schedule: "core", "rest", "all" or "few"."""
+    """Every stage and precision, offload, lookahead, bf16 state, a schedule: the "core", a "few", or a part of all."""
     cases = [
         kept(stage, precision)
         for stage, precision in itertools.product(range(4), matrix.DTYPES)
@@ -117,28 +118,25 @@ def kept_cases(selection: str) -> Iterator[Kept]:
         "zero3-fp32-lookahead_k-betas",
     }
     few = {"zero1-bf16-fp32grads", "zero3-bf16"}
-    names = {str(case) for case in cases}
-    chosen = {"all": names, "core": core, "rest": names - core, "few": few}[selection]
-    for case in cases:
-        if str(case) in chosen:
-            yield case
+    named = {"core": core, "few": few}
+    chosen = [case for case in cases if str(case) in named.get(selection, ())]
+    yield from chosen if selection in named else part_of(cases, selection)
 
 
 def transfers(selection: str) -> Iterator[tuple[Kept, Kept]]:
-    """Universal checkpoints: from which configuration to which."""
-    for source in kept_cases(selection):
+    """Universal checkpoints: from which configuration to which; in the core each to one other stage."""
+    for number, source in enumerate(kept_cases(selection)):
         if source.case.groups == "one":
             continue
         precision = source.case.precision
         for stage in range(4):
-            if selection in ("core", "few") and (stage - source.case.stage) % 4 not in (1, 2):
+            if selection in ("core", "few") and (stage - source.case.stage) % 4 != 1 + number % 2:
                 continue
             target = "bf16" if (stage, precision) == (0, "bf16-fp32grads") else precision
             settings = {"extra": source.extra, "schedule": source.schedule}
             yield source, kept(stage, target, offload=source.offload and stage > 0, **settings)
-    if selection in ("core", "all"):
-        yield kept(3, "bf16"), kept(1, "fp32")
-        yield kept(2, "fp16"), kept(1, "fp32")
+        if selection != "few" and source in (kept(3, "bf16"), kept(2, "fp16")):
+            yield source, kept(1, "fp32")
 
 
 def scheduled(optimizer: Any, update: int) -> None:

@@ -1,8 +1,7 @@
 """Counts what ranks really hold and send under each ZeRO stage, to compare with what `explain` says."""
 
 import gc
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +85,9 @@ def count_cases(directory: Path) -> dict[str, Any]:
         if "nvme" in name and not NVME:
             continue
         gathered: list[Any] = [None] * deepspeed.comm.get_world_size()
-        with only_new_tensors_in_sight():
-            mine = count(name, config)
+        gc.collect()
+        gc.freeze()  # `bytes_alive` sees no tensors from before
+        mine = count(name, config)
         torch.distributed.all_gather_object(gathered, mine)
         counted[name] = gathered
     return counted
@@ -168,16 +168,6 @@ def masters(engine: Any, own: list[Tensor]) -> list[Tensor]:
         if hasattr(wrapper, name):
             return list(getattr(wrapper, name))
     return own
-
-
-@contextmanager
-def only_new_tensors_in_sight() -> Iterator[None]:
-    """Inside, `bytes_alive` sees no tensors from before."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-    gc.collect()
 
 
 def bytes_alive() -> tuple[int, int]:

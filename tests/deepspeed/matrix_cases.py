@@ -3,45 +3,62 @@
 import dataclasses
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 from tests.deepspeed.matrix import CLIP, Case
+from tests.support.turns import part_of
 
 LOOKAHEAD = (("lookahead_k", 2), ("betas", (0.9, 0.99)))
 MANY_MICRO_BATCHES = Case(1, "bf16-fp32grads", accumulation=4, groups="several", sent="fp32")
 PRECISIONS = ("fp32", "bf16", "bf16-fp32grads", "fp16")
+ACTIVATIONS = ("torch", "torch-reentrant", "deepspeed")
 
 
 def cases(selection: str = "all") -> Iterator[Case]:
-    """The configurations: "all", the "core" that every test run can afford, or the "rest"."""
-    core = dict.fromkeys((*_core(), *_core_offloaded(), *_with_options()))
+    """The configurations: "all", the "core" that every test run can afford, or a part of all."""
     if selection == "core":
-        yield from core
+        yield from dict.fromkeys((*_core(), *_core_offloaded(), *_core_with_options()))
         return
-    for case in (*_all(), *_all_offloaded(), *_with_options()):
-        if selection == "all" or case not in core:
-            yield case
+    everything = (*_all(), *_all_offloaded(), *_with_options())
+    yield from everything if selection == "all" else part_of(everything, selection)
 
 
 def _core() -> Iterator[Case]:
-    for case in _all():
-        # Not clipped where gradients are accumulated: clipping hides gradients of a wrong size.
-        if not case.overflow and (case.accumulation, case.clip, case.groups) in (
-            (2, 0.0, "several"),
-            (1, CLIP, "one"),
-        ):
-            yield case
+    """Every stage × precision once; every two of stage, precision and how the gradient comes together.
+
+    Not clipped where gradients are accumulated: clipping hides gradients of a wrong size.
+    """
+    for stage, (number, precision) in itertools.product(range(4), enumerate(PRECISIONS)):
+        if (stage, precision) != (0, "bf16-fp32grads"):
+            accumulation, clip, groups = (1, CLIP, "one") if (stage + number) % 2 else (2, 0.0, "several")
+            yield Case(stage, precision, accumulation, clip, groups)
     yield Case(0, "fp16", accumulation=2, groups="several", overflow=True)
     yield MANY_MICRO_BATCHES
 
 
 def _core_offloaded() -> Iterator[Case]:
-    """Every stage × precision once, with everything that varies between them."""
-    for stage, precision in itertools.product((1, 2, 3), PRECISIONS):
-        if (stage, precision) != (3, "bf16"):
-            yield Case(stage, precision, 2, 0.0, "several", overflow=precision == "fp16", offload="cpu")
+    """Every stage, every precision and every place once, with everything that varies between the stages."""
+    for stage, precision in ((1, "bf16"), (1, "bf16-fp32grads"), (2, "fp16"), (3, "fp32")):
+        yield Case(stage, precision, 2, 0.0, "several", overflow=precision == "fp16", offload="cpu")
     yield Case(2, "bf16", 1, CLIP, "several", offload="cpu-unpinned")
     yield Case(3, "bf16", 2, 0.0, "several", offload="cpu-and-parameters")
     yield Case(3, "bf16", 2, 0.0, "several", offload="nvme")
+
+
+def _core_with_options() -> Iterator[Case]:
+    """Every option, every way to keep activations and every further setting once; at stage 3 each way."""
+    seen = set[tuple[Any, ...]]()
+    kept = zip(ACTIVATIONS, range(3), strict=True)
+    activations = {*((stage, way) for way, stage in kept), *((3, way) for way in ACTIVATIONS)}
+    for number, case in enumerate(_with_options()):
+        if case.activations:
+            chosen = (case.stage, case.activations) in activations
+        else:
+            varied = (case.options, case.settings, case.offload, case.stage == 3)
+            chosen = varied not in seen and (case.stage != 1 or number % 2 == 0)
+            seen |= {varied} if chosen else set()
+        if chosen:
+            yield case
 
 
 def _with_options() -> Iterator[Case]:
@@ -72,7 +89,7 @@ def _with_options() -> Iterator[Case]:
         ("stage3_max_reuse_distance", 0),
     ):
         yield Case(3, "bf16", 2, 0.0, "several", options=((name, value),))
-    for stage, activations in itertools.product(range(4), ("torch", "torch-reentrant", "deepspeed")):
+    for stage, activations in itertools.product(range(4), ACTIVATIONS):
         yield Case(stage, "bf16", 2, 0.0, "several", activations=activations)
     for stage in (1, 2, 3):
         yield Case(stage, "fp32", 2, 0.0, "several", settings=(("state_dtype", "bfloat16"),))

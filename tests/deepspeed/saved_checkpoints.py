@@ -2,19 +2,19 @@
 
 import atexit
 import functools
-import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
+from deepspeed.checkpoint import ds_to_universal
 
 from arsg_dist.deepspeed.universal import convert
 from tests.deepspeed.checkpoint_cases import kept_cases
-from tests.support.launchers import REPOSITORY, Finished, launch
+from tests.support.launchers import Finished, launch
 
 
 @functools.cache
@@ -57,27 +57,20 @@ def converted(ranks: int, selection: str) -> Path:
 
 
 def _convert_by_deepspeed(source: Path, target: Path) -> None:
+    """By its command, in this process, which has imported it."""
     target.mkdir()
     tag = (source / "latest").read_text()
     workers = ["--num_extract_workers", "1", "--num_merge_workers", "1"]
     folders = ["--input_folder", str(source / tag), "--output_folder", str(target / "universal")]
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *folders, *workers]
-    done = subprocess.run(
-        [*command, "--inject_missing_state"],
-        cwd=REPOSITORY,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    with mock.patch.object(sys, "argv", ["ds_to_universal", *folders, *workers, "--inject_missing_state"]):
+        ds_to_universal.main(ds_to_universal.parse_arguments())
 
 
 @functools.cache
 def resumed_on(ranks: int, saved_on: int, selection: str) -> tuple[Finished, dict[str, Any], Path]:
     """Resumes on another number of ranks; results, and the directory with what was saved again."""
     directory = converted(saved_on, selection)
-    job = launch("deepspeed", ranks, "tests/deepspeed/jobs/universal.py", directory, selection, timeout=590)
+    script = "tests/deepspeed/jobs/universal.py"
+    job = launch("warm deepspeed", ranks, script, directory, selection, timeout=590)
     output = directory / f"resumed{ranks}.pt"
     return job, torch.load(output, weights_only=True) if output.exists() else {}, directory

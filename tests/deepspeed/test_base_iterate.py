@@ -18,16 +18,22 @@ from tests.deepspeed.visited_cases import Visited, visited_cases
 from tests.support import toy
 from tests.support.compare import REDUCTION_ORDER, assert_same_weights
 from tests.support.results import results_of
+from tests.support.turns import parts
 
 # As in the matrix; θ is rounded to the half precision besides.
 HALF_PRECISION_ROUNDINGS = 8
 
 ALL = [
-    pytest.param(ranks, selection, visited, id=f"{ranks}ranks-{visited}", marks=marks)
+    pytest.param(
+        ranks,
+        selection,
+        visited,
+        id=f"{ranks}ranks-{'' if selection == 'core' else f'part{selection}-'}{visited}",
+        marks=marks,
+    )
     for ranks, selection, marks in [
-        (2, "core", []),
-        (2, "rest", [pytest.mark.turn(0)]),
-        (3, "all", [pytest.mark.turn(1)]),
+        (2, "core", list[pytest.MarkDecorator]()),
+        *((ranks, part, marks) for part, marks in parts() for ranks in (2, 3)),
     ]
     for visited in visited_cases(selection)
 ]

@@ -18,18 +18,18 @@ from arsg_dist.checkpoint.safetensors_file import write_safetensors
 from arsg_dist.deepspeed.checkpoint.guard import _guarded_load, _guarded_save
 from tests.deepspeed.checkpoint_cases import Everything, Kept, kept_cases
 from tests.deepspeed.saved_checkpoints import results_saved_by, saved_by
+from tests.support.turns import parts
 
-LAUNCHES = [
+LAUNCHES: list[tuple[int, str, list[pytest.MarkDecorator]]] = [
     (2, "core", []),
-    (2, "rest", [pytest.mark.turn(0)]),  # in the turn that test_universal needs what it saves
-    (3, "all", [pytest.mark.turn(1)]),
+    *((ranks, part, marks) for part, marks in parts() for ranks in (2, 3)),
 ]
 ALL = [
     pytest.param(
         ranks,
         selection,
         config,
-        id=f"{ranks}ranks-{config}",
+        id=f"{ranks}ranks-{'' if selection == 'core' else f'part{selection}-'}{config}",
         marks=[pytest.mark.ranks, *marks],
     )
     for ranks, selection, marks in LAUNCHES

@@ -229,14 +229,25 @@ def _weights_of_one_process() -> dict[str, Tensor]:
 
 
 @pytest.mark.ranks
-@pytest.mark.parametrize("form", ["script", pytest.param("module", marks=pytest.mark.turn(2))])
-def test_an_unmodified_script_trains_arsg(form: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("launcher", "form"),
+    [
+        ("warm deepspeed", "script"),
+        pytest.param("deepspeed --module", "script", marks=pytest.mark.turn(0)),
+        pytest.param("deepspeed --module", "module", marks=pytest.mark.turn(2)),
+    ],
+)
+def test_an_unmodified_script_trains_arsg(launcher: str, form: str, tmp_path: Path) -> None:
     """Catches a launcher under which the script is not __main__, misses its arguments or the files beside it."""
     script = REPOSITORY / "tests/deepspeed/unmodified/train.py"
     named = [script] if form == "script" else ["-m", "tests.deepspeed.unmodified.as_module"]
     output = tmp_path / "result.pt"
     arguments = ["--output", output, "--deepspeed_config", _config(tmp_path)]
-    finished = launch("deepspeed --module", 2, "arsg_dist.deepspeed.run", *named, *arguments)
+    if launcher.startswith("warm"):
+        given = ["--local_rank={rank}", *named, *arguments]  # as the real one gives it
+        finished = launch(launcher, 2, "arsg_dist/deepspeed/run.py", *given)
+    else:
+        finished = launch(launcher, 2, "arsg_dist.deepspeed.run", *named, *arguments)
     assert finished.code == 0, finished.output[-5000:]
     seen = torch.load(output, weights_only=True)
     start = weights_of(problem.build_model())

@@ -14,7 +14,7 @@ import torch
 from packaging.version import Version
 from safetensors.torch import load_file
 
-from arsg_dist.deepspeed import export
+from arsg_dist.deepspeed import export, update_checks
 from arsg_dist.deepspeed.checkpoint import load_check
 from arsg_dist.deepspeed.universal import convert
 from tests.deepspeed import load_cases
@@ -24,7 +24,7 @@ from tests.support.launchers import REPOSITORY, Finished, launch
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """With --full every cell, with --sample some of them, else enough for every pair of values."""
+    """With --full every cell, with --sample some of them, else enough, in three turns, for every pair of values."""
     if "case" not in metafunc.fixturenames:
         return
     selection = selection_of(metafunc.config)
@@ -33,8 +33,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     quick = load_cases.quick_cases()
     cases = [
-        pytest.param(case, id=str(case), marks=[] if case in quick else [pytest.mark.slow])
-        for case in load_cases.few_cases()
+        pytest.param(case, id=str(case), marks=[] if case in quick else [pytest.mark.turn(number % 3)])
+        for number, case in enumerate(load_cases.few_cases())
     ]
     metafunc.parametrize("case", cases)
 
@@ -294,22 +294,153 @@ def test_weights_come_from_another_optimizers_universal_checkpoint() -> None:
     assert load_cases.differences(masters(saved(source, "older")), masters(load_cases.snapshot(engine))) == []
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
-def test_a_function_of_the_users_loads_the_module(stage: int) -> None:
-    """Catches nothing loaded at stage 3, or the weights of `latest`; and masters of before at stage 0 in bf16."""
+def halved(src: dict[str, Any], dst: torch.nn.Module) -> None:
+    with torch.no_grad():
+        for name, parameter in dst.named_parameters():
+            parameter.copy_(src[name] / (1 if name == "1.weight" else 2))
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("with_optimizer", [True, False])
+def test_a_function_of_the_users_loads_the_module(stage: int, with_optimizer: bool) -> None:
+    """Catches nothing loaded at stage 3, or the weights of `latest`; and masters, or slow weights, of before in bf16,
+    from which the next update makes the weights again."""
+    source = by_one_rank(plain(stage, "bf16"))
+    engine = load_cases.build(plain(stage, "bf16"), "target")
+    engine.load_checkpoint(
+        str(source), tag="older", load_optimizer_states=with_optimizer, custom_load_fn=halved
+    )
+    loaded, written = load_cases.snapshot(engine), saved(source, "older")
+    load_cases.train(engine, 3)
+    after = load_cases.snapshot(engine)
+    for name in ("0.weight", "1.weight", "2.weight"):
+        wanted = written[f"weight {name}"] / (1 if name == "1.weight" else 2)
+        assert torch.equal(loaded[f"weight {name}"], wanted), name
+        master = loaded[f"master {name}"]
+        assert torch.equal(master.to(torch.bfloat16), wanted), name
+        assert (after[f"master {name}"] - master).abs().max() < 0.5, name
+        slow = loaded[f"slow_param {name}"]
+        assert slow is None or torch.equal(slow, master), name
+    # Nothing was written there but what the masters round to.
+    assert torch.equal(loaded["master 1.weight"], written["master 1.weight"]) == with_optimizer
+    moments = loaded["exp_avg 0.weight"]
+    assert (moments is not None and torch.equal(moments, written["exp_avg 0.weight"])) == with_optimizer
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_an_error_of_the_users_function_is_its_own(stage: int) -> None:
+    """Catches a stage 3 engine that is left with whole parameters, and another error in the place of the first."""
     source = by_one_rank(plain(stage, "bf16"))
     engine = load_cases.build(plain(stage, "bf16"), "target")
 
-    def halved(src: dict[str, Any], dst: torch.nn.Module) -> None:
-        with torch.no_grad():
-            for name, parameter in dst.named_parameters():
-                parameter.copy_(src[name] / 2)
+    def broken(src: dict[str, Any], dst: torch.nn.Module) -> None:
+        raise LookupError(f"no head in {sorted(src)[0]}")
 
-    engine.load_checkpoint(str(source), tag="older", load_optimizer_states=False, custom_load_fn=halved)
-    load_cases.train(engine, 3)
-    for name, master in masters(load_cases.snapshot(engine)).items():
-        if name.startswith("master"):
-            assert (master - saved(source, "older")[name] / 2).abs().max() < 0.5, name
+    with pytest.raises(LookupError, match=r"no head in 0\.seen"):
+        engine.load_checkpoint(str(source), tag="older", custom_load_fn=broken)
+    engine.load_checkpoint(str(source), tag="older")
+    assert load_cases.differences(saved(source, "older"), load_cases.snapshot(engine)) == []
+
+
+@pytest.mark.parametrize("kind", ["parameter", "frozen one", "buffer"])
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_what_one_side_lacks_is_named_or_left_as_it_is(stage: int, kind: str) -> None:
+    """Catches a name that is passed over with load_module_strict=True, a value of another parameter with False, an
+    error halfway, and a message whose remedy leads into the next one."""
+    cases = [plain(stage, "bf16"), plain(stage, "bf16", f"and a {kind}")]
+    for there, here in (cases, reversed(cases)):
+        source, engine = by_one_rank(there), load_cases.build(here, "target")
+        for options in ({"load_optimizer_states": False}, {"load_module_only": True}, {}):
+            refused(engine, source, "load_module_strict=False", tag="older", **options)
+        own, written = load_cases.snapshot(engine), saved(source, "older")
+        resumed: dict[str, Any] = {}
+        if kind == "parameter":
+            refused(engine, source, "load the weights alone", tag="older", load_module_strict=False)
+            resumed["load_optimizer_states"] = False
+        engine.load_checkpoint(str(source), tag="older", load_module_strict=False, **resumed)
+        expected = {
+            key: written.get(key, value)
+            for key, value in own.items()
+            if key.startswith(("weight", "master", "buffer"))
+        }
+        after = load_cases.snapshot(engine)
+        assert load_cases.differences(expected, {key: after[key] for key in expected}) == []
+        load_cases.train(engine, 3)
+        moved = load_cases.snapshot(engine)
+        for key in expected:
+            if key.startswith("master"):
+                assert 0 < (moved[key] - expected[key]).abs().max() < 1, key
+        engine.destroy()
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_checkpoint_that_was_written_in_part_is_refused(stage: int, tmp_path: Path) -> None:
+    """Catches a load that has changed the engine when it finds the file of a save that was killed, and one that
+    passes over a file that is not there."""
+    source = by_one_rank(plain(stage, "bf16"))
+    engine = load_cases.build(plain(stage, "bf16"), "target")
+    for file in sorted(path.name for path in (source / "older").glob("*.pt")):
+        for length in (None, 0, 0.5, -1):
+            shutil.copytree(source / "older", tmp_path / "older", dirs_exist_ok=True)
+            path = tmp_path / "older" / file
+            content = path.read_bytes()
+            if length is None:
+                path.unlink()
+            else:
+                path.write_bytes(content[: int(length * len(content)) if length >= 0 else length])
+            refused(engine, tmp_path, str(tmp_path / "older"), tag="older")
+    (tmp_path / "latest").write_text("newest")
+    refused(engine, tmp_path, "newest does not exist")
+    (tmp_path / "newest").mkdir()
+    refused(engine, tmp_path, "newest holds no DeepSpeed checkpoint")
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_files_of_two_saves_under_one_tag_are_refused(stage: int, tmp_path: Path) -> None:
+    """Catches the weights of one save with the masters and moments of another, after one that was killed."""
+    case = plain(stage, "bf16")
+    engine = load_cases.build(case, "source")
+    load_cases.train(engine, 0)
+    engine.save_checkpoint(str(tmp_path), tag="last")
+    (shard,) = (tmp_path / "last").glob("*_optim_states.pt")
+    before = shard.read_bytes()
+    load_cases.train(engine, 1)
+    engine.save_checkpoint(str(tmp_path), tag="last")
+    newer = load_cases.snapshot(engine)
+    shard.write_bytes(before)
+    said = "two saves, after 1 and 2 updates.*tag of its own"
+    other = load_cases.build(case, "target")
+    for options in ({}, {"load_module_only": True}):
+        refused(other, tmp_path, said, **options)
+    for read in (
+        lambda: export(tmp_path, tmp_path / "x.safetensors"),
+        lambda: convert(tmp_path / "last", tmp_path / "universal"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            read()
+    engine.save_checkpoint(str(tmp_path), tag="last")
+    other.load_checkpoint(str(tmp_path))
+    assert load_cases.differences(newer, load_cases.snapshot(other)) == []
+
+
+def test_masters_of_another_optimizer_are_found_where_they_have_no_names(tmp_path: Path) -> None:
+    """Catches weights rounded to half precision, or of another parameter, from what FusedAdam writes at stage 0: a
+    group in one tensor."""
+    case = dataclasses.replace(plain(0, "bf16", "tied"), source="Adam")
+    source = by_one_rank(case)
+    shutil.copytree(source / "older", tmp_path / "older")
+    file = tmp_path / "older" / "mp_rank_00_model_states.pt"
+    content = torch.load(file, weights_only=False)
+    groups = content["optimizer"].pop("fp32_groups")
+    # Of the first group the last parameter first, as other programs may order them; one that is not the module's.
+    flat = [torch.cat([master.detach().flatten() for master in reversed(group)]) for group in groups]
+    content["optimizer"]["fp32_groups_flat"] = [*flat, torch.full((3,), 1e6)]
+    torch.save(content, file)
+    engine = load_cases.build(case, "target")
+    engine.load_checkpoint(str(tmp_path), tag="older", load_module_only=True)
+    found, written = masters(load_cases.snapshot(engine)), masters(saved(source, "older"))
+    assert load_cases.differences(written, found) == []
+    assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in written.values())
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -338,8 +469,8 @@ def test_the_gradient_of_an_update_that_was_not_made_is_gone(stage: int) -> None
     source = by_one_rank(case)
     engine = load_cases.build(case, "target")
     load_cases.train(engine, 0)
-    engine.backward(engine(torch.tensor([1000.0, 0.0]))[1])
     expected = load_cases.expected_after(case, load_cases.snapshot(engine), saved(source, "older"))
+    engine.backward(engine(torch.tensor([1000.0, 0.0]))[1])
     engine.load_checkpoint(str(source), tag="older")
     assert load_cases.after_one_update(engine, case, expected) == []
 
@@ -402,6 +533,17 @@ def test_pipelines_that_cannot_resume_are_refused_before_they_train() -> None:
         load_cases.build(plain(0, "bf16", "pipeline"), "source")
     engine = load_cases.build(plain(1, "bf16", "pipeline"), "source")
     assert any("base_iterate, universal checkpoints" in said for said in engine.warned)
+
+
+def test_pipelines_train_with_an_older_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a pipeline's gradients, which are reduced apart from the backward passes, taken for discarded ones."""
+    after = []
+    for older in (False, True):
+        monkeypatch.setattr(update_checks, "fails_over_further_passes", lambda _, older=older: older)
+        engine = load_cases.build(plain(1, "fp32", "pipeline"), "source")
+        load_cases.train(engine, 0, 1)
+        after.append(load_cases.weights(load_cases.snapshot(engine)))
+    assert load_cases.differences(*after) == []
 
 
 def test_loading_inside_an_update_is_refused() -> None:

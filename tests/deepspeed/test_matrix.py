@@ -15,6 +15,7 @@ from tests.deepspeed.nvme import needs_nvme
 from tests.support import toy
 from tests.support.compare import REDUCTION_ORDER, assert_same_weights
 from tests.support.results import results_of
+from tests.support.turns import parts
 
 pytestmark = pytest.mark.ranks
 
@@ -26,17 +27,14 @@ HALF_PRECISION_ROUNDINGS = 8
 
 LAUNCHES: list[tuple[int, str, list[pytest.MarkDecorator]]] = [
     (2, "core", []),
-    (3, "rest", [pytest.mark.turn(0)]),
-    (2, "rest", [pytest.mark.turn(1)]),
-    (3, "core", [pytest.mark.turn(2)]),
-    (1, "all", [pytest.mark.turn(2)]),
+    *((ranks, part, marks) for part, marks in parts() for ranks in (1, 2, 3)),
 ]
 ALL = [
     pytest.param(
         ranks,
         selection,
         case,
-        id=f"{ranks}ranks-{case}",
+        id=f"{ranks}ranks-{'' if selection == 'core' else f'part{selection}-'}{case}",
         marks=[*marks, *[needs_nvme] * case.on_nvme],
     )
     for ranks, selection, marks in LAUNCHES
@@ -46,7 +44,7 @@ everywhere = pytest.mark.parametrize(("ranks", "selection", "case"), ALL)
 
 
 def results(ranks: int, selection: str) -> dict[str, Any]:
-    return results_of("deepspeed", ranks, "deepspeed/jobs/matrix", selection)
+    return results_of("warm deepspeed", ranks, "deepspeed/jobs/matrix", selection)
 
 
 @functools.cache

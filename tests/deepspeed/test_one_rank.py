@@ -466,6 +466,19 @@ def test_a_checkpoint_without_its_frozen_parameters_says_so(stage: int, tmp_path
     assert all(torch.equal(loaded[name], expected[name]) for name in expected)
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_frozen_parameter_in_a_group_with_others_stays(stage: int) -> None:
+    """Catches a master of it, which older DeepSpeeds make at stage 0 in half precision: weight decay moves it."""
+    module = Slopes()
+    module.unused.requires_grad_(False)
+    params = {**SETTINGS, "weight_decay": 0.5}
+    engine = sharded(stage, module, bf16={"enabled": True}, optimizer={"type": "ARSG", "params": params})
+    go(engine, (0.0, 1.0))
+    after = {name: value[0].item() for name, value in engine.whole_weights().items()}
+    assert after["unused"] == 1.0
+    assert after["first"] < 1.0
+
+
 class Named(Slopes):
     """Returns what it computes by name, as torchvision's networks with further classifiers do."""
 

@@ -19,14 +19,15 @@ from tests.deepspeed.checkpoint_cases import Everything, Kept, kept_cases, trans
 from tests.deepspeed.jobs.common import weights_of
 from tests.deepspeed.saved_checkpoints import converted, results_saved_by, resumed_on
 from tests.support.compare import REDUCTION_ORDER, assert_same_weights
+from tests.support.turns import parts
 
 HALF_PRECISION_ROUNDINGS = 8  # as in the matrix
 
-LAUNCHES = [
+LAUNCHES: list[tuple[int, int, str, list[pytest.MarkDecorator]]] = [
     (2, 3, "core", []),
     (1, 2, "few", [pytest.mark.turn(2)]),
-    (2, 3, "rest", [pytest.mark.turn(0)]),
-    (3, 1, "all", [pytest.mark.turn(1)]),
+    # Of what test_checkpoints has saved in this turn.
+    *((saved_on, ranks, part, marks) for part, marks in parts() for saved_on, ranks in ((2, 3), (3, 1))),
 ]
 ALL = [
     pytest.param(
@@ -35,7 +36,7 @@ ALL = [
         selection,
         source,
         target,
-        id=f"{saved_on}to{ranks}ranks-{source}-to-{target}",
+        id=f"{saved_on}to{ranks}ranks-{f'part{selection}-' if selection.isdecimal() else ''}{source}-to-{target}",
         marks=[pytest.mark.ranks, *marks],
     )
     for saved_on, ranks, selection, marks in LAUNCHES

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tests.deepspeed import matrix
+from tests.support.turns import part_of
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Visited:
 
 
 def visited_cases(selection: str) -> Iterator[Visited]:
-    """Every stage and precision with several groups, and offload: "core" one precision per stage, "rest", "all"."""
+    """Every stage and precision with several groups, and offload: the "core", or a part of all."""
     cases = [
         Visited(matrix.Case(stage, precision, accumulation=2, groups="several"))
         for stage, precision in itertools.product(range(4), matrix.DTYPES)
@@ -39,7 +40,5 @@ def visited_cases(selection: str) -> Iterator[Visited]:
     ]
     cases.append(Visited(matrix.Case(3, "fp16", accumulation=2, offload="cpu-and-parameters")))
     core = {"zero0-bf16", "zero1-bf16-fp32grads", "zero2-fp16", "zero3-fp32", "zero3-bf16", "zero3-fp16"}
-    for case in cases:
-        is_core = str(case).split("-accumulate")[0] in core
-        if selection == "all" or is_core == (selection == "core"):
-            yield case
+    in_core = [case for case in cases if str(case).split("-accumulate")[0] in core]
+    yield from in_core if selection == "core" else part_of(cases, selection)

@@ -1,20 +1,16 @@
-"""State in fewer bits on every engine: what a rank trains, saves and resumes."""
+"""State in fewer bits on every engine: cases of `followed`."""
 
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from arsg_dist import ARSG
-from arsg_dist.checkpoint import SavedRun
 from arsg_dist.engine import Engine
 from arsg_dist.optim.kernels.eight_bit import EightBit
 from arsg_dist.optim.state import local
 from tests.support import toy
-from tests.support.checkpoint_matrix import FAMILIES, STAGES, engine_around, save
+from tests.support.checkpoint_matrix import FAMILIES, STAGES, engine_around
 
-SAVE_AFTER, UPDATES = 3, 6
 SIZES = (
     150,
     131,
@@ -95,23 +91,5 @@ def moments(engine: Engine) -> int:
     return sum(isinstance(local(tensor), EightBit) for tensor in tensors)
 
 
-def follow(name: str, label: str, communicator: Any, directory: Path, source: Path | None) -> dict[str, Any]:
-    """What an engine makes of a case: its weights, resumed, and gone on from another's checkpoint."""
-    engine = build(name, label, communicator)
-    train(engine, 0, SAVE_AFTER)
-    saved = save(engine, directory, {})
-    found: dict[str, Any] = {"saved": weights(engine), "moments": moments(engine)}
-    train(engine, SAVE_AFTER, UPDATES)
-    found["end"] = weights(engine)
-    for what, path in (("resumed", saved), ("moved", source)):
-        if path is not None:
-            engine = build(name, label, communicator)
-            engine.load_state(SavedRun(path))
-            train(engine, SAVE_AFTER, UPDATES)
-            found[what] = weights(engine)
-    return found
-
-
-def with_rounding_of_one_process() -> None:
-    """torch's sums in a product depend on the number of threads."""
-    torch.set_num_threads(1)
+def seen(engine: Engine) -> dict[str, Any]:
+    return {"saved": weights(engine), "moments": moments(engine)}

@@ -1,7 +1,6 @@
-"""Optimizers that every engine trains with, from their names and settings; a new one is a row."""
+"""Optimizers that every engine trains with, from their names and settings: cases of `followed`; a new one is a row."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -9,9 +8,9 @@ from torch import Tensor, nn
 from arsg_dist.engine import Engine
 from arsg_dist.optim.by_name import make_optimizer
 from tests.support import toy
-from tests.support.checkpoint_matrix import FAMILIES, STAGES, build_model, engine_around, save, train
+from tests.support.checkpoint_matrix import FAMILIES, STAGES, build_model, engine_around
+from tests.support.checkpoint_matrix import train as train
 
-SAVE_AFTER, UPDATES = 3, 6
 REMOTE = "RemoteObservation"
 
 
@@ -119,9 +118,13 @@ def groups_of(case: Case, model: nn.Module) -> list[dict[str, Any]]:
     return [*groups, {"params": others, **case.second}] if others else groups
 
 
-def build(name: str, case: Case, communicator: Any) -> Engine:
-    """An engine of `FAMILIES`, DeepSpeed's from a JSON config."""
-    model = build_model()
+def engines_of(family: str, label: str) -> list[str]:
+    return [name for name in FAMILIES[family] if name in CASES[label].engines]
+
+
+def build(name: str, label: str, communicator: Any) -> Engine:
+    """DeepSpeed's from a JSON config."""
+    case, model = CASES[label], build_model()
     if name in STAGES:
         from arsg_dist.deepspeed import DeepSpeedEngine
 
@@ -145,41 +148,19 @@ def build(name: str, case: Case, communicator: Any) -> Engine:
     )
 
 
-def weights_at(engine: Engine, *, theta: bool = False) -> dict[str, Tensor]:
-    """Trained weights of rank 0, at x or at θ."""
-    if theta:
-        with engine.base_iterate():
-            return trained(engine)
-    return trained(engine)
-
-
-def trained(engine: Engine) -> dict[str, Tensor]:
+def weights(engine: Engine) -> dict[str, Tensor]:
+    """The trained ones, at x or, inside `base_iterate`, at θ."""
     wanted = {name for name, p in engine.module.named_parameters() if p.requires_grad}
     wanted = {name.removeprefix("module.") for name in wanted}
     return {name: tensor for name, tensor in engine.whole_weights().items() if name in wanted}
 
 
-def follow(name: str, case: Case, communicator: Any, directory: Path, source: Path | None) -> dict[str, Any]:
-    """What an engine makes of a case: its weights on the way, resumed, and gone on from another's checkpoint."""
-    from arsg_dist.checkpoint import SavedRun
-
-    engine = build(name, case, communicator)
-    train(engine, 0, SAVE_AFTER)
-    saved = save(engine, directory, {})
-    found = {"theta": weights_at(engine, theta=True)}
-    train(engine, SAVE_AFTER, UPDATES)
-    found["end"] = weights_at(engine)
-    for what, path in (("resumed", saved), ("moved", source)):
-        if path is None:
-            continue
-        engine = build(name, case, communicator)
-        engine.load_state(SavedRun(path))
-        train(engine, SAVE_AFTER, UPDATES)
-        found[what] = weights_at(engine)
-    return found
+def seen(engine: Engine) -> dict[str, Any]:
+    with engine.base_iterate():
+        return {"theta": weights(engine)}
 
 
-def started_from(case: Case) -> dict[str, Tensor]:
+def started_from(label: str) -> dict[str, Tensor]:
     model = build_model()
-    groups_of(case, model)
+    groups_of(CASES[label], model)
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}

@@ -6,14 +6,10 @@ from typing import Any
 import pytest
 import torch
 
-from arsg_dist.checkpoint import SavedRun
 from arsg_dist.engine import SingleProcessCommunicator
-from tests.engines import few_bits
-from tests.engines.few_bits import CASES
+from tests.engines import few_bits, followed
 from tests.support import toy
-from tests.support.checkpoint_matrix import LAUNCHERS
 from tests.support.compare import assert_same_weights
-from tests.support.launchers import launch
 
 pytestmark = pytest.mark.ranks
 
@@ -23,13 +19,8 @@ Weights = dict[str, torch.Tensor]
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """A directory with what one process has saved, and what it found."""
-    few_bits.with_rounding_of_one_process()
     directory = tmp_path_factory.mktemp("few bits")
-    one = SingleProcessCommunicator()
-    found = {
-        label: few_bits.follow("single", label, one, directory / "single" / label, None) for label in CASES
-    }
-    return directory, found
+    return directory, followed.alone(few_bits, directory)
 
 
 @pytest.mark.parametrize(
@@ -40,7 +31,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any
         pytest.param("horovod", marks=pytest.mark.turn(1)),
     ],
 )
-def test_two_ranks(family: str, alone: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+def test_two_ranks(family: str, alone: tuple[Path, dict[str, Any]]) -> None:
     """Catches random bits that depend on where ranks cut, moments kept in float32 on the quiet, codes saved for values,
     a correction lost on the way, and a resumed run that rounds again.
 
@@ -48,34 +39,27 @@ def test_two_ranks(family: str, alone: tuple[Path, dict[str, Any]], tmp_path: Pa
     those of a rank's part, so the weights are only near; from a checkpoint of the same ranks on they are the same.
     """
     directory, expected = alone
-    job = launch(LAUNCHERS[family], 2, "tests/engines/jobs/few_bits_job.py", family, directory, timeout=300)
-    assert job.code == 0, job.output[-5000:]
     start = {name: p.detach().clone() for name, p in toy.build_model(*few_bits.SIZES).named_parameters()}
-    for label in CASES:
-        for name in few_bits.engines_of(family, label):
-            where = directory / f"{name}-2" / label
-            found = torch.load(where / "found.pt", weights_only=True)
-            exact = "8bit" not in label
-            assert (found["moments"] > 0) == (not exact), f"{label} on {name}"
-            engine = few_bits.build("single", label, SingleProcessCommunicator())
-            engine.load_state(SavedRun(next(where.glob("step-*"))))
-            few_bits.train(engine, few_bits.SAVE_AFTER, few_bits.UPDATES)
-            one = expected[label]
-            for what, actual, right, same in (
-                ("saved", found["saved"], one["saved"], exact),
-                ("end", found["end"], one["end"], exact),
-                ("resumed", found["resumed"], found["end"], True),
-                ("gone on from one process's", found["moved"], one["end"], exact),
-                ("gone on in one process", few_bits.weights(engine), one["end"], exact),
-            ):
-                if same:
-                    differing = [key for key in right if not torch.equal(actual[key], right[key])]
-                    assert not differing, f"{label} on {name}, {what}: {differing}"
-                else:
-                    try:
-                        near(actual, right, start)
-                    except AssertionError as error:
-                        raise AssertionError(f"{label} on {name}, {what}: {error}") from None
+    for label, name, saved, found in followed.on_ranks(few_bits, family, 2, directory):
+        exact = "8bit" not in label
+        assert (found["moments"] > 0) == (not exact), f"{label} on {name}"
+        engine = followed.gone_on(few_bits, "single", label, SingleProcessCommunicator(), saved)
+        one = expected[label]
+        for what, actual, right, same in (
+            ("saved", found["saved"], one["saved"], exact),
+            ("end", found["end"], one["end"], exact),
+            ("resumed", found["resumed"], found["end"], True),
+            ("gone on from one process's", found["moved"], one["end"], exact),
+            ("gone on in one process", few_bits.weights(engine), one["end"], exact),
+        ):
+            if same:
+                differing = [key for key in right if not torch.equal(actual[key], right[key])]
+                assert not differing, f"{label} on {name}, {what}: {differing}"
+            else:
+                try:
+                    near(actual, right, start)
+                except AssertionError as error:
+                    raise AssertionError(f"{label} on {name}, {what}: {error}") from None
 
 
 def near(actual: Weights, right: Weights, start: Weights) -> None:

@@ -4,17 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import load_file
 
 from arsg_dist.checkpoint import SavedRun
 from arsg_dist.checkpoint.export import export_saved
 from arsg_dist.engine import SingleProcessCommunicator
+from tests.engines import followed
 from tests.engines import optimizer_cases as optimizers
-from tests.engines.optimizer_cases import CASES, SAVE_AFTER, UPDATES
-from tests.support.checkpoint_matrix import FAMILIES, LAUNCHERS, train
+from tests.engines.optimizer_cases import CASES
 from tests.support.compare import assert_same_weights
-from tests.support.launchers import launch
 
 pytestmark = pytest.mark.ranks
 
@@ -34,12 +32,7 @@ JOBS = [
 def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """A directory with what one process has saved, and what it found."""
     directory = tmp_path_factory.mktemp("optimizers")
-    one = SingleProcessCommunicator()
-    found = {
-        label: optimizers.follow("single", case, one, directory / "single" / label, None)
-        for label, case in CASES.items()
-    }
-    return directory, found
+    return directory, followed.alone(optimizers, directory)
 
 
 @pytest.mark.parametrize(("family", "ranks"), JOBS)
@@ -50,43 +43,32 @@ def test_ranks_equal_one_process_and_go_on_from_each_others_checkpoints(
     an engine or a checkpoint, an inner optimizer that updates something else than the engine's shards, and a θ of
     another group's μ."""
     directory, expected = alone
-    job = launch(
-        LAUNCHERS[family], ranks, "tests/engines/jobs/optimizers_job.py", family, directory, timeout=400
-    )
-    assert job.code == 0, job.output[-5000:]
-    for label, case in CASES.items():
-        for name in FAMILIES[family]:
-            if name not in case.engines:
-                continue
-            where = directory / f"{name}-{ranks}" / label
-            found = torch.load(where / "found.pt", weights_only=True)
-            saved = SavedRun(next(where.glob("step-*")))
-            export_saved(saved, tmp_path / "theta.safetensors", at="theta")
-            exported = load_file(tmp_path / "theta.safetensors")
-            engine = optimizers.build("single", case, SingleProcessCommunicator())
-            engine.load_state(saved)
-            train(engine, SAVE_AFTER, UPDATES)
-            # θ has moved little, by differences of numbers as large as the movement of x: their roundings remain. Over
-            # three ranks Horovod adds up in an order of the moment, and DistributedDataParallel forms its buckets anew
-            # after its first pass.
-            of_theta = max(case.relative, THETA)
-            again = case.relative if ranks == 3 and name in ("ddp", "ddp-divided", "horovod") else 0.0
-            for what, actual, right, relative in (
-                ("end", found["end"], expected[label]["end"], case.relative),
-                ("resumed", found["resumed"], found["end"], again),
-                ("gone on from one process's", found["moved"], expected[label]["end"], case.relative),
-                (
-                    "gone on in one process",
-                    optimizers.weights_at(engine),
-                    expected[label]["end"],
-                    case.relative,
-                ),
-                ("θ", found["theta"], expected[label]["theta"], of_theta),
-                ("exported θ", {key: exported[key] for key in found["theta"]}, found["theta"], THETA),
-            ):
-                try:
-                    assert_same_weights(
-                        actual, right, started_from=optimizers.started_from(case), relative=relative
-                    )
-                except AssertionError as error:
-                    raise AssertionError(f"{label} on {name}, {what}: {error}") from None
+    for label, name, path, found in followed.on_ranks(optimizers, family, ranks, directory):
+        case = CASES[label]
+        export_saved(SavedRun(path), tmp_path / "theta.safetensors", at="theta")
+        exported = load_file(tmp_path / "theta.safetensors")
+        engine = followed.gone_on(optimizers, "single", label, SingleProcessCommunicator(), path)
+        # θ has moved little, by differences of numbers as large as the movement of x: their roundings remain. Over
+        # three ranks Horovod adds up in an order of the moment, and DistributedDataParallel forms its buckets anew
+        # after its first pass.
+        of_theta = max(case.relative, THETA)
+        again = case.relative if ranks == 3 and name in ("ddp", "horovod") else 0.0
+        for what, actual, right, relative in (
+            ("end", found["end"], expected[label]["end"], case.relative),
+            ("resumed", found["resumed"], found["end"], again),
+            ("gone on from one process's", found["moved"], expected[label]["end"], case.relative),
+            (
+                "gone on in one process",
+                optimizers.weights(engine),
+                expected[label]["end"],
+                case.relative,
+            ),
+            ("θ", found["theta"], expected[label]["theta"], of_theta),
+            ("exported θ", {key: exported[key] for key in found["theta"]}, found["theta"], THETA),
+        ):
+            try:
+                assert_same_weights(
+                    actual, right, started_from=optimizers.started_from(label), relative=relative
+                )
+            except AssertionError as error:
+                raise AssertionError(f"{label} on {name}, {what}: {error}") from None

@@ -103,7 +103,7 @@ def test_random_damage(checkpoint: Path, tmp_path: Path) -> None:
     read_damaged(checkpoint, tmp_path, 40)
 
 
-@pytest.mark.slow
+@pytest.mark.turn(1)
 def test_much_random_damage(checkpoint: Path, tmp_path: Path) -> None:
     """Catches the same in ten times as many damages: a traceback, or damage that is overlooked."""
     read_damaged(checkpoint, tmp_path, 400)

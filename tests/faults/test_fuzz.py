@@ -128,7 +128,7 @@ def test_a_section_is_a_mapping(
     assert line.startswith("error: ")
 
 
-@pytest.mark.slow
+@pytest.mark.turn(0)
 @MANY
 @given(recipe=RECIPES | st.text(max_size=200))
 def test_many_recipes(
@@ -159,7 +159,7 @@ def test_deepspeed_configs(config: object, tmp_path: Path) -> None:
     check_deepspeed_config(config, tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.turn(1)
 @MANY
 @given(config=DEEPSPEED | st.text(max_size=200))
 def test_many_deepspeed_configs(config: object, tmp_path: Path) -> None:
@@ -217,7 +217,7 @@ def test_damaged_shards(shards: Path, tmp_path: Path) -> None:
     read_damaged_shards(shards, tmp_path, 60)
 
 
-@pytest.mark.slow
+@pytest.mark.turn(2)
 def test_many_damaged_shards(shards: Path, tmp_path: Path) -> None:
     """Catches the same in a thousand other damages: an index or description that is believed."""
     read_damaged_shards(shards, tmp_path, 1000)

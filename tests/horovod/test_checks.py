@@ -8,11 +8,11 @@ from tests.support.launchers import launch
 pytestmark = pytest.mark.ranks
 
 JOB = "tests/horovod/jobs/checks_job.py"
-OUTLIVED = [
-    "the_model_outlives_its_optimizer",
-    "a_model_and_its_optimizer_free_everything",
-    "a_rank_that_leaves_lets_the_others_have_the_parameters",
-]
+LEAVING = "a_rank_that_leaves_lets_the_others_have_the_parameters"
+OUTLIVED = ["the_model_outlives_its_optimizer", "a_model_and_its_optimizer_free_everything", LEAVING]
+STAYING = [
+    name for name in SHARDED if name != LEAVING
+]  # a warm rank ends without what a program does at its exit
 
 
 @pytest.fixture(
@@ -38,10 +38,12 @@ def test_a_replicated_optimizer_keeps_its_promise(output: str, name: str) -> Non
 @pytest.mark.parametrize(
     ("launcher", "ranks", "names"),
     [
-        ("mpirun", 2, list(SHARDED)),
-        pytest.param("mpirun", 3, OUTLIVED, marks=pytest.mark.turn(1)),
-        pytest.param("alone", 1, list(SHARDED), marks=pytest.mark.turn(0)),
-        pytest.param("horovodrun", 3, list(SHARDED), marks=pytest.mark.turn(2)),
+        pytest.param("warm horovodrun", 2, STAYING, id="two ranks"),
+        pytest.param("mpirun", 3, OUTLIVED, id="mpirun, outlived", marks=pytest.mark.turn(1)),
+        pytest.param("warm alone", 1, STAYING, id="one rank", marks=pytest.mark.turn(0)),
+        pytest.param("mpirun", 2, list(SHARDED), id="mpirun", marks=pytest.mark.turn(0)),
+        pytest.param("warm horovodrun", 3, STAYING, id="three ranks", marks=pytest.mark.turn(2)),
+        pytest.param("horovodrun", 3, OUTLIVED, id="horovodrun, outlived", marks=pytest.mark.turn(2)),
     ],
 )
 def test_what_users_know_of_a_sharded_optimizer_works_or_is_refused(

@@ -21,7 +21,7 @@ def test_the_chosen_exchange_is_right_every_time(launcher: str, ranks: int) -> N
     assert job.output.count("right: ") == len(ROUNDS), job.output[-5000:]
 
 
-@pytest.mark.turn(1)
+@pytest.mark.turn(1, of=12)  # with a sum that is made wrong: test_silent_faults
 def test_the_guards_find_the_corruption_of_reducescatter_over_gloo() -> None:
     """Catches a check that does not see the very fault it is there for.
 

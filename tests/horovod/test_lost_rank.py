@@ -10,15 +10,16 @@ from tests.support.launchers import launch
 
 
 @pytest.mark.ranks
-def test_asking_for_operations_while_another_rank_dies_raises() -> None:
+@pytest.mark.parametrize("tensors", ["whole", "views"])
+def test_asking_for_operations_while_another_rank_dies_raises(tensors: str) -> None:
     """Catches a rank that hangs for good, where Horovod's background thread ends while tensors are in flight."""
-    job = launch("warm horovodrun", 2, "tests/horovod/jobs/lost_rank_job.py")
+    job = launch("warm horovodrun", 2, "tests/horovod/jobs/lost_rank_job.py", tensors)
     assert "raised: Horovod has been shut down" in job.output, job.output[-5000:]
 
 
 def test_every_tensor_of_an_operation_is_held_until_its_end() -> None:
     """Catches a tensor in flight that the background thread alone holds; whether a rank then hangs is chance."""
-    handles, ended = iter((3, 4, 3)), list[int]()
+    handles, ended = iter((3, 4, 5)), list[int]()
 
     def wait(handle: int) -> None:
         ended.append(handle)
@@ -32,17 +33,18 @@ def test_every_tensor_of_an_operation_is_held_until_its_end() -> None:
             horovod_torch_reset=lambda: ended.append(-1),
         )
     )
-    tensors = [torch.zeros(2), torch.ones(3), torch.ones(1)]
+    tensors = [torch.zeros(2), torch.ones(3)[1:], torch.ones(1)]
     for given in ((tensors[:2], tensors[2], "name"), (tensors[2],)):
         held.grouped_allreduce_async(*given)
-    assert {handle: [view._base for view in views] for handle, views in held.views.items()} == {
-        3: tensors,
-        4: tensors[2:],
-    }
+    with torch.inference_mode():
+        other = torch.ones(1)
+        held.grouped_allreduce_async(torch.ones(1), other)
+    saved = {handle: holder.grad_fn.saved_tensors for handle, holder in held.holders.items()}  # type: ignore[union-attr]
+    assert [[*map(id, saved[handle])] for handle in (3, 4, 5)] == [[*map(id, tensors)], [id(tensors[2])], []]
     held.horovod_torch_wait_and_clear(3)
     with pytest.raises(RuntimeError):
         held.horovod_torch_wait_and_clear(4)
-    assert [*held.views] == [4], "the background thread may still be at its end"
+    assert [*held.holders] == [4, 5], "the background thread may still be at its end"
     held.horovod_torch_reset()
-    assert held.views == {}
+    assert held.holders == {}
     assert ended == [3, 4, -1]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from arsg_dist import ARSG
 from arsg_dist.horovod import broadcast
-from arsg_dist.horovod.comm import collectives
+from arsg_dist.horovod.comm import collectives, communicator
 from arsg_dist.horovod.comm.collectives import AllToAllReduceScatter, BufferPool
 from arsg_dist.horovod.comm.verification import CheckedReduceScatter
 from arsg_dist.horovod.replicated.in_flight import InFlight
@@ -209,3 +209,19 @@ def test_states_are_alike_by_their_values_wherever_those_lie() -> None:
         (outline[0], {1: outline[1][0]}),
     ):
         assert not _alike(outline, other)
+
+
+@pytest.mark.parametrize("elastic", [True, False])
+def test_ranks_of_an_elastic_job_are_not_asked_for_their_hosts(
+    elastic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches ranks that come later and wait for an answer of those that train; and hosts that nobody looks at."""
+    asked: list[Any] = []
+    for name in ("check_environment", "set_stall_defaults", "check_world_size", "HorovodCommunicator"):
+        monkeypatch.setattr(communicator, name, lambda: None)
+    monkeypatch.setattr(hvd, "init", lambda: None)
+    monkeypatch.setattr(communicator, "in_elastic_job", lambda: elastic)
+    monkeypatch.setattr(communicator, "check_hosts", asked.append)
+    ranks: Any = None
+    communicator.connect(ranks)
+    assert len(asked) == (0 if elastic else 1)

@@ -14,11 +14,11 @@ pytestmark = pytest.mark.ranks
 JOB = "tests/horovod/jobs/sharded_job.py"
 MPI_AND_GLOO = [  # every turn has both
     pytest.param("mpirun", 2, marks=pytest.mark.turn(0)),
-    pytest.param("horovodrun", 2, marks=pytest.mark.turn(1)),
+    pytest.param("warm horovodrun", 2, marks=pytest.mark.turn(1)),
     pytest.param("mpirun", 3, marks=pytest.mark.turn(1)),
-    pytest.param("horovodrun", 3, marks=pytest.mark.turn(2)),
+    pytest.param("warm horovodrun", 3, marks=pytest.mark.turn(2)),
     pytest.param("mpirun", 4, marks=pytest.mark.turn(2)),
-    pytest.param("horovodrun", 4, marks=pytest.mark.turn(0)),
+    pytest.param("warm horovodrun", 4, marks=pytest.mark.turn(0)),
 ]
 CORE = (
     "groups",
@@ -67,7 +67,7 @@ def test_every_optimizer_that_is_accepted_equals_one_process() -> None:
     ("launcher", "ranks", "shard_group"),
     [
         pytest.param("mpirun", 4, "2", marks=pytest.mark.turn(0)),
-        pytest.param("horovodrun", 4, "2", marks=pytest.mark.turn(1)),
+        pytest.param("warm horovodrun", 4, "2", marks=pytest.mark.turn(1)),
         pytest.param("horovodrun, two hosts", 4, "node", marks=pytest.mark.turn(2)),
         # One rank per host: every rank has every shard.
         pytest.param("mpirun", 2, "1", marks=pytest.mark.turn(1)),

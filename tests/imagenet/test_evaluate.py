@@ -272,6 +272,63 @@ def test_timms_weights_score_as_timm_measures_them(tree: Path, tmp_path: Path) -
             assert (found["loss"], found["top1"]) == (pytest.approx(loss, rel=1e-4), pytest.approx(top1)), at
 
 
+PHOTOS = os.environ.get("ARSG_PHOTOS", "")
+"""A tree with `val/CLASS/*.JPEG` of real photographs, one or more of each class."""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not PHOTOS, reason="ARSG_PHOTOS names no tree of photographs")
+@pytest.mark.parametrize(
+    ("weights", "options"),
+    [
+        ("ResNet18_Weights.IMAGENET1K_V1", []),
+        ("ResNet50_Weights.IMAGENET1K_V2", ["--resize", 232]),
+        ("GoogLeNet_Weights.IMAGENET1K_V1", []),
+        ("timm:resnet18.a1_in1k", ["--resize", 235, "--interpolation", "bicubic"]),
+        (
+            "timm:mixer_b16_224.goog_in21k_ft_in1k",
+            ["--mean", 0.5, "--std", 0.5, "--interpolation", "bicubic"],
+        ),
+    ],
+)
+def test_photographs_count_as_the_owners_of_published_weights_count_them(
+    weights: str, options: list[object], tmp_path: Path
+) -> None:
+    """Catches pixels that differ from those that published numbers were measured on, at the sizes of ImageNet.
+
+    What torchvision and timm state of the weights prepares the images; the network is one that tells these classes
+    apart by random features, and whose answers hang on single pixels.
+    """
+    timm = pytest.importorskip("timm")
+    if weights.startswith("timm:"):
+        config = timm.data.resolve_data_config(timm.get_pretrained_cfg(weights[5:]).to_dict())
+        transform = timm.data.create_transform(**config, is_training=False)
+    else:
+        transform = torchvision.models.get_weight(weights).transforms()
+    data = torchvision.datasets.ImageFolder(Path(PHOTOS) / "val", transform)
+    images, labels = (torch.stack([torch.as_tensor(row[part]) for row in data]) for part in (0, 1))
+    torch.manual_seed(1)
+    model = torchvision.models.resnet18(num_classes=len(data.classes)).eval()
+    with torch.no_grad():
+        head, model.fc = model.fc, nn.Identity()
+        features = torch.cat([model(part) for part in images.split(50)])
+        mean = torch.stack([features[labels == label].mean(0) for label in range(len(data.classes))])
+        spread = (mean - mean.mean(0)).std()
+        head.weight.copy_(mean - mean.mean(0) + 0.5 * spread * torch.randn_like(mean))
+        head.bias.copy_(-(head.weight @ mean.mean(0)) - head.weight.square().sum(1) / 2)
+        model.fc, logits = head, head(features).double()
+    place = (logits > logits.gather(1, labels[:, None])).sum(1)
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    found = evaluated(
+        *("--weights", tmp_path / "weights.pth", "--model", "resnet18", "--data.root", PHOTOS),
+        *("--val_batch_size", 50, "--data.workers", 0, *options, tmp_path / "found.json"),
+    )
+    top1, top5 = ((place < k).double().mean().item() for k in (1, 5))
+    assert 0.1 < top1 < 0.9, "nothing can be told from it"
+    assert (found["top1"], found["top5"], found["images"]) == (top1, top5, len(data))
+    assert found["loss"] == pytest.approx(functional.cross_entropy(logits, labels).item(), rel=1e-4)
+
+
 # What cannot be measured
 
 

@@ -11,6 +11,7 @@ from arsg_dist.imagenet.models import build_model
 from tests.imagenet.test_run_by_hand import records_of
 from tests.imagenet.test_training import SCRIPT, epochs_of
 from tests.support.compare import REDUCTION_ORDER, assert_same_weights
+from tests.support.engines import ENGINES, ON_RANKS, STAGES, Started
 from tests.support.launchers import launch
 
 FEATURES = [
@@ -21,25 +22,19 @@ FEATURES = [
     # 120 images: the last of the five updates has 8 of 28. And the weights compared are θ.
     *("--batch_size", "28", "--evaluate_at", "theta"),
 ]
-ENGINES = {
-    "zero1": ("warm deepspeed", ["--deepspeed_config", "configs/deepspeed/zero1.json", "--ema_decay", "0.9"]),
-    "zero3": ("warm deepspeed", ["--deepspeed_config", "configs/deepspeed/zero3.json"]),
-    "ddp": (
-        "warm torchrun",
-        ["--engine", "ddp", "--ema_decay", "0.9", "--engine_options.find_unused_parameters", "true"],
-    ),
-    "fsdp": (
-        "warm torchrun",
-        ["--engine", "fsdp", "--engine_options", "{reshard_after_forward: false}", "--ema_decay", "0.9"],
-    ),
-    "horovod": ("warm horovodrun", ["--engine", "horovod", "--ema_decay", "0.9"]),
-    "horovod-sharded": ("warm horovodrun", ["--engine", "horovod-sharded", "--ema_decay", "0.9"]),
+STARTED = {
+    **{name: ENGINES[name] for name in ON_RANKS},
+    "deepspeed-3": STAGES["deepspeed-3"],
+    "ddp-sharded": Started("torchrun", 2, ("--engine", "ddp", "--engine_options.shard_update", "true")),
 }
-TURNS = {"ddp": 0, "zero3": 1, "horovod": 2}
-FP16 = [
-    "--precision",
-    "fp16",
-]  # equal micro-batches round equally; the scale falls from 65536 by skipped updates
+WITH = {
+    "ddp": ["--engine_options.find_unused_parameters", "true"],
+    "fsdp": ["--engine_options", "{reshard_after_forward: false}"],
+}
+AVERAGED = [name for name in STARTED if name != "deepspeed-3"]  # which refuses a moving average
+TURNS = {"ddp": 0, "deepspeed-3": 1, "horovod": 2, "ddp-sharded": 2}
+# Equal micro-batches round equally; the scale falls from 65536 by skipped updates.
+FP16 = ["--precision", "fp16"]
 
 
 def parameters(path: Path) -> dict[str, torch.Tensor]:
@@ -55,10 +50,11 @@ def parameters(path: Path) -> dict[str, torch.Tensor]:
     [
         *(
             pytest.param(engine, [], marks=pytest.mark.turn(TURNS[engine]) if engine in TURNS else [])
-            for engine in ENGINES
+            for engine in STARTED
         ),
         pytest.param("horovod", FP16, marks=pytest.mark.turn(0)),
         pytest.param("ddp", FP16, marks=pytest.mark.turn(2)),
+        pytest.param("ddp-sharded", FP16, marks=pytest.mark.turn(0)),
         pytest.param("fsdp", FP16, marks=pytest.mark.turn(1)),
     ],
 )
@@ -67,8 +63,9 @@ def test_two_ranks_train_as_one_process_does(
 ) -> None:
     """Catches a feature lost on the way into an engine: parameter groups, μ after the boost, EMA, mixing, clipping, θ;
     and a last batch that is not full with another weight than on one process."""
-    launcher, options = ENGINES[engine]
-    job = launch(launcher, 2, SCRIPT, *recipe, *FEATURES, *extra, *options)
+    started, averaged = STARTED[engine], ["--ema_decay", "0.9"] if engine in AVERAGED else []
+    options = [*started.options, *WITH.get(engine, []), *averaged]
+    job = launch(started.warm, 2, SCRIPT, *recipe, *FEATURES, *extra, *options)
     assert job.code == 0, job.output[-5000:]
     alone = [*recipe, *FEATURES, *extra, "--accumulation_steps", "2", "--ema_decay", "0.9"]
     assert train_command([*alone, "--output", str(tmp_path / "alone")]) == 0
@@ -77,7 +74,7 @@ def test_two_ranks_train_as_one_process_does(
         name: parameter.detach()
         for name, parameter in build_model("resnet20", 3, zero_init_gamma=True).named_parameters()
     }
-    for name in ("last",) if engine == "zero3" else ("last", "ema"):
+    for name in ("last", "ema") if averaged else ("last",):
         assert_same_weights(
             parameters(tmp_path / "run" / "weights" / f"{name}.safetensors"),
             parameters(tmp_path / "alone" / "weights" / f"{name}.safetensors"),
@@ -98,7 +95,7 @@ def test_two_ranks_train_as_one_process_does(
 # Side and batch size. Inception v3's further classifier takes no smaller images. With fewer values for a batch norm
 # their signs alone are left of them, and a rounding decides.
 AUXILIARY = {"googlenet": (64, 8), "inception_v3": (299, 4)}
-EVERY_TURN = {"zero3": 0, "fsdp": 1, "horovod-sharded": 2, "zero1": 0, "ddp": 1, "horovod": 2}
+EVERY_TURN = {name: number % 3 for number, name in enumerate(STARTED)}
 
 
 @pytest.mark.ranks
@@ -125,9 +122,8 @@ def test_further_classifiers_train_on_ranks_as_on_one(
     }
     flags = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
     job_file = "tests/imagenet/jobs/auxiliary_job.py"
-    launcher, options = ENGINES[engine]
-    options = options[:2]  # without a moving average
-    job = launch(launcher, 2, job_file, *flags, *options, "--output", tmp_path / "run")
+    started = STARTED[engine]
+    job = launch(started.warm, 2, job_file, *flags, *started.options, "--output", tmp_path / "run")
     assert job.code == 0, job.output[-5000:]
     alone = launch(
         "warm alone", 1, job_file, *flags, "--accumulation_steps", "2", "--output", tmp_path / "alone"

@@ -113,6 +113,30 @@ class Counting(nn.Module):
         return dropped
 
 
+class TwoNames(nn.Module):
+    """Has a module of two names, with a buffer, and a weight in two modules.
+
+    Args:
+        values: looked at, so that it cannot be computed from shapes.
+    """
+
+    def __init__(self, *, values: bool) -> None:
+        super().__init__()
+        self.normalise = self.again = nn.BatchNorm2d(3)
+        self.inwards = nn.Conv2d(3, 3, 1)
+        self.outwards = nn.Conv2d(3, 3, 1)
+        self.outwards.weight = self.inwards.weight
+        self.values = values
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.values and float(images.sum()) > 0:
+            raise RuntimeError("images have no values yet")
+        images = self.outwards(self.inwards(self.again(self.normalise(images))))
+        if self.inwards.weight is not self.outwards.weight:
+            raise RuntimeError("the weight is another one")
+        return images.mean(dim=(2, 3))
+
+
 @pytest.mark.parametrize(
     ("name", "train", "batch_size", "val", "message"),
     [
@@ -145,18 +169,27 @@ class Counting(nn.Module):
             r"cannot train on 5 images of 7 × 7 pixels at a time: too small; choose",
         ),
         ("no classifier", [8], 2, 8, "returns dict, which is no output of a classifier"),
+        ("two names", [8], 2, 8, ""),
+        ("two names, values", [8], 2, 8, ""),
     ],
 )
 def test_images_that_a_network_cannot_take_are_refused_in_one_line(
     name: str, train: list[int], batch_size: int, val: int, message: str
 ) -> None:
     """Catches a traceback after the ranks have begun, a size or a way (training, validation) that is not tried, and a
-    refusal of what works; a trial that counts in batch norm's statistics or draws from the run's random numbers."""
-    own = {"counting": Counting, "no classifier": lambda: nn.ModuleDict()}
+    refusal of what works; a trial that counts in batch norm's statistics or draws from the run's random numbers, or
+    leaves other tensors in a module of two names than it had."""
+    own = {
+        "counting": Counting,
+        "no classifier": lambda: nn.ModuleDict(),
+        "two names": lambda: TwoNames(values=False),
+        "two names, values": lambda: TwoNames(values=True),
+    }
     model = own[name]() if name in own else build_model(name, 3)
     if name == "no classifier":
         model.forward = lambda images: {"logits": images}  # type: ignore[method-assign]
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    parameters = list(model.named_parameters(remove_duplicate=False))
     state = torch.get_rng_state()
     if message:
         with pytest.raises(ValueError, match=message) as found:
@@ -166,6 +199,10 @@ def test_images_that_a_network_cannot_take_are_refused_in_one_line(
         require_image_sizes(model, name, train=train, batch_size=batch_size, val=val)
     assert torch.equal(torch.get_rng_state(), state)
     assert model.training
+    for (key, tensor), (_, first) in zip(
+        model.named_parameters(remove_duplicate=False), parameters, strict=True
+    ):
+        assert tensor is first, key
     for key, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[key]), key
 

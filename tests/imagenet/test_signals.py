@@ -1,7 +1,9 @@
 """What a rank does with a signal, in this process; `tests/faults` stops real runs."""
 
+import ctypes
 import os
 import pty
+import select
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,10 +15,6 @@ from arsg_dist.engine.job import PREEMPTED
 from arsg_dist.imagenet import cli, signals
 from arsg_dist.imagenet.signals import SIGNALS, StopRequest
 from arsg_dist.imagenet.training.optimization import Schedules
-
-
-class EndedError(Exception):
-    """In place of the end of this process."""
 
 
 @pytest.fixture
@@ -35,14 +33,80 @@ def test_a_signal_before_training_ends_the_rank_with_the_code_for_another_start(
 ) -> None:
     """Catches a rank that dies of it with a code that has no batch script start it again, and one that goes on waiting
     for the others to connect."""
-
-    def end(code: int) -> None:
-        raise EndedError(code)
-
-    monkeypatch.setattr(os, "_exit", end)
+    codes: list[int] = []
+    monkeypatch.setattr(os, "_exit", codes.append)
     monkeypatch.setattr(signals, "leave_terminal", lambda: None)
-    with StopRequest().installed(), pytest.raises(EndedError, match=str(PREEMPTED)):
+    with StopRequest().installed():
         os.kill(os.getpid(), number)
+        assert codes
+    assert set(codes) == {PREEMPTED}
+    assert not outside
+
+
+@pytest.mark.parametrize(
+    ("training", "sent", "code"),
+    [(False, [signal.SIGTERM], PREEMPTED), (True, [signal.SIGINT, signal.SIGINT], 128 + signal.SIGINT)],
+    ids=["before training", "Ctrl-C twice"],
+)
+def test_a_rank_that_never_comes_back_from_a_wait_outside_python_is_ended(
+    training: bool, sent: list[signal.Signals], code: int
+) -> None:
+    """Catches a rank that waits in a library for others that do not come, and is deaf until a kill -9."""
+    source, sink = os.pipe()
+    child = os.fork()
+    if not child:
+        os.dup2(sink, 2)
+        signals._ONE_KEYSTROKE = -1  # another is another
+        stop = StopRequest()
+        if training:
+            stop.begin(SingleProcessCommunicator())
+        with stop.installed():
+            mutex = ctypes.create_string_buffer(64)  # of zeros: one that is free
+            os.write(2, b"waits ")
+            for _ in range(2):
+                ctypes.CDLL(None).pthread_mutex_lock(mutex)
+        os._exit(3)
+    os.close(sink)
+    said = os.read(source, 99)
+    while Path(f"/proc/{child}/stat").read_text().rpartition(")")[2].split()[0] not in "SZ":
+        os.sched_yield()
+    for number in sent:
+        os.kill(child, number)
+        if not select.select([source], [], [], 20)[0]:
+            os.kill(child, signal.SIGKILL)
+        said += os.read(source, 99)
+    ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    os.close(source)
+    assert ended == code, said
+
+
+def test_a_ctrl_c_that_a_launcher_passes_on_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a run that ends unsaved since a terminal and a launcher have sent it the same Ctrl-C, and one that a
+    second Ctrl-C does not end."""
+    codes: list[int] = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    stop = StopRequest()
+    stop.begin(SingleProcessCommunicator())
+    for seconds in (0.0, 0.01, 0.9):
+        stop._hear(signal.SIGINT, 100 + seconds)
+        stop._hear(signal.SIGTERM, 109)  # schedulers send it again
+    assert not codes
+    stop._hear(signal.SIGINT, 101.1)
+    assert codes == [128 + signal.SIGINT]
+
+
+def test_what_a_forked_process_gets_is_its_own(outside: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a rank that ends since a process was terminated that a library has forked from it."""
+    codes, end = list[int](), os._exit
+    monkeypatch.setattr(os, "_exit", codes.append)
+    with StopRequest().installed():
+        child = os.fork()
+        if not child:
+            signal.signal(signal.SIGTERM, lambda *_: end(7))
+            os.kill(os.getpid(), signal.SIGTERM)
+            end(8)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    assert not codes
     assert not outside
 
 

@@ -168,7 +168,7 @@ def test_a_run_goes_on_with_another_engine_and_number_of_ranks(recipe: list[str]
     assert moved[-1]["train_loss"] < moved[0]["train_loss"] / 2
 
 
-@pytest.mark.turn(1)
+@pytest.mark.turn(4, of=12)
 @pytest.mark.ranks
 def test_digits_are_learned_on_two_ranks(tmp_path: Path) -> None:
     """Catches a default recipe that runs but does not learn."""

@@ -137,6 +137,15 @@ def test_unknown_gpu_setting_is_refused(machine: tuple[Path, Path]) -> None:
     assert "ARSG_GPU=rocm is not known" in result.stderr
 
 
+def test_a_toolkit_that_is_not_there_is_not_replaced_by_another(machine: tuple[Path, Path]) -> None:
+    """Catches a mistyped CUDA_HOME that is found out after minutes, since some nvcc is on PATH."""
+    script(machine[1] / "nvcc", "exit 0")
+    for name in ("CUDA_HOME", "HOROVOD_CUDA_HOME"):
+        result = set_up(machine, ARSG_GPU="cuda", **{name: "/nowhere"})
+        assert "there is no /nowhere/bin/nvcc" in result.stderr
+        assert not (machine[0] / ".venv").exists()
+
+
 def test_a_finished_set_up_does_nothing(machine: tuple[Path, Path]) -> None:
     """Catches a second run that installs again: a fake finished state must be recognised, a changed one not."""
     checkout, binaries = machine
@@ -150,8 +159,8 @@ def test_a_finished_set_up_does_nothing(machine: tuple[Path, Path]) -> None:
     text = (checkout / "launch/setup.sh").read_text()
     # The script itself says what state it compares with: let it print that instead of going on.
     probe = text.replace(
-        "stamp=.venv/.setup-complete\n",
-        'stamp=.venv/.setup-complete\n[ -n "${PRINT:-}" ] && { echo "$state"; exit; }\n',
+        "is_done() {",
+        '[ -n "${PRINT:-}" ] && { echo "$state"; exit; }\nis_done() {',
     )
     assert probe != text
     (checkout / "launch/setup.sh").write_text(probe)
@@ -165,6 +174,15 @@ def test_a_finished_set_up_does_nothing(machine: tuple[Path, Path]) -> None:
         file.write("# another pin\n")
     assert set_up(machine).returncode != 0
     assert recorder.exists()
+    # ARSG_GPU holds until another is given: 'make test' is not to replace a Horovod with NCCL.
+    with_nccl = set_up(machine, PRINT="1", ARSG_GPU="cuda").stdout
+    assert (
+        with_nccl != set_up(machine, PRINT="1").stdout != set_up(machine, PRINT="1", ARSG_GPU="none").stdout
+    )
+    (checkout / ".venv").mkdir(exist_ok=True)
+    (checkout / ".venv/.setup-first").write_text(with_nccl)
+    assert set_up(machine, PRINT="1").stdout == with_nccl
+    assert set_up(machine, PRINT="1", ARSG_GPU="none").stdout != with_nccl
 
 
 def shelf(command: str, folder: Path) -> int:
@@ -236,33 +254,132 @@ def test_a_cache_that_others_may_write_to_is_refused(machine: tuple[Path, Path])
     assert not (machine[0] / ".venv").exists()
 
 
-def test_horovod_finds_the_nccl_of_torchs_wheels(tmp_path: Path) -> None:
-    """Catches the name that Horovod's build looks for and the wheel does not have: every CUDA build would end there."""
-    nccl, binaries = tmp_path / "nccl", tmp_path / "bin"
-    for folder in (nccl / "include", nccl / "lib", binaries):
+@pytest.fixture
+def cuda(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs build_engines.sh on a CUDA machine whose Python builds nothing; the build's environment is in `built_with`.
+
+    Its nvcc on PATH is a script beside the toolkit, as from an administrator, and its NCCL is that of torch's wheels.
+    """
+    toolkit, nccl, binaries = tmp_path / "toolkit", tmp_path / "nccl", tmp_path / "usr/bin"
+    for folder in (nccl / "include", nccl / "lib", binaries, toolkit / "bin"):
         folder.mkdir(parents=True)
     (nccl / "include/nccl.h").touch()
     (nccl / "lib/libnccl.so.2").touch()
-    for name, body in (
-        ("python", "exit 1"),
-        ("nvcc", "exit 0"),
-        ("mpirun", "exit 0"),
-        ("nvidia-smi", "exit 1"),
-    ):
-        script(binaries / name, body)
-    environ = {
-        **os.environ,
-        "ARSG_GPU": "cuda",
-        "HOROVOD_NCCL_HOME": str(nccl),
-        "HOROVOD_CUDA_HOME": str(tmp_path),
-    }
-    environ["PATH"] = f"{binaries}:{environ['PATH']}"
-    arguments = ["bash", REPOSITORY / "launch/build_engines.sh", tmp_path / "cache", tmp_path / "wheels"]
+    says = 'echo "Cuda compilation tools, release 13.0, V13.0.88"'
+    architectures = "echo compute_75; echo compute_110; echo compute_103"
+    too_old = '*compute_70*) echo "nvcc fatal   : Unsupported gpu architecture"; exit 1'
+    no_lib64 = '[ -d "${0%/bin/nvcc}/lib64" ] || { echo "ld: cannot find -lcudadevrt"; exit 1; }'
+    (toolkit / "lib64").mkdir()
+    script(
+        toolkit / "bin/nvcc",
+        f'case "$*" in --version) {says};; --list-gpu-arch) {architectures};; {too_old};; -o*) {no_lib64};; esac',
+    )
+    script(binaries / "nvcc", f'[ "$1" != --dryrun ] || echo "#$ TOP={toolkit}/bin/.." >&2')
+    version = 'echo "2.13.0 ${TORCH_CUDA-13.0}"'
+    script(
+        binaries / "python",
+        f'case "$2" in *__version__*) {version};; *) env > {tmp_path}/built_with; exit 1;; esac',
+    )
+    script(binaries / "mpirun", "exit 0")
+    script(binaries / "nvidia-smi", "exit 1")
+
+    def build(**variables: str) -> subprocess.CompletedProcess[str]:
+        environ = {
+            **{name: value for name, value in os.environ.items() if "CUDA" not in name},
+            "PATH": f"{binaries}:{os.environ['PATH']}",
+            "ARSG_GPU": "cuda",
+            "HOROVOD_NCCL_HOME": str(nccl),
+            **variables,
+        }
+        arguments = ["bash", REPOSITORY / "launch/build_engines.sh", tmp_path / "cache", tmp_path / "wheels"]
+        return subprocess.run(arguments, env=environ, capture_output=True, text=True)
+
+    return build
+
+
+def test_horovod_finds_the_nccl_of_torchs_wheels(
+    cuda: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    """Catches the name that Horovod's build looks for and the wheel does not have: every CUDA build would end there."""
     for _ in range(2):  # and again, when the link is there
-        ended = subprocess.run(arguments, env=environ, capture_output=True, text=True)
+        ended = cuda()
         assert ended.returncode, "this python builds nothing"
         assert "libnccl" not in ended.stderr
-        assert os.readlink(nccl / "lib/libnccl.so") == "libnccl.so.2"
+        assert os.readlink(tmp_path / "nccl/lib/libnccl.so") == "libnccl.so.2"
+
+
+def test_torch_and_horovod_are_shown_the_toolkit_that_nvcc_belongs_to(
+    cuda: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    """Catches /usr/local taken for the toolkit since /usr/local/bin/nvcc is a link, and two toolkits in one build."""
+    cuda(HOROVOD_BUILD_CUDA_CC_LIST="")
+    built_with = dict(line.partition("=")[::2] for line in (tmp_path / "built_with").read_text().splitlines())
+    assert built_with["CUDA_HOME"] == built_with["HOROVOD_CUDA_HOME"] == str(tmp_path / "toolkit")
+    assert built_with["HOROVOD_BUILD_CUDA_CC_LIST"] == "75,110,103"
+
+
+def test_a_toolkit_that_links_nothing_is_said_with_the_remedy(
+    cuda: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    """Catches the toolkit of NVIDIA's Python packages, whose missing link comes out of CMake as a broken compiler."""
+    (tmp_path / "toolkit/lib64").rename(tmp_path / "toolkit/lib")
+    (tmp_path / "toolkit/lib/libcudart_static.a").touch()
+    ended = cuda()
+    assert ended.returncode == 1
+    assert (
+        f"ld: cannot find -lcudadevrt; NVIDIA's Python packages lack two links: (cd {tmp_path}/toolkit"
+        in ended.stderr
+    )
+    assert "compiling" not in ended.stdout
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"TORCH_CUDA": ""}, "needs a CUDA build of torch, and 2.13.0 is none"),
+        ({"TORCH_CUDA": "12.8"}, "toolkit has CUDA 13.0: set HOROVOD_CUDA_HOME to a toolkit of CUDA 12"),
+        ({"HOROVOD_CUDA_HOME": "/nowhere"}, "there is no '/nowhere/bin/nvcc'"),
+        ({"HOROVOD_NCCL_HOME": "/nowhere"}, "no NCCL headers in '/nowhere'"),
+        ({"HOROVOD_BUILD_CUDA_CC_LIST": "90,70"}, "for HOROVOD_BUILD_CUDA_CC_LIST=90,70: nvcc fatal"),
+    ],
+)
+def test_what_horovods_cuda_build_needs_is_looked_for_before_it_compiles(
+    cuda: Callable[..., subprocess.CompletedProcess[str]], variables: dict[str, str], message: str
+) -> None:
+    """Catches a CPU torch, or one of another CUDA, found out minutes later by CMake, or by the linker, or by nobody."""
+    ended = cuda(**variables)
+    assert ended.returncode == 1
+    assert message in ended.stderr
+    assert "compiling" not in ended.stdout
+
+
+@pytest.mark.parametrize(
+    ("variables", "looks"),
+    [
+        ({"ARSG_GPU": "none"}, False),
+        ({"ARSG_GPU": "none", "HOROVOD_GPU_ALLREDUCE": "MPI"}, True),
+        ({"ARSG_GPU": "cuda"}, True),
+    ],
+)
+def test_horovod_without_gpus_takes_no_toolkit_that_happens_to_be_there(
+    cuda: Callable[..., subprocess.CompletedProcess[str]],
+    tmp_path: Path,
+    variables: dict[str, str],
+    looks: bool,
+) -> None:
+    """Catches a build for CPU that ends in CMake since an nvcc is on PATH and torch's build is for CUDA."""
+    source = tmp_path / "horovod-0.28.1"
+    (source / "cmake/Modules").mkdir(parents=True)
+    # The line of Horovod 0.28.1.
+    (source / "cmake/Modules/FindPytorch.cmake").write_text("(CUDA_HOME is not None)) else False)")
+    shutil.make_archive(str(source), "gztar", tmp_path, source.name)
+    script(
+        tmp_path / "usr/bin/python",
+        f"""case "$*" in *__version__*) echo 2.13.0 13.0;; *'pip download'*horovod.txt) cp {source}.tar.gz .;;
+        *'pip wheel'*) cp cmake/Modules/FindPytorch.cmake {tmp_path}/built_with; exit 1;; esac""",
+    )
+    assert cuda(**variables).returncode, "this python builds nothing"
+    assert ("CUDA_HOME" in (tmp_path / "built_with").read_text()) is looks
 
 
 def test_every_requirement_is_pinned() -> None:

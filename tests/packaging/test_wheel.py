@@ -107,7 +107,7 @@ def checkout_copy(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.slow
+@pytest.mark.turn(5, of=12)
 def test_another_processor_computes_the_same_bits(tmp_path: Path) -> None:
     """Catches a contraction or a conversion that another instruction set makes otherwise (aarch64 in an emulator)."""
     crossed = os.environ.get("ARSG_CROSS_CXX", "aarch64-linux-gnu-g++ -static")

@@ -1,5 +1,6 @@
 """Starts real ranks, through the real launchers or forked from processes that are warm."""
 
+import contextlib
 import os
 import resource
 import signal
@@ -60,8 +61,10 @@ def launch(
         if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     }
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(REPOSITORY)}
-    # Where the cores are shared: 30 s is little, and a rank that waits would keep a core from the others.
+    # Where the cores are shared: 30 s is little, and a rank that waits would keep a core from the others. Horovod looks
+    # every so many milliseconds at what the other ranks want: every one, and that is half of what a rank does.
     environment.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", "120")
+    environment.setdefault("HOROVOD_CYCLE_TIME", "3")
     environment.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     environment |= variables or {}
@@ -108,19 +111,27 @@ def _run(
         ),
     )
     begin, limit = time.monotonic(), timeout
-    while True:
-        try:
-            output, _ = process.communicate(timeout=max(1.0, begin + limit - time.monotonic()))
-            return Finished(process.returncode, output)
-        except subprocess.TimeoutExpired:
-            limit = timeout + without_core([process.pid])
-            if time.monotonic() < begin + limit:
-                continue
+    try:
+        while True:
+            try:
+                output, _ = process.communicate(timeout=max(1.0, begin + limit - time.monotonic()))
+                return Finished(process.returncode, output)
+            except subprocess.TimeoutExpired:
+                limit = timeout + without_core([process.pid])
+                if time.monotonic() < begin + limit:
+                    continue
+                os.killpg(process.pid, signal.SIGKILL)
+                output, _ = process.communicate()
+                raise AssertionError(
+                    f"{' '.join(command)} was still running after {timeout} s:\n{output[-5000:]}"
+                ) from None
+    except KeyboardInterrupt:  # an interrupted session leaves no job
+        os.killpg(process.pid, signal.SIGTERM)  # by which a launcher ends its ranks
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.communicate(timeout=30)
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-            output, _ = process.communicate()
-            raise AssertionError(
-                f"{' '.join(command)} was still running after {timeout} s:\n{output[-5000:]}"
-            ) from None
+        raise
 
 
 def _command(launcher: str, ranks: int, port: int) -> list[str]:

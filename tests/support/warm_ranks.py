@@ -11,6 +11,7 @@ This file is also the program of such a process: it reads requests (JSON lines),
 
 import atexit
 import contextlib
+import ctypes
 import functools
 import importlib.util
 import json
@@ -148,7 +149,7 @@ class WarmRanks:
         Args:
             launcher: whose variables the ranks find: "deepspeed", "torchrun", "horovodrun" (over Gloo) or "alone".
             program: relative to the repository, or absolute.
-            arguments: of the program.
+            arguments: of the program; {rank} stands for the rank.
             environment: all variables, besides those of the launcher.
             ranks: how many.
             faults: see `fault_points.install`.
@@ -172,7 +173,7 @@ class WarmRanks:
             fork = self._forks[rank % FORKS]
             request = {
                 "program": str(REPOSITORY / program),
-                "arguments": [*map(str, arguments)],
+                "arguments": [str(argument).replace("{rank}", str(rank)) for argument in arguments],
                 "environment": {
                     **environment,
                     **{key: value.format(rank=rank) for key, value in variables.items()},
@@ -303,11 +304,18 @@ def without_core(pids: Iterable[int]) -> float:
 
     Of the thread that waited longest. A limit that is given so much more does not count a busy machine as a hang.
     """
-    longest, left = 0.0, list(pids)
+    return max(each_without_core(pids).values(), default=0.0)
+
+
+def each_without_core(pids: Iterable[int]) -> dict[int, float]:
+    """The same of each of these processes and of those below them."""
+    longest, left = dict[int, float](), list(pids)
     while left:
+        pid = left.pop()
         with contextlib.suppress(OSError):  # processes and threads end meanwhile
-            for thread in Path(f"/proc/{left.pop()}/task").iterdir():
-                longest = max(longest, int((thread / "schedstat").read_text().split()[1]) / 1e9)
+            for thread in Path(f"/proc/{pid}/task").iterdir():
+                waited = int((thread / "schedstat").read_text().split()[1]) / 1e9
+                longest[pid] = max(longest.get(pid, 0.0), waited)
                 left += map(int, (thread / "children").read_text().split())
     return longest
 
@@ -441,8 +449,9 @@ def _serve() -> None:
             line, _, pending = pending.partition(b"\n")
             if not line:
                 continue
-            pid = os.fork()
+            here, pid = os.getpid(), os.fork()
             if not pid:
+                _end_with(here)
                 _be_a_rank(json.loads(line))
             running.add(pid)
             _say({"pid": pid})
@@ -452,6 +461,17 @@ def _serve() -> None:
 
 
 _answers = 1
+_PR_SET_PDEATHSIG = 1
+
+
+def _end_with(parent: int) -> None:
+    """Has the kernel kill this process when the one that forked it has gone, however that went.
+
+    Else ranks that wait for each other would do so for ever, with a core each, after an interrupted test session.
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # gone before
+        os._exit(1)
 
 
 def _say(answer: dict[str, Any]) -> None:

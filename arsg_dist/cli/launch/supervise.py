@@ -26,7 +26,7 @@ def run_watched(
     environment: Mapping[str, str] | None = None,
     own_group: bool = False,
 ) -> int:
-    """Run a launcher, and have its ranks get the signals TERM, HUP, USR1 and USR2 of this process.
+    """Run a launcher, and have its ranks get the signals TERM, INT, HUP, USR1 and USR2 of this process.
 
     Most launchers die of one of them or leave the ranks no time to save (docs/reliability.md). So the first signal goes
     past the launcher to the ranks on this host, of which one is enough: they agree, save, and end, and with them the
@@ -54,24 +54,28 @@ def run_watched(
     signalled: list[int] = []
 
     def pass_on(number: int, frame: FrameType | None) -> None:
-        for process in started:
-            ranks = [] if signalled else _ranks_below(process.pid)
-            for rank in ranks:
-                with suppress(ProcessLookupError):
-                    os.kill(rank, number)
-            if not ranks:
-                spared = number == signal.SIGTERM and not signalled and Path(command[0]).name == "mpirun"
-                # Told to terminate, Open MPI's kills its ranks a third of a second later. This it hands on to them.
-                process.send_signal(signal.SIGUSR1 if spared else number)
-            signalled.append(number)
+        if number == signal.SIGINT and started and not own_group and _is_in_foreground():
+            return  # the command has it from the terminal
         if not started:
             early.append(number)
+            return
+        (process,), first = started, not signalled
+        signalled.append(number)  # at once: another may come in between
+        ranks = _ranks_below(process.pid) if first else []
+        for rank in ranks:
+            with suppress(ProcessLookupError):
+                os.kill(rank, number)
+        if not ranks:
+            spared = number == signal.SIGTERM and first and Path(command[0]).name == "mpirun"
+            # Told to terminate, Open MPI's kills its ranks a third of a second later. This it hands on to them.
+            process.send_signal(signal.SIGUSR1 if spared else number)
 
     numbers = [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2]
+    # Ignored by what a script starts with &, and then by the command too.
+    if own_group or signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        numbers.append(signal.SIGINT)
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as it is under nohup
         numbers.append(signal.SIGHUP)
-    if own_group:
-        numbers.append(signal.SIGINT)
     # Before the command starts: a signal in between would end this process and leave the command running.
     before: dict[int, Any] = {number: signal.signal(number, pass_on) for number in numbers}
     try:
@@ -87,9 +91,6 @@ def run_watched(
         started.append(process)
         for number in early:
             process.send_signal(number)
-        if not own_group:
-            # A terminal sends ^C to both. Not before the start: the command would ignore it, too.
-            before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)
         with process:
             while process.stderr is not None and (chunk := os.read(process.stderr.fileno(), 65536)):
                 os.write(sys.stderr.fileno(), chunk)
@@ -103,6 +104,12 @@ def run_watched(
         print(f"error: {command[0]} exited with 0, but {failure_text}", file=sys.stderr)  # noqa: T201
         return 1
     return 128 - process.returncode if process.returncode < 0 else process.returncode
+
+
+def _is_in_foreground() -> bool:
+    """Tell whether a terminal sends its Ctrl-C to this process and all of its group."""
+    _, _, group, _, _, foreground = Path("/proc/self/stat").read_text().rpartition(")")[2].split()[:6]
+    return group == foreground
 
 
 def _ranks_below(launcher: int) -> list[int]:

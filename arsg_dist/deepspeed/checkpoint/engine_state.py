@@ -164,13 +164,19 @@ def check_saved(engine: Any, saved: SavedState, with_optimizer: bool, *, strict:
         ValueError: something is missing in it or does not fit.
     """
     grouped, trained = group_names(engine), trained_names(engine)
+    parameters, buffers = set(saved.parameters), set(saved.buffers)
     for name, shape in shapes_of(engine).items():
-        frozen = name not in trained
-        if not strict and (frozen or not with_optimizer) and saved.spec(PARAMETER, name) is None:
+        frozen, absent = name not in trained, name not in parameters
+        if absent and not frozen and not with_optimizer and strict:
+            raise _absent(saved, "parameter", name)
+        if absent and not strict and (frozen or not with_optimizer):
             continue
         _check_parameter(saved, name, shape, frozen=frozen, with_optimizer=with_optimizer)
     for name, buffer in persistent_buffers(engine.module, duplicates=False).items():
-        if strict or with_optimizer or saved.spec(BUFFER, name) is not None:
+        absent = name not in buffers
+        if absent and not with_optimizer and strict:
+            raise _absent(saved, BUFFER, name)
+        if not absent or with_optimizer:
             saved.check_shape(BUFFER, name, buffer.shape)
     if not with_optimizer:
         return
@@ -195,6 +201,12 @@ def check_saved(engine: Any, saved: SavedState, with_optimizer: bool, *, strict:
                     else ""
                 )
             )
+
+
+def _absent(saved: SavedState, kind: str, name: str) -> ValueError:
+    return ValueError(
+        f"{saved.where} has no {kind} {name!r}, which the model has: load_module_strict=False keeps that of the model"
+    )
 
 
 def _check_parameter(
@@ -277,6 +289,18 @@ def fill(engine: Any, saved: SavedState, with_optimizer: bool) -> None:
             "not go on as it would have",
             stacklevel=2,
         )
+
+
+@torch.no_grad()
+def follow_weights(engine: Any) -> None:
+    """Make the masters, and slow weights, those of the model, where they are not these but for rounding."""
+    for shard in shards_of(engine):
+        if shard.copy is shard.master:
+            continue
+        written = shard.copy != shard.master.to(shard.copy.dtype)
+        for tensor in (shard.master, shard.state.get("slow_param")):
+            if tensor is not None:
+                tensor.copy_(torch.where(written, shard.copy.to(tensor.dtype), tensor))
 
 
 def publish(engine: Any) -> None:

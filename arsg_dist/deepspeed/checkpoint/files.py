@@ -2,7 +2,7 @@
 
 import re
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,6 +19,9 @@ from arsg_dist.safe_io.text import printable
 
 ARSG_SECTION: Final = "arsg"
 """What every checkpoint of an engine with ARSG tells about itself, beside what DeepSpeed writes."""
+
+SAVED_AT: Final = "arsg_global_steps"
+"""In every shard of the optimizer the updates made when it was saved."""
 
 COUNTERS: Final = ("global_steps", "global_samples", "skipped_steps")
 """Attributes of DeepSpeed's engine that its checkpoints keep."""
@@ -170,6 +173,27 @@ def check_state_is_there(where: Path, counters: Mapping[str, Any], *, found: boo
             "checkpoints with the optimizer on NVMe: m, v and v̂ are lost. Load the weights only (load_checkpoint with "
             "load_module_only=True), or an older checkpoint"
         )
+
+
+def check_one_save(where: Path, model: Mapping[str, Any], others: Iterable[Mapping[str, Any]]) -> None:
+    """Refuse files of two saves under one tag, of which the later one was broken off.
+
+    Args:
+        where: what messages call it.
+        model: content of the first file of the model.
+        others: further ones, and the shards of the optimizer.
+
+    Raises:
+        ValueError: they are.
+    """
+    after = model.get("global_steps")
+    for other in others:
+        then = other.get(SAVED_AT, other.get("global_steps", after))
+        if after is not None and then != after:
+            raise ValueError(
+                f"{where} has files of two saves, after {then} and {after} updates, as when a save under the same tag "
+                "was broken off: load another tag, and save each checkpoint under a tag of its own"
+            )
 
 
 @contextmanager

@@ -9,19 +9,28 @@ classes in its client state and would lose them. The checks come before that and
 
 import glob
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.checkpoint.constants import FROZEN_PARAM_FRAGMENTS
 from deepspeed.runtime.engine import DeepSpeedEngine as _Engine
 from deepspeed.runtime.pipe.module import PipelineModule
 from torch import Tensor
 from torch.optim import Optimizer
 
-from arsg_dist.deepspeed.checkpoint.engine_state import fill, link_fragments, publish
-from arsg_dist.deepspeed.checkpoint.files import ARSG_SECTION, COUNTERS, OWN_KEYS, check_tag, model_files
+from arsg_dist.deepspeed.checkpoint.engine_state import fill, follow_weights, link_fragments, publish
+from arsg_dist.deepspeed.checkpoint.files import (
+    ARSG_SECTION,
+    COUNTERS,
+    OWN_KEYS,
+    SAVED_AT,
+    check_tag,
+    model_files,
+)
 from arsg_dist.deepspeed.checkpoint.load_check import NVME, OFFLOADED, LoadCheck
 from arsg_dist.deepspeed.checkpoint.zero_state import (
     experts_apart,
@@ -34,6 +43,7 @@ from arsg_dist.deepspeed.checkpoint.zero_state import (
 )
 from arsg_dist.deepspeed.config.schedules import follow_schedule, scheduled_settings
 from arsg_dist.deepspeed.patching import Method, wrap_once
+from arsg_dist.deepspeed.versions import saves_stage_0
 from arsg_dist.engine import TorchCommunicator
 from arsg_dist.engine.replicated_state import aliases_of
 from arsg_dist.engine.saved_state import SavedState
@@ -92,6 +102,9 @@ def _with_arsg_section_among_the_clients(method: Method) -> Method:
         client_state = dict(client_state or {})
         if _has_arsg(engine):
             client_state[ARSG_SECTION] = _arsg_section(engine)
+            plain = not engine.zero_optimization() and not engine.has_moe_layers
+            if plain and engine.bfloat16_enabled() and not saves_stage_0():
+                client_state["optimizer"] = engine.optimizer.state_dict()
             if engine.has_moe_layers:  # what DeepSpeed puts there itself for other models
                 client_state["buffer_names"] = engine._get_buffer_names()
                 if engine.zero_optimization():
@@ -130,9 +143,25 @@ def _guarded_save(method: Method) -> Method:
                 "saved; a resumed run starts the update again",
                 stacklevel=2,
             )
-        return method(engine, save_dir, tag, client_state or {}, *args, **kwargs)
+        with _with_updates_made(engine):
+            return method(engine, save_dir, tag, client_state or {}, *args, **kwargs)
 
     return save_checkpoint
+
+
+@contextmanager
+def _with_updates_made(engine: Any) -> Iterator[None]:
+    """Let the shards of the optimizer say of which save they are, as the model's file does."""
+    wrapper = engine.optimizer
+    if not engine.zero_optimization():  # one file has all
+        yield
+        return
+    state_dict = wrapper.state_dict
+    wrapper.state_dict = lambda: {**state_dict(), SAVED_AT: engine.global_steps}
+    try:
+        yield
+    finally:
+        del wrapper.state_dict
 
 
 def _check_save(engine: Any, tag: Any, client_state: Any) -> None:
@@ -188,8 +217,11 @@ def _guarded_load(method: Method) -> Method:
         own_schedule = scheduled_settings(engine)
         if check.saved is not None:
             path, client_state = _load_saved(engine, Path(load_dir), found, options, check.saved)
+        elif custom_load_fn is not None:
+            path, client_state = _load_by_function(engine, method, load_dir, found, options)
         else:
-            path, client_state = method(engine, load_dir, found, **options)
+            with _with_own_frozen(engine):
+                path, client_state = method(engine, load_dir, found, **options)
             if not with_optimizer and hasattr(engine.optimizer, "refresh_fp32_params"):
                 engine.optimizer.refresh_fp32_params()
         if not with_optimizer:
@@ -249,22 +281,96 @@ def _load_saved(
     file = str(model_files(load_dir / tag)[0])
     # Any rank's file has what DeepSpeed reads here; that of this rank may not be there.
     stand_ins = {"_get_all_ckpt_names": lambda *_: [file], "load_module_state_dict": lambda *_, **__: None}
-    vars(engine).update(stand_ins)
+    has_experts = engine.has_moe_layers
+    vars(engine).update(
+        stand_ins, has_moe_layers=False
+    )  # until 0.19.2 it looks for their files in universal ones, too
     try:
         path, client_state = engine._load_checkpoint(str(load_dir), tag, **options)
     finally:
+        engine.has_moe_layers = has_experts
         for name in stand_ins:
             delattr(engine, name)
-    if own_loader is None:
+    if own_loader is None or with_optimizer:
         _agree(engine, lambda: fill(engine, saved, with_optimizer))
         publish(engine)
-    else:  # at stage 3
-        release_whole_parameters(engine)
-        with deepspeed.zero.GatheredParameters(list(engine.module.parameters()), modifier_rank=0):
-            own_loader(src=_state_dict(saved), dst=engine.module)
-        engine.optimizer.refresh_fp32_params()
-        engine.optimizer.checkpoint_event_epilogue()
+    if own_loader is not None:
+        _write_module(engine, own_loader, _state_dict(saved), with_optimizer)
     return path, client_state
+
+
+@contextmanager
+def _with_own_frozen(engine: Any) -> Iterator[None]:
+    """Give DeepSpeed the engine's own frozen parameters where a checkpoint has none, over which it raises KeyError."""
+    method = engine.load_module_state_dict
+
+    def load_module_state_dict(checkpoint: dict[str, Any], **options: Any) -> Any:
+        saved = checkpoint.get(FROZEN_PARAM_FRAGMENTS)
+        if saved is not None:
+            own = {name: getattr(part, "ds_tensor", part) for part, name in engine.param_names.items()}
+            checkpoint = {**checkpoint, FROZEN_PARAM_FRAGMENTS: own | saved}
+        return method(checkpoint, **options)
+
+    engine.load_module_state_dict = load_module_state_dict
+    try:
+        yield
+    finally:
+        del engine.load_module_state_dict
+
+
+def _load_by_function(
+    engine: Any, method: Method, load_dir: Any, tag: str, options: dict[str, Any]
+) -> tuple[Any, Any]:
+    """Load what DeepSpeed does, and then let a function of the user's write the module. Collective.
+
+    DeepSpeed calls it before the optimizer's state comes, whose masters would undo it in the next update.
+    """
+    with_optimizer = options["load_optimizer_states"] and not options["load_module_only"]
+    tensors: dict[str, Any] = {}
+
+    def load_module_state_dict(checkpoint: dict[str, Any], **_: Any) -> None:
+        tensors.update(checkpoint["module"])
+        if with_optimizer:  # masters and state are the checkpoint's, too, where the function writes nothing
+            own = engine.module.state_dict()
+            fitting = {n: t for n, t in tensors.items() if n in own and t.shape == own[n].shape}
+            engine.module.load_state_dict(fitting, strict=False)
+
+    engine.load_module_state_dict = load_module_state_dict
+    try:
+        path, client_state = method(engine, load_dir, tag, **{**options, "custom_load_fn": None})
+    finally:
+        del engine.load_module_state_dict
+    _write_module(engine, options["custom_load_fn"], tensors, with_optimizer)
+    return path, client_state
+
+
+def _write_module(
+    engine: Any, own_loader: Callable[..., Any], tensors: dict[str, Any], with_optimizer: bool
+) -> None:
+    """Call a function of the user's, and let the masters follow. Collective.
+
+    Raises:
+        ValueError: it raised on another rank.
+    """
+    sharded, error = engine.zero_optimization_partition_weights(), None
+    release_whole_parameters(engine)
+    parameters = list(engine.module.parameters())
+    with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0, enabled=sharded):
+        try:
+            own_loader(src=tensors, dst=engine.module)
+        except Exception as raised:
+            error = raised
+    if with_optimizer and not experts_apart(engine):
+        follow_weights(engine)
+    elif hasattr(engine.optimizer, "refresh_fp32_params"):
+        engine.optimizer.refresh_fp32_params()
+    if sharded:
+        engine.optimizer.checkpoint_event_epilogue()
+    failed = TorchCommunicator(engine.device).all_gather_object(error is not None)
+    if error is not None:
+        raise error
+    if any(failed):
+        raise ValueError(f"custom_load_fn raised an error on rank {failed.index(True)}, which says it")
 
 
 def _state_dict(saved: SavedState) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from arsg_dist.checkpoint.pickles import RefusedPickleError
 from arsg_dist.deepspeed.checkpoint.engine_state import check_saved
 from arsg_dist.deepspeed.checkpoint.files import (
     ARSG_SECTION,
+    check_one_save,
     check_state_is_there,
     model_files,
     named_by,
@@ -30,7 +31,7 @@ from arsg_dist.deepspeed.checkpoint.zero_state import (
     needed_state,
     swaps_to_nvme,
 )
-from arsg_dist.deepspeed.versions import resumes_stage_0
+from arsg_dist.deepspeed.versions import expert_file, resumes_stage_0
 from arsg_dist.engine.saved_state import SavedState
 from arsg_dist.safe_io.text import printable
 
@@ -138,15 +139,22 @@ class LoadCheck:
         if self._with_schedule:
             _check_schedule(engine, model, directory)
         by_layers = experts_apart(engine) or isinstance(engine, PipelineEngine)
+        if self._own_loader is not None and (self._universal or isinstance(engine, PipelineEngine)):
+            kind = (
+                "universal checkpoints"
+                if self._universal
+                else "pipelines, whose layers have files of their own"
+            )
+            raise ValueError(f"custom_load_fn is not called for {kind}: leave it out")
         if self._universal:
-            if self._own_loader is not None:
-                raise ValueError("custom_load_fn is not called for universal checkpoints: leave it out")
             self.saved = UniversalCheckpoint(directory, look_into, weights_only=not self._with_optimizer)
             check_saved(engine, self.saved, self._with_optimizer, strict=self._strict)
+            self._check_unknown(self.saved)
         elif self._with_optimizer:
             _check_sharded(engine, model, files, directory)
             self._check_module(model, files, directory)
-            if not engine.zero_optimization() and not by_layers and not resumes_stage_0():
+            by_us = not engine.zero_optimization() and not by_layers and not resumes_stage_0()
+            if by_us or (self._own_loader is not None and engine.zero_optimization_partition_weights()):
                 self.saved = self._open(directory, trusting=trusting, weights_only=False)
         elif by_layers or (self._own_loader is not None and not engine.zero_optimization_partition_weights()):
             self._check_module(model, files, directory)
@@ -160,17 +168,23 @@ class LoadCheck:
             saved = ShardedCheckpoint(directory, read, weights_only=weights_only)
         except RefusedPickleError:
             saved = ShardedCheckpoint(directory, _load_trusting, weights_only=weights_only)
-        if self._own_loader is not None:
+        if self._own_loader is not None and weights_only:
             return saved  # it knows what fits
-        check_saved(self._engine, saved, with_optimizer=not weights_only, strict=self._strict)
-        known = {name for name, _ in self._engine.module.named_parameters(remove_duplicate=False)}
-        unknown = [name for name in saved.parameters if name not in known]
+        strict = self._strict and self._own_loader is None
+        check_saved(self._engine, saved, with_optimizer=not weights_only, strict=strict)
+        if self._own_loader is None:
+            self._check_unknown(saved)
+        return saved
+
+    def _check_unknown(self, saved: SavedState) -> None:
+        module = self._engine.module
+        own = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+        own |= {name for name, _ in module.named_buffers(remove_duplicate=False)}
+        unknown = [name for name in (*saved.parameters, *saved.buffers) if name not in own]
         if self._strict and unknown:
             raise ValueError(
-                f"{directory} has a parameter {unknown[0]!r}, which the model has not: load_module_strict=False passes "
-                "it over"
+                f"{saved.where} has {unknown[0]!r}, which the model has not: load_module_strict=False passes it over"
             )
-        return saved
 
     def _check_module(self, model: dict[str, Any], files: list[Path], directory: Path) -> None:
         """Compare names, and below stage 3 shapes, with the module's, for DeepSpeed would find out halfway."""
@@ -282,15 +296,7 @@ def _expert_files(engine: Any, directory: Path) -> list[Path]:
     for layer, module in enumerate(layers):
         rank = groups._get_expert_parallel_rank(module.expert_group_name)
         for expert in range(rank * module.num_local_experts, (rank + 1) * module.num_local_experts):
-            path = Path(
-                engine._get_expert_ckpt_name(
-                    str(directory.parent),
-                    layer,
-                    expert,
-                    directory.name,
-                    checkpoint_mp_rank=engine.checkpoint_mp_rank,
-                )
-            )
+            path = expert_file(engine, directory, layer, expert)
             if not path.is_file():
                 raise ValueError(
                     f"{directory} has no file {path.name}: it has other experts, or is incomplete"
@@ -329,6 +335,7 @@ def _check_sharded(engine: Any, model: dict[str, Any], files: list[Path], direct
     own = "fp32_flat_groups" if engine.zero_optimization_partition_weights() else BASE_OPTIMIZER_STATE
     if sharded and own not in saved:
         _refuse_other_kind(engine, directory, other_kind)
+    check_one_save(directory, model, [saved])
     inner = saved.get(BASE_OPTIMIZER_STATE, saved.get(OPTIMIZER_STATE_DICT, saved))
     if not isinstance(inner, dict):
         return  # an elastic checkpoint, which DeepSpeed checks itself
@@ -362,6 +369,16 @@ def _check_places(engine: Any, model: dict[str, Any], directory: Path) -> None:
         return
     if saved == own:
         return
+    trained_then, trained_now = ({name for group in part for name, _ in group} for part in (saved, own))
+    for names, said in (
+        (trained_now - trained_then, "has no optimizer state of {}, which this engine trains"),
+        (trained_then - trained_now, "has the optimizer state of {}, which this engine does not train"),
+    ):
+        if names:
+            raise ValueError(
+                f"{directory} {said.format(repr(min(names)))}: load the weights alone (load_optimizer_states=False; "
+                "load_module_strict=False, too, where the models differ)"
+            )
     for index, (there, here) in enumerate(zip(saved, own, strict=False)):
         if there != here:
             first = next(i for i in range(len(there) + 1) if there[i : i + 1] != here[i : i + 1])

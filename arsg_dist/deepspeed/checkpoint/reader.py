@@ -18,6 +18,7 @@ from torch import Tensor
 from arsg_dist.deepspeed.checkpoint.files import (
     ARSG_SECTION,
     SavedCheckpoint,
+    check_one_save,
     model_files,
     module_tensors,
     reading,
@@ -39,6 +40,7 @@ from arsg_dist.safe_io.files import inside
 
 _MASTER: Final = "fp32"
 _FP32_FLAT_GROUPS: Final = "fp32_flat_groups"
+_FIRST: Final = 64
 _SHARD: Final = re.compile(r"(?:bf16_)?zero_pp_rank_(\d{1,9})_mp_rank_(\d+)_optim_states\.pt$")
 
 
@@ -82,6 +84,7 @@ class ShardedCheckpoint(SavedCheckpoint):
         models = [read(path) for path in model_files(directory)]
         if not models:
             raise ValueError(f"{directory} holds no DeepSpeed checkpoint (no *_model_states.pt)")
+        check_one_save(directory, models[0], models[1:])
         experts = sorted(directory.glob("layer_*_expert_*_mp_rank_00_model_states.pt"))
         # Masters of ranks with different experts have the same names; the experts' weights have files of their own.
         apart = bool(experts) and (models[0].get(ARSG_SECTION) or {}).get("experts_apart", True)
@@ -96,13 +99,15 @@ class ShardedCheckpoint(SavedCheckpoint):
         self.loss_scale = None
         self.groups = []
         if apart:
-            pass
+            if not shards:
+                self._read_unnamed(models[0])
         elif shards and (whole := unsharded_state(read(shards[0][1]))) is not None:
             self._read_unsharded({**models[0], "optimizer": whole})
         elif shards:
             ranks, written = [rank for rank, _ in shards], models[0]["dp_world_size"]
             if len(ranks) == written and ranks == list(range(len(ranks))):
                 optimizers = [read(path)[OPTIMIZER_STATE_DICT] for _, path in shards]
+                check_one_save(directory, models[0], optimizers)
                 self._read_zero(optimizers, models[0])
             # Weights are in the module of stages 0 to 2 as well, as they were computed with.
             elif not (weights_only and (directory / "mp_rank_00_model_states.pt").is_file()):
@@ -191,7 +196,8 @@ class ShardedCheckpoint(SavedCheckpoint):
     def _read_unsharded(self, model: dict[str, Any]) -> None:
         saved, section = model["optimizer"], model.get(ARSG_SECTION)
         if self._weights_only and (saved is None or section is None):
-            return  # the module's, none of them with a master that has a name
+            self._read_unnamed(model)
+            return
         half = OPTIMIZER_STATE_DICT in saved
         inner = saved[OPTIMIZER_STATE_DICT] if half else saved
         self.groups = self._settings(inner["param_groups"])
@@ -208,6 +214,54 @@ class ShardedCheckpoint(SavedCheckpoint):
                 state = {} if self._weights_only else inner["state"].get(identity, {})
                 self._shapes[name] = master.shape
                 self._flats.append(_Flat(index, [master], [state], [[Piece(name, 0, 0, master.numel())]]))
+
+    def _read_unnamed(self, model: dict[str, Any]) -> None:
+        """Find whose another optimizer's masters are, by their values: rounded, they are the weights.
+
+        Weights of which none is found stay as the module has them.
+        """
+        saved = model.get("optimizer")
+        if not isinstance(saved, dict):
+            return
+        without = {*(model.get("buffer_names") or ()), *(model.get("shared_params") or ())}
+        weights = {
+            name: tensor
+            for name, tensor in model["module"].items()
+            if isinstance(tensor, Tensor) and name not in without
+        }
+        masters: list[Tensor] = [master for group in saved.get("fp32_groups", ()) for master in group]
+        found = [(master, _holders(master, weights, master.shape)) for master in masters]
+        # Of FusedAdam: a group in one tensor.
+        found += [(flat, _holders(flat, weights)) for flat in saved.get("fp32_groups_flat", ())]
+        for master, pieces in found:
+            self._shapes |= {piece.name: model["module"][piece.name].shape for piece in pieces}
+            self._flats.append(_Flat(0, [master], [{}], [pieces]))
+
+
+def _holders(master: Tensor, weights: dict[str, Tensor], shape: torch.Size | None = None) -> list[Piece]:
+    """Find the weights that a master, or several one after another, round to; take them out of `weights`."""
+    flat, at, pieces = master.detach().reshape(-1), 0, list[Piece]()
+    while at < flat.numel():
+        fitting = (
+            name
+            for name, weight in weights.items()
+            if shape in (None, weight.shape) and _begins_with(flat[at:], weight)
+        )
+        name = next(fitting, None)
+        if name is None:
+            break
+        pieces.append(Piece(name, 0, at, weights[name].numel()))
+        at += weights.pop(name).numel()
+    return pieces
+
+
+def _begins_with(masters: Tensor, weight: Tensor) -> bool:
+    """Tell whether the first masters round to a weight; look at few elements first, as most weights differ there."""
+    flat = weight.detach().reshape(-1)
+    numel = flat.numel()
+    return 0 < numel <= masters.numel() and all(
+        torch.equal(masters[:some].to(flat.dtype), flat[:some]) for some in (min(_FIRST, numel), numel)
+    )
 
 
 def unsharded_state(content: dict[str, Any]) -> dict[str, Any] | None:

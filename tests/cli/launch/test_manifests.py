@@ -105,7 +105,12 @@ sys.exit(0 if again else 1)
 
 @pytest.mark.ranks
 @pytest.mark.parametrize(
-    "kind", ["mpijob", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("pytorchjob", "trainjob"))]
+    "kind",
+    [
+        "mpijob",
+        pytest.param("pytorchjob", marks=pytest.mark.turn(0)),
+        pytest.param("trainjob", marks=pytest.mark.turn(1)),
+    ],
 )
 def test_the_command_of_a_manifest_starts_twice(kind: str, tmp_path: Path) -> None:
     """Catches a command that a container cannot run, or cannot run again in place of one that failed (OnFailure)."""

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import pty
 import re
 import shlex
 import signal
@@ -423,6 +424,71 @@ def test_ranks_are_told_to_stop_past_a_launcher_that_would_kill_them(
     process.send_signal(signal.SIGTERM)
     assert process.communicate(timeout=60)[0] == "killed\n"
     assert (process.returncode, (tmp_path / "got").read_text()) == (1, f"{number.name}\n")
+
+
+RANK = """
+import os, signal, time
+def note(number, frame):
+    os.write(1, signal.Signals(number).name.encode() + b" ")
+    if number == signal.SIGUSR1:
+        os._exit(75)
+signal.signal(signal.SIGINT, note)
+signal.signal(signal.SIGUSR1, note)
+os.write(1, b"ready ")
+time.sleep(60)
+os._exit(1)
+"""
+LAUNCHER = f"""
+import signal, subprocess, sys
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+sys.exit(subprocess.call([sys.executable, "-c", {RANK!r}], env={{"RANK": "0"}}))
+"""
+WATCHED = f"""
+import sys
+from arsg_dist.cli.launch import supervise
+sys.exit(supervise.run_watched([sys.executable, "-c", {LAUNCHER!r}], ""))
+"""
+
+
+def test_a_ctrl_c_is_passed_on_where_no_terminal_has_sent_it() -> None:
+    """Catches an interrupt of `arsg-dist launch` alone, as by a manager of containers, that is ignored: its ranks train
+    on."""
+    child = subprocess.Popen(
+        [sys.executable, "-c", WATCHED],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # in the background, too
+    )
+    assert child.stdout is not None
+    assert child.stdout.read(6) == "ready "
+    child.send_signal(signal.SIGINT)
+    assert child.stdout.read(7) == "SIGINT "
+    child.send_signal(signal.SIGUSR1)  # the second, which goes to the launcher
+    assert child.wait(60) == 128 + signal.SIGUSR1
+
+
+def test_a_ctrl_c_of_a_terminal_comes_to_the_ranks_once() -> None:
+    """Catches one that is passed on besides, which a launcher of many hosts takes for a second one."""
+    child, terminal = pty.fork()
+    if not child:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background, too
+        os.execve(
+            sys.executable, [sys.executable, "-c", WATCHED], os.environ | {"PYTHONPATH": str(REPOSITORY)}
+        )
+    said = os.read(terminal, 6)
+    assert said == b"ready "
+    os.write(terminal, b"\x03")
+    while b"SIGINT " not in said:
+        said += os.read(terminal, 100)
+    os.kill(child, signal.SIGUSR1)  # heard after an interrupt that came before it
+    while b"SIGUSR1 " not in said:
+        said += os.read(terminal, 100)
+    assert said.count(b"SIGINT") == 1
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 75
+    os.close(terminal)
 
 
 def _wait_for(path: Path, text: str) -> None:

@@ -20,6 +20,7 @@ ACCUMULATION = 2
 CASES: dict[str, dict[str, Any]] = {
     "fp32": {},
     "clipped": {"clip_grad_norm": 0.5},
+    "buckets": {"bucket_cap_mb": 1e-6},  # one for each parameter: more than travel at a time
     "skipping": {"skip_nonfinite": True},
 }
 
@@ -34,9 +35,13 @@ def groups(model: nn.Module) -> list[dict[str, Any]]:
     ]
 
 
-def build(communicator: Communicator, *, divided: bool, **options: Any) -> DDPEngine:
+def build(
+    communicator: Communicator, *, divided: bool, bucket_cap_mb: float = 25.0, **options: Any
+) -> DDPEngine:
     model = toy.build_model()
-    shards = Shards(groups(model)) if divided else None
+    for parameter in model.parameters() if communicator.rank else ():
+        nn.init.normal_(parameter)  # rank 0's weights are to be everybody's
+    shards = Shards(groups(model), order=model.parameters(), bucket_cap_mb=bucket_cap_mb) if divided else None
     optimizer = ARSG(shards.groups if shards else groups(model), **toy.HYPERPARAMETERS)
     return DDPEngine(
         model, optimizer, communicator, accumulation_steps=ACCUMULATION, shards=shards, **options

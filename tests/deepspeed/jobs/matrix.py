@@ -2,7 +2,7 @@
 
 One job for many configurations, because starting one takes longer than training most of them.
 
-usage: matrix.py DIRECTORY all|core|rest [--local_rank=N]
+usage: matrix.py DIRECTORY SELECTION [--local_rank=N]
 """
 
 import sys

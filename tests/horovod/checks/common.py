@@ -22,6 +22,19 @@ def build(model: nn.Module | None = None, **arguments: Any) -> tuple[nn.Module, 
     return model, ShardedOptimizer(optimizer, model.named_parameters(), **{"bucket_mb": 0.01, **arguments})
 
 
+class TwoDtypes(nn.Module):
+    """Has parameters in fp32 and in fp64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head = nn.Linear(17, 8), nn.Linear(8, 5).double()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        outputs: Tensor = self.head(self.body(inputs).double())
+        return outputs
+
+
 def loss_of(model: nn.Module, number: int = 0) -> Tensor:
     dtype = next(model.parameters()).dtype
     inputs, targets = (tensor.to(dtype) for tensor in toy.batch(number))

@@ -19,7 +19,15 @@ from arsg_dist.horovod.comm.collectives import (
 from arsg_dist.horovod.comm.process_groups import Group
 from arsg_dist.horovod.comm.verification import check_exchanges
 from arsg_dist.horovod.sharded import optimizer as sharded_optimizer
-from tests.horovod.checks.common import OneWrongNumber, assert_equal, build, plain_after, refused, update
+from tests.horovod.checks.common import (
+    OneWrongNumber,
+    TwoDtypes,
+    assert_equal,
+    build,
+    plain_after,
+    refused,
+    update,
+)
 from tests.support import toy
 
 
@@ -131,6 +139,13 @@ def check_ranks_that_differ() -> None:
     model, optimizer = build(model)
     with refused(RuntimeError, "hvd.broadcast_parameters(model.state_dict(), root_rank=0)"):
         update(model, optimizer)
+    optimizer.close()
+    mixed = TwoDtypes()
+    with torch.no_grad():
+        mixed.head.bias[1] += hvd.rank()
+    optimizer = ShardedOptimizer(torch.optim.SGD(mixed.parameters(), lr=0.1), mixed.named_parameters())
+    with refused(RuntimeError, "hvd.broadcast_parameters(model.state_dict(), root_rank=0)"):
+        update(mixed, optimizer)
     optimizer.close()
     other = nn.Linear(3, 2 + hvd.rank())
     with refused((ValueError, JobError), "differ from rank 0's"):

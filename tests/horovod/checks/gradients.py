@@ -11,7 +11,15 @@ from torch import Tensor, nn
 from arsg_dist import ARSG
 from arsg_dist.horovod import ShardedOptimizer
 from arsg_dist.horovod.comm.collectives import BufferPool
-from tests.horovod.checks.common import assert_equal, build, loss_of, plain_after, refused, update
+from tests.horovod.checks.common import (
+    TwoDtypes,
+    assert_equal,
+    build,
+    loss_of,
+    plain_after,
+    refused,
+    update,
+)
 from tests.support import toy
 
 
@@ -98,6 +106,27 @@ def check_padding_is_no_overflow() -> None:
     update(expected, ARSG(expected.parameters(), **toy.HYPERPARAMETERS))
     assert_equal(model, expected)
     optimizer.close()
+
+
+def check_grad_scaler_unscales_a_model_of_two_dtypes_once() -> None:
+    """It asks once for each dtype, and each time for all gradients of the optimizer."""
+
+    def train(sharded: bool) -> nn.Module:
+        model = TwoDtypes()
+        optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        if sharded:
+            optimizer = ShardedOptimizer(optimizer, model.named_parameters())
+        scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+        for number in range(2):
+            optimizer.zero_grad()
+            scaler.scale(loss_of(model, number)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        if sharded:
+            optimizer.close()  # type: ignore[attr-defined]
+        return model
+
+    assert_equal(train(sharded=True), train(sharded=False))
 
 
 def check_sparse_gradients() -> None:

@@ -567,6 +567,23 @@ def check_adasum_has_horovods_values() -> None:
         assert_same_weights(*(dict(model.named_parameters()) for model in models), started_from=started_from)
 
 
+def check_a_frozen_member_of_a_group_stays() -> None:
+    """Horovod sends the whole group, zeros for it; stepped with those, weight decay would move it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))
+    trained, frozen = model[0].weight, model[1].weight
+    optimizer = wrapped(
+        torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.5), model, groups=[[trained, frozen]]
+    )
+    frozen.requires_grad_(False)
+    before = [parameter.detach().clone() for parameter in (trained, frozen)]
+    backward(model)
+    optimizer.step()
+    assert frozen.grad is None
+    assert torch.equal(frozen, before[1])
+    assert not torch.equal(trained, before[0])
+
+
 def check_messages_are_plain_values_of_every_rank() -> None:
     """Also settings and state: a kind that is not sent is refused on every rank."""
     check_messages(HorovodCommunicator())

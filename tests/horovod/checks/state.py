@@ -17,16 +17,19 @@ from tests.horovod.checks.common import assert_equal, build, plain_after, refuse
 from tests.support import toy
 
 
-def check_pieces_of_a_loaded_parameter_count_their_own_steps() -> None:
-    """Torch's step tensors: one that all pieces of a parameter share is counted up by each of them."""
+def check_pieces_of_a_parameter_count_their_own_steps() -> None:
+    """Torch's step tensors, of an optimizer that was sharded after its first step, and loaded: one that all pieces of a
+    parameter share is counted up by each of them."""
 
     def adamw(model: nn.Module) -> torch.optim.Optimizer:
         return torch.optim.AdamW(model.parameters(), lr=0.01, eps=1e-2)
 
     model, expected = toy.build_model(), toy.build_model()
-    plain = adamw(expected)
-    optimizer = ShardedOptimizer(adamw(model), model.named_parameters(), bucket_mb=0.002)
-    for number in range(2):
+    plain, stepped = adamw(expected), adamw(model)
+    update(expected, plain, 0)
+    update(model, stepped, 0)
+    optimizer = ShardedOptimizer(stepped, model.named_parameters(), bucket_mb=0.002)
+    for number in (1, 2):
         update(expected, plain, number)
         update(model, optimizer, number)
         state = optimizer.state_dict()

@@ -18,14 +18,14 @@ from tests.horovod.jobs import run_job
 
 # By dtype and MB; two buckets are under way in each round. Large ones have fewer rounds, for their time.
 ROUNDS = {
-    (torch.float32, 1): 200,
-    (torch.float32, 2): 200,
-    (torch.float32, 4): 50,
-    (torch.float32, 8): 50,
-    (torch.bfloat16, 4): 30,
-    (torch.float32, 16): 6,
-    (torch.float32, 32): 3,
-    (torch.float32, 64): 2,
+    (torch.float32, 1): 100,
+    (torch.float32, 2): 100,
+    (torch.float32, 4): 25,
+    (torch.float32, 8): 20,
+    (torch.bfloat16, 4): 15,
+    (torch.float32, 16): 4,
+    (torch.float32, 32): 2,
+    (torch.float32, 64): 1,
 }
 ROUNDS_AT_ONCE = 10
 

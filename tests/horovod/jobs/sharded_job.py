@@ -48,6 +48,9 @@ def train(case: sharded.Case, model: torch.nn.Module, optimizer: ShardedOptimize
         if case.clip_idiom == "horovod":
             optimizer.synchronize()
             scaler.unscale_(optimizer)
+            if case.scaler:  # else a rank that made the update would wait for those that leave it out
+                found = [bool(found) for found in scaler._found_inf_per_device(optimizer).values()]
+                assert hvd.allgather_object(found) == [[update == sharded.OVERFLOW_AT]] * hvd.size()
             if not (case.scaler and update == sharded.OVERFLOW_AT):
                 assert optimizer.clip_grad_norm_(case.clip, case.norm_type) > case.clip
             with optimizer.skip_synchronize():

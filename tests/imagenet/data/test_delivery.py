@@ -1,5 +1,6 @@
 """Loader processes that die, fall silent or have no room: the rank ends with the reason instead of waiting for ever."""
 
+import contextlib
 import multiprocessing
 import os
 import re
@@ -23,6 +24,7 @@ from arsg_dist.imagenet.data.dataset import Batch, process_loader
 from arsg_dist.imagenet.data.delivery import LoadingError, Shared, StuckCall, require_shared_memory
 from arsg_dist.imagenet.data.sampler import SampleKey
 from tests.support.launchers import REPOSITORY
+from tests.support.warm_ranks import each_without_core
 
 
 @pytest.fixture(autouse=True)
@@ -216,8 +218,13 @@ def test_shared_memory_is_refused_that_the_batches_do_not_fit_into(
     require()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", ["checked at the start", "found on the way", "full already"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=pytest.mark.turn(turn))
+        for turn, case in enumerate(("checked at the start", "found on the way", "full already"))
+    ],
+)
 def test_a_small_dev_shm_ends_a_run(case: str, tmp_path: Path) -> None:
     """Catches the hang of a container with too little shared memory, or one of minutes, on the real one."""
     mounted = ["unshare", "-m", "bash", "-c", 'mount -t tmpfs -o size=4m tmpfs /dev/shm && "$@"', "-"]
@@ -234,24 +241,35 @@ def test_a_small_dev_shm_ends_a_run(case: str, tmp_path: Path) -> None:
         **{"model": "resnet20", "batch_size": 32, "optimizer.params.lr": 0.01, "output": tmp_path / "run"},
     }
     flags = [str(part) for name, value in settings.items() for part in (f"--{name}", value)]
-    job = subprocess.run(
-        [*mounted, sys.executable, "-c", program, case, *flags],
-        cwd=REPOSITORY,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    ended = time.monotonic()
-    (error,) = re.findall("error: .*", job.stderr)
+    with (tmp_path / "stdout").open("w") as out, (tmp_path / "stderr").open("w") as err:
+        job = subprocess.Popen(
+            [*mounted, sys.executable, "-c", program, case, *flags],
+            cwd=REPOSITORY,
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+            stdout=out,
+            stderr=err,
+            start_new_session=True,
+        )
+    started, waited = time.monotonic(), dict[int, float]()
+    try:
+        while job.poll() is None:
+            waited |= each_without_core([job.pid])
+            assert time.monotonic() - started - sum(waited.values()) < 120
+            time.sleep(0.05)
+    finally:
+        ended = time.monotonic()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(job.pid, signal.SIGKILL)
+    said = (tmp_path / "stderr").read_text()
+    (error,) = re.findall("error: .*", said)
     assert "/dev/shm" in error
     assert "--shm-size" in error
     assert job.returncode == (2 if case == "checked at the start" else 1)
-    assert "Traceback" not in job.stderr
-    (began,) = re.findall(r"begins at ([\d.]+)", job.stdout)
-    print(f"{case}: {ended - float(began):.1f} s")
-    # 0.4 to 4.6 s were measured on a machine with a core to spare, 27 on one with none; `data.timeout` would be 300.
-    assert ended - float(began) < 60
+    assert "Traceback" not in said
+    (began,) = re.findall(r"begins at ([\d.]+)", (tmp_path / "stdout").read_text())
+    seconds, without_core = ended - float(began), sum(waited.values())  # of the rank and what it waits for
+    print(f"{case}: {seconds:.1f} s, {without_core:.1f} s of them without a core")
+    assert seconds - without_core < 10  # promised, with the start of loader processes and all
 
 
 def run() -> None:
