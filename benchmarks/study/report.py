@@ -206,7 +206,7 @@ def batch_table(measured: list[dict[str, Any]]) -> str:
 
 
 def unfinished_table(ledgers: dict[str, Ledger]) -> str:
-    """Return what is known of optimizers that have no row yet: their trials, which have the one seed of the tuning."""
+    """Return the trials of optimizers that have no row yet, which have the one seed of the tuning; "" for none."""
     lines = []
     for task, ledger in ((TASKS[name], ledger) for name, ledger in ledgers.items()):
         best = _trial_losses(ledger, BASE)
@@ -218,7 +218,7 @@ def unfinished_table(ledgers: dict[str, Ledger]) -> str:
                 lowest = [_number(values[0]) for values in (losses, best)]
                 lines.append([f"{name}, {task.title}", f"{done} of {TRIALS}", *lowest, below])
     head = ["", "trials", "lowest validation loss", f"AdamW's lowest of {TRIALS}", "trials below that"]
-    return _table(head, lines)
+    return _table(head, lines) if lines else ""
 
 
 def _trial_losses(ledger: Ledger, name: str) -> list[float]:
@@ -265,7 +265,6 @@ def parts(results: Path) -> dict[str, str]:
     budget.append(["together", *(sum(line[column] for line in budget) for column in (1, 2, 3))])
     found = {
         "overview": overview(studies),
-        "unfinished": unfinished_table(ledgers),
         "power": power_table(ledgers),
         "batch_mu": batch_table(batch.read(results)),
         "budget": _table(
@@ -273,6 +272,8 @@ def parts(results: Path) -> dict[str, str]:
             [[name, str(runs), str(lost), f"{hours:.2f}"] for name, runs, lost, hours in budget],
         ),
     }
+    if unfinished := unfinished_table(ledgers):
+        found["unfinished"] = unfinished
     if BITS in ledgers and any(ledgers[BITS].chosen(kind="seed", optimizer=name) for name in FEW_BITS):
         found["bits"] = bits_table(TASKS[BITS], ledgers[BITS])
     return found

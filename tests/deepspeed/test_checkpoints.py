@@ -205,6 +205,7 @@ def test_saving_inside_an_update_warns(tmp_path: Path, monkeypatch: pytest.Monke
         optimizer=None,
         micro_steps=5,
         gradient_accumulation_steps=lambda: 4,
+        zero_optimization=lambda: False,
     )
     called: list[Any] = []
 
