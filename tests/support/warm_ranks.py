@@ -504,8 +504,8 @@ def _be_a_rank(request: dict[str, Any]) -> None:
     code = 1
     try:
         fault_points.install(request["faults"], Path(request["fault_file"]))
-        # Kept until the end: a process group of torch's that goes waits for its threads while it holds Python's lock, and
-        # a thread that gives back the last reference to a tensor waits for that lock.
+        # Kept until the end: a process group of torch's that goes waits for its threads while it holds Python's lock,
+        # and a thread that gives back the last reference to a tensor waits for that lock.
         kept = runpy.run_path(request["program"], run_name="__main__")
         code = 0 if kept else 1
     except SystemExit as end:
