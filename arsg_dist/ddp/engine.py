@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from arsg_dist.ddp.reducer import Reducer
-from arsg_dist.ddp.shards import Shards, load_sharded, sharded_state
+from arsg_dist.ddp.shards import Shards, load_sharded, sharded_state, untrained
 from arsg_dist.engine import Communicator, EngineState, JobError, LocalEngine, SavedState, all_finite
 from arsg_dist.optim.by_name import check_element_wise, inner_of
 
@@ -109,8 +109,7 @@ class ShardedDDPEngine(DDPEngine):
         self._check_networks()
         self._shards = shards
         self._reducer = Reducer(self._network, shards, self.communicator, find_unused=find_unused)
-        divided = {parameter for bucket in shards.buckets for parameter in bucket.starts}
-        whole = [parameter for parameter in self._network.parameters() if parameter not in divided]
+        whole = [parameter for _, parameter in untrained(self._network, shards)]
         for tensor in (*(bucket.whole for bucket in shards.buckets), *whole, *self._network.buffers()):
             sent = tensor.detach().contiguous()
             dist.broadcast(sent, 0)

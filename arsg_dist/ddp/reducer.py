@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from arsg_dist.ddp.shards import Bucket, Shards
+from arsg_dist.ddp.shards import Bucket, Shards, untrained
 from arsg_dist.engine import Communicator, JobError
 
 _IN_FLIGHT = 4
@@ -44,10 +44,9 @@ class Reducer:
         self._communicator, self._find_unused = communicator, find_unused
         self._name_of = {parameter: name for name, parameter in module.named_parameters()}
         place = {parameter: index for index, parameter in enumerate(self._name_of)}
-        divided = {parameter for bucket in shards.buckets for parameter in bucket.starts}
-        if divided - place.keys():
+        if any(parameter not in place for members in shards.members for parameter in members):
             raise ValueError("the shards have a parameter that is not of this network")
-        self.others = [x for x in self._name_of if x.requires_grad and x not in divided]
+        self.others = [parameter for _, parameter in untrained(module, shards) if parameter.requires_grad]
         # A bucket is complete when the one of its parameters that comes first in the network has its gradient.
         self._buckets = sorted(
             (_Gradients(bucket, communicator) for bucket in shards.buckets),

@@ -222,7 +222,7 @@ def sharded_state(
             dtype = tensor.dtype if correction is None else torch.float32
             spec = TensorSpec(dtype, tuple(piece.parameter.shape), piece.order)
             state.add(key_of(entry, name), spec, piece.start, tensor.numel(), tensor, 0, correction)
-    replicated = {key_of(PARAMETER, name): parameter for name, parameter in _untrained(module, shards)}
+    replicated = {key_of(PARAMETER, name): parameter for name, parameter in untrained(module, shards)}
     state.add_replicated(replicated, rank, world_size)
     add_buffers(state, module, rank)
     return state
@@ -259,12 +259,13 @@ def load_sharded(
         )
     for name, piece in piece_of.items():
         piece.part.copy_(part(PARAMETER, name))
-    load_tensors(((PARAMETER, name, parameter) for name, parameter in _untrained(module, shards)), saved)
+    load_tensors(((PARAMETER, name, parameter) for name, parameter in untrained(module, shards)), saved)
     load_tensors(((BUFFER, name, buffer) for name, buffer in persistent_buffers(module).items()), saved)
     optimizer.load_state_dict(loaded)
     split_masters(optimizer, lambda own_part: part(PARAMETER, own[own_part]))
 
 
-def _untrained(module: nn.Module, shards: Shards) -> Iterator[tuple[str, nn.Parameter]]:
+def untrained(module: nn.Module, shards: Shards) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield name and parameter of what no group has; every rank holds it whole."""
     trained = {parameter for members in shards.members for parameter in members}
     return ((name, parameter) for name, parameter in module.named_parameters() if parameter not in trained)
