@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributed._composable.checkpoint_activation import checkpoint
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 _ROWS: Final = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -190,8 +191,15 @@ def shard(
         options: further keyword arguments of `torch.distributed.fsdp.fully_shard`, such as `mp_policy`.
 
     Raises:
-        ValueError: a parameter has no dimension; the module is on CPU, and this torch cannot shard there.
+        ValueError: a parameter has no dimension; a part is sharded already; the module is on CPU, and this torch
+            cannot shard there.
     """
+    sharded = [name for name, parameter in module.named_parameters() if isinstance(parameter, DTensor)]
+    if sharded:
+        raise ValueError(
+            f"{sharded[0]!r} is a DTensor: the network, or a part of it, is sharded already; call fully_shard for the "
+            "rest yourself and hand the network to FSDPEngine, or hand over one that is not sharded"
+        )
     scalars = [name for name, parameter in module.named_parameters() if not parameter.dim()]
     if scalars:
         raise ValueError(

@@ -30,7 +30,7 @@ CORES = 2
 """Of the machine that all rehearsal hosts were on."""
 _STRATEGY = {"horovod": "ddp"}
 """Names of measured steps that the model calls otherwise."""
-_BORROWED = {"horovod-two-level": "horovod-sharded", "ddp-sharded": "ddp", "fsdp": "zero3"}
+_BORROWED = {"horovod-two-level": "horovod-sharded"}
 """Strategies that nothing was measured of to fit to, and whose behaviour they are predicted with."""
 
 Costs = dict[str, dict[str, Cost]]

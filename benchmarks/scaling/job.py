@@ -51,7 +51,7 @@ def torch_stack() -> tuple[Steps, Steps]:
     from arsg_dist import ARSG
     from arsg_dist.ddp import DDPEngine, Shards
     from arsg_dist.engine import Engine, TorchCommunicator
-    from arsg_dist.fsdp import FSDPEngine, shard
+    from arsg_dist.fsdp import FSDPEngine
 
     logger.setLevel("ERROR")
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
@@ -74,9 +74,8 @@ def torch_stack() -> tuple[Steps, Steps]:
         network = model()
         engine: Engine
         if name == "fsdp":
-            for layer in network:
-                fully_shard(layer)
-            shard(network)
+            for unit in (*network, network):  # a layer of the emulation each; all ranks have the same weights
+                fully_shard(unit)
             engine = FSDPEngine(network, ARSG(network.parameters(), lr=1e-6), communicator)
         else:
             bucket: Any = {"bucket_cap_mb": BUCKET / 2**20}
@@ -232,15 +231,15 @@ def job(stack: str, directory: Path) -> None:
     end_process(0)
 
 
-def wait_for(path: Path, seconds: float) -> None:
+def wait_for(path: Path, seconds: float, hopeless: Callable[[], bool] = lambda: False) -> None:
     """Returns when the file is there.
 
     Raises:
-        TimeoutError: it does not come.
+        TimeoutError: it does not come, or need not be waited for.
     """
     end = time.monotonic() + seconds
     while not path.exists():
-        if time.monotonic() > end:
+        if time.monotonic() > end or hopeless():
             raise TimeoutError(f"{path} did not appear within {seconds:g} s")
         time.sleep(0.05)
 

@@ -43,13 +43,17 @@ def measure(stack: str, hosts: int, per_host: int, directory: Path) -> list[dict
             places = ",".join(f"{name}:{per_host}" for name in cluster.names)
             options = ["--hosts", places, "--env", "HOROVOD_DYNAMIC_PROCESS_SETS=1"]
             running = [start(cluster, "horovodrun", *options, program=arguments, directory=directory)]
+
+        def any_ended() -> bool:
+            return any(process.ended() for process in running)
+
         try:
             for rank in range(hosts * per_host):
-                wait_for(directory / f"ready{rank}", 120)
+                wait_for(directory / f"ready{rank}", 120, any_ended)
             for rate in RATES:
                 cluster.limit(rate)
                 (directory / f"go{rate}").touch()
-                wait_for(directory / f"done{rate}", 180)
+                wait_for(directory / f"done{rate}", 180, any_ended)
                 place = {"stack": stack, "hosts": hosts, "per_host": per_host, "rate": rate}
                 rows += [place | row for row in json.loads((directory / f"done{rate}").read_text())]
         except TimeoutError:

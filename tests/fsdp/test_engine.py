@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Replicate, Shard
 
 from arsg_dist import ARSG
@@ -347,6 +347,15 @@ def test_ranks_begin_with_rank_0s_parameters_and_buffers(monkeypatch: pytest.Mon
     expected = [tensor.data_ptr() for tensor in module.state_dict().values()]
     shard(module)
     assert sent == expected
+
+
+@pytest.mark.usefixtures("_alone")
+def test_a_network_that_is_sharded_in_part_is_refused() -> None:
+    """Catches a broadcast of DTensors, of which torch says that it has no sharding strategy."""
+    module = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    fully_shard(module[1])
+    with pytest.raises(ValueError, match="'1.weight' is a DTensor: the network, or a part of it, is sharded already"):
+        shard(module)
 
 
 @pytest.mark.usefixtures("_alone")
