@@ -50,7 +50,7 @@ for row in "${rows[@]}"; do
     pip install "$wheel"
     kept "$wheel"
     # torchvision asks for one torch exactly, and pip takes the newest torchvision: who wants the program names his torch.
-    pip install "${wheel}[imagenet]" "torch==${before%%+*}" hypothesis pytest pytest-timeout pytorch_optimizer qhoptim
+    pip install "${wheel}[imagenet]" "torch==${before%%+*}" hypothesis pytest pytest-timeout pytorch_optimizer qhoptim timm
     kept "${wheel}[imagenet]"
     # Triton 3.2 interprets kernels with an older NumPy only.
     if "$home/bin/python" -c 'import triton, sys; sys.exit(triton.__version__.split(".")[:2] != ["3", "2"])' 2> /dev/null; then

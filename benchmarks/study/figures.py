@@ -44,12 +44,14 @@ def draw_differences(studies: dict[str, list[Row]], path: Path) -> None:
     }
     panels = {name: rows for name, rows in panels.items() if rows}
     names = list(dict.fromkeys(name for rows in panels.values() for name in rows))
-    figure = Figure(
-        figsize=(2.4 + 3.1 * len(panels), 1.1 + 0.27 * max(len(names), 4)), layout="constrained", dpi=110
-    )
-    for axes, (name, rows) in zip(
-        np.ravel(figure.subplots(1, len(panels), squeeze=False, sharey=True)), panels.items(), strict=True
-    ):
+    columns = min(len(panels), 3)
+    lines = -(-len(panels) // columns)
+    size = (2.4 + 3.1 * columns, lines * (1.1 + 0.27 * max(len(names), 4)))
+    figure = Figure(figsize=size, layout="constrained", dpi=110)
+    places = np.ravel(figure.subplots(lines, columns, squeeze=False, sharey=True))
+    for unused in places[len(panels) :]:
+        unused.set_visible(False)
+    for axes, (name, rows) in zip(places[: len(panels)], panels.items(), strict=True):
         _forest(axes, names, rows)
         unit = "log10 of the loss" if TASKS[name].exact else "validation loss"
         axes.set_title(textwrap.fill(TASKS[name].title, 32), fontsize=9)

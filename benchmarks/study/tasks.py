@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from benchmarks.study.images import Logistic
+from benchmarks.study.images import cifar_resnet, cifar_vit, logistic
 from benchmarks.study.known import Factorisation, Quadratic
 from benchmarks.study.problem import Problem, Task
 from benchmarks.study.text import TextProblem
@@ -15,10 +15,22 @@ _LEADING = (
     "RemoteObservation(AdamW)",
     "ARSG adam",
     "ARSG",
-    "NAdamW",
-    "QHAdam",
+    "Muon",
     "Schedule-Free AdamW",
+    "RemoteObservation(Muon)",
+    "NAdamW",
     "Lion",
+)
+_FOR_IMAGES = (
+    "AdamW",
+    "RemoteObservation(AdamW)",
+    "ARSG adam",
+    "ARSG",
+    "SGD",
+    "Muon",
+    "Schedule-Free AdamW",
+    "RemoteObservation(Muon)",
+    "RSG",
 )
 
 
@@ -39,11 +51,11 @@ def _factorisation(seed: int, data: Path | None) -> Problem:
 
 
 def _logistic(seed: int, data: Path | None) -> Problem:
-    return Logistic(seed, data, "mnist_logistic")
+    return logistic(seed, data, "mnist_logistic")
 
 
 def _digits(seed: int, data: Path | None) -> Problem:
-    return Logistic(seed, data, "digits_logistic")
+    return logistic(seed, data, "digits_logistic")
 
 
 TASKS = {
@@ -82,6 +94,23 @@ TASKS = {
             clip=1.0,
             settings_of="gpt-0.1M",
             optimizers=_LEADING,
+        ),
+        Task(
+            "cifar-resnet20",
+            "CIFAR-10 at 16 pixels, ResNet-20",
+            cifar_resnet,
+            200,
+            {"adam": 4e-3, "lion": 1e-3, "sgd": 1.0},
+            optimizers=_FOR_IMAGES,
+        ),
+        Task(
+            "cifar-vit",
+            "CIFAR-10 at 16 pixels, ViT, 0.1 M parameters",
+            cifar_vit,
+            200,
+            _NETWORK,
+            clip=1.0,
+            optimizers=_FOR_IMAGES,
         ),
         Task("digits", "digits, logistic regression", _digits, 25, {"adam": 1e-2, "lion": 1e-3, "sgd": 1.0}),
     )

@@ -23,10 +23,18 @@ def symbols(path: Path) -> tuple[Tensor, int]:
     return numbers, len(present)
 
 
-class _Block(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
+class Block(nn.Module):
+    """Pre-norm attention and MLP, without biases.
+
+    Args:
+        width: of the residual stream.
+        heads: of the attention.
+        causal: whether a place sees only those before it.
+    """
+
+    def __init__(self, width: int, heads: int, causal: bool) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.before_attention = nn.LayerNorm(width)
         self.query_key_value = nn.Linear(width, 3 * width, bias=False)
         self.attended = nn.Linear(width, width, bias=False)
@@ -35,10 +43,11 @@ class _Block(nn.Module):
         self.down = nn.Linear(4 * width, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the residual stream behind the block."""
         batch, length, width = x.shape
         parts = self.query_key_value(self.before_attention(x))
         query, key, value = parts.view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        seen = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        seen = functional.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
         x = x + self.attended(seen.transpose(1, 2).reshape(batch, length, width))
         return x + self.down(functional.gelu(self.up(self.before_mlp(x))))
 
@@ -57,7 +66,7 @@ class GPT(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, width)
         self.positions = nn.Parameter(torch.zeros(length, width))
-        self.blocks = nn.Sequential(*(_Block(width, width // 32) for _ in range(layers)))
+        self.blocks = nn.Sequential(*(Block(width, width // 32, causal=True) for _ in range(layers)))
         self.norm = nn.LayerNorm(width)
         self.output = nn.Linear(width, vocabulary, bias=False)
         for parameter in self.parameters():

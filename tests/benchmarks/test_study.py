@@ -18,8 +18,10 @@ from benchmarks.common.machine import state_bytes
 from benchmarks.study import batch, report
 from benchmarks.study.__main__ import main
 from benchmarks.study.figures import expected_best
+from benchmarks.study.images import Classification, ViT
 from benchmarks.study.ledger import Ledger
 from benchmarks.study.optimizers import FEW_BITS, OPTIMIZERS, TRIALS, available, build, trial_settings
+from benchmarks.study.paper.data import Images
 from benchmarks.study.plan import SEEDS, ledger_of, missing, missing_in_few_bits, winner
 from benchmarks.study.statistics import detectable, paired, updates_to
 from benchmarks.study.tasks import TASKS
@@ -298,3 +300,60 @@ def test_unknown_names_and_missing_data_are_refused(
             main([*arguments, "--results", str(tmp_path)])
         assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def small_images(count: int) -> Images:
+    random = torch.Generator().manual_seed(3)
+    pixels = torch.randint(0, 256, (2 * count, 3, 16, 16), generator=random, dtype=torch.uint8)
+    labels = torch.randint(0, 10, (2 * count,), generator=random)
+    return Images(pixels[:count], labels[:count], pixels[count:], labels[count:], (0.5,) * 3, (0.25,) * 3)
+
+
+def test_batch_norm_is_evaluated_with_the_statistics_of_the_evaluated_weights() -> None:
+    """Catches θ, or an average of weights, evaluated with the statistics of other weights or of its own batch."""
+    images = small_images(256)
+
+    def model() -> torch.nn.Module:
+        return torch.nn.Sequential(
+            torch.nn.Conv2d(3, 4, 3),
+            torch.nn.BatchNorm2d(4),
+            torch.nn.Flatten(),
+            torch.nn.Linear(4 * 14 * 14, 10),
+        )
+
+    problem = Classification(0, images, model, 64, border=2, part=100, whole=200)
+    for update in range(6):  # statistics of what was trained on
+        problem.batch_loss(update)
+    with torch.no_grad():
+        problem.module[0].weight.mul_(3.0)
+    found = problem.validation_loss(True)
+
+    network = problem.module
+    values = network[0](images.normalised(images.train_images))
+    parts = values.split(128)
+    mean = torch.stack([part.mean((0, 2, 3)) for part in parts]).mean(0)
+    var = torch.stack([part.var((0, 2, 3)) for part in parts]).mean(0)
+    seen = network[0](images.normalised(images.val_images[:200]))
+    norm = network[1]
+    seen = (seen - mean[:, None, None]) / (var[:, None, None] + norm.eps).sqrt()
+    logits = network[3](network[2](seen))
+    expected = torch.nn.functional.cross_entropy(logits, images.val_labels[:200])
+    assert found == pytest.approx(expected.item(), rel=1e-5)
+    assert network.training
+    assert problem.validation_loss(False) != pytest.approx(found, rel=1e-3)
+
+
+def test_images_train_in_an_order_and_with_crops_of_their_seed() -> None:
+    """Catches runs of one seed that see other batches, so that differences to AdamW would not be paired."""
+    images = small_images(96)
+
+    def losses(seed: int, border: int | None) -> list[float]:
+        problem = Classification(seed, images, lambda: ViT(16, 32, 1), 32, border=border)
+        assert len(problem.matrices()) == 4
+        return [float(problem.batch_loss(update)) for update in range(6)]
+
+    assert losses(1, 2) == losses(1, 2)
+    assert losses(1, 2) != losses(1, None)
+    assert losses(1, 2)[:3] != losses(1, 2)[3:]
+    plain = losses(1, None)
+    assert sum(plain[:3]) == pytest.approx(sum(plain[3:]), rel=1e-5)  # an epoch sees every image once

@@ -354,7 +354,9 @@ def test_a_network_that_is_sharded_in_part_is_refused() -> None:
     """Catches a broadcast of DTensors, of which torch says that it has no sharding strategy."""
     module = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
     fully_shard(module[1])
-    with pytest.raises(ValueError, match="'1.weight' is a DTensor: the network, or a part of it, is sharded already"):
+    with pytest.raises(
+        ValueError, match=r"'1\.weight' is a DTensor: the network, or a part of it, is sharded already"
+    ):
         shard(module)
 
 
