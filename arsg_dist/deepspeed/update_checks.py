@@ -20,7 +20,7 @@ from arsg_dist.deepspeed.checkpoint.partitioning import Piece
 from arsg_dist.deepspeed.checkpoint.zero_state import Shard, shards_of
 from arsg_dist.deepspeed.patches.training_step import forget_sums
 from arsg_dist.deepspeed.patching import Method, wrap_once
-from arsg_dist.deepspeed.versions import fails_over_further_passes
+from arsg_dist.deepspeed.versions import adds_up_at_stage_2, fails_over_further_passes
 from arsg_dist.engine import Communicator, JobError, SingleProcessCommunicator, TorchCommunicator
 from arsg_dist.engine.consistency import fingerprint
 from arsg_dist.engine.settings import start_comparison
@@ -279,9 +279,11 @@ class UpdateChecks:
                 "step() after zero_grad() without a backward pass between them, and DeepSpeed would update with the "
                 "gradients of before: call engine.backward(loss) first"
             ]
-        # Gradients that are added up in another dtype (`grad_accum_dtype`) are kept all.
+        # Gradients that are added up in another dtype (`grad_accum_dtype`) are kept all, at stage 2 by some versions.
         last_only = isinstance(wrapper, DeepSpeedZeroOptimizer) and (
-            wrapper.cpu_offload or wrapper.dtype == wrapper.gradient_accumulation_dtype
+            wrapper.cpu_offload
+            or wrapper.dtype == wrapper.gradient_accumulation_dtype
+            or (wrapper.partition_gradients and not adds_up_at_stage_2())
         )
         if self._last_passes > 1 and last_only:
             return [_too_many_passes(self._last_passes)]

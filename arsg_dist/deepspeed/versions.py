@@ -66,6 +66,11 @@ def expert_file(engine: Any, directory: Path, layer: int, expert: int) -> Path:
     return Path(engine._get_expert_ckpt_name(str(directory.parent), layer, expert, directory.name, **rank))
 
 
+def adds_up_at_stage_2() -> bool:
+    """Tell whether backward passes add up in `grad_accum_dtype` at stage 2 too; until 0.19.7 the last one counts."""
+    return not _before("0.19.8")
+
+
 def saves_stage_0() -> bool:
     """Tell whether DeepSpeed saves the optimizer at stage 0 in bf16, which it forgot until 0.18.4."""
     return not _before("0.18.5")

@@ -431,6 +431,8 @@ def test_masters_of_another_optimizer_are_found_where_they_have_no_names(tmp_pat
     shutil.copytree(source / "older", tmp_path / "older")
     file = tmp_path / "older" / "mp_rank_00_model_states.pt"
     content = torch.load(file, weights_only=False)
+    if content["optimizer"] is None:
+        pytest.skip(f"DeepSpeed {deepspeed.__version__} saves no masters there")
     groups = content["optimizer"].pop("fp32_groups")
     # Of the first group the last parameter first, as other programs may order them; one that is not the module's.
     flat = [torch.cat([master.detach().flatten() for master in reversed(group)]) for group in groups]
@@ -441,6 +443,24 @@ def test_masters_of_another_optimizer_are_found_where_they_have_no_names(tmp_pat
     found, written = masters(load_cases.snapshot(engine)), masters(saved(source, "older"))
     assert load_cases.differences(written, found) == []
     assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in written.values())
+
+
+def test_the_loss_scale_that_bf16_once_had_is_left_behind(tmp_path: Path) -> None:
+    """Catches gradients divided by 65536: until 0.18.4 DeepSpeed scales losses in bf16 too, and saves that scale."""
+    case = plain(0, "bf16")
+    source = tmp_path / "source"
+    shutil.copytree(by_one_rank(case), source)
+    file = source / "older" / "mp_rank_00_model_states.pt"
+    content = torch.load(file, weights_only=False)
+    content["optimizer"] |= {
+        "dynamic_loss_scale": True,
+        "cur_scale": 65536,
+        "last_overflow_iter": -1,
+        "scale_factor": 2.0,
+        "scale_window": 1000,
+    }
+    torch.save(content, file)
+    assert load_cases.run(case, source) == []
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

@@ -59,7 +59,12 @@ def environment(version: str) -> dict[str, str]:
         with (folder / "deepspeed/comm/torch.py").open("a") as file:
             file.write("\n\ndef build_shm_op():\n    return None\n")
         (folder / "complete").touch()
-    return {**os.environ, "PYTHONPATH": f"{folder}:{ROOT}", "DS_ACCELERATOR": "cpu"}
+    return {
+        **os.environ,
+        "PYTHONPATH": f"{folder}:{ROOT}",
+        "DS_ACCELERATOR": "cpu",
+        "ARSG_TESTED_DEEPSPEED": version,  # which ranks compare with what they import
+    }
 
 
 def sources(version: str) -> dict[str, str]:

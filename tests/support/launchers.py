@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.support.warm_ranks import REPOSITORY, free_port, warm_ranks, without_core
+from tests.support.warm_ranks import REPOSITORY, free_port, python_path, warm_ranks, without_core
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def launch(
         for key, value in os.environ.items()
         if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     }
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(REPOSITORY)}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": python_path()}
     # Where the cores are shared: 30 s is little, and a rank that waits would keep a core from the others. Horovod looks
     # every so many milliseconds at what the other ranks want: every one, and that is half of what a rank does.
     environment.setdefault("HOROVOD_GLOO_TIMEOUT_SECONDS", "120")

@@ -39,6 +39,11 @@ FORKS = 2
 GRACE = 60  # seconds in which ranks are to end by themselves once another has failed
 
 
+def python_path() -> str:
+    """The checkout, behind what this process was given: another DeepSpeed, say (tests/deepspeed/versions.py)."""
+    return os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), str(REPOSITORY)])
+
+
 @dataclass
 class EndedJob:
     """A job whose ranks have all ended.
@@ -216,7 +221,7 @@ class _Fork:
             cwd=REPOSITORY,
             env={
                 **os.environ,
-                "PYTHONPATH": str(REPOSITORY),
+                "PYTHONPATH": python_path(),
                 "OMP_NUM_THREADS": "1",
                 "PYTHONHASHSEED": str(seed),
             },

@@ -157,8 +157,8 @@ def check_saved(engine: Any, saved: SavedState, with_optimizer: bool, *, strict:
         engine: that will load it.
         saved: where from.
         with_optimizer: whether the optimizer's state will be loaded too.
-        strict: False lets frozen parameters, and without the optimizer all parameters and buffers, be absent: the
-            engine keeps its own.
+        strict: False lets buffers, frozen parameters, and without the optimizer all parameters be absent: the engine
+            keeps its own.
 
     Raises:
         ValueError: something is missing in it or does not fit.
@@ -176,7 +176,7 @@ def check_saved(engine: Any, saved: SavedState, with_optimizer: bool, *, strict:
         absent = name not in buffers
         if absent and not with_optimizer and strict:
             raise _absent(saved, BUFFER, name)
-        if not absent or with_optimizer:
+        if not absent or strict:
             saved.check_shape(BUFFER, name, buffer.shape)
     if not with_optimizer:
         return

@@ -43,7 +43,7 @@ from arsg_dist.deepspeed.checkpoint.zero_state import (
 )
 from arsg_dist.deepspeed.config.schedules import follow_schedule, scheduled_settings
 from arsg_dist.deepspeed.patching import Method, wrap_once
-from arsg_dist.deepspeed.versions import saves_stage_0
+from arsg_dist.deepspeed.versions import loss_scaler, saves_stage_0
 from arsg_dist.engine import TorchCommunicator
 from arsg_dist.engine.replicated_state import aliases_of
 from arsg_dist.engine.saved_state import SavedState
@@ -218,9 +218,10 @@ def _guarded_load(method: Method) -> Method:
         if check.saved is not None:
             path, client_state = _load_saved(engine, Path(load_dir), found, options, check.saved)
         elif custom_load_fn is not None:
-            path, client_state = _load_by_function(engine, method, load_dir, found, options)
+            with _with_own_scale_in_bf16(engine):
+                path, client_state = _load_by_function(engine, method, load_dir, found, options)
         else:
-            with _with_own_frozen(engine):
+            with _with_own_frozen(engine), _with_own_scale_in_bf16(engine):
                 path, client_state = method(engine, load_dir, found, **options)
             if not with_optimizer and hasattr(engine.optimizer, "refresh_fp32_params"):
                 engine.optimizer.refresh_fp32_params()
@@ -316,6 +317,19 @@ def _with_own_frozen(engine: Any) -> Iterator[None]:
         yield
     finally:
         del engine.load_module_state_dict
+
+
+@contextmanager
+def _with_own_scale_in_bf16(engine: Any) -> Iterator[None]:
+    """Keep the loss scale of 1 at stage 0 in bf16: until 0.18.4 DeepSpeed had one of 65536 there, and what was saved
+    with it would divide the gradients of a later one by that."""
+    scaler = loss_scaler(engine.optimizer)
+    alone = engine.bfloat16_enabled() and not engine.zero_optimization() and scaler is not engine.optimizer
+    own = dict(vars(scaler)) if alone else {}
+    yield
+    if alone:
+        vars(scaler).clear()
+        vars(scaler).update(own)
 
 
 def _load_by_function(

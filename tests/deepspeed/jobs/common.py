@@ -1,5 +1,6 @@
 """What every job here does: begin, end, and say what came of it."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,8 @@ import arsg_dist.deepspeed  # makes "type": "ARSG" known
 
 def set_up(**options: Any) -> None:
     """Initialise DeepSpeed's communication; fp16 counts as supported, for torch computes in it on every CPU."""
+    wanted = os.environ.get("ARSG_TESTED_DEEPSPEED")
+    assert wanted in (None, deepspeed.__version__), f"this rank has DeepSpeed {deepspeed.__version__}"
     torch.set_num_threads(1)
     deepspeed.init_distributed(verbose=False, **options)
     arsg_dist.deepspeed.release_shared_memory()
