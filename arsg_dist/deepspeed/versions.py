@@ -71,6 +71,11 @@ def adds_up_at_stage_2() -> bool:
     return not _before("0.19.8")
 
 
+def keeps_gradients(engine: Any) -> bool:
+    """Tell whether an update leaves its gradients to the next one: at stage 0 in bf16, until 0.18.8 at the latest."""
+    return _before("0.18.9") and engine.bfloat16_enabled() and not engine.zero_optimization()
+
+
 def saves_stage_0() -> bool:
     """Tell whether DeepSpeed saves the optimizer at stage 0 in bf16, which it forgot until 0.18.4."""
     return not _before("0.18.5")

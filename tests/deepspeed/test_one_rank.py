@@ -142,6 +142,8 @@ def test_state_that_is_not_there_is_named(stage: int, sections: dict[str, Any]) 
     with fp32 gradients), and a refusal that does not say what there is."""
     engine = sharded(stage, **sections)
     parameter = engine.engine.module.first
+    if engine.engine.basic_optimizer.state:
+        pytest.skip(f"DeepSpeed {deepspeed.__version__} makes the state at the start")
     with pytest.raises(ValueError, match=r"no optimizer state 'exp_avg'.*appears with the first update"):
         deepspeed.utils.safe_get_full_optimizer_state(parameter, "exp_avg")
     go(engine, (1.0, 2.0))

@@ -12,12 +12,13 @@ from typing import Any
 import deepspeed
 import pytest
 import torch
+from deepspeed.utils import safe_get_full_grad
 from packaging.version import Version
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from arsg_dist import ARSG
-from arsg_dist.deepspeed import update_checks
+from arsg_dist.deepspeed import update_checks, versions
 from arsg_dist.deepspeed.versions import leaves_out_frozen
 from arsg_dist.engine import JobError
 from tests.deepspeed.test_one_rank import _one_rank as _one_rank
@@ -189,6 +190,45 @@ def test_the_remedies_for_two_backward_passes_work(stage: int) -> None:
         discard()
         update(engine, 0.5, 0.25)
     assert weights(engine) == [1.0 - 5 * LR, 1.0 - 6.5 * LR]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("config", [{}, BF16], ids=["fp32", "bf16"])
+def test_an_update_has_no_gradient_of_the_one_before(stage: int, config: dict[str, Any]) -> None:
+    """Catches sums over all updates so far: DeepSpeed before 0.18.9 clears nothing at stage 0 in bf16."""
+    engine = build(stage, **config)
+    for first, last in ((1.0, 2.0), (0.5, 0.25), (-1.0, 1.0)):
+        update(engine, first, last)
+    assert weights(engine) == [1.0 - 0.5 * LR, 1.0 - 3.25 * LR]
+
+
+@pytest.mark.skipif(Version(deepspeed.__version__) < Version("0.18.9"), reason="this one is older")
+def test_an_older_deepspeed_forgets_to_clear_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches the same where the tests have a newer one."""
+    engine = build(0, **BF16)
+    discard = engine.optimizer.zero_grad
+    cleared: list[bool] = []
+    monkeypatch.setattr(engine.optimizer, "zero_grad", lambda: cleared.append(True) or discard())
+    update(engine)
+    once = len(cleared)
+    monkeypatch.setattr(versions, "_before", lambda version: version == "0.18.9")
+    update(engine)
+    assert len(cleared) == 2 * once + 1
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("config", [{}, OFFLOAD], ids=["", "offload"])
+def test_gradients_are_within_reach_after_others_were_discarded(stage: int, config: dict[str, Any]) -> None:
+    """Catches `safe_get_full_grad` that looks where the gradients of before were, or says that there are none."""
+    engine = build(stage, **config)
+    update(engine)
+    for first, last in ((0.5, 0.25), (3.0, 4.0)):
+        backward(engine, 9.0, 9.0)
+        engine.zero_grad()
+        backward(engine, first, last)
+        seen = [safe_get_full_grad(parameter) for parameter in (engine.module.first, engine.module.last)]
+        assert [gradient.tolist() for gradient in seen] == [[first] * 5, [last] * 3]
+        engine.step()
 
 
 @pytest.mark.parametrize("stage", STAGES)

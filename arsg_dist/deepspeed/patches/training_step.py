@@ -201,7 +201,7 @@ def _forget_gradients(wrapper: Any) -> None:
             swapped.swapped_gradients.clear()
             swapped.release_unswapped_gradients()
     if getattr(wrapper, "cpu_offload", False):  # stages 1 and 2: fp32 sums, which an overflow leaves infinite
-        wrapper.averaged_gradients = dict.fromkeys(wrapper.averaged_gradients)
+        wrapper.averaged_gradients.update(dict.fromkeys(wrapper.averaged_gradients))
 
 
 def _nothing(wrapper: Any) -> None:
