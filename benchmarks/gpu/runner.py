@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -76,6 +77,8 @@ def run_stages(
                 outcome, seconds, tests = "no time left", 0.0, {}
             elif shutil.which(task.command[0], path=environment.get("PATH")) is None:
                 outcome, seconds, tests = f"left out: no {task.command[0]} here", 0.0, {}
+            elif task.needs and not _is_installed(task.needs, environment):
+                outcome, seconds, tests = f"left out: no {task.needs} here", 0.0, {}
             else:
                 outcome, seconds, tests = _run(stage.name, task, min(left, task.limit), record, environment)
                 passed = passed and outcome == "passed"
@@ -90,6 +93,12 @@ def run_stages(
             )
             record.line(f"== {stage.name} / {task.name}: {outcome}, {seconds:.1f} s")
     return passed
+
+
+def _is_installed(package: str, environment: dict[str, str]) -> bool:
+    """Tell whether tasks find a package, installed or carried along."""
+    code = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({package!r}) is None)"
+    return subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT).returncode == 0
 
 
 def _run(

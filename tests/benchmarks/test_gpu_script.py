@@ -55,6 +55,8 @@ def test_whatever_a_task_does_the_next_is_run_and_all_is_written_down(tmp_path: 
                     "says no", 'print(\'[0]<stdout>:RESULT {"kind": "a", "ok": false}\'); print(\'RESULT {\')'
                 ),
                 Task("is not here", ["no-such-program"], 5),
+                task("lacks a package", "pass", needs="no_such_package"),
+                task("has its package", "pass", needs="torch"),
             ],
         ),
         Stage("second", 0.5, [task("comes too late", "pass")]),
@@ -73,6 +75,8 @@ def test_whatever_a_task_does_the_next_is_run_and_all_is_written_down(tmp_path: 
     ends = {result["task"]: result for result in found if "outcome" in result}
     assert {name: result["outcome"] for name, result in ends.items()} == {
         "hangs": "ended after 1 s",
+        "lacks a package": "left out: no no_such_package here",
+        "has its package": "passed",
         "crashes": "failed with code -6",
         "leaves a process behind": "passed",
         "says no": "failed: 2 of its results",
