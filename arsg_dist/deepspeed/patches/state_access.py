@@ -87,7 +87,7 @@ def _link_where_parameters_lie(zero: Any) -> None:
     for index, parameters in enumerate(zero.bit16_groups):
         in_order = zip(zero.round_robin_bit16_groups[index], flat_offsets(zero, index), strict=True)
         offsets = {id(parameter): offset for parameter, offset in in_order}
-        size = zero.partition_size[index]
+        size = int(zero.partition_size[index])  # some versions divide it as a float
         if "param_offsets" in inspect.signature(link_hp_params).parameters:
             places = {"param_offsets": [offsets[id(parameter)] for parameter in parameters]}
         else:  # until 0.19.6 they lie one after another

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import deepspeed
+import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine as _Engine
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
@@ -174,6 +175,9 @@ def _with_gradients_of_this_update(complete: Callable[[Any], None]) -> Callable[
     parameter is updated with its old gradient once more, and after an overflow its infinite one has the next update
     skipped too. The optimizer offloaded, stages 1 to 3: the same; and the gradient of a parameter that the last
     micro-batch does not reach is left out. `complete` puts the latter right before the step.
+
+    Without autograd: versions around 0.18.9 gather the weights into views, which newer releases of torch refuse
+    otherwise (on CPU ranks: "a view and is being modified inplace").
     """
 
     def wrap(method: Method) -> Method:
@@ -181,7 +185,8 @@ def _with_gradients_of_this_update(complete: Callable[[Any], None]) -> Callable[
             if not is_repaired(wrapper.optimizer):
                 return method(wrapper, *args, **kwargs)
             complete(wrapper)
-            result = method(wrapper, *args, **kwargs)
+            with torch.no_grad():
+                result = method(wrapper, *args, **kwargs)
             _forget_gradients(wrapper)
             if hasattr(wrapper, "_next_scale"):
                 loss_scaler(wrapper).cur_scale = wrapper._next_scale
