@@ -62,6 +62,12 @@ def test_the_document_is_written_from_the_scripts() -> None:
 def test_scripts_of_several_ranks_show_their_defects(tmp_path: Path) -> None:
     """Catches the same where one rank does not show it: the gradient of one rank in place of the mean."""
     job = launch("warm deepspeed", 2, "tests/deepspeed/jobs/defects.py", tmp_path)
+    if "is a view and is being modified inplace" in job.output and Version(deepspeed.__version__) < Version(
+        "0.19.0"
+    ):
+        pytest.skip(
+            f"DeepSpeed {deepspeed.__version__} by itself gathers no weights on CPU ranks with this torch"
+        )
     assert job.code == 0, job.output[-5000:]
     results = torch.load(tmp_path / "defects.pt", weights_only=True)
     assert results.keys() == {name for name in DEFECTS if DEFECTS[name].ranks > 1}

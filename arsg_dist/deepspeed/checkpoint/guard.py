@@ -174,6 +174,11 @@ def _check_save(engine: Any, tag: Any, client_state: Any) -> None:
         raise ValueError(NVME)
     if getattr(engine.optimizer, "offloaded_states", None):
         raise ValueError(OFFLOADED)
+    if not engine.zero_optimization() and not saves_stage_0() and experts_apart(engine):
+        raise ValueError(
+            f"DeepSpeed {deepspeed.__version__} loads no optimizer of experts spread over ranks at stage 0: take "
+            "0.18.5 or later, or ZeRO 1"
+        )
     if tag is not None:
         check_tag(str(tag))
     taken = sorted(
@@ -328,8 +333,7 @@ def _with_own_scale_in_bf16(engine: Any) -> Iterator[None]:
     own = dict(vars(scaler)) if alone else {}
     yield
     if alone:
-        vars(scaler).clear()
-        vars(scaler).update(own)
+        vars(scaler).update(own, cur_iter=scaler.cur_iter)
 
 
 def _load_by_function(

@@ -6,6 +6,7 @@ process, and fail where a repair is missing.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import deepspeed
@@ -176,8 +177,8 @@ def _with_gradients_of_this_update(complete: Callable[[Any], None]) -> Callable[
     skipped too. The optimizer offloaded, stages 1 to 3: the same; and the gradient of a parameter that the last
     micro-batch does not reach is left out. `complete` puts the latter right before the step.
 
-    Without autograd: versions around 0.18.9 gather the weights into views, which newer releases of torch refuse
-    otherwise (on CPU ranks: "a view and is being modified inplace").
+    Stages 1 and 2 without autograd: versions around 0.18.9 gather the weights into views, which newer releases of torch
+    refuse otherwise (on CPU ranks: "a view and is being modified inplace").
     """
 
     def wrap(method: Method) -> Method:
@@ -185,7 +186,7 @@ def _with_gradients_of_this_update(complete: Callable[[Any], None]) -> Callable[
             if not is_repaired(wrapper.optimizer):
                 return method(wrapper, *args, **kwargs)
             complete(wrapper)
-            with torch.no_grad():
+            with torch.no_grad() if isinstance(wrapper, DeepSpeedZeroOptimizer) else nullcontext():
                 result = method(wrapper, *args, **kwargs)
             _forget_gradients(wrapper)
             if hasattr(wrapper, "_next_scale"):
