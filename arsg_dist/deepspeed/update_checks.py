@@ -18,7 +18,7 @@ from torch import Tensor
 
 from arsg_dist.deepspeed.checkpoint.partitioning import Piece
 from arsg_dist.deepspeed.checkpoint.zero_state import Shard, shards_of
-from arsg_dist.deepspeed.patches.training_step import forget_sums
+from arsg_dist.deepspeed.patches.training_step import empty_in_place, forget_sums
 from arsg_dist.deepspeed.patching import Method, wrap_once
 from arsg_dist.deepspeed.versions import adds_up_at_stage_2, fails_over_further_passes, keeps_gradients
 from arsg_dist.engine import Communicator, JobError, SingleProcessCommunicator, TorchCommunicator
@@ -217,7 +217,7 @@ class UpdateChecks:
         self._gone = bool(self._engine.zero_optimization())
         wrapper = self._engine.optimizer
         if isinstance(wrapper, DeepSpeedZeroOptimizer) and fails_over_further_passes(wrapper):
-            _empty(wrapper.averaged_gradients)
+            empty_in_place(wrapper.averaged_gradients)
 
     def begin_update(self) -> None:
         """Look for what would go wrong, and begin to ask the other ranks. Collective."""
@@ -266,8 +266,8 @@ class UpdateChecks:
             if wrapper.offload_optimizer:
                 wrapper.norm_for_param_grads = {}
         elif isinstance(wrapper, DeepSpeedZeroOptimizer):
-            _empty(wrapper.all_grad_tensors)
-            _empty(wrapper.averaged_gradients)
+            empty_in_place(wrapper.all_grad_tensors)
+            empty_in_place(wrapper.averaged_gradients)
             if wrapper.cpu_offload:
                 wrapper.reset_cpu_buffers()
                 forget_sums(wrapper)
@@ -375,11 +375,6 @@ class _Weights:
         if parameter.numel():
             values = parameter.detach().reshape(-1)[piece.start : piece.start + piece.numel]
         return bool(_differ(values, shard.master[part]).any())
-
-
-def _empty(gradients: dict[int, Any]) -> None:
-    """Forget the gradients of every group, in this very dictionary: `safe_get_full_grad` looks into it."""
-    gradients.update(dict.fromkeys(gradients))
 
 
 def _too_many_passes(passes: int) -> str:

@@ -45,11 +45,6 @@ class Classification(Problem):
         torch.manual_seed(seed)
         self.module = model()
 
-    def matrices(self) -> list[nn.Parameter]:
-        """Return the blocks' matrices, of a network that has `blocks`."""
-        blocks = getattr(self.module, "blocks", None)
-        return [one for one in blocks.parameters() if one.ndim == 2] if isinstance(blocks, nn.Module) else []
-
     def batch_loss(self, update: int) -> Tensor:
         """Return the loss of a batch."""
         count = len(self._images.train_images) // self._batch

@@ -40,8 +40,9 @@ class Problem(ABC):
         """Return the loss on a fixed part of what is trained on."""
 
     def matrices(self) -> list[nn.Parameter]:
-        """Return the hidden matrices, which Muon steps; it leaves the others to AdamW."""
-        return []
+        """Return the hidden matrices, which Muon steps; it leaves the others to AdamW. Default: those of `blocks`."""
+        blocks = getattr(self.module, "blocks", None)
+        return [one for one in blocks.parameters() if one.ndim == 2] if isinstance(blocks, nn.Module) else []
 
 
 @dataclass(frozen=True)

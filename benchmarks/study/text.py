@@ -109,10 +109,6 @@ class TextProblem(Problem):
         torch.manual_seed(seed)
         self.module = GPT(vocabulary, length, width, layers)
 
-    def matrices(self) -> list[nn.Parameter]:
-        """Return the blocks' matrices."""
-        return [parameter for parameter in self.module.blocks.parameters() if parameter.ndim == 2]
-
     def batch_loss(self, update: int) -> Tensor:
         """Return the mean cross entropy of sequences at random places."""
         generator = torch.Generator().manual_seed(100_000 * (self._seed + 1) + update)

@@ -9,7 +9,7 @@ import pytest
 from tests.support.launchers import REPOSITORY
 
 TORCH = "2.14.1"
-"""That the table of docs/setup.md has a whole run of; another major version than the pinned one's."""
+"""That the table of docs/setup.md has a whole run of; another minor version than the pinned one's."""
 TESTS = (
     "tests/optim/test_arsg_settings.py tests/optim/kernels tests/optim/schedulers "
     "tests/optim/test_state_round_trips.py tests/ddp tests/fsdp tests/checkpoint/test_format.py"

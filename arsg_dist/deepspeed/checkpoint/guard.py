@@ -331,9 +331,11 @@ def _with_own_scale_in_bf16(engine: Any) -> Iterator[None]:
     scaler = loss_scaler(engine.optimizer)
     alone = engine.bfloat16_enabled() and not engine.zero_optimization() and scaler is not engine.optimizer
     own = dict(vars(scaler)) if alone else {}
-    yield
-    if alone:
-        vars(scaler).update(own, cur_iter=scaler.cur_iter)
+    try:
+        yield
+    finally:
+        if alone:
+            vars(scaler).update(own, cur_iter=scaler.cur_iter)
 
 
 def _load_by_function(

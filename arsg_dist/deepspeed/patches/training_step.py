@@ -199,6 +199,11 @@ def _with_gradients_of_this_update(complete: Callable[[Any], None]) -> Callable[
     return wrap
 
 
+def empty_in_place(gradients: dict[int, Any]) -> None:
+    """Forget the gradients of every group, in this very dictionary: `safe_get_full_grad` looks into it."""
+    gradients.update(dict.fromkeys(gradients))
+
+
 def _forget_gradients(wrapper: Any) -> None:
     if getattr(wrapper, "grad_partitions_flat_buffer", None) is not None:  # stage 3
         wrapper.grad_partitions_flat_buffer.zero_()
@@ -207,7 +212,7 @@ def _forget_gradients(wrapper: Any) -> None:
             swapped.swapped_gradients.clear()
             swapped.release_unswapped_gradients()
     if getattr(wrapper, "cpu_offload", False):  # stages 1 and 2: fp32 sums, which an overflow leaves infinite
-        wrapper.averaged_gradients.update(dict.fromkeys(wrapper.averaged_gradients))
+        empty_in_place(wrapper.averaged_gradients)
 
 
 def _nothing(wrapper: Any) -> None:
