@@ -129,6 +129,11 @@ KNOWN_SOURCES: Final[dict[str, dict[str, str]]] = {
         "d17beff3f88884b6": "0.18.0 to 0.18.5",
         "748792c7d1075f9d": "0.18.6 to 0.19.8",
     },
+    "Init._allgather_params_coalesced": {
+        "0d1b1407adeff20d": "0.18.0 to 0.19.2",
+        "0c297d676686858b": "0.19.3 to 0.19.5",
+        "2f1079d323697668": "0.19.6 to 0.19.7",
+    },
     "OptimizerSwapper._adjust_for_misaligned_lengths": {
         "1e87ad5071059ae9": "0.18.0 to 0.19.8",
     },

@@ -62,6 +62,8 @@ def environment_of(setting: Setting) -> dict[str, str]:
         [str(Path(sys.executable).parent), os.environ["PATH"], str(setting.output / "site/bin")]
     )
     environment["DS_ACCELERATOR"] = setting.device
+    # What tasks compile is theirs alone: nobody else's lock, left or held, is waited for or removed.
+    environment["TORCH_EXTENSIONS_DIR"] = str(setting.output / "torch_extensions")
     if setting.device == "cpu":
         environment.setdefault("OMP_NUM_THREADS", "1")
     return environment

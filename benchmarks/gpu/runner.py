@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -106,6 +106,7 @@ def _run(
 ) -> tuple[str, float, dict[str, Any]]:
     """Run a task; return its outcome, seconds, and what tests in it said."""
     record.line(f"== {stage} / {task.name} (at most {limit:.0f} s): {' '.join(task.command)}")
+    remove_locks(environment)
     counts: dict[str, Any] = {}
     failures: list[Any] = []
 
@@ -149,6 +150,17 @@ def _run(
     if process.returncode:
         return f"failed with code {process.returncode}", seconds, counts
     return ("passed" if not failures else f"failed: {len(failures)} of its results"), seconds, counts
+
+
+def remove_locks(environment: Mapping[str, str]) -> None:
+    """Remove the locks of compilations that were ended: torch would wait for their ends for ever.
+
+    Args:
+        environment: of tasks, none of which is running; locks in its TORCH_EXTENSIONS_DIR are theirs.
+    """
+    if folder := environment.get("TORCH_EXTENSIONS_DIR"):
+        for lock in Path(folder).glob("**/lock"):
+            lock.unlink()
 
 
 def _parsed(line: str) -> dict[str, Any]:

@@ -22,6 +22,12 @@ ROWS = (ARSG, COMPILED, ZERO, OFFLOAD, HOROVOD, SHARDED, DDP, FSDP, SAVING)
 """How rows of the table in README.md begin."""
 
 
+_OPERATORS = (
+    "from deepspeed.accelerator import get_accelerator as here; "
+    "[here().create_op_builder(name).load() for name in ('CPUAdamBuilder', 'ShareMemCommBuilder')]"
+)
+
+
 @dataclass(frozen=True)
 class Setting:
     """Where and how large the tasks are.
@@ -137,7 +143,7 @@ def stages(setting: Setting) -> list[Stage]:
         Stage("versions", 20, [Task("versions", module("gpu.versions", "--device", device), 20)]),
         Stage(
             "build",
-            40,
+            140 if dry else 40,
             [
                 Task("unpack", module("gpu.unpack", output), 20),
                 # A rehearsal leaves the tree's own as it is, which may be in use.
@@ -149,6 +155,12 @@ def stages(setting: Setting) -> list[Stage]:
                         *(["--version"] if dry and KERNEL.exists() else ["-q", "build_ext", "--inplace"]),
                     ],
                     40,
+                ),
+                # Else ranks on the CPU would compile them within their own limits.
+                *(
+                    [Task("DeepSpeed's operators", [python, "-c", _OPERATORS], 100, needs="deepspeed")]
+                    if dry
+                    else []
                 ),
             ],
         ),

@@ -28,14 +28,26 @@ def ran(folder: Path, *found: Stage) -> list[dict[str, Any]]:
     # In a process of its own: the runner ends all that is below it.
     child = os.fork()
     if not child:
-        run_stages(found, Record(folder), dict(os.environ))
+        run_stages(found, Record(folder), {**os.environ, "TORCH_EXTENSIONS_DIR": str(folder / "extensions")})
         os._exit(0)
     os.waitpid(child, 0)
     return report.read(folder)
 
 
+LOCK = """
+import os, sys, time
+from torch.utils.file_baton import FileBaton
+folder = os.environ["TORCH_EXTENSIONS_DIR"] + "/cpu_adam"
+lock = folder + "/lock"
+def wait():
+    FileBaton(lock).try_acquire()
+    time.sleep(60)
+"""
+
+
 def test_whatever_a_task_does_the_next_is_run_and_all_is_written_down(tmp_path: Path) -> None:
-    """Catches a quarter of an hour lost to one task that hangs, leaves a process behind, crashes or prints nonsense."""
+    """Catches a quarter of an hour lost to one task that hangs, leaves a process behind, crashes or prints nonsense, or
+    that is ended while it compiles: its lock would make later ones wait for ever."""
     orphan = "import subprocess as s; print('left', s.Popen(['sleep', '60'], start_new_session=True).pid)"
     begin = time.monotonic()
     found = ran(
@@ -49,6 +61,8 @@ def test_whatever_a_task_does_the_next_is_run_and_all_is_written_down(tmp_path: 
                     'import time; print(\'RESULT {"kind": "a", "n": 1}\', flush=True); time.sleep(60)',
                     1.0,
                 ),
+                task("is ended while it compiles", LOCK + "os.makedirs(folder); wait()", 5.0),
+                task("compiles after it", LOCK + "sys.exit(not FileBaton(lock).try_acquire())"),
                 task("crashes", "import os; os.abort()"),
                 task("leaves a process behind", orphan),
                 task(
@@ -75,6 +89,8 @@ def test_whatever_a_task_does_the_next_is_run_and_all_is_written_down(tmp_path: 
     ends = {result["task"]: result for result in found if "outcome" in result}
     assert {name: result["outcome"] for name, result in ends.items()} == {
         "hangs": "ended after 1 s",
+        "is ended while it compiles": "ended after 5 s",
+        "compiles after it": "passed",
         "lacks a package": "left out: no no_such_package here",
         "has its package": "passed",
         "crashes": "failed with code -6",

@@ -99,6 +99,12 @@ def test_every_way_trains_the_groups_as_one_process_does(way: str, stage: int) -
 
 
 @pytest.mark.ranks
+def test_weights_within_reach_are_whole() -> None:
+    """Catches a read of weights that DeepSpeed before 0.19.8 is still gathering."""
+    assert result("gathered") == [True] * 3
+
+
+@pytest.mark.ranks
 def test_torch_stays_as_it_is() -> None:
     """Catches a registration that reaches beyond DeepSpeed."""
     assert not hasattr(torch.optim, "ARSG")

@@ -94,6 +94,25 @@ def test_sums_of_micro_batches_are_gone_on_with(optimizer_class: type[torch.opti
         zero.averaged_gradients[0] = None
 
 
+def test_on_cpu_ranks_every_gather_is_the_last_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches weights that are used while they are gathered, as DeepSpeed before 0.19.8 awaits the last gather only;
+    and gathers one after the other on a GPU, where all are awaited at once."""
+    begun, awaited = [], []
+
+    def gather(init: Any, parameters: list[str], hierarchy: int, *, quantize: bool) -> None:
+        assert (init, hierarchy, quantize) == ("init", 0, False)
+        begun.append(parameters)
+        awaited.append(parameters[-1])
+
+    repaired = training_step._with_every_weight_awaited(gather)
+    repaired("init", ["a", "b", "c"], 0, quantize=False)
+    repaired("init", [], 0, quantize=False)
+    assert (begun, awaited) == ([["a"], ["b"], ["c"]], ["a", "b", "c"])
+    monkeypatch.setattr(training_step, "get_accelerator", lambda: SimpleNamespace(device_name=lambda: "cuda"))
+    repaired("init", ["a", "b"], 0, quantize=False)
+    assert begun[3:] == [["a", "b"]]
+
+
 def undone(call: Any) -> Any:
     """A decorator that does not say what it wraps, like DeepSpeed's."""
 

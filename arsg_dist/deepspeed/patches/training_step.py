@@ -1,6 +1,7 @@
 """Correct what DeepSpeed's backward pass and step do wrong.
 
-For ARSG, and for other optimizers only where `repair` was asked to; else their engines are left exactly as they are.
+For ARSG, and for other optimizers only where `repair` was asked to; else their engines are left exactly as they are
+(but for one wait, `_with_every_weight_awaited`).
 docs/deepspeed-defects.md has a script for each defect. The tests compare every ZeRO stage and precision with a single
 process, and fail where a repair is missing.
 """
@@ -14,6 +15,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine as _Engine
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.zero.partition_parameters import Init
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from packaging.version import Version
@@ -55,6 +57,7 @@ def patch_training_step() -> None:
         relies_on=("get_all_grad_tensors", "get_flat_partition"),
         until="0.18.2",
     )
+    repair_once(Init, "_allgather_params_coalesced", _with_every_weight_awaited, until="0.19.7")
     for owner, of_every_parameter, relies_on in (
         (FP16_UnfusedOptimizer, _nothing, ("unscale_and_clip_grads",)),
         (
@@ -150,6 +153,25 @@ def _with_sums_gone_on_with(method: Method) -> Method:
                 zero.averaged_gradients[index] = None
 
     return independent_gradient_partition_epilogue
+
+
+def _with_every_weight_awaited(method: Method) -> Method:
+    """Gather weights that are whole (stage 3, CPU ranks, until 0.19.7).
+
+    DeepSpeed begins one gather for each parameter and waits for the last of them. Others may still be under way then,
+    in memory that was never written: on a GPU a synchronisation follows, on the CPU it is none. `GatheredParameters`
+    and the weights that stay gathered after a step come this way, before there is an optimizer and for any; the wait
+    changes nothing that was right. Here each is gathered by a call of its own, which makes it the last.
+    """
+
+    def gather(init: Any, parameters: Any, *args: Any, **kwargs: Any) -> None:
+        if get_accelerator().device_name() != "cpu":
+            method(init, parameters, *args, **kwargs)
+            return
+        for parameter in parameters:
+            method(init, [parameter], *args, **kwargs)
+
+    return gather
 
 
 def _with_growth_put_off(method: Method) -> Method:

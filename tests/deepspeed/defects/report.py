@@ -19,6 +19,8 @@ arsg_dist.deepspeed.repair(optimizers=(torch.optim.AdamW,))
 
 - Named are classes, with those derived from them. `repair()` without any ends it.
 - With it come the repairs of `safe_get_full_*` and `safe_set_full_*` and of gradients on NVMe.
+- Before 0.19.8, at stage 3 on several CPU ranks, `GatheredParameters` and the step await one gather of many. They are
+  all awaited once `arsg_dist.deepspeed` is imported, whichever the optimizer: it changes no value that was right.
 - DeepSpeed's `FusedAdam` at stage 0 in bf16 or fp16 is not repaired: `initialize` refuses it.
 - With a DeepSpeed that has changed a method which a repair depends on, `repair` raises `ValueError` and names it.
 

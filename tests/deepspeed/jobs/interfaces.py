@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import arsg_dist.deepspeed
 from arsg_dist import ARSG
 from arsg_dist.engine import end_process
-from tests.deepspeed.jobs.common import agreed, job, refusal, weights_of
+from tests.deepspeed.jobs.common import agreed, gathered, job, refusal, weights_of
 from tests.support import toy
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
@@ -86,6 +86,7 @@ def main() -> None:
                 results[f"{way}, zero{stage}"] = trained(way, stage, output)
         for name, (stage, options) in STATES.items():
             results[f"state, {name}"] = state_access(stage, options, output / name)
+        results["gathered"] = gathered_beside_a_small_one()
         results["refusals"] = refusals()
 
 
@@ -174,6 +175,26 @@ def state_access(stage: int, options: dict[str, Any], output: Path) -> dict[str,
     seen["state, reloaded"] = read(named)
     engine.destroy()
     return seen
+
+
+class Uneven(nn.Module):
+    """Has a weight whose gathering takes long, and one that is there at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.large = nn.Parameter(torch.arange(6e6))
+        self.small = nn.Parameter(torch.ones(3))
+
+
+def gathered_beside_a_small_one() -> list[bool]:
+    """Whether every rank finds the weights whole, read together at stage 3."""
+    model, right = Uneven(), Uneven()
+    engine, *_ = deepspeed.initialize(
+        model=model, model_parameters=model.parameters(), config=config(3, **SECTION)
+    )
+    weights = weights_of(model)
+    engine.destroy()
+    return gathered(all(torch.equal(weights[name], value) for name, value in right.named_parameters()))
 
 
 def read(named: dict[str, Any]) -> dict[str, dict[str, Tensor | None]]:
