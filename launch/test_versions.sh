@@ -52,8 +52,8 @@ for row in "${rows[@]}"; do
     # torchvision asks for one torch exactly, and pip takes the newest torchvision: who wants the program names his torch.
     pip install "${wheel}[imagenet]" "torch==${before%%+*}" hypothesis pytest pytest-timeout pytorch_optimizer qhoptim timm
     kept "${wheel}[imagenet]"
-    # Triton 3.2 interprets kernels with an older NumPy only.
-    if "$home/bin/python" -c 'import triton, sys; sys.exit(triton.__version__.split(".")[:2] != ["3", "2"])' 2> /dev/null; then
+    # Triton before 3.7 interprets kernels with an older NumPy only.
+    if "$home/bin/python" -c 'import triton, sys; sys.exit(tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7))' 2> /dev/null; then
         pip install 'numpy<2.4'
     fi
     log=$PWD/.versions/torch$torch-$python.log

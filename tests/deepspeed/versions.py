@@ -32,7 +32,7 @@ BEGIN, END = "<!-- versions: by python -m tests.deepspeed.versions -->\n", "<!--
 PARTS = {
     "repairs": ["tests/deepspeed/test_patches.py", "-k", "not table_of_versions"],
     "defects, shown and repaired": ["tests/deepspeed/test_defects.py"],
-    "two ranks, stages 0 to 3": [
+    "three ranks, stages 0 to 3": [
         "tests/deepspeed/test_interfaces.py",
         "-k",
         "every_way or functions or within_reach or state_that",

@@ -103,7 +103,9 @@ def test_ranks_compare_the_weights_that_they_have_read(
 ) -> None:
     """Catches hosts with different files under one path, whose scores would be averaged."""
     compared = list[Any]()
-    monkeypatch.setattr(evaluate, "check_agreement", lambda _, **values: compared.append(values["weights"]))
+    monkeypatch.setattr(
+        evaluate, "check_agreement", lambda _, **values: compared.append(values.get("weights"))
+    )
     for at in ("x", "ema", "x"):
         evaluated(run, "--at", at, tmp_path / "found.json")
     assert compared[0] == compared[2] != compared[1]

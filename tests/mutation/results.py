@@ -43,7 +43,7 @@ def write(results: dict[str, Result], mutations: list[Mutation], path: Path = RE
         "# Which plausible mistakes the tests see",
         "",
         f"Written by `python -m tests.mutation`. Of {len(mutations)} mistakes **{len(done)} were tried and {seen} of "
-        f"these seen**{f' ({seen / len(done):.0%})' if done else ''}.",
+        f"these seen**{f' ({seen / len(done):.1%})' if done else ''}.",
         "",
         "| mistake | result | by | what goes wrong |",
         "|---|---|---|---|",

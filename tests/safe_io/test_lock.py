@@ -167,6 +167,25 @@ def test_it_is_never_two_processes_own(tmp_path: Path) -> None:
     assert not (tmp_path / "run" / ".lock").exists()
 
 
+def test_a_file_that_was_removed_meanwhile_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches a lock on the file that the job before has just removed: the next job makes another, and both train."""
+    opened, open_lock = [], lock.open_lock
+
+    def open_as_it_is_removed(path: Path) -> int:
+        opened.append(open_lock(path))
+        if len(opened) == 1:
+            path.unlink()
+        return opened[-1]
+
+    monkeypatch.setattr(lock, "open_lock", open_as_it_is_removed)
+    first = taken(tmp_path)
+    with pytest.raises(InUseError):
+        taken(tmp_path)
+    first.close()
+
+
 def test_a_link_at_its_name_is_not_followed(tmp_path: Path) -> None:
     """Catches a lock's file that is written through somebody's link."""
     (tmp_path / "theirs").write_text("mine")

@@ -98,6 +98,7 @@ def test_a_pass_ends_with_the_reason(fate: str, message: str) -> None:
             assert process.exitcode == -signal.SIGKILL
 
 
+@pytest.mark.timeout(120)  # in place of ten minutes, where it waits for ever
 def test_a_pass_ends_where_a_process_stops_between_announcing_a_batch_and_handing_it_over() -> None:
     """Catches a rank that waits for ever for the file of a batch, which torch fetches from the process that made it."""
     iterator = iter(passes("none", [1, 2, 3, 4], timeout=0.5))
@@ -169,6 +170,26 @@ def test_batches_of_loader_processes_are_in_shared_memory() -> None:
     )  # type: ignore[arg-type]
     (batch,) = here
     assert not batch.images.is_shared()
+
+
+def test_a_rank_that_ends_leaves_no_semaphore() -> None:
+    """Catches a warning of leaked semaphores at the end of every run with loader processes."""
+    program = """
+from arsg_dist.engine import end_process
+from arsg_dist.imagenet.data.dataset import processes_ended
+from tests.imagenet.data.test_delivery import passes
+
+if __name__ == "__main__":
+    loader = passes("none", [1, 2])
+    with processes_ended(loader):
+        print(len(list(loader)), flush=True)
+    end_process(0)
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, timeout=100
+    )  # which is when the process that removes what was left has ended, too: it holds the other end of stderr
+    assert (ended.returncode, ended.stdout) == (0, "2\n"), ended.stderr
+    assert "leaked" not in ended.stderr
 
 
 def test_processes_that_cannot_be_started_name_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
