@@ -142,14 +142,14 @@ def _cifar(data: Path | None) -> Images:
     """Return CIFAR-10 with means of 2×2 pixels, for a quarter of the time."""
     images = load_images("cifar10", data / "cifar10" if data else None)
 
-    def halved(pixels: Tensor) -> Tensor:
-        return functional.avg_pool2d(pixels.float(), 2).round().to(torch.uint8)
+    def part(pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        # A tree is read class by class: its first images, of which losses are taken, would be of the first classes.
+        order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(0))
+        return functional.avg_pool2d(pixels.float(), 2).round().to(torch.uint8)[order], labels[order]
 
     return Images(
-        halved(images.train_images),
-        images.train_labels,
-        halved(images.val_images),
-        images.val_labels,
+        *part(images.train_images, images.train_labels),
+        *part(images.val_images, images.val_labels),
         images.mean,
         images.std,
     )

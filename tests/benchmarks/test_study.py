@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from benchmarks.common.machine import state_bytes
 from benchmarks.study import batch, report
 from benchmarks.study.__main__ import main
 from benchmarks.study.figures import expected_best
-from benchmarks.study.images import Classification, ViT
+from benchmarks.study.images import Classification, ViT, _cifar
 from benchmarks.study.ledger import Ledger
 from benchmarks.study.optimizers import FEW_BITS, OPTIMIZERS, TRIALS, available, build, trial_settings
 from benchmarks.study.paper.data import Images
@@ -341,6 +342,24 @@ def test_batch_norm_is_evaluated_with_the_statistics_of_the_evaluated_weights() 
     assert found == pytest.approx(expected.item(), rel=1e-5)
     assert network.training
     assert problem.validation_loss(False) != pytest.approx(found, rel=1e-3)
+
+
+def test_losses_are_taken_of_images_of_every_class(tmp_path: Path) -> None:
+    """Catches a tree of images read class by class, of whose first images all losses are taken: of three classes."""
+    for split in ("train", "test"):
+        for label in range(10):
+            folder = tmp_path / "cifar10" / split / str(label)
+            folder.mkdir(parents=True)
+            for number in range(30):
+                Image.new("RGB", (32, 32), (25 * label, 0, number)).save(folder / f"{number}.png")
+    found = _cifar(tmp_path)
+    for pixels, labels in (
+        (found.train_images, found.train_labels),
+        (found.val_images, found.val_labels),
+    ):
+        assert labels.bincount().tolist() == [30] * 10
+        assert set(labels[:75].tolist()) == set(range(10))
+        assert torch.equal(pixels[:, 0, 0, 0].long(), 25 * labels)
 
 
 def test_images_train_in_an_order_and_with_crops_of_their_seed() -> None:
