@@ -16,6 +16,11 @@ from arsg_dist.engine.rendezvous import announce_to_torch, collective_timeout, e
 
 T = TypeVar("T")
 
+# Before 2.11 (seen in 2.6) a process group's destructor holds Python's lock while it waits for gloo's threads, and one
+# of these may need the lock to let go of its last message: a job hung at its end. These groups end with the process.
+_OLD_TORCH = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11)
+_kept: list[Any] = []
+
 
 class Communicator(ABC):
     """Run collectives over all ranks, which make the same calls in one order."""
@@ -177,6 +182,8 @@ class TorchCommunicator(Communicator):
     def close(self) -> None:
         """Destroy the process group: gloo may hang when a process just ends."""
         self.barrier()
+        if _OLD_TORCH:
+            _kept.extend([dist.group.WORLD, self._host_group])
         dist.destroy_process_group()
         end_mpi()
 

@@ -1,11 +1,13 @@
 import sys
 from datetime import timedelta
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
-from arsg_dist.engine import Ranks, TorchCommunicator, announce_to_torch, discover_ranks
+from arsg_dist.engine import Ranks, TorchCommunicator, announce_to_torch, communicator, discover_ranks
 from arsg_dist.engine.rendezvous import collective_timeout, end_mpi, first_host
 
 TORCH = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}
@@ -164,3 +166,15 @@ def test_mpi_that_was_only_asked_for_the_meeting_point_is_finalised(monkeypatch:
         assert mpi.ended == ends
         end_mpi()
         assert mpi.ended == ends
+
+
+@pytest.mark.parametrize("old", [True, False])
+def test_groups_of_an_older_torch_end_with_the_process(old: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a job that hangs at its end: the group's destructor waits for a thread that waits for Python's lock."""
+    kept = list[Any]()
+    monkeypatch.setattr(communicator, "_OLD_TORCH", old)
+    monkeypatch.setattr(communicator, "_kept", kept)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    TorchCommunicator(torch.device("cpu")).close()
+    assert not dist.is_initialized()
+    assert [group.size() for group in kept if group is not None] == [1] * old
