@@ -59,7 +59,7 @@ for row in "${rows[@]}"; do
     log=$PWD/.versions/torch$torch-$python.log
     # shellcheck disable=SC2086  # several files
     (cd "$checkout" && PATH="$home/bin:$tools" python -m pytest -q -p no:cacheprovider -m "not slow" $tests) > "$log" 2>&1 || failed+=("$row")
-    result=$(grep -E '^[0-9].* in [0-9.]+s' "$log" | tail -1 || true)
+    result=$(grep -aE '^[0-9].* in [0-9.]+s' "$log" | tail -1 || true)
     "$home/bin/python" - "${result:-no test ran, see $log}" <<'PYTHON'
 import datetime, platform, sys, torch
 build = f"CUDA {torch.version.cuda}, {'a GPU' if torch.cuda.is_available() else 'no GPU'}" if torch.version.cuda else "CPU"
