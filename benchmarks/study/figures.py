@@ -41,6 +41,7 @@ def draw_differences(studies: dict[str, list[Row]], path: Path) -> None:
     panels = {
         name: {row.name: row for row in rows if row.difference and row.name != "AdamW"}
         for name, rows in studies.items()
+        if TASKS[name].table != "batch"
     }
     panels = {name: rows for name, rows in panels.items() if rows}
     names = list(dict.fromkeys(name for rows in panels.values() for name in rows))

@@ -1,4 +1,4 @@
-"""Classification of images: the paper's logistic regression, a ResNet-20 and a small ViT on CIFAR-10 at 16 pixels."""
+"""Classification of images: the paper's logistic regression and CNN; ResNet-20 and a small ViT on CIFAR-10."""
 
 from __future__ import annotations
 
@@ -125,6 +125,13 @@ def logistic(seed: int, data: Path | None, name: str) -> Problem:
     task = TASKS[name]
     images = load_images(task.images, data / "mnist" if data else None)
     return Classification(seed, images, task.model, task.batch_size)
+
+
+def mnist_cnn(seed: int, data: Path | None) -> Problem:
+    """Return the paper's network with batch norm on MNIST, in batches of 64 images for a quarter of the time of 256."""
+    task = TASKS["mnist_cnn"]
+    images = load_images(task.images, data / "mnist" if data else None)
+    return Classification(seed, images, task.model, 64, part=500, whole=5_000)
 
 
 def cifar_resnet(seed: int, data: Path | None) -> Problem:

@@ -52,6 +52,7 @@ class Task:
     Attributes:
         name: of the task.
         title: for people.
+        short: the same for the head of a column.
         make: a problem from a seed and the directory of data sets.
         updates: of a run.
         lr: centre of the learning rate's box, per family of optimizers ("adam", "lion", "muon", "sgd"); a family that
@@ -60,10 +61,12 @@ class Task:
         settings_of: the task whose winners are taken, untuned; None: 30 trials of its own.
         optimizers: names, the most wanted first; empty for all that can.
         exact: the optimum is known, losses are log10 of the distance to it.
+        table: where its column stands: with the "networks", the "others", or with the same network in another "batch".
     """
 
     name: str
     title: str
+    short: str
     make: Callable[[int, Path | None], Problem]
     updates: int
     lr: dict[str, float] = field(default_factory=dict)
@@ -71,3 +74,4 @@ class Task:
     settings_of: str | None = None
     optimizers: tuple[str, ...] = ()
     exact: bool = False
+    table: str = "networks"

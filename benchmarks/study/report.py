@@ -13,7 +13,7 @@ from benchmarks.study.paper.report import renewed
 from benchmarks.study.plan import BITS, SEEDS, ledger_of
 from benchmarks.study.problem import Task
 from benchmarks.study.statistics import Interval, detectable, paired, updates_to
-from benchmarks.study.tasks import TASKS
+from benchmarks.study.tasks import GPT_BATCHES, TASKS
 
 BASE = "AdamW"
 """What the others are compared with."""
@@ -145,7 +145,7 @@ def task_table(task: Task, rows: list[Row]) -> str:
 
 
 def overview(studies: dict[str, list[Row]]) -> str:
-    """Return optimizer × task: updates to AdamW's final validation loss."""
+    """Return optimizer × task: updates to AdamW's final validation loss; "" without tasks."""
     tasks = [TASKS[name] for name in studies]
     by_name = {task.name: {row.name: row for row in studies[task.name]} for task in tasks}
     marks = {"better": " **better**", "worse": " worse", "no difference": " no difference"}
@@ -163,7 +163,33 @@ def overview(studies: dict[str, list[Row]]) -> str:
                 )
         if set(cells) != {"·"}:
             lines.append([name, *cells])
-    return _table(["", *(task.title for task in tasks)], lines)
+    return _table(["", *(task.short for task in tasks)], lines) if tasks else ""
+
+
+def gain_by_batch(studies: dict[str, list[Row]], ledgers: dict[str, Ledger]) -> str:
+    """Return what is gained over AdamW on the smallest GPT in batches of four sizes, and with which μ; "" for one."""
+    columns = {size: name for size, name in GPT_BATCHES.items() if name in studies}
+    if len(columns) < 2:
+        return ""
+    rows = {name: {row.name: row for row in studies[name]} for name in columns.values()}
+    compared = [name for name in OPTIMIZERS if all(name in found for found in rows.values())]
+    lines = [["AdamW's validation loss", *(_number(found[BASE].mean("val")) for found in rows.values())]]
+    for name in compared[1:]:
+        cells = [found[name] for found in rows.values()]
+        lines.append([f"{name}: minus AdamW's", *(f"{_difference(row)}, {row.verdict}" for row in cells)])
+        lines.append(["its updates to AdamW's loss", *(_share(row, reached=False) for row in cells)])
+        if all("mu" in row.settings for row in cells):
+            best = [_best_trials(ledgers[task], name) for task in columns.values()]
+            mus = [sorted(trial["settings"]["mu"] for trial in trials) for trials in best]
+            own = [f"{row.settings['mu']:.2g}" for row in cells]
+            texts = [f"{mu} ({few[0]:.2g} to {few[-1]:.2g})" for mu, few in zip(own, mus, strict=True)]
+            lines.append(["its μ (of the three best trials)", *texts])
+    return _table(["", *(f"{size:,} characters" for size in columns)], lines)
+
+
+def _best_trials(ledger: Ledger, name: str) -> list[dict[str, Any]]:
+    trials = [trial for trial in ledger.chosen(kind="trial", optimizer=name) if trial["val"] is not None]
+    return sorted(trials, key=lambda trial: trial["val"])[:3]
 
 
 def power_table(ledgers: dict[str, Ledger]) -> str:
@@ -264,7 +290,11 @@ def parts(results: Path) -> dict[str, str]:
         budget.append([TASKS[name].title, len(ledger.records), lost, core_hours(ledger)])
     budget.append(["together", *(sum(line[column] for line in budget) for column in (1, 2, 3))])
     found = {
-        "overview": overview(studies),
+        "networks": overview(
+            {name: rows for name, rows in studies.items() if TASKS[name].table == "networks"}
+        ),
+        "others": overview({name: rows for name, rows in studies.items() if TASKS[name].table == "others"}),
+        "gain_by_batch": gain_by_batch(studies, ledgers),
         "power": power_table(ledgers),
         "batch_mu": batch_table(batch.read(results)),
         "budget": _table(
@@ -272,11 +302,10 @@ def parts(results: Path) -> dict[str, str]:
             [[name, str(runs), str(lost), f"{hours:.2f}"] for name, runs, lost, hours in budget],
         ),
     }
-    if unfinished := unfinished_table(ledgers):
-        found["unfinished"] = unfinished
+    found["unfinished"] = unfinished_table(ledgers)
     if BITS in ledgers and any(ledgers[BITS].chosen(kind="seed", optimizer=name) for name in FEW_BITS):
         found["bits"] = bits_table(TASKS[BITS], ledgers[BITS])
-    return found
+    return {name: text for name, text in found.items() if text}
 
 
 def write(results: Path, document: Path | None = None) -> None:

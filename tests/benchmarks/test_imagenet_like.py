@@ -15,7 +15,7 @@ import yaml
 from PIL import Image
 
 from benchmarks.imagenet_like import __main__ as command
-from benchmarks.imagenet_like.__main__ import Protocol, Run, choose, make_tree, paired
+from benchmarks.imagenet_like.__main__ import Protocol, Run, choose, make_tree, paired, search
 
 
 @pytest.fixture
@@ -40,6 +40,27 @@ def test_a_learning_rate_that_diverged_is_not_chosen() -> None:
     mean, half = paired([1.0, 2.0, 4.0], [0.0, 0.0, 0.0])
     assert mean == pytest.approx(7 / 3)
     assert half == pytest.approx(4.303 * math.sqrt(7 / 3) / math.sqrt(3))
+
+
+def test_the_search_goes_on_while_the_best_rate_is_at_an_end() -> None:
+    """Catches a best rate at the end of what was tried, one search for some and another for others, one without end."""
+    asked: list[float] = []
+
+    def valley(lowest: float) -> dict[float, float]:
+        asked.clear()
+
+        def error(lr: float) -> float:
+            asked.append(lr)
+            return abs(math.log(lr / lowest))
+
+        return search((1.0, 4.0, 16.0), error)
+
+    assert list(valley(4.0)) == asked == [1.0, 4.0, 16.0]
+    assert list(valley(1.0)) == [0.25, 1.0, 4.0, 16.0]
+    assert choose(valley(64.0)) == 64.0
+    assert asked == [1.0, 4.0, 16.0, 64.0, 256.0]
+    assert list(valley(1e9)) == [1.0, 4.0, 16.0, 64.0, 256.0]
+    assert len(search((1.0, 4.0), lambda _: math.nan)) == 3
 
 
 def test_each_recipe_trains_once_through_the_program(archive: Path, tmp_path: Path) -> None:
@@ -72,26 +93,32 @@ def test_the_table_has_the_chosen_rates_and_paired_differences(
     def carry_out(run: Run, *_: Any) -> list[dict[str, Any]]:
         done.append(run)
         tried = command.LEARNING_RATES[run.optimizer]
-        worse = tried.index(run.lr) != {"sgd": 0, "adamw": 1, "arsg": 1}[run.optimizer]
+        best = {"sgd": 0.000625, "adamw": tried[1], "arsg": tried[1]}[run.optimizer]
+        worse = abs(math.log(run.lr / best))
         loss = 1 + 3 * worse + {"sgd": 0.5, "adamw": 0.0, "arsg": 0.01}[run.optimizer] + 0.2 * run.seed
         if run.optimizer == "adamw":
             loss += 0.1 * (run.seed == 2)
-        return [{"train_loss": loss, "val_loss": loss, "val_top1": 0.5}]
+        top1 = 0.9 - 0.1 * worse
+        if run.lr == 0.08:  # as a net that calls all classes alike
+            loss, top1 = 0.1, 0.1
+        return [{"train_loss": loss, "val_loss": math.nan if run.lr == 4e-3 else loss, "val_top1": top1}]
 
     monkeypatch.setattr(command, "carry_out", carry_out)
     report = tmp_path / "table.md"
     arguments = ["--cifar10", str(archive), "--output", str(tmp_path / "runs"), "--report", str(report)]
     monkeypatch.setattr(sys, "argv", ["x", *arguments, "--train-images=3", "--val-images=2", "--batch=7"])
     command.main()
-    assert [run.seed for run in done] == 9 * [0] + [1, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert [run.seed for run in done] == 11 * [0] + [1, 1, 1, 2, 2, 2, 3, 3, 3]
     text = report.read_text()
-    assert "| SGD | 0.01, 0.04, 0.16: 0.01 | 1.900 (1.700, 1.900, 2.100) |" in text
+    assert "| SGD | 0.000625, 0.0025, 0.01, 0.04, 0.16: 0.000625 | 1.900 (1.700, 1.900, 2.100) |" in text
     assert "epochs of 5 updates" in text
-    assert "- minus SGD: -0.490 ± 0.000 (lower)" in text
-    assert "- minus AdamW: -0.023 ± 0.143 (no difference shown)" in text
-    assert "the end of the range for SGD." in text
+    assert "- validation loss, minus SGD: -0.490 ± 0.000 (lower)" in text
+    assert "- validation loss, minus AdamW: -0.023 ± 0.143 (no difference shown)" in text
+    assert "- validation top-1, %, minus SGD: +0.000 ± 0.000 (no difference shown)" in text
+    assert "while the best is at an end; it still is for SGD." in text
+    assert "(table.json)" in text
     runs = json.loads(report.with_suffix(".json").read_text())["runs"]
-    assert [run["kind"] for run in runs] == 9 * ["search"] + 9 * ["final"]
+    assert [run["kind"] for run in runs] == 11 * ["search"] + 9 * ["final"]
     monkeypatch.setattr(sys, "argv", ["x", *arguments, "--train-images=2"])
     with pytest.raises(SystemExit, match="another protocol"):
         command.main()

@@ -25,7 +25,7 @@ from benchmarks.study.optimizers import FEW_BITS, OPTIMIZERS, TRIALS, available,
 from benchmarks.study.paper.data import Images
 from benchmarks.study.plan import SEEDS, ledger_of, missing, missing_in_few_bits, winner
 from benchmarks.study.statistics import detectable, paired, updates_to
-from benchmarks.study.tasks import TASKS
+from benchmarks.study.tasks import GPT_BATCHES, TASKS
 from benchmarks.study.text import TEXT
 from benchmarks.study.trial import POINTS, _Schedule, train
 
@@ -214,7 +214,7 @@ def test_the_report_says_what_the_numbers_say(tmp_path: Path) -> None:
         ledger.append(fake("QHAdam", 0, 0.1, 0.1) | {"kind": "trial", "trial": number, "val": val})
     document = tmp_path / "page.md"
     document.write_text(
-        "a\n<!-- study overview -->\nold\n<!-- end -->\nb\n<!-- study budget -->\n<!-- end -->\n"
+        "a\n<!-- study others -->\nold\n<!-- end -->\nb\n<!-- study budget -->\n<!-- end -->\n"
         "c\n<!-- study unfinished -->\n<!-- end -->\n"
     )
     report.write(tmp_path, document)
@@ -231,6 +231,34 @@ def test_the_report_says_what_the_numbers_say(tmp_path: Path) -> None:
     assert "old" not in document.read_text()
     for picture in ("differences.png", "learning.png"):
         assert (tmp_path / "images/study" / picture).stat().st_size > 5_000
+
+
+def test_the_gain_in_every_batch_is_over_its_own_adamw(tmp_path: Path) -> None:
+    """Catches losses of one batch compared with another's, a μ of the worst trials, and a column of too few runs."""
+    done = list(GPT_BATCHES.values())[:2]
+    for place, name in enumerate(done):
+        ledger = ledger_of(tmp_path, TASKS[name])
+        for seed in range(1, SEEDS + 1):
+            ledger.append(fake("AdamW", seed, 2.0 - place + seed / 10, 0.1))
+            gain = 0.25 - 0.5 * place
+            ledger.append(fake("ARSG adam", seed, 2.0 - place + seed / 10 - gain, 0.05))
+            if place == 0:
+                ledger.append(fake("RemoteObservation(AdamW)", seed, 1.0, 0.1))
+        for trial in range(5):
+            settings = {"mu": (trial + 1) / 10 + place / 100}
+            run = {"kind": "trial", "optimizer": "ARSG adam", "trial": trial, "seed": 0, "seconds": 36.0}
+            ledger.append(run | {"settings": settings, "val": abs(trial - 3)})
+    text = report.parts(tmp_path)["gain_by_batch"]
+    mu = f"{trial_settings('ARSG adam', TASKS['digits'], 0)['mu']:.2g}"
+    assert text.splitlines()[0] == "|  | 64 characters | 256 characters |"
+    assert text.splitlines()[2:] == [
+        "| AdamW's validation loss | 2.550 | 1.550 |",
+        "| ARSG adam: minus AdamW's | −0.250 (−0.250 to −0.250), better | +0.250 (+0.250 to +0.250), worse |",
+        "| its updates to AdamW's loss | 80 % (80 to 80) | not reached |",
+        f"| its μ (of the three best trials) | {mu} (0.3 to 0.5) | {mu} (0.31 to 0.51) |",
+    ]
+    (tmp_path / f"{done[1]}.jsonl").unlink()
+    assert "gain_by_batch" not in report.parts(tmp_path)
 
 
 def test_few_bits_are_the_winners_own_and_compared_with_it(tmp_path: Path) -> None:
