@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ SEEDS = 10
 BITS = "gpt-0.1M"
 """The task on which few bits of state are tried."""
 _PILOT = range(901, 906)
+_RUNOFF, _RUNOFF_TRIALS = range(801, 804), 3
 
 
 def ledger_of(results: Path, task: Task) -> Ledger:
@@ -24,13 +26,30 @@ def ledger_of(results: Path, task: Task) -> Ledger:
     return Ledger(results / f"{task.name}.jsonl")
 
 
-def winner(ledger: Ledger, name: str) -> Settings | None:
-    """Return the settings of the trial with the lowest validation loss at its end; None before all trials are done."""
-    trials = ledger.chosen(kind="trial", optimizer=name)
-    ended = [trial for trial in trials if trial["val"] is not None]
-    if len(trials) < TRIALS or not ended:
+def best_trials(ledger: Ledger, name: str) -> list[Record]:
+    """Return the three trials with the lowest validation loss at the end, the lowest first."""
+    ended = [trial for trial in ledger.chosen(kind="trial", optimizer=name) if trial["val"] is not None]
+    return sorted(ended, key=lambda trial: trial["val"])[:_RUNOFF_TRIALS]
+
+
+def winner(task: Task, ledger: Ledger, name: str) -> Settings | None:
+    """Return the settings of the best trial; None before all trials, and runs of the runoff, are done.
+
+    The best is the one with the lowest validation loss at its end; with `runoff`, of the three best, the one with the
+    lowest mean over three other seeds.
+    """
+    best = best_trials(ledger, name)
+    if len(ledger.chosen(kind="trial", optimizer=name)) < TRIALS or not best:
         return None
-    return min(ended, key=lambda trial: trial["val"])["settings"]
+    if not task.runoff:
+        return best[0]["settings"]
+    means = []
+    for trial in best:
+        runs = ledger.chosen(kind="runoff", optimizer=name, trial=trial["trial"])
+        if len(runs) < len(_RUNOFF):
+            return None
+        means.append(sum(run["val"] if run["val"] is not None else math.inf for run in runs))
+    return best[means.index(min(means))]["settings"]
 
 
 def missing(
@@ -56,20 +75,32 @@ def missing(
                 record = {"kind": "trial", "optimizer": name, "trial": trial, "seed": 0}
                 if record not in ledger:
                     yield record | {"settings": trial_settings(name, task, trial)}
-            best = winner(ledger_of(results, task), name)
+            yield from _missing_of_runoff(task, ledger_of(results, task), name)
+            best = winner(task, ledger_of(results, task), name)
         else:
-            best = winner(ledger_of(results, TASKS[task.settings_of]), name)
+            source = TASKS[task.settings_of]
+            best = winner(source, ledger_of(results, source), name)
         for seed in range(1, seeds + 1):
             record = {"kind": "seed", "optimizer": name, "seed": seed}
             if best is not None and record not in ledger:
                 yield record | {"settings": best}
 
 
+def _missing_of_runoff(task: Task, ledger: Ledger, name: str) -> Iterator[Record]:
+    if not task.runoff or len(ledger.chosen(kind="trial", optimizer=name)) < TRIALS:
+        return
+    for trial in best_trials(ledger, name):
+        for seed in _RUNOFF:
+            record = {"kind": "runoff", "optimizer": name, "trial": trial["trial"], "seed": seed}
+            if record not in ledger:
+                yield record | {"settings": trial["settings"]}
+
+
 def missing_in_few_bits(task: Task, results: Path, names: list[str] | None = None) -> Iterator[Record]:
     """Yield the runs of winners with few bits of state that are missing; their seeds are the winners'."""
     ledger = ledger_of(results, task)
     for name, (base, _) in FEW_BITS.items():
-        best = winner(ledger, base)
+        best = winner(task, ledger, base)
         for seed in range(1, SEEDS + 1):
             record = {"kind": "seed", "optimizer": name, "seed": seed}
             if best is not None and (not names or name in names) and record not in ledger:
@@ -95,9 +126,8 @@ def carry_out(
     for record in wanted:
         if minutes is not None and time.monotonic() - begin > 60 * minutes:
             break
-        outcome = train(
-            task, record["optimizer"], record["settings"], record["seed"], data, record["kind"] != "trial"
-        )
+        curve = record["kind"] in ("pilot", "seed")
+        outcome = train(task, record["optimizer"], record["settings"], record["seed"], data, curve)
         ledger.append(record | outcome)
         done += 1
         which = f"trial {record['trial']}" if "trial" in record else f"seed {record['seed']}"

@@ -61,6 +61,7 @@ class Task:
         settings_of: the task whose winners are taken, untuned; None: 30 trials of its own.
         optimizers: names, the most wanted first; empty for all that can.
         exact: the optimum is known, losses are log10 of the distance to it.
+        runoff: the three best trials run with three other seeds, and the best of these is the winner.
         table: where its column stands: with the "networks", the "others", or with the same network in another "batch".
     """
 
@@ -74,4 +75,5 @@ class Task:
     settings_of: str | None = None
     optimizers: tuple[str, ...] = ()
     exact: bool = False
+    runoff: bool = False
     table: str = "networks"

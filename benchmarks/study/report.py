@@ -10,10 +10,10 @@ from benchmarks.study import batch
 from benchmarks.study.ledger import Ledger
 from benchmarks.study.optimizers import FEW_BITS, OPTIMIZERS, TRIALS, Settings, at_edge, available
 from benchmarks.study.paper.report import renewed
-from benchmarks.study.plan import BITS, SEEDS, ledger_of
+from benchmarks.study.plan import BITS, SEEDS, best_trials, ledger_of
 from benchmarks.study.problem import Task
 from benchmarks.study.statistics import Interval, detectable, paired, updates_to
-from benchmarks.study.tasks import GPT_BATCHES, TASKS
+from benchmarks.study.tasks import TASKS
 
 BASE = "AdamW"
 """What the others are compared with."""
@@ -168,10 +168,10 @@ def overview(studies: dict[str, list[Row]]) -> str:
 
 def gain_by_batch(studies: dict[str, list[Row]], ledgers: dict[str, Ledger]) -> str:
     """Return what is gained over AdamW on the smallest GPT in batches of four sizes, and with which μ; "" for one."""
-    columns = {size: name for size, name in GPT_BATCHES.items() if name in studies}
+    columns = [name for name in studies if TASKS[name].table == "batch"]
     if len(columns) < 2:
         return ""
-    rows = {name: {row.name: row for row in studies[name]} for name in columns.values()}
+    rows = {name: {row.name: row for row in studies[name]} for name in columns}
     compared = [name for name in OPTIMIZERS if all(name in found for found in rows.values())]
     lines = [["AdamW's validation loss", *(_number(found[BASE].mean("val")) for found in rows.values())]]
     for name in compared[1:]:
@@ -179,17 +179,12 @@ def gain_by_batch(studies: dict[str, list[Row]], ledgers: dict[str, Ledger]) -> 
         lines.append([f"{name}: minus AdamW's", *(f"{_difference(row)}, {row.verdict}" for row in cells)])
         lines.append(["its updates to AdamW's loss", *(_share(row, reached=False) for row in cells)])
         if all("mu" in row.settings for row in cells):
-            best = [_best_trials(ledgers[task], name) for task in columns.values()]
+            best = [best_trials(ledgers[task], name) for task in columns]
             mus = [sorted(trial["settings"]["mu"] for trial in trials) for trials in best]
             own = [f"{row.settings['mu']:.2g}" for row in cells]
             texts = [f"{mu} ({few[0]:.2g} to {few[-1]:.2g})" for mu, few in zip(own, mus, strict=True)]
             lines.append(["its μ (of the three best trials)", *texts])
-    return _table(["", *(f"{size:,} characters" for size in columns)], lines)
-
-
-def _best_trials(ledger: Ledger, name: str) -> list[dict[str, Any]]:
-    trials = [trial for trial in ledger.chosen(kind="trial", optimizer=name) if trial["val"] is not None]
-    return sorted(trials, key=lambda trial: trial["val"])[:3]
+    return _table(["", *(TASKS[name].short for name in columns)], lines)
 
 
 def power_table(ledgers: dict[str, Ledger]) -> str:

@@ -66,13 +66,14 @@ def _digits(seed: int, data: Path | None) -> Problem:
 def _gpt_in_batches_of(sequences: int) -> Task:
     return Task(
         f"gpt-0.1M-batch{sequences}",
-        f"GPT, 0.11 M parameters, Shakespeare, batches of {32 * sequences} characters",
-        f"{32 * sequences} characters",
+        f"GPT, 0.11 M parameters, Shakespeare, batches of {32 * sequences:,} characters",
+        f"{32 * sequences:,} characters",
         partial(_gpt_small, sequences=sequences),
         160,
         _NETWORK,
         clip=1.0,
         optimizers=("AdamW", "ARSG adam", "RemoteObservation(AdamW)"),
+        runoff=True,
         table="batch",
     )
 
@@ -168,7 +169,7 @@ TASKS = {
             exact=True,
             table="others",
         ),
-        *(_gpt_in_batches_of(sequences) for sequences in (2, 32, 128)),
+        *(_gpt_in_batches_of(sequences) for sequences in (2, 8, 32, 128)),
         Task(
             "digits",
             "digits, logistic regression",
@@ -181,6 +182,3 @@ TASKS = {
     )
 }
 """`digits` is for tests: it needs no data and is over in a moment."""
-
-GPT_BATCHES = {64: "gpt-0.1M-batch2", 256: "gpt-0.1M", 1024: "gpt-0.1M-batch32", 4096: "gpt-0.1M-batch128"}
-"""Characters per batch → task; all else is the same."""

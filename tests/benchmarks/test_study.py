@@ -25,7 +25,7 @@ from benchmarks.study.optimizers import FEW_BITS, OPTIMIZERS, TRIALS, available,
 from benchmarks.study.paper.data import Images
 from benchmarks.study.plan import SEEDS, ledger_of, missing, missing_in_few_bits, winner
 from benchmarks.study.statistics import detectable, paired, updates_to
-from benchmarks.study.tasks import GPT_BATCHES, TASKS
+from benchmarks.study.tasks import TASKS
 from benchmarks.study.text import TEXT
 from benchmarks.study.trial import POINTS, _Schedule, train
 
@@ -158,7 +158,7 @@ def test_a_killed_study_goes_on(tmp_path: Path) -> None:
     last = runs[-1]
     again = train(task, "AdamW", last["settings"], last["seed"], None, True)
     assert again["curve"] == last["curve"]
-    assert last["settings"] == winner(Ledger(path), "AdamW")
+    assert last["settings"] == winner(task, Ledger(path), "AdamW")
 
 
 KEYS = ("kind", "optimizer", "trial", "seed")
@@ -235,7 +235,7 @@ def test_the_report_says_what_the_numbers_say(tmp_path: Path) -> None:
 
 def test_the_gain_in_every_batch_is_over_its_own_adamw(tmp_path: Path) -> None:
     """Catches losses of one batch compared with another's, a μ of the worst trials, and a column of too few runs."""
-    done = list(GPT_BATCHES.values())[:2]
+    done = [name for name, task in TASKS.items() if task.table == "batch"][:2]
     for place, name in enumerate(done):
         ledger = ledger_of(tmp_path, TASKS[name])
         for seed in range(1, SEEDS + 1):
@@ -259,6 +259,38 @@ def test_the_gain_in_every_batch_is_over_its_own_adamw(tmp_path: Path) -> None:
     ]
     (tmp_path / f"{done[1]}.jsonl").unlink()
     assert "gain_by_batch" not in report.parts(tmp_path)
+
+
+def test_a_runoff_chooses_by_other_seeds(tmp_path: Path) -> None:
+    """Catches a winner that was lucky with one seed, a runoff of more than three, done twice or too early."""
+    task = next(task for task in TASKS.values() if task.runoff)
+    ledger = ledger_of(tmp_path, task)
+    for seed in range(901, 906):
+        for half in (0, 1):
+            ledger.append(
+                {
+                    "kind": "pilot",
+                    "optimizer": "AdamW",
+                    "trial": half,
+                    "seed": seed,
+                    "val": 2.0,
+                    "settings": {},
+                }
+            )
+    for trial in range(TRIALS):
+        assert next(missing(task, tmp_path, ["AdamW"]))["kind"] == "trial"
+        run = {"kind": "trial", "optimizer": "AdamW", "trial": trial, "seed": 0, "val": abs(trial - 7.2)}
+        ledger.append(run | {"settings": trial_settings("AdamW", task, trial)})
+    asked = []
+    while (run := next(missing(task, tmp_path, ["AdamW"])))["kind"] == "runoff":
+        assert winner(task, ledger, "AdamW") is None
+        assert run["settings"] == trial_settings("AdamW", task, run["trial"])
+        asked.append((run["trial"], run["seed"]))
+        value = {7: 2.0, 8: 1.5, 6: 1.0}[run["trial"]]
+        ledger.append(run | {"val": None if (run["trial"], run["seed"]) == (6, 802) else value})
+    assert asked == [(trial, seed) for trial in (7, 8, 6) for seed in (801, 802, 803)]
+    assert run["kind"] == "seed"
+    assert run["settings"] == winner(task, ledger, "AdamW") == trial_settings("AdamW", task, 8)
 
 
 def test_few_bits_are_the_winners_own_and_compared_with_it(tmp_path: Path) -> None:
