@@ -120,18 +120,19 @@ class ViT(nn.Module):
         return self.output(self.norm(self.blocks(x)).mean(1))
 
 
-def logistic(seed: int, data: Path | None, name: str) -> Problem:
-    """Return the paper's logistic regression, on MNIST, or on scikit-learn's digits, which need no data."""
+def of_the_paper(seed: int, data: Path | None, name: str, batch: int | None = None, **sizes: int) -> Problem:
+    """Return a task of the paper on MNIST, or on scikit-learn's digits, which need no data.
+
+    Args:
+        seed: of weights and batches.
+        data: directory of the data sets.
+        name: of the task there.
+        batch: images per update; default: the paper's.
+        sizes: of the validation, `part` and `whole`.
+    """
     task = TASKS[name]
     images = load_images(task.images, data / "mnist" if data else None)
-    return Classification(seed, images, task.model, task.batch_size)
-
-
-def mnist_cnn(seed: int, data: Path | None) -> Problem:
-    """Return the paper's network with batch norm on MNIST, in batches of 64 images for a quarter of the time of 256."""
-    task = TASKS["mnist_cnn"]
-    images = load_images(task.images, data / "mnist" if data else None)
-    return Classification(seed, images, task.model, 64, part=500, whole=5_000)
+    return Classification(seed, images, task.model, batch or task.batch_size, **sizes)
 
 
 def cifar_resnet(seed: int, data: Path | None) -> Problem:

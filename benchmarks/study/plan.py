@@ -26,10 +26,15 @@ def ledger_of(results: Path, task: Task) -> Ledger:
     return Ledger(results / f"{task.name}.jsonl")
 
 
-def best_trials(ledger: Ledger, name: str) -> list[Record]:
-    """Return the three trials with the lowest validation loss at the end, the lowest first."""
+def ended_trials(ledger: Ledger, name: str) -> list[Record]:
+    """Return the trials that did not diverge, the one with the lowest validation loss at its end first."""
     ended = [trial for trial in ledger.chosen(kind="trial", optimizer=name) if trial["val"] is not None]
-    return sorted(ended, key=lambda trial: trial["val"])[:_RUNOFF_TRIALS]
+    return sorted(ended, key=lambda trial: trial["val"])
+
+
+def best_trials(ledger: Ledger, name: str) -> list[Record]:
+    """Return the first three of these."""
+    return ended_trials(ledger, name)[:_RUNOFF_TRIALS]
 
 
 def winner(task: Task, ledger: Ledger, name: str) -> Settings | None:
@@ -43,13 +48,13 @@ def winner(task: Task, ledger: Ledger, name: str) -> Settings | None:
         return None
     if not task.runoff:
         return best[0]["settings"]
-    means = []
+    sums = []
     for trial in best:
         runs = ledger.chosen(kind="runoff", optimizer=name, trial=trial["trial"])
         if len(runs) < len(_RUNOFF):
             return None
-        means.append(sum(run["val"] if run["val"] is not None else math.inf for run in runs))
-    return best[means.index(min(means))]["settings"]
+        sums.append(sum(run["val"] if run["val"] is not None else math.inf for run in runs))
+    return best[sums.index(min(sums))]["settings"]
 
 
 def missing(

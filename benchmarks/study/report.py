@@ -10,7 +10,7 @@ from benchmarks.study import batch
 from benchmarks.study.ledger import Ledger
 from benchmarks.study.optimizers import FEW_BITS, OPTIMIZERS, TRIALS, Settings, at_edge, available
 from benchmarks.study.paper.report import renewed
-from benchmarks.study.plan import BITS, SEEDS, best_trials, ledger_of
+from benchmarks.study.plan import BITS, SEEDS, best_trials, ended_trials, ledger_of
 from benchmarks.study.problem import Task
 from benchmarks.study.statistics import Interval, detectable, paired, updates_to
 from benchmarks.study.tasks import TASKS
@@ -243,8 +243,7 @@ def unfinished_table(ledgers: dict[str, Ledger]) -> str:
 
 
 def _trial_losses(ledger: Ledger, name: str) -> list[float]:
-    trials = ledger.chosen(kind="trial", optimizer=name)
-    return sorted(trial["val"] for trial in trials if trial["val"] is not None)
+    return [trial["val"] for trial in ended_trials(ledger, name)]
 
 
 def bits_table(task: Task, ledger: Ledger) -> str:
